@@ -1,0 +1,80 @@
+"""The inputs of a network's batch-normalisation layers, in order of execution."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import UsageError
+from .losses import LayerStatistics
+
+__all__ = ["BatchNormCapture", "capture", "running_statistics"]
+
+
+class BatchNormCapture(NamedTuple):
+    """What one forward pass showed of a network's batch-normalisation layers.
+
+    Attributes:
+        logits: The network's output ``[N, K]``.
+        layers: The L batch-normalisation modules in order of execution.
+        inputs: The tensor ``x_l [N, C_l, *]`` that entered each of them, with its graph.
+    """
+
+    logits: Tensor
+    layers: list[_BatchNorm]
+    inputs: list[Tensor]
+
+
+def capture(network: nn.Module, images: Tensor) -> BatchNormCapture:
+    """Run ``network`` on ``images [N, 3, H, W]`` and keep what enters each BN layer.
+
+    The hooks live for this pass alone, so passes cannot mix and nothing accumulates.
+
+    Raises:
+        UsageError: If the network has no batch-normalisation layer.
+    """
+    layers: list[_BatchNorm] = []
+    inputs: list[Tensor] = []
+
+    def keep(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, _BatchNorm)
+        layers.append(layer)
+        inputs.append(arguments[0])
+
+    handles = [
+        module.register_forward_pre_hook(keep)
+        for module in network.modules()
+        if isinstance(module, _BatchNorm)
+    ]
+    try:
+        logits = network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not layers:
+        raise UsageError(
+            "capture: expected network to execute at least one batch-normalisation layer, "
+            f"got {type(network).__name__} with none"
+        )
+    return BatchNormCapture(logits, layers, inputs)
+
+
+def running_statistics(layers: list[_BatchNorm]) -> LayerStatistics:
+    """The running mean and variance ``[1, C_l]`` that the layers of one capture stored in training.
+
+    Raises:
+        UsageError: If a layer keeps no running statistics.
+    """
+    means, variances = [], []
+    for index, layer in enumerate(layers):
+        if layer.running_mean is None or layer.running_var is None:
+            raise UsageError(
+                f"running_statistics: expected batch-normalisation layer {index} to track running "
+                "statistics, got track_running_stats=False"
+            )
+        means.append(layer.running_mean.detach().clone().unsqueeze(0).to(torch.float32))
+        variances.append(layer.running_var.detach().clone().unsqueeze(0).to(torch.float32))
+    return LayerStatistics(means, variances)

@@ -1,0 +1,116 @@
+"""BNS centres: per class and layer, the batch-normalisation statistics of its calibration images.
+
+FDDA (Zhong et al., ECCV 2022, section 3.2): in the deep layers these statistics gather by class,
+and one image per class is enough to see it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..ops import class_batch_stats
+from .capture import capture
+from .losses import LayerStatistics
+
+__all__ = ["BNSCentres", "compute_centres", "load_centres", "save_centres"]
+
+#: Classes whose images pass through the network together.
+CLASSES_PER_PASS = 32
+
+
+@dataclass(frozen=True)
+class BNSCentres:
+    """The centres of one teacher; they cannot be shared between networks.
+
+    Attributes:
+        statistics: Mean and biased variance ``[K, C_l]`` of every layer.
+        correct: bool ``[K]``, the classes whose calibration images the teacher all gets right.
+    """
+
+    statistics: LayerStatistics
+    correct: Tensor
+
+
+@torch.no_grad()
+def compute_centres(
+    teacher: nn.Module, images: Tensor, labels: Tensor, num_classes: int
+) -> BNSCentres:
+    """Compute the BNS centres of ``teacher``, which is put in evaluation mode for it.
+
+    Args:
+        teacher: The trained network.
+        images: Calibration images ``[n, 3, H, W]``, normalised, not augmented.
+        labels: Their classes, int64 ``[n]``.
+        num_classes: K.
+
+    Returns:
+        The centres. Each class has statistics of its own, exactly those of a batch that held its
+        images alone.
+
+    Raises:
+        UsageError: If a class has no image.
+    """
+    images_per_class = torch.bincount(labels, minlength=num_classes)
+    missing = (images_per_class == 0).nonzero().flatten()
+    if missing.numel():
+        raise UsageError(
+            "compute_centres: expected at least one calibration image of every class, "
+            f"got none of class {int(missing[0])}"
+        )
+    teacher.eval()
+    order = labels.argsort(stable=True)
+    means: list[list[Tensor]] = []
+    variances: list[list[Tensor]] = []
+    right = torch.ones(num_classes, dtype=torch.bool, device=labels.device)
+    for first in range(0, num_classes, CLASSES_PER_PASS):
+        last = min(first + CLASSES_PER_PASS, num_classes)
+        begin, end = int(images_per_class[:first].sum()), int(images_per_class[:last].sum())
+        chosen = order[begin:end]
+        chosen_labels = labels[chosen]
+        seen = capture(teacher, images[chosen])
+        wrong = chosen_labels[seen.logits.argmax(1) != chosen_labels]
+        right[wrong] = False
+        if not means:
+            means, variances = [[] for _ in seen.inputs], [[] for _ in seen.inputs]
+        for layer, x in enumerate(seen.inputs):
+            _, mean, variance = class_batch_stats(x, chosen_labels - first, last - first)
+            means[layer].append(mean)
+            variances[layer].append(variance)
+    statistics = LayerStatistics([torch.cat(m) for m in means], [torch.cat(v) for v in variances])
+    return BNSCentres(statistics, right)
+
+
+def save_centres(centres: BNSCentres, path: Path) -> None:
+    """Write the centres as safetensors: ``mean.<l>`` and ``variance.<l>`` ``[K, C_l]``, ``correct``."""
+    tensors = {"correct": centres.correct.to(torch.uint8)}
+    for layer, (mean, variance) in enumerate(zip(*centres.statistics, strict=True)):
+        tensors[f"mean.{layer}"] = mean.contiguous()
+        tensors[f"variance.{layer}"] = variance.contiguous()
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, str(path))
+
+
+def load_centres(path: Path, device: torch.device | str = "cpu") -> BNSCentres:
+    """Read what `save_centres` wrote.
+
+    Raises:
+        UsageError: If the file is missing, damaged or not of this form.
+    """
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            num_layers = sum(name.startswith("mean.") for name in file.keys())
+            statistics = LayerStatistics(
+                [file.get_tensor(f"mean.{layer}") for layer in range(num_layers)],
+                [file.get_tensor(f"variance.{layer}") for layer in range(num_layers)],
+            )
+            return BNSCentres(statistics, file.get_tensor("correct").bool())
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"load_centres: expected path to be a file of BNS centres, got {path} ({error})"
+        ) from None

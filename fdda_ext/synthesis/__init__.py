@@ -1,0 +1,5 @@
+"""Images from nothing but labels and a trained network."""
+
+from .generator import ConditionalGenerator, GeneratorConfig
+
+__all__ = ["ConditionalGenerator", "GeneratorConfig"]
