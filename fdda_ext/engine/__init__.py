@@ -1,0 +1,20 @@
+"""What a run needs whatever its method: a folder, checkpoints, a loop, an evaluation."""
+
+from .checkpoint import load_state, save_state
+from .cli import run_command
+from .evaluation import Accuracy, BatchSource, evaluate
+from .loop import Progress, Trainable, train
+from .run_folder import RunFolder
+
+__all__ = [
+    "Accuracy",
+    "BatchSource",
+    "Progress",
+    "RunFolder",
+    "Trainable",
+    "evaluate",
+    "load_state",
+    "run_command",
+    "save_state",
+    "train",
+]

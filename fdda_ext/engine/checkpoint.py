@@ -1,0 +1,106 @@
+"""Nested state in one safetensors file, written atomically and read without unpickling anything.
+
+Tensors are stored as such; what surrounds them (dictionaries, lists, numbers, strings) is JSON in
+the file's metadata, with a reference where each tensor stands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import UsageError
+
+__all__ = ["atomic_write_text", "load_state", "save_state"]
+
+_FORMAT = "fdda_ext.state.1"
+
+
+def _take_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON form of ``value``; its tensors go into ``tensors`` under a running number."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        # A copy, since safetensors refuses tensors that share memory.
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _take_apart(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_take_apart(item, tensors) for item in value]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise TypeError(f"save_state cannot store a {type(value).__name__}")
+
+
+def _put_together(form: Any, tensors: dict[str, Tensor]) -> Any:
+    ((kind, content),) = form.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _put_together(item, tensors) for key, item in content}
+    if kind == "list":
+        return [_put_together(item, tensors) for item in content]
+    return content
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds either the old content or all of the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    _replace(temporary, path)
+
+
+def save_state(path: Path, state: dict[str, Any], **metadata: str) -> None:
+    """Store nested dictionaries and lists of tensors, numbers and strings, atomically.
+
+    Args:
+        path: File to write or replace.
+        state: What to store.
+        metadata: Strings a reader can see without the tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_take_apart(state, tensors))
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(
+        tensors, str(temporary), metadata={"format": _FORMAT, "structure": structure, **metadata}
+    )
+    _replace(temporary, path)
+
+
+def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save_state` wrote.
+
+    Raises:
+        UsageError: If the file is missing, truncated, or was not written by `save_state`.
+    """
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise UsageError(
+                    f"load_state: expected path to be a state file ({_FORMAT}), got {path} "
+                    f"of format {metadata.get('format', 'unknown')}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            state = _put_together(json.loads(metadata["structure"]), tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"load_state: expected path to be a whole state file, got {path} ({error})"
+        ) from None
+    assert isinstance(state, dict)
+    return state

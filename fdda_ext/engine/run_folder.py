@@ -1,0 +1,96 @@
+"""The folder of one run.
+
+``config.yaml`` (resolved), ``metrics.jsonl``, ``tensorboard/``, ``checkpoint.safetensors`` while
+training, and ``summary.json``, which is written last: a folder without it is not a finished run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .checkpoint import atomic_write_text
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder:
+    """Open ``path`` for a run, new or resumed.
+
+    Args:
+        path: Created when absent.
+        config: The resolved configuration as YAML text; a resumed run must have the same.
+        resume: Go on with what the folder holds.
+
+    Raises:
+        UsageError: If the folder holds something and ``resume`` is off, or if it holds a run of
+            another configuration.
+    """
+
+    def __init__(self, path: Path, config: str, *, resume: bool) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"run: expected out to be a folder, got the file {path}")
+        stored = path / "config.yaml"
+        if stored.exists():
+            if not resume:
+                raise UsageError(
+                    f"run: expected out to be a new or empty folder, got {path} which holds a run; "
+                    "give --resume to go on with it, or another --out"
+                )
+            if stored.read_text() != config:
+                raise UsageError(
+                    f"run: expected the configuration of the resumed run {path}, got another: "
+                    f"{_first_difference(stored.read_text(), config)}"
+                )
+        elif path.exists() and any(path.iterdir()):
+            raise UsageError(
+                f"run: expected out to be a new or empty folder, got {path} which holds other files"
+            )
+        else:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"run: expected out to be a folder that can be created, got {path} ({error})"
+                ) from None
+            atomic_write_text(stored, config)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the training state is kept."""
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    def summary(self) -> dict[str, Any] | None:
+        """What a finished run ended with, or None."""
+        path = self.path / "summary.json"
+        if not path.exists():
+            return None
+        try:
+            summary = json.loads(path.read_text())
+            if not isinstance(summary, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise UsageError(
+                f"run: expected {path} to be a JSON object, got a damaged file ({error})"
+            ) from None
+        return summary
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Mark the run finished."""
+        atomic_write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _first_difference(stored: str, given: str) -> str:
+    for old, new in zip(stored.splitlines(), given.splitlines(), strict=False):
+        if old != new:
+            return f"'{new.strip()}' instead of '{old.strip()}'"
+    return "one has more settings than the other"
