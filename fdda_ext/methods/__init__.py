@@ -1,0 +1,48 @@
+"""The systems, one file each, behind one interface."""
+
+import difflib
+
+from ..errors import UsageError
+from .base import Method, Problem
+from .calibration import MSE, CalibrationDistillation, MinMax
+from .distillation import DistillationConfig, distillation_loss
+from .fdda import FDDA
+from .settings import FDDAConfig, MethodSettings
+
+__all__ = [
+    "FDDA",
+    "METHODS",
+    "MSE",
+    "CalibrationDistillation",
+    "DistillationConfig",
+    "FDDAConfig",
+    "Method",
+    "MethodSettings",
+    "MinMax",
+    "Problem",
+    "build_method",
+    "distillation_loss",
+]
+
+#: Every method by the name that the command line takes.
+METHODS = {
+    "fdda": FDDA,
+    "distill": CalibrationDistillation,
+    "minmax": MinMax,
+    "mse": MSE,
+}
+
+
+def build_method(name: str, problem: Problem, settings: MethodSettings) -> Method:
+    """Build the method called ``name``: its student is calibrated, its first step can be taken.
+
+    Raises:
+        UsageError: If there is no such method.
+    """
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(
+            f"train: expected method to be one of {', '.join(METHODS)}, got {name}{hint}"
+        )
+    return METHODS[name](problem, settings)

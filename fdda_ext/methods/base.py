@@ -1,0 +1,89 @@
+"""What every method is given, and what it must give back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ..data import Augmentation
+from ..quantization import QuantizationConfig, prepare
+
+__all__ = ["Method", "Problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A trained network to quantize and the little data there is.
+
+    Attributes:
+        teacher: The trained network, in evaluation mode, its parameters without gradients.
+        num_classes: K.
+        images: Calibration images ``[n, 3, H, W]``, normalised, not augmented.
+        labels: Their classes, int64 ``[n]``.
+        augmentation: How calibration and generated images may be varied.
+        quantization: Bits, grid and ranges of the student.
+        seed: Of everything random.
+    """
+
+    teacher: nn.Module
+    num_classes: int
+    images: Tensor
+    labels: Tensor
+    augmentation: Augmentation
+    quantization: QuantizationConfig
+    seed: int
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images."""
+        return int(self.images.shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.images.device
+
+    def student(self) -> GraphModule:
+        """A fake-quantized copy of the teacher, its ranges not yet set."""
+        return prepare(self.teacher, self.quantization, self.images[:1])
+
+    def random(self) -> torch.Generator:
+        """A source of random numbers of its own, started from the seed."""
+        return torch.Generator(self.device).manual_seed(self.seed)
+
+
+class Method(ABC):
+    """One way to a quantized student.
+
+    Building it does everything that is not training (ranges, centres); `step` is then called
+    ``iterations`` times, 0 for a method that only calibrates. `state_dict` holds all that decides
+    the next step, so that a resumed run ends with the very same weights.
+    """
+
+    #: One line for ``--help`` and for tables.
+    summary: ClassVar[str]
+
+    student: GraphModule
+    iterations: int = 0
+
+    def step(self, iteration: int) -> Mapping[str, Tensor]:
+        """Do iteration ``iteration``; return scalar metrics."""
+        raise NotImplementedError(f"{type(self).__name__} does not train")
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings, nested in dictionaries and lists."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+    def save_artifacts(self, folder: Path) -> None:  # noqa: B027  (optional for a method)
+        """Write what is worth keeping besides the student."""

@@ -1,0 +1,81 @@
+"""The baselines that every table needs: what the calibration images do on their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from ..quantization import calibrate
+from .base import Method, Problem
+from .distillation import ImageSampler, Student
+from .settings import MethodSettings
+
+__all__ = ["MSE", "CalibrationDistillation", "MinMax"]
+
+
+class _Ranges(Method):
+    """Ranges of weights and activations set once, from the calibration images."""
+
+    rule: ClassVar[Literal["minmax", "mse"]]
+
+    def __init__(self, problem: Problem, settings: MethodSettings) -> None:
+        quantization = replace(
+            problem.quantization, weight_range=self.rule, activation_range=self.rule
+        )
+        self.student = replace(problem, quantization=quantization).student()
+        calibrate(self.student, problem.images)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"student": self.student.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+
+
+class MinMax(_Ranges):
+    """Every range reaches from the least to the largest value seen."""
+
+    summary = "min-max ranges, no training"
+    rule = "minmax"
+
+
+class MSE(_Ranges):
+    """Every range minimises the mean squared quantization error of its tensor."""
+
+    summary = "ranges of least squared error, no training"
+    rule = "mse"
+
+
+class CalibrationDistillation(Method):
+    """The student step of FDDA on as many images, all of them real: FDDA without its generator."""
+
+    summary = "distillation on the calibration images alone"
+
+    def __init__(self, problem: Problem, settings: MethodSettings) -> None:
+        config = settings.distillation
+        self.iterations = config.steps
+        self.random = problem.random()
+        self.student = problem.student()
+        calibrate(self.student, problem.images)
+        self.trainer = Student(self.student, problem.teacher, config)
+        self.images = ImageSampler(
+            problem, config.real_batch + config.generated_batch, self.random
+        )
+
+    def step(self, iteration: int) -> Mapping[str, Tensor]:
+        return {"student": self.trainer.step(*self.images.next())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "trainer": self.trainer.state_dict(),
+            "images": self.images.order,
+            "random": self.random.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(state["trainer"])
+        self.images.order = state["images"]
+        self.random.set_state(state["random"].cpu())

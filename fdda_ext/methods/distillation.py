@@ -1,0 +1,187 @@
+"""The student step that the methods share: distillation of the teacher into the student."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from ..data import augment
+from ..errors import UsageError
+from ..quantization import project_scales_, scale_parameters
+from .base import Problem
+
+__all__ = [
+    "DistillationConfig",
+    "ImageSampler",
+    "Student",
+    "distillation_loss",
+]
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """The student step (FDDA, ECCV 2022, section 3.4; constants of the authors' code).
+
+    Attributes:
+        steps: Student steps of the whole run.
+        real_batch: Calibration images in each.
+        generated_batch: Generated images in each; without a generator, more calibration images.
+        temperature: T of the softened distributions.
+        weight: alpha, of the divergence.
+        reduction: Of the divergence over a batch: "batch" sums over classes and averages over
+            images (FDDA); "batch_and_classes" averages over both (GDFQ), which is K times less.
+        cross_entropy_weight: Of the cross entropy with the labels.
+        optimizer: "sgd" is with Nesterov momentum 0.9.
+        lr: Learning rate of weights, biases and BN's affine parameters.
+        scale_lr: Of the quantizers' scales and zero points.
+        weight_decay: On everything but scales and zero points.
+        cosine_half_period: Steps from the full rate to zero, after which it rises again (the
+            authors' 20 000 steps do not divide their 70 000); None for the whole run.
+        frozen_scales: Leave the quantizers' ranges as they are.
+    """
+
+    steps: int = 70_000
+    real_batch: int = 16
+    generated_batch: int = 16
+    temperature: float = 20.0
+    weight: float = 20.0
+    reduction: Literal["batch", "batch_and_classes"] = "batch"
+    cross_entropy_weight: float = 1.0
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float = 1e-6
+    scale_lr: float = 1e-6
+    weight_decay: float = 1e-4
+    cosine_half_period: int | None = 20_000
+    frozen_scales: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "generated_batch", "weight", "cross_entropy_weight", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UsageError(
+                    f"distillation: expected {name} at least 0, got {getattr(self, name)}"
+                )
+        for name in ("real_batch", "temperature", "lr", "scale_lr"):
+            if not getattr(self, name) > 0:
+                raise UsageError(
+                    f"distillation: expected {name} above 0, got {getattr(self, name)}"
+                )
+        if self.cosine_half_period is not None and self.cosine_half_period < 1:
+            raise UsageError(
+                "distillation: expected cosine_half_period at least 1, "
+                f"got {self.cosine_half_period}"
+            )
+
+
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, config: DistillationConfig
+) -> Tensor:
+    """``CE(S, y) + alpha T^2 KL(softmax(t / T) || softmax(S / T))`` (FDDA, ECCV 2022, eq. 11).
+
+    Args:
+        student_logits: ``[N, K]``.
+        teacher_logits: ``[N, K]``, without gradient.
+        labels: int64 ``[N]``.
+        config: Weights, temperature and reduction.
+
+    Returns:
+        A scalar. As T is large, ``T^2 KL`` is close to half the mean over classes of the squared
+        difference of the centred logits.
+    """
+    t = config.temperature
+    divergence = F.kl_div(
+        F.log_softmax(student_logits / t, dim=1),
+        F.log_softmax(teacher_logits / t, dim=1),
+        reduction="batchmean" if config.reduction == "batch" else "mean",
+        log_target=True,
+    )
+    loss = config.weight * t * t * divergence
+    if config.cross_entropy_weight:
+        loss = loss + config.cross_entropy_weight * F.cross_entropy(student_logits, labels)
+    return loss
+
+
+class ImageSampler:
+    """Shuffled batches of the calibration images, augmented; the last partial batch is dropped."""
+
+    def __init__(self, problem: Problem, batch_size: int, random: torch.Generator) -> None:
+        self.problem = problem
+        self.batch_size = min(batch_size, problem.images.shape[0])
+        self.random = random
+        self.order = torch.empty(0, dtype=torch.int64, device=problem.device)
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Images ``[B, 3, H, W]`` and labels ``[B]``."""
+        if self.order.numel() < self.batch_size:
+            self.order = torch.randperm(
+                self.problem.images.shape[0], generator=self.random, device=self.problem.device
+            )
+        chosen, self.order = self.order.tensor_split([self.batch_size])
+        images = augment(self.problem.images[chosen], self.problem.augmentation, self.random)
+        return images, self.problem.labels[chosen]
+
+
+class Student:
+    """The fake-quantized network with its optimizer: one distillation step at a time."""
+
+    def __init__(
+        self, network: GraphModule, teacher: nn.Module, config: DistillationConfig
+    ) -> None:
+        self.network = network.eval()
+        self.teacher = teacher
+        self.config = config
+        self.steps_done = 0
+        scales = scale_parameters(network)
+        scale_ids = {id(parameter) for parameter in scales}
+        others = [p for p in network.parameters() if id(p) not in scale_ids]
+        groups = [{"params": others, "lr": config.lr, "weight_decay": config.weight_decay}]
+        if config.frozen_scales:
+            for parameter in scales:
+                parameter.requires_grad_(False)
+        elif scales:
+            groups.append({"params": scales, "lr": config.scale_lr, "weight_decay": 0.0})
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+        else:
+            self.optimizer = torch.optim.Adam(groups)
+        self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def rate_factor(self) -> float:
+        """Cosine annealing: 1 at the start, 0 after a half period, 1 again after another."""
+        half_period = self.config.cosine_half_period or max(self.config.steps, 1)
+        return 0.5 * (1 + math.cos(math.pi * self.steps_done / half_period))
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Distil the teacher into the student on ``images [N, 3, H, W]``; return the loss."""
+        for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
+            group["lr"] = rate * self.rate_factor()
+        with torch.no_grad():
+            teacher_logits = self.teacher(images)
+        loss = distillation_loss(self.network(images), teacher_logits, labels, self.config)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        project_scales_(self.network)
+        self.steps_done += 1
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, ranges, optimizer and position in the schedule."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps_done": self.steps_done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_done = state["steps_done"]
