@@ -7,25 +7,33 @@ residual network, and a table against the float network and three baselines.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
 from .data import calibration_set, load_dataset
-from .engine import BatchSource, Progress, RunFolder, evaluate, run_command, train
+from .engine import (
+    Accuracy,
+    BatchSource,
+    Progress,
+    RunFolder,
+    evaluate,
+    run_command,
+    train,
+    write_student,
+)
 from .errors import UsageError
 from .methods import METHODS, MethodSettings, Problem, build_method
 from .models import load_model
-from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits, save_student
+from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits
 
 __all__ = ["TrainConfig", "main", "parse_arguments", "run"]
 
@@ -153,7 +161,201 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the examples' line breaks."""
 
 
+@dataclass(frozen=True)
+class Row:
+    """One line of the final table.
+
+    Attributes:
+        name: "float" or a method.
+        top1: Per cent of the test images.
+        top5: Likewise.
+        images: Number of test images.
+        seconds: Training time, over all resumptions.
+        iterations: Done.
+        planned: Iterations of the whole training; fewer were done if time ran out.
+    """
+
+    name: str
+    top1: float
+    top5: float
+    images: int
+    seconds: float = 0.0
+    iterations: int = 0
+    planned: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether no training was cut short."""
+        return self.iterations == self.planned
+
+
+def _row(name: str, accuracy: Accuracy, progress: Progress, planned: int) -> Row:
+    return Row(
+        name,
+        accuracy.top1,
+        accuracy.top5,
+        accuracy.count,
+        progress.seconds,
+        progress.iterations,
+        planned,
+    )
+
+
+def _train_one(
+    name: str,
+    problem: Problem,
+    config: TrainConfig,
+    folder: RunFolder,
+    test: BatchSource,
+    max_seconds: float | None,
+) -> Row:
+    """Train and evaluate one method in ``folder``, or read there what it ended with before."""
+    summary = folder.summary()
+    if summary is not None:
+        return Row(**summary)
+    method = build_method(name, problem, config.settings)
+    progress = Progress(0, 0.0)
+    if method.iterations:
+        progress = train(
+            method, folder, description=name, max_seconds=max_seconds, device=problem.device
+        )
+    accuracy = evaluate(method.student, test, device=problem.device, label=f"{name}: testing")
+    row = _row(name, accuracy, progress, method.iterations)
+    recipe = {
+        "model": config.model,
+        "num_classes": problem.num_classes,
+        "image_size": problem.image_size,
+        "data": config.data,
+        "method": name,
+        "quantization": asdict(method.quantization),
+    }
+    write_student(folder.path / "student.safetensors", method.student, recipe)
+    (folder.path / "bits.txt").write_text(render_bits(bits_table(method.student)) + "\n")
+    method.save_artifacts(folder.path)
+    if row.finished:
+        folder.finish(asdict(row))
+    return row
+
+
+def render_rows(rows: list[Row], bits: str) -> Table:
+    """The final table."""
+    table = Table(title=f"top-1 over {rows[0].images} test images, {bits}, last step of training")
+    for column in ("", "top-1 %", "top-5 %", "drop", "training s"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        name = row.name if row.finished else f"{row.name} ({row.iterations} of {row.planned})"
+        table.add_row(
+            name,
+            f"{row.top1:.2f}",
+            f"{row.top5:.2f}",
+            f"{rows[0].top1 - row.top1:.2f}",
+            f"{row.seconds:.0f}" if row.planned else "",
+        )
+    return table
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    """The first free of runs/NAME, runs/NAME-2, ..."""
+    q = config.quantization
+    model = config.model.replace(":", "-")
+    base = f"{config.method}-{model}-w{q.weight_bits}a{q.activation_bits}-seed{config.seed}"
+    candidate, number = Path("runs") / base, 1
+    while candidate.exists():
+        number += 1
+        candidate = Path("runs") / f"{base}-{number}"
+    return candidate
+
+
+def build_problem(config: TrainConfig) -> Problem:
+    """Load the network and the calibration images.
+
+    Raises:
+        UsageError: If they do not fit each other.
+    """
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("train: expected device to be available, got cuda, which torch cannot use")
+    images, labels = calibration_set(
+        config.data, config.images_per_class, seed=config.seed, image_size=config.image_size
+    )
+    dataset = load_dataset(config.data, "calibration", image_size=config.image_size)
+    teacher = load_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
+    teacher.to(device).eval().requires_grad_(False)
+    with torch.no_grad():
+        outputs = teacher(images[:1].to(device)).shape[-1]
+    if outputs != dataset.num_classes:
+        raise UsageError(
+            f"train: expected model to have the data's {dataset.num_classes} classes, got {outputs}"
+        )
+    return Problem(
+        teacher,
+        dataset.num_classes,
+        images.to(device),
+        labels.to(device),
+        dataset.augmentation,
+        config.quantization,
+        config.seed,
+    )
+
+
+def run(config: TrainConfig, stored_config: str, console: Console | None = None) -> list[Row]:
+    """Train ``config.method`` and its baselines; print and store the table.
+
+    Args:
+        config: What to do.
+        stored_config: What the run folder keeps of it, see `parse_arguments`.
+        console: Where to print.
+
+    Returns:
+        The rows: float, the baselines, the method.
+    """
+    console = console or Console()
+    for name in (*config.baselines, config.method):
+        if name not in METHODS:
+            build_method(name, None, config.settings)  # type: ignore[arg-type]  # raises
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    problem = build_problem(config)
+    path = Path(config.out) if config.out else _new_folder(config)
+    folder = RunFolder(path, stored_config, resume=config.resume)
+    q = config.quantization
+    bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
+        f"{q.first_last_bits} bits" if q.first_last_bits else "included"
+    )
+    console.print(f"{config.model} on {config.data}: {bits}; results in {path}", highlight=False)
+
+    test = BatchSource(
+        load_dataset(config.data, "test", image_size=config.image_size, limit=config.test_limit)
+    )
+    accuracy = evaluate(problem.teacher, test, device=problem.device, label="float: testing")
+    rows = [_row("float", accuracy, Progress(0, 0.0), 0)]
+    if accuracy.top1 < 2 * 100 / problem.num_classes:
+        console.print(
+            f"[yellow]warning: the float network is near chance ({accuracy.top1:.2f} %); check its "
+            "weights, the normalisation and the order of the classes"
+        )
+    left = None if config.max_time is None else 60 * config.max_time
+    for name in (*config.baselines, config.method):
+        is_main = name == config.method
+        here = folder if is_main else RunFolder(path / "baselines" / name, stored_config, resume=True)
+        row = _train_one(name, problem, config, here, test, left)
+        rows.append(row)
+        if left is not None:
+            left = max(left - row.seconds, 0.0)
+    table = render_rows(rows, bits)
+    console.print(table)
+    with (path / "table.txt").open("w") as file:
+        Console(file=file, width=100).print(table)
+    if not all(row.finished for row in rows):
+        console.print(f"stopped by --max-time; go on with --out {path} --resume", highlight=False)
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     config, text = parse_arguments(arguments)
     run(config, text)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -5,6 +5,7 @@ from .cli import run_command
 from .evaluation import Accuracy, BatchSource, evaluate
 from .loop import Progress, Trainable, train
 from .run_folder import RunFolder
+from .student_file import read_student, write_student
 
 __all__ = [
     "Accuracy",
@@ -14,7 +15,9 @@ __all__ = [
     "Trainable",
     "evaluate",
     "load_state",
+    "read_student",
     "run_command",
     "save_state",
     "train",
+    "write_student",
 ]

@@ -71,6 +71,7 @@ class Method(ABC):
     summary: ClassVar[str]
 
     student: GraphModule
+    quantization: QuantizationConfig
     iterations: int = 0
 
     def step(self, iteration: int) -> Mapping[str, Tensor]:

@@ -22,10 +22,10 @@ class _Ranges(Method):
     rule: ClassVar[Literal["minmax", "mse"]]
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
-        quantization = replace(
+        self.quantization = replace(
             problem.quantization, weight_range=self.rule, activation_range=self.rule
         )
-        self.student = replace(problem, quantization=quantization).student()
+        self.student = replace(problem, quantization=self.quantization).student()
         calibrate(self.student, problem.images)
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,6 +58,7 @@ class CalibrationDistillation(Method):
         config = settings.distillation
         self.iterations = config.steps
         self.random = problem.random()
+        self.quantization = problem.quantization
         self.student = problem.student()
         calibrate(self.student, problem.images)
         self.trainer = Student(self.student, problem.teacher, config)

@@ -82,6 +82,7 @@ class FDDA(Method):
             self.generator.parameters(), lr=self.config.lr, betas=(0.5, 0.999)
         )
 
+        self.quantization = problem.quantization
         self.student = problem.student()
         self.trainer = Student(self.student, problem.teacher, self.distillation)
         self.images = ImageSampler(problem, self.distillation.real_batch, self.random)

@@ -1,0 +1,49 @@
+"""A quantized student on disk: its state as safetensors, and what is needed to build it again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import UsageError
+
+__all__ = ["read_student", "write_student"]
+
+_FORMAT = "fdda_ext.student.1"
+
+
+def write_student(path: Path, student: nn.Module, recipe: dict[str, Any]) -> None:
+    """Write ``student``'s state and its ``recipe`` (JSON: model, classes, image size, bits)."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(
+        tensors, str(temporary), metadata={"format": _FORMAT, "recipe": json.dumps(recipe)}
+    )
+    temporary.replace(path)
+
+
+def read_student(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_student` wrote.
+
+    Raises:
+        UsageError: If the file is missing, damaged, or no student.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise UsageError(
+                    f"evaluate: expected a student file ({_FORMAT}), got {path} "
+                    f"of format {metadata.get('format', 'unknown')}"
+                )
+            recipe = json.loads(metadata["recipe"])
+            return {name: file.get_tensor(name) for name in file.keys()}, recipe
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise UsageError(
+            f"evaluate: expected a whole student file, got {path} ({error})"
+        ) from None
