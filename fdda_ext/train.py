@@ -23,6 +23,7 @@ from .data import calibration_set, load_dataset
 from .engine import (
     Accuracy,
     BatchSource,
+    HelpFormatter,
     Progress,
     RunFolder,
     evaluate,
@@ -136,7 +137,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     parser = ArgumentParser(
         prog="python -m fdda_ext.train",
         description=_DESCRIPTION,
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
         default_config_files=[str(defaults)],
         allow_abbrev=False,
     )
@@ -155,10 +156,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     instance = parser.instantiate_classes(namespace).as_dict()
     instance.pop("preset"), instance.pop("config")
     return TrainConfig(**instance), text
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the examples' line breaks."""
 
 
 @dataclass(frozen=True)

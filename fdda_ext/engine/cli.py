@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
+from jsonargparse import DefaultHelpFormatter
+
 from ..errors import UsageError
 
-__all__ = ["run_command"]
+__all__ = ["HelpFormatter", "run_command"]
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the line breaks of a description's examples."""
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -1,0 +1,126 @@
+"""``python -m fdda_ext.evaluate``: top-1 and top-5 of a run's student or of a float network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from torch import nn
+
+from .data import load_dataset
+from .engine import Accuracy, BatchSource, HelpFormatter, evaluate, read_student, run_command
+from .errors import UsageError
+from .models import load_model
+from .quantization import QuantizationConfig, prepare
+
+__all__ = ["EvaluateConfig", "load_student", "main", "run"]
+
+_DESCRIPTION = """\
+Measure a network on a whole test split.
+
+examples:
+  python -m fdda_ext.evaluate --run runs/a                      the student that a run ended with
+  python -m fdda_ext.evaluate --run runs/a/baselines/mse
+  python -m fdda_ext.evaluate --run some/where/student.safetensors --data folder:PATH
+  python -m fdda_ext.evaluate --model glyphs_resnet --data glyphs
+"""
+
+
+@dataclass
+class EvaluateConfig:
+    """What to measure, and on which data.
+
+    Attributes:
+        run: A run folder, or a student.safetensors.
+        model: A float network instead: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, ...
+        weights: Of the float network: "default" or a file.
+        data: glyphs, digits, folder:PATH or imagenet:PATH; None for the data the run was made with.
+        image_size: Height and width; None for the run's, or the data set's own.
+        device: cpu or cuda.
+        test_limit: Only the first so many images; None for all.
+    """
+
+    run: str | None = None
+    model: str | None = None
+    weights: str = "default"
+    data: str | None = None
+    image_size: int | None = None
+    device: str = "cpu"
+    test_limit: int | None = None
+
+
+def load_student(path: Path) -> tuple[nn.Module, dict[str, object]]:
+    """Build the student stored in ``path``, a run folder or a student file.
+
+    Returns:
+        The fake-quantized network in evaluation mode, and the recipe it was built from.
+
+    Raises:
+        UsageError: If there is no student, or its file is damaged.
+    """
+    if path.is_dir():
+        if not (path / "student.safetensors").exists():
+            raise UsageError(
+                f"evaluate: expected run to be a folder with a trained student, got {path}; "
+                "an unfinished run goes on with fdda_ext.train --out ... --resume"
+            )
+        path = path / "student.safetensors"
+    state, recipe = read_student(path)
+    try:
+        network = load_model(recipe["model"], weights="none", num_classes=recipe["num_classes"])
+        example = torch.zeros(1, 3, recipe["image_size"], recipe["image_size"])
+        student = prepare(network, QuantizationConfig(**recipe["quantization"]), example)
+        student.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UsageError(
+            f"evaluate: expected {path} to hold the student its recipe describes, got {error}"
+        ) from None
+    return student.eval(), recipe
+
+
+def run(config: EvaluateConfig) -> Accuracy:
+    """Measure what ``config`` names."""
+    if (config.run is None) == (config.model is None):
+        given = "both" if config.run else "neither"
+        raise UsageError(f"evaluate: expected one of --run and --model, got {given}")
+    network: nn.Module
+    if config.run is not None:
+        network, recipe = load_student(Path(config.run))
+        data = config.data or str(recipe["data"])
+        image_size = config.image_size or int(str(recipe["image_size"]))
+        dataset = load_dataset(data, "test", image_size=image_size, limit=config.test_limit)
+    else:
+        assert config.model is not None
+        dataset = load_dataset(
+            config.data or "glyphs", "test", image_size=config.image_size, limit=config.test_limit
+        )
+        network = load_model(
+            config.model, weights=config.weights, num_classes=dataset.num_classes
+        )
+    network.to(config.device)
+    return evaluate(network, BatchSource(dataset), device=config.device, label="testing")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = ArgumentParser(
+        prog="python -m fdda_ext.evaluate",
+        description=_DESCRIPTION,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_class_arguments(EvaluateConfig, as_group=False)
+    config = EvaluateConfig(**vars(parser.instantiate_classes(parser.parse_args(arguments))))
+    accuracy = run(config)
+    Console().print(
+        f"{config.run or config.model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, "
+        f"{accuracy.count} images",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

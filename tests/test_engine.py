@@ -1,0 +1,188 @@
+"""Run folder, checkpoints, loop and evaluation."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fdda_ext.engine import (
+    BatchSource,
+    RunFolder,
+    evaluate,
+    load_state,
+    read_student,
+    save_state,
+    train,
+    write_student,
+)
+from fdda_ext.errors import UsageError
+
+
+def test_state_round_trip_keeps_structure_types_and_bits(tmp_path):
+    shared = torch.randn(3)
+    state = {
+        "a": {0: torch.randn(2, 3).t(), 1: [torch.tensor(3, dtype=torch.int64), None, "x", 0.1]},
+        "same": [shared, shared],
+        "on": True,
+        "empty": torch.empty(0),
+    }
+    save_state(tmp_path / "s.safetensors", state)
+    loaded = load_state(tmp_path / "s.safetensors")
+    assert list(loaded["a"]) == [0, 1]
+    assert torch.equal(loaded["a"][0], state["a"][0])
+    assert loaded["a"][1][0].dtype == torch.int64
+    assert loaded["a"][1][1:] == [None, "x", 0.1]
+    assert loaded["on"] is True
+    assert loaded["empty"].shape == (0,)
+    assert torch.equal(loaded["same"][0], shared)
+
+
+def test_optimizer_state_survives(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4)
+        return layer, torch.optim.Adam(layer.parameters(), lr=0.1)
+
+    def step(layer, optimizer):
+        optimizer.zero_grad()
+        layer(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+
+    layer, optimizer = build()
+    step(layer, optimizer)
+    save_state(
+        tmp_path / "o.safetensors", {"l": layer.state_dict(), "o": optimizer.state_dict()}
+    )
+    step(layer, optimizer)
+    other, other_optimizer = build()
+    loaded = load_state(tmp_path / "o.safetensors")
+    other.load_state_dict(loaded["l"])
+    other_optimizer.load_state_dict(loaded["o"])
+    step(other, other_optimizer)
+    assert torch.equal(layer.weight, other.weight)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 60, 0.5, 0.999])
+def test_truncated_state_is_refused_in_one_sentence(tmp_path, keep):
+    path = tmp_path / "s.safetensors"
+    save_state(path, {"a": torch.randn(100)})
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(UsageError, match="whole state file") as caught:
+        load_state(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_state_of_another_format_is_refused(tmp_path):
+    write_student(tmp_path / "x.safetensors", nn.Linear(2, 2), {"model": "m"})
+    with pytest.raises(UsageError, match=r"got .* of format fdda_ext\.student"):
+        load_state(tmp_path / "x.safetensors")
+    save_state(tmp_path / "y.safetensors", {})
+    with pytest.raises(UsageError, match="student file"):
+        read_student(tmp_path / "y.safetensors")
+
+
+def test_run_folder_protects_what_it_holds(tmp_path):
+    folder = RunFolder(tmp_path / "a", "seed: 0\n", resume=False)
+    assert folder.summary() is None
+    with pytest.raises(UsageError, match="give --resume"):
+        RunFolder(tmp_path / "a", "seed: 0\n", resume=False)
+    with pytest.raises(UsageError, match="'seed: 1' instead of 'seed: 0'"):
+        RunFolder(tmp_path / "a", "seed: 1\n", resume=True)
+    folder.finish({"top1": 1.0})
+    assert RunFolder(tmp_path / "a", "seed: 0\n", resume=True).summary() == {"top1": 1.0}
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("keep me")
+    with pytest.raises(UsageError, match="holds other files"):
+        RunFolder(tmp_path / "b", "seed: 0\n", resume=True)
+    with pytest.raises(UsageError, match="got the file"):
+        RunFolder(tmp_path / "b" / "mine.txt", "seed: 0\n", resume=False)
+
+
+class Walk:
+    """A random walk: its end shows whether every step was taken once and in order."""
+
+    iterations = 30
+
+    def __init__(self, stop_at=None):
+        self.position = torch.zeros(4)
+        self.random = torch.Generator().manual_seed(0)
+        self.stop_at = stop_at
+
+    def step(self, iteration):
+        if iteration == self.stop_at:
+            raise KeyboardInterrupt
+        self.position = self.position * 0.9 + torch.randn(4, generator=self.random)
+        return {"norm": self.position.norm()}
+
+    def state_dict(self):
+        return {"position": self.position, "random": self.random.get_state()}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+        self.random.set_state(state["random"])
+
+
+def test_interrupted_training_ends_like_an_uninterrupted_one(tmp_path):
+    whole = Walk()
+    train(whole, RunFolder(tmp_path / "a", "", resume=False), description="a", log_every=1)
+    folder = RunFolder(tmp_path / "b", "", resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(Walk(stop_at=17), folder, description="b", checkpoint_seconds=0.0, log_every=1)
+    resumed = Walk()
+    progress = train(resumed, folder, description="b", log_every=1)
+    assert progress.iterations == 30
+    assert torch.equal(whole.position, resumed.position)
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(30))
+
+
+def test_time_limit_stops_and_a_later_call_goes_on(tmp_path):
+    folder = RunFolder(tmp_path / "a", "", resume=False)
+    first = train(Walk(), folder, description="a", max_seconds=0.0)
+    assert first.iterations == 0
+    walk = Walk()
+    assert train(walk, folder, description="a").iterations == 30
+    whole = Walk()
+    train(whole, RunFolder(tmp_path / "b", "", resume=False), description="b")
+    assert torch.equal(walk.position, whole.position)
+
+
+def test_metrics_after_the_last_checkpoint_are_dropped(tmp_path):
+    folder = RunFolder(tmp_path / "a", "", resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(Walk(stop_at=9), folder, description="a", checkpoint_seconds=1e9, log_every=1)
+    with folder.metrics.open("a") as file:
+        file.write('{"iteration": 9, "nor')  # a line that the kill cut short
+    train(Walk(), folder, description="a", log_every=1)
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(30))
+
+
+def test_evaluate_counts_top1_and_top5():
+    logits = torch.eye(10)[torch.tensor([3, 4, 5, 6])] * 5 - torch.arange(10.0) * 0.1
+    data = [(logits[0], 3), (logits[1], 0), (logits[2], 9), (logits[3], 6)]
+    for _ in range(2):  # the second pass reads the kept batches
+        accuracy = evaluate(nn.Identity(), BatchSource(data, batch_size=3))
+        assert (accuracy.top1, accuracy.top5, accuracy.count) == (50.0, 75.0, 4)
+
+
+def test_evaluate_refuses_labels_beyond_the_network_and_empty_data():
+    with pytest.raises(UsageError, match="labels below the network's 3 classes, got 7"):
+        evaluate(nn.Identity(), BatchSource([(torch.zeros(3), 7)]))
+    with pytest.raises(UsageError, match="at least one image"):
+        BatchSource([])
+
+
+def test_command_line_shows_a_mistake_in_one_line():
+    program = (
+        "from fdda_ext.engine import run_command\nfrom fdda_ext.errors import UsageError\n"
+        "def main():\n    raise UsageError('train: expected x above 0, got -1')\nrun_command(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: train: expected x above 0, got -1\n"
+    assert done.stdout == ""
