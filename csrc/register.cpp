@@ -1,0 +1,34 @@
+// Every operator of torch.ops.fdda, in reading order. Implementations register themselves at the
+// foot of csrc/cpu/*_cpu.cpp and csrc/cuda/*_cuda.cu; fake kernels and autograd are attached in
+// fdda_ext/ops. A leading underscore marks a backward, which is private and not differentiable.
+
+#include "common/stable.h"
+
+STABLE_TORCH_LIBRARY(fdda, m) {
+  // x [*] float32|bfloat16|float16; scale, zero_point float32: one value, or [C] = [x.size(axis)].
+  m.def(
+      "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+      "int? axis=None) -> Tensor");
+  m.def(
+      "_fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, "
+      "int quant_min, int quant_max, int? axis=None) "
+      "-> (Tensor grad_x, Tensor grad_scale, Tensor grad_zero_point)");
+
+  // x [N, C, *], labels int64 [N] -> count int64 [K], mean [K, C], var [K, C].
+  m.def(
+      "class_batch_stats(Tensor x, Tensor labels, int num_classes) "
+      "-> (Tensor count, Tensor mean, Tensor var)");
+  m.def(
+      "_class_batch_stats_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor labels, "
+      "Tensor count, Tensor mean) -> Tensor");
+
+  // xs: L tensors [N, C_l, *]; targets: L tensors [T, K, C_l]; weight [T, K] -> loss [T, L] and
+  // statistics [2, K, sum C_l] (mean, then var; the layers lie side by side), kept for backward.
+  m.def(
+      "class_stats_loss(Tensor[] xs, Tensor labels, Tensor[] target_means, Tensor[] target_vars, "
+      "Tensor weight) -> (Tensor loss, Tensor statistics)");
+  m.def(
+      "_class_stats_loss_backward(Tensor grad_loss, Tensor[] xs, Tensor labels, "
+      "Tensor[] target_means, Tensor[] target_vars, Tensor weight, Tensor statistics) "
+      "-> Tensor[]");
+}

@@ -1,0 +1,156 @@
+"""Builds fdda_ext._C, one extension with the CPU kernels and, where nvcc is found, the CUDA ones.
+
+Environment:
+    FDDA_CUDA: 1 demands the CUDA kernels, 0 leaves them out; unset builds them if nvcc is found.
+    TORCH_CUDA_ARCH_LIST: architectures as in torch, e.g. "8.0 9.0+PTX".
+    CUDA_HOME: the toolkit to use; otherwise nvcc is looked up on PATH.
+    MAX_JOBS: how many compilers run at once.
+
+torch's own CUDAExtension refuses a CPU-only torch. The stable ABI needs nothing from torch's CUDA
+libraries at build time, so nvcc is driven here and its objects are linked with a static CUDA
+runtime: the result imports on machines without any CUDA library.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+
+ROOT = Path(__file__).resolve().parent
+# The oldest torch whose stable ABI the extension uses (2.11), so that one build serves all later.
+STABLE_ABI_TARGET = "0x020b000000000000"
+DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "12.0"]
+# No contraction to fma: every instruction set, and CUDA, must give the same bits.
+CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+# libtorch brings libtorch_cuda with it where torch has one, though no symbol of it is needed here.
+# The static CUDA runtime's symbols stay ours, apart from those of torch's copy.
+LINK_FLAGS = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--exclude-libs,ALL"]
+NVCC_FLAGS = ["-O3", "--fmad=false", "--extended-lambda", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+class CudaToolkit:
+    """An nvcc with its static runtime library."""
+
+    def __init__(self, nvcc: str) -> None:
+        self.nvcc = nvcc
+        dryrun = self._ask("--dryrun", "-x", "cu", "-c", os.devnull)
+        directories = [Path(path) for path in re.findall(r'"-L([^"]+)"', dryrun)]
+        found = [path for path in directories if (path / "libcudart_static.a").exists()]
+        if not found:
+            raise FileNotFoundError(
+                f"FDDA_CUDA: expected libcudart_static.a beside {nvcc}, got none in "
+                f"{[str(path) for path in directories]}; install the CUDA runtime's development "
+                "files or set FDDA_CUDA=0"
+            )
+        self.library_dir = str(found[0])
+
+    def _ask(self, *arguments: str) -> str:
+        done = subprocess.run([self.nvcc, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    def architectures(self) -> list[str]:
+        """What to compile for: TORCH_CUDA_ARCH_LIST, or what this nvcc knows of the default."""
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+        if asked:
+            return asked
+        known = self._ask("--list-gpu-arch").split()
+        archs = [a for a in DEFAULT_ARCHS if f"compute_{a.replace('.', '')}" in known]
+        return [*archs[:-1], f"{archs[-1]}+PTX"]
+
+    def compile(self, source: Path, target: Path, include_dirs: list[str]) -> None:
+        command = [self.nvcc, "-c", str(source), "-o", str(target), *NVCC_FLAGS]
+        command += [f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}"]
+        command += [f"-I{path}" for path in include_dirs]
+        for arch in self.architectures():
+            number = arch.removesuffix("+PTX").replace(".", "")
+            command.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if arch.endswith("+PTX"):
+                command.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True)
+
+
+def find_toolkit() -> CudaToolkit | None:
+    """Honours FDDA_CUDA: the toolkit to build with, or None for a CPU-only build."""
+    asked = os.environ.get("FDDA_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"setup.py: expected FDDA_CUDA to be 0 or 1, got {asked!r}")
+    if asked == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        if asked == "1":
+            raise SystemExit(
+                "setup.py: expected nvcc on PATH or in CUDA_HOME/bin because FDDA_CUDA=1, got "
+                "none; install the CUDA toolkit or set FDDA_CUDA=0"
+            )
+        return None
+    try:
+        return CudaToolkit(nvcc)
+    except FileNotFoundError as error:
+        if asked == "1":
+            raise SystemExit(f"setup.py: {error}") from None
+        print(f"warning: building without CUDA: {error}", file=sys.stderr)
+        return None
+
+
+class Build(BuildExtension):
+    """torch's build_ext, with the .cu files compiled beforehand into extra objects."""
+
+    def build_extensions(self) -> None:
+        if TOOLKIT is not None:
+            (extension,) = self.extensions
+            extension.extra_objects = self._compile_cuda(TOOLKIT, extension.include_dirs)
+        super().build_extensions()
+
+    def _compile_cuda(self, toolkit: CudaToolkit, include_dirs: list[str]) -> list[str]:
+        folder = Path(self.build_temp).resolve() / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        python_include = [path for path in self.compiler.include_dirs if path not in include_dirs]
+        headers = [*ROOT.glob("csrc/common/*.h"), *ROOT.glob("csrc/cuda/*.cuh"), ROOT / "setup.py"]
+        newest_header = max(path.stat().st_mtime for path in headers)
+        objects, jobs = [], []
+        for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+            target = folder / f"{source.stem}.o"
+            objects.append(str(target))
+            newest = max(newest_header, source.stat().st_mtime)
+            if self.force or not target.exists() or target.stat().st_mtime < newest:
+                jobs.append((source, target, [*include_dirs, *python_include]))
+        workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda job: toolkit.compile(*job), jobs))
+        return objects
+
+
+TOOLKIT = find_toolkit()
+
+
+def extension() -> Extension:
+    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/**/*.cpp"))
+    archs = " ".join(TOOLKIT.architectures()) if TOOLKIT else ""
+    return Extension(
+        "fdda_ext._C",
+        sources=[str(path.relative_to(ROOT)) for path in sources],
+        include_dirs=[str(ROOT / "csrc"), *include_paths()],
+        library_dirs=[*library_paths(), *([TOOLKIT.library_dir] if TOOLKIT else [])],
+        extra_compile_args={"cxx": CXX_FLAGS},
+        extra_link_args=LINK_FLAGS + (["-lcudart_static", "-lrt", "-ldl"] if TOOLKIT else []),
+        define_macros=[
+            ("TORCH_TARGET_VERSION", STABLE_ABI_TARGET),
+            ("FDDA_BUILT_WITH_TORCH", f'"{torch.__version__}"'),
+            ("FDDA_CUDA_ARCHS", f'"{archs}"'),
+        ],
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
