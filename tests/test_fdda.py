@@ -1,0 +1,294 @@
+"""FDDA against its paper: what is drawn, what each loss sees, how the schedule runs."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fdda_ext.data import Augmentation
+from fdda_ext.errors import UsageError
+from fdda_ext.methods import (
+    FDDA,
+    METHODS,
+    DistillationConfig,
+    FDDAConfig,
+    MethodSettings,
+    Problem,
+    build_method,
+    distillation_loss,
+)
+from fdda_ext.methods.distillation import ImageSampler, Student
+from fdda_ext.quantization import QuantizationConfig
+from fdda_ext.synthesis import GeneratorConfig
+
+CLASSES = 6
+
+
+def teacher() -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, CLASSES),
+    )
+    network.train()
+    for _ in range(5):
+        network(torch.randn(16, 3, 16, 16))
+    return network.eval().requires_grad_(False)
+
+
+def problem(right: bool | None = None, **quantization) -> Problem:
+    """Calibration images; with ``right`` their labels are all what the teacher says, or all not."""
+    network = teacher()
+    images = torch.randn(CLASSES, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(CLASSES)
+    if right is not None:
+        # A teacher that answers class k on image k, by construction of its last layer.
+        features = network[:-1](images)
+        target = torch.eye(CLASSES) * 20
+        solution = torch.linalg.lstsq(
+            torch.cat([features, torch.ones(CLASSES, 1)], 1), target
+        ).solution
+        network[-1].weight.copy_(solution[:-1].T)
+        network[-1].bias.copy_(solution[-1])
+        if not right:
+            labels = (labels + 1) % CLASSES
+    return Problem(
+        network,
+        CLASSES,
+        images,
+        labels,
+        Augmentation(crop_scale=(0.8, 1.0), flip=False),
+        QuantizationConfig(**quantization),
+        seed=0,
+    )
+
+
+def settings(distillation: dict | None = None, **fdda) -> MethodSettings:
+    defaults = {
+        "generator": GeneratorConfig(channels=8),
+        "batch": 8,
+        "warmup_iterations": 4,
+        "range_iterations": 3,
+        "misclassified_iterations": 2,
+        "lr_milestones": [5],
+    }
+    return MethodSettings(
+        DistillationConfig(
+            **{"steps": 3, "real_batch": 4, "generated_batch": 4, **(distillation or {})}
+        ),
+        FDDAConfig(**{**defaults, **fdda}),
+    )
+
+
+def test_distillation_loss_is_cross_entropy_plus_weighted_divergence():
+    torch.manual_seed(0)
+    student, target = torch.randn(5, 7), torch.randn(5, 7)
+    labels = torch.randint(7, (5,))
+    config = DistillationConfig()
+    p, q = (target / 20).softmax(1), (student / 20).softmax(1)
+    divergence = (p * (p.log() - q.log())).sum(1)
+    expected = F.cross_entropy(student, labels) + 20 * 20**2 * divergence.mean()
+    torch.testing.assert_close(distillation_loss(student, target, labels, config), expected)
+    # GDFQ's reduction is K times less.
+    lighter = replace(config, reduction="batch_and_classes", cross_entropy_weight=0.0)
+    expected = 20 * 20**2 * divergence.mean() / 7
+    torch.testing.assert_close(distillation_loss(student, target, labels, lighter), expected)
+
+
+def test_default_settings_are_the_published_ones():
+    fdda, student = FDDAConfig(), DistillationConfig()
+    assert fdda.warmup_iterations == 50 * 200
+    assert student.steps == 350 * 200
+    assert fdda.range_iterations == 4 * 200
+    assert fdda.misclassified_iterations == 5 * 200
+    assert (fdda.bns_weight, fdda.distorted_weight, fdda.centralised_weight) == (0.2, 0.9, 0.01)
+    assert (fdda.distortion.mean_std, fdda.distortion.variance_std) == (0.5, 1.0)
+    assert (fdda.batch, fdda.classes_per_batch) == (16, 1)
+    assert (student.temperature, student.weight, student.lr) == (20.0, 20.0, 1e-6)
+
+
+def test_number_of_steps_and_phases():
+    method = FDDA(problem(), settings())
+    assert method.iterations == 4 + 3
+    students = [it for it in range(7) if "student" in method.step(it)]
+    assert students == [4, 5, 6]
+    assert method.trainer.steps_done == 3
+
+
+def test_generator_loss_is_the_weighted_sum_of_its_terms():
+    method = FDDA(problem(), settings())
+    metrics, images, labels = method.generator_step(0)
+    assert images.shape == (8, 3, 16, 16)
+    assert not images.requires_grad
+    assert labels.shape == (8,)
+    expected = (
+        metrics["classification"]
+        + 0.2 * metrics["bns"]
+        + 0.9 * metrics["distorted"]
+        + 0.01 * metrics["centralised"]
+    )
+    torch.testing.assert_close(metrics["generator"], expected)
+
+
+def test_every_generator_loss_falls_when_trained_on_it_alone():
+    for name in ("bns", "centralised", "distorted", "classification"):
+        weights = {
+            "bns_weight": float(name == "bns"),
+            "centralised_weight": float(name == "centralised"),
+            "distorted_weight": float(name == "distorted"),
+            "classification_weight": float(name == "classification"),
+        }
+        method = FDDA(problem(right=True), settings(**weights, lr_milestones=[]))
+        values = [float(method.generator_step(i)[0][name]) for i in range(150)]
+        first, last = sum(values[:10]) / 10, sum(values[-10:]) / 10
+        assert last < 0.8 * first, (name, first, last)
+
+
+@pytest.mark.parametrize("classes_per_batch", [1, 2, 4])
+def test_batch_b_has_the_asked_number_of_different_classes(classes_per_batch):
+    method = FDDA(problem(), settings(classes_per_batch=classes_per_batch))
+    classes = method.draw_classes(0)
+    assert classes.unique().numel() == classes.numel() == classes_per_batch
+
+
+def test_misclassified_classes_are_pulled_to_noise_then_no_longer_drawn():
+    method = FDDA(problem(right=True), settings())
+    assert method.num_correct == CLASSES
+    method.centres.correct[:4] = False
+    method.num_correct = 2
+    metrics = [method.generator_step(0)[0] for _ in range(20)]
+    # L_C is zero exactly for the classes without a trusted centre, about 4 in 6 of the draws.
+    zero = sum(float(m["centralised"]) == 0 for m in metrics)
+    assert 0 < zero < 20
+    assert all(float(m["distorted"]) > 0 for m in metrics)
+    late = torch.cat([method.draw_classes(2) for _ in range(50)])
+    assert set(late.tolist()) == {4, 5}
+    assert set(torch.cat([method.draw_classes(1) for _ in range(80)]).tolist()) == set(range(6))
+
+
+def test_teacher_that_gets_every_image_wrong_is_refused():
+    with pytest.raises(UsageError, match="classifies some calibration images rightly"):
+        FDDA(problem(right=False), settings())
+
+
+def test_ranges_move_in_the_range_phase_only():
+    method = FDDA(problem(grid="paper"), settings())
+
+    def ranges():
+        return {
+            name: tensor.clone()
+            for name, tensor in method.student.state_dict().items()
+            if "activation" in name or "quantizer" in name
+        }
+
+    seen = []
+    for iteration in range(method.iterations):
+        before = ranges()
+        method.step(iteration)
+        after = ranges()
+        seen.append(any(not torch.equal(before[name], after[name]) for name in before))
+    assert seen[:3] == [True, True, True]
+    assert seen[3] is False
+
+
+def test_student_learns_and_stays_on_its_statistics():
+    method = FDDA(
+        problem(right=True),
+        settings(
+            {"steps": 60, "optimizer": "adam", "lr": 1e-3, "cosine_half_period": None},
+            ranges_from="calibration",
+        ),
+    )
+    before = {n: b.clone() for n, b in method.student.named_buffers() if "running" in n}
+    losses = [float(m["student"]) for i in range(64) if "student" in (m := method.step(i))]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert before
+    for name, buffer in method.student.named_buffers():
+        if name in before:
+            assert torch.equal(buffer, before[name])
+
+
+def test_learning_rate_follows_the_published_half_periods():
+    network = problem().student()
+    student = Student(
+        network, teacher(), DistillationConfig(steps=70_000, cosine_half_period=20_000)
+    )
+    for steps, factor in ((0, 1), (10_000, 0.5), (20_000, 0), (40_000, 1), (70_000, 0.5)):
+        student.steps_done = steps
+        assert student.rate_factor() == pytest.approx(factor, abs=1e-9)
+    student.config = replace(student.config, cosine_half_period=None)
+    student.steps_done = 35_000
+    assert student.rate_factor() == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+
+
+def test_sampler_shows_every_image_once_a_pass_and_drops_the_rest():
+    task = problem()
+    sampler = ImageSampler(task, 4, task.random())
+    first = sampler.next()[1]
+    second = sampler.next()[1]
+    assert first.unique().numel() == second.unique().numel() == 4
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_same_seed_same_weights_and_state_resumes_exactly(name):
+    task = problem(right=True)
+    chosen = settings(
+        {"optimizer": "adam", "lr": 1e-3, "cosine_half_period": None, "steps": 4},
+        ranges_from="calibration",
+    )
+
+    def build():
+        return build_method(name, task, chosen)
+
+    whole, again = build(), build()
+    for method in (whole, again):
+        torch.manual_seed(hash(id(method)) % 1000)  # the global generator must not matter
+        for iteration in range(method.iterations):
+            method.step(iteration)
+    halves = build()
+    half = halves.iterations - 2 if halves.iterations else 0
+    for iteration in range(half):
+        halves.step(iteration)
+    resumed = build()
+    resumed.load_state_dict(halves.state_dict())
+    for iteration in range(half, resumed.iterations):
+        resumed.step(iteration)
+    for key, tensor in whole.student.state_dict().items():
+        assert torch.equal(tensor, again.student.state_dict()[key]), key
+        assert torch.equal(tensor, resumed.student.state_dict()[key]), key
+
+
+def test_unknown_method_names_the_nearest():
+    with pytest.raises(UsageError, match="got fda; did you mean fdda"):
+        build_method("fda", problem(), settings())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes_per_batch": 3}, "classes_per_batch to divide batch"),
+        ({"batch": 1}, "batch at least 2, got 1"),
+        ({"lr": 0.0}, "lr above 0"),
+        ({"bns_weight": -1.0}, "bns_weight at least 0, got -1.0"),
+        ({"range_iterations": 9}, "range_iterations between 1 and warmup_iterations"),
+    ],
+)
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        settings(**change)
+
+
+def test_bad_distillation_settings_are_refused():
+    for change in ({"temperature": 0.0}, {"real_batch": 0}, {"cosine_half_period": 0}):
+        with pytest.raises(UsageError, match=f"distillation: expected {next(iter(change))}"):
+            DistillationConfig(**change)
