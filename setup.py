@@ -25,7 +25,8 @@ from torch.utils.cpp_extension import BuildExtension, include_paths, library_pat
 
 ROOT = Path(__file__).resolve().parent
 # The oldest torch whose stable ABI the extension uses (2.11), so that one build serves all later.
-STABLE_ABI_TARGET = "0x020b000000000000"
+STABLE_ABI = (2, 11)
+STABLE_ABI_TARGET = f"0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
 DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "12.0"]
 # No contraction to fma: every instruction set, and CUDA, must give the same bits.
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -148,7 +149,9 @@ def extension() -> Extension:
         define_macros=[
             ("TORCH_TARGET_VERSION", STABLE_ABI_TARGET),
             ("FDDA_BUILT_WITH_TORCH", f'"{torch.__version__}"'),
+            ("FDDA_STABLE_ABI", f'"{STABLE_ABI[0]}.{STABLE_ABI[1]}"'),
             ("FDDA_CUDA_ARCHS", f'"{archs}"'),
+            *([("FDDA_WITH_CUDA", "1")] if TOOLKIT else []),
         ],
     )
 

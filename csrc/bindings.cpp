@@ -2,13 +2,43 @@
 // register the operators with torch. The module itself knows nothing of tensors: it answers
 // questions about the build and sets switches that a dispatcher schema cannot express.
 
+#include "common/stable.h"
+#include "cpu/isa/dispatch.h"
+
+#if defined(FDDA_WITH_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "common/stable.h"
-
 namespace py = pybind11;
+
+namespace {
+
+// The CUDA runtime this library carries and what the driver supports; (0, 0) without CUDA kernels,
+// a driver version of 0 without a driver.
+py::tuple cuda_versions() {
+  int runtime = 0;
+  int driver = 0;
+#if defined(FDDA_WITH_CUDA)
+  if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+#endif
+  return py::make_tuple(runtime, driver);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of fdda_ext: registers torch.ops.fdda, build facts and switches.";
+  m.attr("built_with_torch") = FDDA_BUILT_WITH_TORCH;
+  m.attr("stable_abi") = FDDA_STABLE_ABI;
+  m.attr("cuda_archs") = FDDA_CUDA_ARCHS;
+  m.def("cuda_versions", &cuda_versions);
+  m.def("compiled_isas", &fdda::cpu::compiled_isas);
+  m.def("supported_isas", &fdda::cpu::supported_isas);
+  m.def("isa", &fdda::cpu::isa);
+  m.def("set_isa", &fdda::cpu::set_isa, py::arg("name"));
+  m.def("num_threads", &torch::stable::get_num_threads);
 }

@@ -100,4 +100,16 @@ inline void check_class_stats_loss(
   }
 }
 
+// What the loss's backward gets from its forward and from upstream.
+inline void check_class_stats_loss_saved(
+    const char* op, const Tensor& grad_loss, const Tensor& statistics, const Tensor& x,
+    const std::vector<int64_t>& loss_sizes, const std::vector<int64_t>& statistics_sizes) {
+  check_device(op, "grad_loss", grad_loss, x);
+  check_dtype(op, "grad_loss", grad_loss, statistics_dtype(x));
+  check_shape(op, "grad_loss", grad_loss, loss_sizes);
+  check_device(op, "statistics", statistics, x);
+  check_dtype(op, "statistics", statistics, statistics_dtype(x));
+  check_shape(op, "statistics", statistics, statistics_sizes);
+}
+
 }  // namespace fdda

@@ -1,0 +1,71 @@
+// class_batch_stats and its backward on the CPU: one layer through the engine of class_stats_cpu.h.
+
+#include <tuple>
+
+#include "class_stats_cpu.h"
+#include "common/class_stats_checks.h"
+#include "common/statistics.h"
+
+namespace fdda::cpu {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> class_batch_stats_cpu(
+    const Tensor& x, const Tensor& labels, int64_t num_classes) {
+  const char* op = "class_batch_stats";
+  check_class_batch_stats(op, x, labels, num_classes);
+  const ClassOrder classes(op, labels, num_classes);
+  const Layer layer(x);
+  const ScalarType dtype = statistics_dtype(x);
+  Tensor count = zeros(x, {num_classes}, ScalarType::Long);
+  Tensor mean = zeros(x, {num_classes, x.size(1)}, dtype);
+  Tensor var = zeros(x, {num_classes, x.size(1)}, dtype);
+  for (const int64_t k : classes.present()) {
+    mutable_ptr<int64_t>(count)[k] = classes.samples(k) * layer.view.positions;
+  }
+  for_element_type(x, [&](auto element, auto accumulator) {
+    using T = decltype(element);
+    using A = decltype(accumulator);
+    const StatisticsSpan<A> out = {mutable_ptr<A>(mean), mutable_ptr<A>(var), x.size(1)};
+    class_statistics<T, A>({layer}, classes, {out});
+  });
+  return {count, mean, var};
+}
+
+Tensor class_batch_stats_backward_cpu(
+    const Tensor& grad_mean, const Tensor& grad_var, const Tensor& x, const Tensor& labels,
+    const Tensor& count, const Tensor& mean) {
+  const char* op = "_class_batch_stats_backward";
+  check_class_batch_stats_backward(op, grad_mean, grad_var, x, labels, count, mean);
+  const ClassOrder classes(op, labels, count.size(0));
+  const Tensor mean_gradients = torch::stable::contiguous(grad_mean);
+  const Tensor var_gradients = torch::stable::contiguous(grad_var);
+  const Tensor means = torch::stable::contiguous(mean);
+  const Tensor counts = torch::stable::contiguous(count);
+  Tensor grad_x;
+  for_element_type(x, [&](auto element, auto accumulator) {
+    using T = decltype(element);
+    using A = decltype(accumulator);
+    std::vector<GradientMap<A>> maps;
+    maps.emplace_back(classes.num_classes() * x.size(1));
+    for (const int64_t k : classes.present()) {
+      const A n = static_cast<A>(const_ptr<int64_t>(counts)[k]);
+      for (int64_t at = k * x.size(1); at < (k + 1) * x.size(1); ++at) {
+        maps[0].set(
+            at, stats_gradient(
+                    const_ptr<A>(mean_gradients)[at], const_ptr<A>(var_gradients)[at],
+                    const_ptr<A>(means)[at], n));
+      }
+    }
+    grad_x = class_statistics_backward<T, A>({x}, classes, maps)[0];
+  });
+  return grad_x;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
+  m.impl("class_batch_stats", TORCH_BOX(&class_batch_stats_cpu));
+  m.impl("_class_batch_stats_backward", TORCH_BOX(&class_batch_stats_backward_cpu));
+}
+
+}  // namespace fdda::cpu

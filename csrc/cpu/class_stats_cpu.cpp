@@ -1,0 +1,295 @@
+#include "class_stats_cpu.h"
+
+#include "common/checks.h"
+#include "common/statistics.h"
+#include "isa/dispatch.h"
+
+namespace fdda::cpu {
+namespace {
+
+// Values per task: enough to be worth a thread, small enough to balance layers of unequal size.
+constexpr int64_t kTaskValues = 32768;
+// Channels that share one sample's item when rows are walked: one strip of the inner loop.
+constexpr int64_t kStripChannels = 64;
+// Channels merged together; their running moments stay in the L1 cache.
+constexpr int64_t kMergeChannels = 256;
+
+template <typename T>
+const StatisticsKernels<T>& loops();
+template <>
+const StatisticsKernels<float>& loops() {
+  return kernels().statistics_float;
+}
+template <>
+const StatisticsKernels<double>& loops() {
+  return kernels().statistics_double;
+}
+template <>
+const StatisticsKernels<BFloat16>& loops() {
+  return kernels().statistics_bfloat16;
+}
+template <>
+const StatisticsKernels<Half>& loops() {
+  return kernels().statistics_half;
+}
+
+// Items [begin, end) of one layer.
+struct Task {
+  size_t layer;
+  int64_t begin;
+  int64_t end;
+};
+
+void add_tasks(size_t layer, int64_t items, int64_t values_per_item, std::vector<Task>& tasks) {
+  const int64_t step = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(1, values_per_item));
+  for (int64_t begin = 0; begin < items; begin += step) {
+    tasks.push_back({layer, begin, std::min(begin + step, items)});
+  }
+}
+
+template <typename Body>
+void run(const std::vector<Task>& tasks, const Body& body) {
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          body(tasks[i]);
+        }
+      });
+}
+
+// Mean and M2 of every sample and channel of a layer, [N, C] each.
+struct SampleMoments {
+  double* mean;
+  double* m2;
+};
+
+int64_t strips(const SampleView& view) {
+  return (view.channels + kStripChannels - 1) / kStripChannels;
+}
+
+template <typename T>
+void sample_moments(const Layer& layer, const Task& task, const SampleMoments& out) {
+  const StatisticsKernels<T>& loop = loops<T>();
+  const SampleView& view = layer.view;
+  const T* x = const_ptr<T>(layer.x);
+  const int64_t items_per_sample = view.is_planes() ? view.channels : strips(view);
+  for (int64_t item = task.begin; item < task.end; ++item) {
+    const int64_t n = item / items_per_sample;
+    const int64_t c = item % items_per_sample * (view.is_planes() ? 1 : kStripChannels);
+    const T* from = x + n * view.sample_stride + c * view.channel_stride;
+    const int64_t to = n * view.channels + c;
+    if (view.is_planes()) {
+      loop.plane(view.positions, from, out.mean + to, out.m2 + to);
+    } else {
+      const int64_t channels = std::min(kStripChannels, view.channels - c);
+      loop.columns(
+          view.positions, channels, view.position_stride, from, out.mean + to, out.m2 + to);
+    }
+  }
+}
+
+// Merges the samples of every class present, for channels [begin, end).
+template <typename A>
+void merge_samples(
+    const SampleView& view, const ClassOrder& classes, const SampleMoments& moments, int64_t begin,
+    int64_t end, const StatisticsSpan<A>& out) {
+  const int64_t channels = end - begin;
+  const double positions = static_cast<double>(view.positions);
+  double mean[kMergeChannels];
+  double m2[kMergeChannels];
+  for (const int64_t k : classes.present()) {
+    for (int64_t i = 0; i < classes.samples(k); ++i) {
+      const int64_t at = classes.sample(k, i) * view.channels + begin;
+      if (i == 0) {
+        std::copy_n(moments.mean + at, channels, mean);
+        std::copy_n(moments.m2 + at, channels, m2);
+      } else {
+        kernels().merge_channels(
+            channels, static_cast<double>(i) * positions, positions, mean, m2, moments.mean + at,
+            moments.m2 + at);
+      }
+    }
+    const double count = static_cast<double>(classes.samples(k)) * positions;
+    const int64_t to = k * out.class_stride + begin;
+    for (int64_t c = 0; c < channels; ++c) {
+      out.mean[to + c] = static_cast<A>(mean[c]);
+      out.var[to + c] = static_cast<A>(m2[c] / count);
+    }
+  }
+}
+
+}  // namespace
+
+ClassOrder::ClassOrder(const char* op, const Tensor& labels, int64_t num_classes)
+    : label_(labels.size(0)), start_(num_classes + 1, 0), order_(labels.size(0)) {
+  const Tensor values = torch::stable::contiguous(labels);
+  const int64_t samples = labels.size(0);
+  for (int64_t n = 0; n < samples; ++n) {
+    const int64_t k = const_ptr<int64_t>(values)[n];
+    if (k < 0 || k >= num_classes) {
+      refuse(
+          op, "labels", "to lie in [0, " + std::to_string(num_classes) + ")", k, " at index ", n);
+    }
+    label_[n] = k;
+    ++start_[k + 1];
+  }
+  for (int64_t k = 0; k < num_classes; ++k) {
+    if (start_[k + 1] > 0) {
+      present_.push_back(k);
+    }
+    start_[k + 1] += start_[k];
+  }
+  std::vector<int64_t> next(start_.begin(), start_.end() - 1);
+  for (int64_t n = 0; n < samples; ++n) {
+    order_[next[label_[n]]++] = n;
+  }
+}
+
+Layer::Layer(const Tensor& activation) : x(activation) {
+  std::optional<SampleView> found = sample_view(x);
+  if (!found.has_value()) {
+    x = torch::stable::contiguous(activation);
+    found = sample_view(x);
+  }
+  view = *found;
+}
+
+template <typename T, typename A>
+void class_statistics(
+    const std::vector<Layer>& layers, const ClassOrder& classes,
+    const std::vector<StatisticsSpan<A>>& out) {
+  std::vector<Task> moment_tasks;
+  std::vector<Task> merge_tasks;
+  std::vector<int64_t> offsets;
+  int64_t total = 0;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const SampleView& view = layers[l].view;
+    offsets.push_back(total);
+    if (view.samples * view.channels * view.positions == 0) {
+      continue;
+    }
+    total += view.samples * view.channels;
+    if (view.is_planes()) {
+      add_tasks(l, view.samples * view.channels, view.positions, moment_tasks);
+    } else {
+      const int64_t strip = std::min(kStripChannels, view.channels);
+      add_tasks(l, view.samples * strips(view), view.positions * strip, moment_tasks);
+    }
+    for (int64_t c = 0; c < view.channels; c += kMergeChannels) {
+      merge_tasks.push_back({l, c, std::min(c + kMergeChannels, view.channels)});
+    }
+  }
+  const std::unique_ptr<double[]> scratch(new double[2 * total]);
+  const auto moments = [&](size_t layer) -> SampleMoments {
+    return {scratch.get() + offsets[layer], scratch.get() + total + offsets[layer]};
+  };
+  run(moment_tasks,
+      [&](const Task& task) { sample_moments<T>(layers[task.layer], task, moments(task.layer)); });
+  run(merge_tasks, [&](const Task& task) {
+    merge_samples(
+        layers[task.layer].view, classes, moments(task.layer), task.begin, task.end,
+        out[task.layer]);
+  });
+}
+
+namespace {
+
+// One layer of the backward: where to read, where to write, and how.
+struct BackwardLayer {
+  Layer from;
+  Tensor result;    // in the layout of empty_like(x)
+  Tensor to;        // result, or a contiguous stand-in copied to it at the end
+  SampleView view;  // of `to`
+  int64_t rows_per_item;
+
+  explicit BackwardLayer(const Tensor& x) : from(x), result(torch::stable::empty_like(x)) {
+    to = result;
+    std::optional<SampleView> found = sample_view(to);
+    const auto alike = [&] {
+      return found.has_value() && ((found->is_planes() && from.view.is_planes()) ||
+                                   (found->is_rows() && from.view.is_rows()));
+    };
+    if (!alike()) {
+      from = Layer(torch::stable::contiguous(x));
+      to = torch::stable::empty_like(from.x);
+      found = sample_view(to);
+    }
+    view = *found;
+    rows_per_item = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(1, view.channels));
+  }
+
+  bool is_planes() const { return from.view.is_planes() && view.is_planes(); }
+  int64_t items_per_sample() const {
+    return is_planes() ? view.channels : (view.positions + rows_per_item - 1) / rows_per_item;
+  }
+};
+
+template <typename T, typename A>
+void apply(
+    const BackwardLayer& layer, const Task& task, const ClassOrder& classes,
+    const GradientMap<A>& map) {
+  const StatisticsKernels<T>& loop = loops<T>();
+  const SampleView& in = layer.from.view;
+  const SampleView& out = layer.view;
+  const T* x = const_ptr<T>(layer.from.x);
+  T* grad_x = mutable_ptr<T>(layer.to);
+  for (int64_t item = task.begin; item < task.end; ++item) {
+    const int64_t n = item / layer.items_per_sample();
+    const int64_t part = item % layer.items_per_sample();
+    const int64_t at = classes.label(n) * out.channels;
+    const T* from = x + n * in.sample_stride;
+    T* to = grad_x + n * out.sample_stride;
+    if (layer.is_planes()) {
+      loop.plane_backward(
+          out.positions, map.mean[at + part], map.offset[at + part], map.slope[at + part],
+          from + part * in.channel_stride, to + part * out.channel_stride);
+    } else {
+      const int64_t row = part * layer.rows_per_item;
+      loop.rows_backward(
+          std::min(layer.rows_per_item, out.positions - row), out.channels, in.position_stride,
+          out.position_stride, &map.mean[at], &map.offset[at], &map.slope[at],
+          from + row * in.position_stride, to + row * out.position_stride);
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T, typename A>
+std::vector<Tensor> class_statistics_backward(
+    const std::vector<Tensor>& xs, const ClassOrder& classes,
+    const std::vector<GradientMap<A>>& maps) {
+  std::vector<BackwardLayer> layers;
+  std::vector<Task> tasks;
+  for (const Tensor& x : xs) {
+    layers.emplace_back(x);
+    const BackwardLayer& layer = layers.back();
+    if (x.numel() > 0) {
+      const int64_t items = layer.view.samples * layer.items_per_sample();
+      add_tasks(layers.size() - 1, items, x.numel() / items, tasks);
+    }
+  }
+  run(tasks,
+      [&](const Task& task) { apply<T>(layers[task.layer], task, classes, maps[task.layer]); });
+  std::vector<Tensor> results;
+  for (BackwardLayer& layer : layers) {
+    if (layer.to.get() != layer.result.get()) {
+      torch::stable::copy_(layer.result, layer.to);
+    }
+    results.push_back(layer.result);
+  }
+  return results;
+}
+
+#define FDDA_INSTANTIATE(T, A)                                                              \
+  template void class_statistics<T, A>(                                                     \
+      const std::vector<Layer>&, const ClassOrder&, const std::vector<StatisticsSpan<A>>&); \
+  template std::vector<Tensor> class_statistics_backward<T, A>(                             \
+      const std::vector<Tensor>&, const ClassOrder&, const std::vector<GradientMap<A>>&);
+FDDA_INSTANTIATE(float, float)
+FDDA_INSTANTIATE(double, double)
+FDDA_INSTANTIATE(BFloat16, float)
+FDDA_INSTANTIATE(Half, float)
+#undef FDDA_INSTANTIATE
+
+}  // namespace fdda::cpu

@@ -1,0 +1,96 @@
+// Per-class statistics of several layers at once, the engine behind class_batch_stats and
+// class_stats_loss on the CPU.
+//
+// Forward: every sample and channel first gets its own mean and M2 (read from memory once; the
+// second pass finds the block in the cache); then each class merges its samples in their order.
+// Both steps are cut into tasks of about equal size over all layers, with borders that depend on
+// the sizes alone, so that the result does not depend on the number of threads.
+#pragma once
+
+#include <memory>
+
+#include "common/layout.h"
+#include "common/stable.h"
+#include "common/statistics.h"
+#include "isa/kernels.h"
+
+namespace fdda::cpu {
+
+// Which samples belong to which class.
+class ClassOrder {
+ public:
+  // Throws if a label lies outside [0, num_classes).
+  ClassOrder(const char* op, const Tensor& labels, int64_t num_classes);
+
+  int64_t num_classes() const { return static_cast<int64_t>(start_.size()) - 1; }
+  int64_t samples(int64_t k) const { return start_[k + 1] - start_[k]; }
+  // The i-th sample of class k, in the order of the batch.
+  int64_t sample(int64_t k, int64_t i) const { return order_[start_[k] + i]; }
+  // Classes with at least one sample, ascending.
+  const std::vector<int64_t>& present() const { return present_; }
+  int64_t label(int64_t sample) const { return label_[sample]; }
+
+ private:
+  std::vector<int64_t> label_;
+  std::vector<int64_t> start_;
+  std::vector<int64_t> order_;
+  std::vector<int64_t> present_;
+};
+
+// One layer's activation, readable in place (a contiguous copy if its strides are odd).
+struct Layer {
+  explicit Layer(const Tensor& activation);
+
+  Tensor x;
+  SampleView view;
+};
+
+// Where one layer's statistics are: A is float or double; class k's channels start at
+// k * class_stride. Classes without samples are left untouched.
+template <typename A>
+struct StatisticsSpan {
+  A* mean;
+  A* var;
+  int64_t class_stride;
+};
+
+// T is the element type, A its Accumulator.
+template <typename T, typename A>
+void class_statistics(
+    const std::vector<Layer>& layers, const ClassOrder& classes,
+    const std::vector<StatisticsSpan<A>>& out);
+
+// The affine map of the backward (common/statistics.h), [K, C], set for the classes present.
+template <typename A>
+struct GradientMap {
+  explicit GradientMap(int64_t size) : mean(new A[size]), offset(new A[size]), slope(new A[size]) {}
+
+  void set(int64_t at, const StatsGradient<A>& gradient) {
+    mean[at] = gradient.mean;
+    offset[at] = gradient.offset;
+    slope[at] = gradient.slope;
+  }
+
+  std::unique_ptr<A[]> mean;
+  std::unique_ptr<A[]> offset;
+  std::unique_ptr<A[]> slope;
+};
+
+// Gradients with respect to the activations, in the layouts of empty_like.
+template <typename T, typename A>
+std::vector<Tensor> class_statistics_backward(
+    const std::vector<Tensor>& xs, const ClassOrder& classes,
+    const std::vector<GradientMap<A>>& maps);
+
+// Calls body with a value of x's element type and one of its accumulator.
+template <typename Body>
+void for_element_type(const Tensor& x, const Body& body) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double: return body(double{}, double{});
+    case ScalarType::BFloat16: return body(BFloat16{}, float{});
+    case ScalarType::Half: return body(Half{}, float{});
+    default: return body(float{}, float{});
+  }
+}
+
+}  // namespace fdda::cpu

@@ -1,0 +1,165 @@
+// class_stats_loss and its backward on the CPU: all layers at once through class_stats_cpu.h.
+
+#include <tuple>
+
+#include "class_stats_cpu.h"
+#include "common/class_stats_checks.h"
+#include "common/statistics.h"
+
+namespace fdda::cpu {
+namespace {
+
+int64_t total_channels(const std::vector<Tensor>& xs) {
+  int64_t total = 0;
+  for (const Tensor& x : xs) {
+    total += x.size(1);
+  }
+  return total;
+}
+
+// Positions of one sample of x [N, C, *].
+int64_t positions(const Tensor& x) {
+  int64_t product = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) {
+    product *= x.size(d);
+  }
+  return product;
+}
+
+// What the loss adds up to for one class, one layer and one set of targets: the mean over the
+// channels of stats_distance. Eight partial sums keep the additions independent of each other.
+template <typename A>
+double mean_distance(
+    int64_t channels, const A* mean, const A* var, const A* target_mean, const A* target_var) {
+  double sums[8] = {};
+  int64_t c = 0;
+  for (; c + 8 <= channels; c += 8) {
+    for (int64_t i = 0; i < 8; ++i) {
+      sums[i] +=
+          stats_distance<double>(mean[c + i], var[c + i], target_mean[c + i], target_var[c + i]);
+    }
+  }
+  for (; c < channels; ++c) {
+    sums[0] += stats_distance<double>(mean[c], var[c], target_mean[c], target_var[c]);
+  }
+  double total = 0;
+  for (const double sum : sums) {
+    total += sum;
+  }
+  return total / static_cast<double>(channels);
+}
+
+std::tuple<Tensor, Tensor> class_stats_loss_cpu(
+    const std::vector<Tensor>& xs, const Tensor& labels, const std::vector<Tensor>& target_means,
+    const std::vector<Tensor>& target_vars, const Tensor& weight) {
+  const char* op = "class_stats_loss";
+  check_class_stats_loss(op, xs, labels, target_means, target_vars, weight);
+  const int64_t sets = weight.size(0);
+  const int64_t num_classes = weight.size(1);
+  const int64_t layers = static_cast<int64_t>(xs.size());
+  const int64_t channels = total_channels(xs);
+  const ClassOrder classes(op, labels, num_classes);
+  const ScalarType dtype = statistics_dtype(xs[0]);
+  const Tensor weights = torch::stable::contiguous(weight);
+  Tensor loss = zeros(xs[0], {sets, layers}, dtype);
+  Tensor statistics = zeros(xs[0], {2, num_classes, channels}, dtype);
+
+  for_element_type(xs[0], [&](auto element, auto accumulator) {
+    using T = decltype(element);
+    using A = decltype(accumulator);
+    const std::vector<Layer> sources(xs.begin(), xs.end());
+    std::vector<StatisticsSpan<A>> spans;
+    A* mean = mutable_ptr<A>(statistics);
+    A* var = mean + num_classes * channels;
+    for (const Tensor& x : xs) {
+      spans.push_back({mean, var, channels});
+      mean += x.size(1);
+      var += x.size(1);
+    }
+    class_statistics<T, A>(sources, classes, spans);
+
+    for (int64_t l = 0; l < layers; ++l) {
+      const int64_t width = xs[l].size(1);
+      if (width == 0 || positions(xs[l]) == 0) {
+        continue;
+      }
+      const Tensor target_mean = torch::stable::contiguous(target_means[l]);
+      const Tensor target_var = torch::stable::contiguous(target_vars[l]);
+      for (int64_t t = 0; t < sets; ++t) {
+        double total = 0;
+        for (const int64_t k : classes.present()) {
+          const int64_t at = (t * num_classes + k) * width;
+          const double distance = mean_distance(
+              width, spans[l].mean + k * channels, spans[l].var + k * channels,
+              const_ptr<A>(target_mean) + at, const_ptr<A>(target_var) + at);
+          total += static_cast<double>(const_ptr<A>(weights)[t * num_classes + k]) * distance;
+        }
+        mutable_ptr<A>(loss)[t * layers + l] = static_cast<A>(total);
+      }
+    }
+  });
+  return {loss, statistics};
+}
+
+std::vector<Tensor> class_stats_loss_backward_cpu(
+    const Tensor& grad_loss, const std::vector<Tensor>& xs, const Tensor& labels,
+    const std::vector<Tensor>& target_means, const std::vector<Tensor>& target_vars,
+    const Tensor& weight, const Tensor& statistics) {
+  const char* op = "_class_stats_loss_backward";
+  check_class_stats_loss(op, xs, labels, target_means, target_vars, weight);
+  const int64_t sets = weight.size(0);
+  const int64_t num_classes = weight.size(1);
+  const int64_t layers = static_cast<int64_t>(xs.size());
+  const int64_t channels = total_channels(xs);
+  check_class_stats_loss_saved(
+      op, grad_loss, statistics, xs[0], {sets, layers}, {2, num_classes, channels});
+  const ClassOrder classes(op, labels, num_classes);
+  const Tensor weights = torch::stable::contiguous(weight);
+  const Tensor upstream = torch::stable::contiguous(grad_loss);
+  const Tensor saved = torch::stable::contiguous(statistics);
+  std::vector<Tensor> gradients;
+
+  for_element_type(xs[0], [&](auto element, auto accumulator) {
+    using T = decltype(element);
+    using A = decltype(accumulator);
+    std::vector<GradientMap<A>> maps;
+    const A* mean = const_ptr<A>(saved);
+    const A* var = mean + num_classes * channels;
+    for (int64_t l = 0; l < layers; ++l) {
+      const int64_t width = xs[l].size(1);
+      const Tensor target_mean = torch::stable::contiguous(target_means[l]);
+      const Tensor target_var = torch::stable::contiguous(target_vars[l]);
+      GradientMap<A>& map = maps.emplace_back(num_classes * width);
+      for (const int64_t k : classes.present()) {
+        const A count = static_cast<A>(classes.samples(k) * positions(xs[l]));
+        for (int64_t c = 0; c < width; ++c) {
+          // d loss[t, l] / d mean = weight[t, k] * 2 (mean - target_mean) / C, and so for var.
+          A grad_mean = 0;
+          A grad_var = 0;
+          for (int64_t t = 0; t < sets; ++t) {
+            const A factor = const_ptr<A>(upstream)[t * layers + l] *
+                             const_ptr<A>(weights)[t * num_classes + k] * A(2) / A(width);
+            const int64_t at = (t * num_classes + k) * width + c;
+            grad_mean += factor * (mean[k * channels + c] - const_ptr<A>(target_mean)[at]);
+            grad_var += factor * (var[k * channels + c] - const_ptr<A>(target_var)[at]);
+          }
+          map.set(
+              k * width + c, stats_gradient(grad_mean, grad_var, mean[k * channels + c], count));
+        }
+      }
+      mean += width;
+      var += width;
+    }
+    gradients = class_statistics_backward<T, A>(xs, classes, maps);
+  });
+  return gradients;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
+  m.impl("class_stats_loss", TORCH_BOX(&class_stats_loss_cpu));
+  m.impl("_class_stats_loss_backward", TORCH_BOX(&class_stats_loss_backward_cpu));
+}
+
+}  // namespace fdda::cpu

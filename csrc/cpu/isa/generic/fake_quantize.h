@@ -1,0 +1,151 @@
+// Fake quantization over runs and rows; the arithmetic is common/quantization.h's, on vectors.
+// (No #pragma once: each instruction set compiles its own copy, inside its own namespace.)
+
+FDDA_INLINE QuantParams<Floats> params_of_channel(const ChannelParams& p, int64_t channel) {
+  return {
+      Floats(p.scale[channel]), Floats(p.inverse_scale[channel]), Floats(p.low[channel]),
+      Floats(p.high[channel])};
+}
+
+// The parameters of n <= 16 neighbouring channels; 1 in the lanes beyond.
+FDDA_INLINE QuantParams<Floats> params_of_channels(
+    const ChannelParams& p, int64_t channel, int64_t n) {
+  const Floats one(1.0f);
+  return {
+      load_some(p.scale + channel, n, one), load_some(p.inverse_scale + channel, n, one),
+      load_some(p.low + channel, n, one), load_some(p.high + channel, n, one)};
+}
+
+// Calls body(unit, channel, offset of its first element, number of elements) for each unit.
+template <typename Body>
+FDDA_INLINE void for_each_unit(const RunPlan& plan, int64_t begin, int64_t end, const Body& body) {
+  int64_t run = begin / plan.blocks_per_run;
+  int64_t block = begin % plan.blocks_per_run;
+  int64_t channel = run % plan.channels;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t start = block * plan.block;
+    const int64_t left = plan.inner - start;
+    body(unit, channel, run * plan.inner + start, left < plan.block ? left : plan.block);
+    if (++block == plan.blocks_per_run) {
+      block = 0;
+      ++run;
+      channel = channel + 1 == plan.channels ? 0 : channel + 1;
+    }
+  }
+}
+
+template <typename T>
+void fake_quantize_runs(
+    const RunPlan& plan, int64_t begin, int64_t end, const ChannelParams& params, const T* x,
+    T* y) {
+  for_each_unit(plan, begin, end, [&](int64_t, int64_t channel, int64_t offset, int64_t n) {
+    const QuantParams<Floats> p = params_of_channel(params, channel);
+    const T* in = x + offset;
+    T* out = y + offset;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      store(out + i, fake_quantize_value(load(in + i), p));
+    }
+    if (i < n) {
+      const Floats tail = load_some(in + i, n - i, Floats(0.0f));
+      store_some(out + i, n - i, fake_quantize_value(tail, p));
+    }
+  });
+}
+
+template <typename T>
+void fake_quantize_runs_backward(
+    const RunPlan& plan, int64_t begin, int64_t end, const ChannelParams& params, const T* grad,
+    const T* x, T* grad_x, float* scale_sum, float* zero_point_sum) {
+  for_each_unit(plan, begin, end, [&](int64_t unit, int64_t channel, int64_t offset, int64_t n) {
+    const QuantParams<Floats> p = params_of_channel(params, channel);
+    const T* in = x + offset;
+    const T* upstream = grad + offset;
+    T* out = grad_x + offset;
+    Floats scale_total(0.0f);
+    Floats zero_point_total(0.0f);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      const QuantGradient<Floats> d = fake_quantize_gradient(load(upstream + i), load(in + i), p);
+      store(out + i, d.x);
+      scale_total = scale_total + d.scale;
+      zero_point_total = zero_point_total + d.zero_point;
+    }
+    if (i < n) {
+      // A zero gradient in the lanes beyond the end adds nothing to the sums.
+      const Floats zero(0.0f);
+      const QuantGradient<Floats> d = fake_quantize_gradient(
+          load_some(upstream + i, n - i, zero), load_some(in + i, n - i, zero), p);
+      store_some(out + i, n - i, d.x);
+      scale_total = scale_total + d.scale;
+      zero_point_total = zero_point_total + d.zero_point;
+    }
+    scale_sum[unit] = sum(scale_total);
+    zero_point_sum[unit] = sum(zero_point_total);
+  });
+}
+
+template <typename T>
+void fake_quantize_rows(
+    int64_t rows, int64_t channels, const ChannelParams& params, const T* x, T* y) {
+  for (int64_t row = 0; row < rows; ++row, x += channels, y += channels) {
+    for (int64_t c = 0; c < channels; c += 16) {
+      const int64_t n = channels - c;
+      if (n >= 16) {
+        const QuantParams<Floats> p = {
+            load(params.scale + c), load(params.inverse_scale + c), load(params.low + c),
+            load(params.high + c)};
+        store(y + c, fake_quantize_value(load(x + c), p));
+      } else {
+        const QuantParams<Floats> p = params_of_channels(params, c, n);
+        store_some(y + c, n, fake_quantize_value(load_some(x + c, n, Floats(0.0f)), p));
+      }
+    }
+  }
+}
+
+// Goes down the rows in strips of 16 channels, whose sums and parameters stay in registers.
+template <typename T>
+void fake_quantize_rows_backward(
+    int64_t rows, int64_t channels, const ChannelParams& params, const T* grad, const T* x,
+    T* grad_x, float* scale_sum, float* zero_point_sum) {
+  const Floats zero(0.0f);
+  int64_t c = 0;
+  for (; c + 16 <= channels; c += 16) {
+    const QuantParams<Floats> p = {
+        load(params.scale + c), load(params.inverse_scale + c), load(params.low + c),
+        load(params.high + c)};
+    Floats scale_total = zero;
+    Floats zero_point_total = zero;
+    for (int64_t at = c; at < rows * channels; at += channels) {
+      const QuantGradient<Floats> d = fake_quantize_gradient(load(grad + at), load(x + at), p);
+      store(grad_x + at, d.x);
+      scale_total = scale_total + d.scale;
+      zero_point_total = zero_point_total + d.zero_point;
+    }
+    store(scale_sum + c, scale_total);
+    store(zero_point_sum + c, zero_point_total);
+  }
+  if (c < channels) {
+    const int64_t n = channels - c;
+    const QuantParams<Floats> p = params_of_channels(params, c, n);
+    Floats scale_total = zero;
+    Floats zero_point_total = zero;
+    for (int64_t at = c; at < rows * channels; at += channels) {
+      const QuantGradient<Floats> d =
+          fake_quantize_gradient(load_some(grad + at, n, zero), load_some(x + at, n, zero), p);
+      store_some(grad_x + at, n, d.x);
+      scale_total = scale_total + d.scale;
+      zero_point_total = zero_point_total + d.zero_point;
+    }
+    store_some(scale_sum + c, n, scale_total);
+    store_some(zero_point_sum + c, n, zero_point_total);
+  }
+}
+
+template <typename T>
+constexpr FakeQuantizeKernels<T> fake_quantize_kernels() {
+  return {
+      fake_quantize_runs<T>, fake_quantize_runs_backward<T>, fake_quantize_rows<T>,
+      fake_quantize_rows_backward<T>};
+}

@@ -1,0 +1,160 @@
+// One 512-bit register per vector. Needs avx512f, bw, dq, vl.
+
+struct Floats {
+  static constexpr int kWidth = 16;
+  __m512 v;
+  Floats() = default;
+  __attribute__((always_inline)) explicit Floats(float value) : v(_mm512_set1_ps(value)) {}
+  __attribute__((always_inline)) explicit Floats(__m512 value) : v(value) {}
+};
+
+struct Doubles {
+  static constexpr int kWidth = 8;
+  __m512d v;
+  Doubles() = default;
+  __attribute__((always_inline)) explicit Doubles(double value) : v(_mm512_set1_pd(value)) {}
+  __attribute__((always_inline)) explicit Doubles(__m512d value) : v(value) {}
+};
+
+struct Mask {
+  __mmask16 v;
+};
+
+FDDA_INLINE Floats operator+(Floats a, Floats b) {
+  return Floats(_mm512_add_ps(a.v, b.v));
+}
+FDDA_INLINE Floats operator-(Floats a, Floats b) {
+  return Floats(_mm512_sub_ps(a.v, b.v));
+}
+FDDA_INLINE Floats operator*(Floats a, Floats b) {
+  return Floats(_mm512_mul_ps(a.v, b.v));
+}
+FDDA_INLINE Floats operator/(Floats a, Floats b) {
+  return Floats(_mm512_div_ps(a.v, b.v));
+}
+FDDA_INLINE Doubles operator+(Doubles a, Doubles b) {
+  return Doubles(_mm512_add_pd(a.v, b.v));
+}
+FDDA_INLINE Doubles operator-(Doubles a, Doubles b) {
+  return Doubles(_mm512_sub_pd(a.v, b.v));
+}
+FDDA_INLINE Doubles operator*(Doubles a, Doubles b) {
+  return Doubles(_mm512_mul_pd(a.v, b.v));
+}
+
+FDDA_INLINE Floats round_half_even(Floats a) {
+  return Floats(_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// max and min return their second operand when one is NaN, so NaN passes through.
+FDDA_INLINE Floats clamp(Floats a, Floats low, Floats high) {
+  return Floats(_mm512_min_ps(high.v, _mm512_max_ps(low.v, a.v)));
+}
+
+FDDA_INLINE Mask within(Floats a, Floats low, Floats high) {
+  const __mmask16 above = _mm512_cmp_ps_mask(a.v, low.v, _CMP_GE_OQ);
+  return {_mm512_mask_cmp_ps_mask(above, a.v, high.v, _CMP_LE_OQ)};
+}
+
+FDDA_INLINE Mask less(Floats a, Floats b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
+}
+
+FDDA_INLINE Floats select(Mask mask, Floats if_true, Floats if_false) {
+  return Floats(_mm512_mask_blend_ps(mask.v, if_false.v, if_true.v));
+}
+
+// Lane sums in the same tree as every other instruction set: i + (i + half), halving.
+FDDA_INLINE float sum(Floats a) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+FDDA_INLINE double sum(Doubles a) {
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(a.v), _mm512_extractf64x4_pd(a.v, 1));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+FDDA_INLINE __mmask16 first(int64_t n) {
+  return static_cast<__mmask16>((1u << n) - 1u);
+}
+
+FDDA_INLINE __m512 widen_bfloat16(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// Round half to even; NaN becomes the quiet NaN 0x7fc0, as in torch.
+FDDA_INLINE __m256i narrow_bfloat16(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+FDDA_INLINE __m256i narrow_half(__m512 value) {
+  return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+FDDA_INLINE __m256i load_bits(const void* data) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(data));
+}
+
+FDDA_INLINE Floats load(const float* data) {
+  return Floats(_mm512_loadu_ps(data));
+}
+FDDA_INLINE Floats load(const BFloat16* data) {
+  return Floats(widen_bfloat16(load_bits(data)));
+}
+FDDA_INLINE Floats load(const Half* data) {
+  return Floats(_mm512_cvtph_ps(load_bits(data)));
+}
+FDDA_INLINE Doubles load(const double* data) {
+  return Doubles(_mm512_loadu_pd(data));
+}
+
+// The first n lanes from memory, the others from fill.
+FDDA_INLINE Floats load_some(const float* data, int64_t n, Floats fill) {
+  return Floats(_mm512_mask_loadu_ps(fill.v, first(n), data));
+}
+FDDA_INLINE Floats load_some(const BFloat16* data, int64_t n, Floats fill) {
+  const __m512 value = widen_bfloat16(_mm256_maskz_loadu_epi16(first(n), data));
+  return Floats(_mm512_mask_mov_ps(fill.v, first(n), value));
+}
+FDDA_INLINE Floats load_some(const Half* data, int64_t n, Floats fill) {
+  const __m512 value = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), data));
+  return Floats(_mm512_mask_mov_ps(fill.v, first(n), value));
+}
+FDDA_INLINE Doubles load_some(const double* data, int64_t n, Doubles fill) {
+  return Doubles(_mm512_mask_loadu_pd(fill.v, static_cast<__mmask8>(first(n)), data));
+}
+
+FDDA_INLINE void store(float* data, Floats value) {
+  _mm512_storeu_ps(data, value.v);
+}
+FDDA_INLINE void store(BFloat16* data, Floats value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(data), narrow_bfloat16(value.v));
+}
+FDDA_INLINE void store(Half* data, Floats value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(data), narrow_half(value.v));
+}
+FDDA_INLINE void store(double* data, Doubles value) {
+  _mm512_storeu_pd(data, value.v);
+}
+
+FDDA_INLINE void store_some(float* data, int64_t n, Floats value) {
+  _mm512_mask_storeu_ps(data, first(n), value.v);
+}
+FDDA_INLINE void store_some(BFloat16* data, int64_t n, Floats value) {
+  _mm256_mask_storeu_epi16(data, first(n), narrow_bfloat16(value.v));
+}
+FDDA_INLINE void store_some(Half* data, int64_t n, Floats value) {
+  _mm256_mask_storeu_epi16(data, first(n), narrow_half(value.v));
+}
+FDDA_INLINE void store_some(double* data, int64_t n, Doubles value) {
+  _mm512_mask_storeu_pd(data, static_cast<__mmask8>(first(n)), value.v);
+}
