@@ -1,0 +1,82 @@
+"""Random crops and flips of whole batches, on the device where the images are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import UsageError
+
+__all__ = ["Augmentation", "augment"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a data set's images may be varied without changing their class.
+
+    Attributes:
+        crop_scale: Least and largest share of the image's area that a random crop keeps.
+        crop_ratio: Least and largest width over height of the crop.
+        flip: Whether left and right may be exchanged.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise UsageError(
+                f"augmentation: expected crop_scale within (0, 1] in order, got {self.crop_scale}"
+            )
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise UsageError(
+                f"augmentation: expected crop_ratio above 0 in order, got {self.crop_ratio}"
+            )
+
+
+def augment(
+    images: Tensor,
+    augmentation: Augmentation,
+    random: torch.Generator,
+    *,
+    same_for_batch: bool = False,
+) -> Tensor:
+    """Crop, resize back (bilinear) and flip at random.
+
+    Area and ratio of the crop are drawn as in torchvision's RandomResizedCrop; a crop that would
+    be longer than the image is cut to it.
+
+    Args:
+        images: ``[N, C, H, W]``.
+        augmentation: What may be done.
+        random: Source of the random numbers, on the images' device.
+        same_for_batch: One draw for all images instead of one for each.
+
+    Returns:
+        Images of the same shape.
+    """
+    count = images.shape[0]
+    draws = 1 if same_for_batch else count
+    uniform = torch.rand((5, draws), generator=random, device=images.device)
+    low, high = augmentation.crop_scale
+    area = low + (high - low) * uniform[0]
+    low, high = (math.log(ratio) for ratio in augmentation.crop_ratio)
+    ratio = torch.exp(low + (high - low) * uniform[1])
+    width = (area * ratio).sqrt().clamp(max=1)
+    height = (area / ratio).sqrt().clamp(max=1)
+    # The crop's middle, in coordinates from -1 to 1 across the image.
+    x = (2 * uniform[2] - 1) * (1 - width)
+    y = (2 * uniform[3] - 1) * (1 - height)
+    if augmentation.flip:
+        width = torch.where(uniform[4] < 0.5, -width, width)
+    zero = torch.zeros_like(x)
+    rows = (torch.stack([width, zero, x], 1), torch.stack([zero, height, y], 1))
+    theta = torch.stack(rows, 1).expand(count, 2, 3).to(images.dtype)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

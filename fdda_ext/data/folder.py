@@ -1,0 +1,82 @@
+"""``folder:PATH`` and ``imagenet:PATH``: images in one folder per class, through torchvision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .._torchvision import import_torchvision
+from ..errors import UsageError
+from .augmentation import Augmentation
+
+__all__ = ["ImageFolder"]
+
+
+class ImageFolder(Dataset[tuple[Tensor, int]]):
+    """``PATH/train/<class>/*`` and ``PATH/val/<class>/*`` (or ``test``), ImageNet's normalisation.
+
+    Images are resized to 8/7 of ``image_size`` (256 for 224) and cut from the middle. Calibration
+    images come from the training folder.
+
+    Args:
+        path: PATH.
+        split: "train", "calibration" or "test".
+        image_size: Height and width.
+
+    Raises:
+        UsageError: If a folder is missing, holds no class, or a class holds no image.
+    """
+
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+    augmentation = Augmentation()
+
+    def __init__(self, path: Path, split: str, image_size: int = 224) -> None:
+        torchvision = import_torchvision()
+        folder = _split_folder(path, split)
+        transforms = torchvision.transforms
+        transform = transforms.Compose(
+            [
+                transforms.Resize(round(image_size * 8 / 7)),
+                transforms.CenterCrop(image_size),
+                transforms.ToTensor(),
+                transforms.Normalize(self.mean, self.std),
+            ]
+        )
+        try:
+            self.folder = torchvision.datasets.ImageFolder(str(folder), transform)
+        except FileNotFoundError as error:  # no class folder, or a class without an image
+            raise UsageError(
+                f"data: expected {folder} to hold one folder of images per class, got: "
+                f"{' '.join(str(error).split())}"
+            ) from None
+        self.image_size = image_size
+        self.class_names = tuple(self.folder.classes)
+        self.num_classes = len(self.class_names)
+        self.labels = list(self.folder.targets)
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Normalised float32 ``[3, H, W]`` and the class."""
+        try:
+            image, label = self.folder[index]
+        except OSError as error:
+            raise UsageError(
+                f"data: expected every file to be a readable image, got "
+                f"{self.folder.samples[index][0]} ({error})"
+            ) from None
+        return image, int(label)
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    if not path.is_dir():
+        raise UsageError(f"data: expected the path to be a folder, got {path}, which is none")
+    names = ("val", "test") if split == "test" else ("train",)
+    for name in names:
+        if (path / name).is_dir():
+            return path / name
+    raise UsageError(f"data: expected {path} to hold a folder {' or '.join(names)}, got none")

@@ -1,0 +1,186 @@
+"""``glyphs``: characters in many typefaces, rendered on the fly from the fonts matplotlib ships.
+
+Every image is a pure function of (split, seed, index): nothing is stored, and order, batches and
+workers do not matter. Whole faces are held out for the test split.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .augmentation import Augmentation
+
+__all__ = ["CHARACTERS", "TEST_FACES", "TRAIN_FACES", "Glyphs", "faces_of"]
+
+# Look-alikes are left out: o O beside 0; l I i j beside 1 and J; lower-case letters that are small
+# capitals (c k p s u v w x y z); q beside 9; Greek letters that are Latin ones.
+_LATIN = "0123456789" "ABCDEFGHJKLMNPQRSTUVWXYZ" "abdefghmnrt"
+_OTHERS = "ΓΔΘΛΞΠΣΦΨΩδλμπωξ" "&%@#$?+=<*"
+
+#: One class each.
+CHARACTERS = _LATIN + _OTHERS
+
+#: Faces of the training and calibration splits.
+TRAIN_FACES = (
+    "DejaVuSans",
+    "DejaVuSans-Oblique",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Italic",
+    "DejaVuSerif-BoldItalic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralBolIta",
+    "cmr10",
+    "cmb10",
+    "cmtt10",
+)
+
+#: Faces of the test split.
+TEST_FACES = (
+    "DejaVuSans-Bold",
+    "DejaVuSansMono-Oblique",
+    "DejaVuSerif-Bold",
+    "STIXGeneralItalic",
+    "cmss10",
+)
+
+_SPLITS = {"train": 0, "calibration": 1, "test": 2}
+_LENGTHS = {"train": 50_000, "calibration": 16 * len(CHARACTERS), "test": 50 * len(CHARACTERS)}
+_LUMINANCE = np.array([0.3, 0.59, 0.11])
+_LEAST_CONTRAST = 0.22
+
+
+@cache
+def faces_of(character: str, split: str) -> tuple[str, ...]:
+    """The faces of ``split`` that have ``character``: Computer Modern has Latin ones only."""
+    faces = TEST_FACES if split == "test" else TRAIN_FACES
+    return tuple(face for face in faces if not face.startswith("cm") or character in _LATIN)
+
+
+@cache
+def _glyph(face: str, character: str) -> Image.Image:
+    """The character's coverage, 64 pixels to the em, with a border of 2."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    font = ImageFont.truetype(str(folder / f"{face}.ttf"), 64)
+    left, top, right, bottom = font.getbbox(character)
+    image = Image.new("L", (int(right - left) + 4, int(bottom - top) + 4), 0)
+    ImageDraw.Draw(image).text((2 - left, 2 - top), character, font=font, fill=255)
+    return image
+
+
+def _place(
+    face: str,
+    character: str,
+    size: int,
+    *,
+    extent: float,
+    centre: tuple[float, float],
+    angle: float,
+    shear: float,
+    stretch: float,
+) -> np.ndarray:
+    """Coverage ``[size, size, 1]`` of a character under an affine map.
+
+    ``extent`` is its longer side and ``centre`` its offset from the middle, in image sizes.
+    """
+    glyph = _glyph(face, character)
+    scale = max(glyph.size) / (extent * size)
+    cos, sin = np.cos(angle), np.sin(angle)
+    a, b = scale * cos * stretch, scale * (sin + shear)
+    d, e = -scale * sin, scale * cos / stretch
+    x, y = (0.5 + centre[0]) * size, (0.5 + centre[1]) * size
+    matrix = (a, b, glyph.width / 2 - a * x - b * y, d, e, glyph.height / 2 - d * x - e * y)
+    placed = glyph.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    return np.asarray(placed, dtype=np.float32)[..., None] / 255
+
+
+def render(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
+    """Image ``index``, uint8 ``[size, size, 3]``, and its class: the classes come in turn."""
+    rng = np.random.default_rng([seed, _SPLITS[split], index])
+    label = index % len(CHARACTERS)
+    faces = faces_of(CHARACTERS[label], split)
+    face = faces[rng.integers(len(faces))]
+
+    ink, paper = rng.uniform(0, 1, 3), rng.uniform(0, 1, 3)
+    while abs((ink - paper) @ _LUMINANCE) < _LEAST_CONTRAST:
+        paper = rng.uniform(0, 1, 3)
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32)[..., None] / size - 0.5
+    slope = rng.normal(0, 0.25, (2, 3))
+    image = paper + x * slope[0] + y * slope[1]
+
+    for _ in range(rng.integers(0, 3)):  # clutter: parts of other characters at the border
+        direction = rng.uniform(0, 2 * np.pi)
+        coverage = _place(
+            TRAIN_FACES[rng.integers(len(TRAIN_FACES))],
+            _LATIN[rng.integers(len(_LATIN))],
+            size,
+            extent=rng.uniform(0.4, 0.8),
+            centre=(0.62 * np.cos(direction), 0.62 * np.sin(direction)),
+            angle=rng.uniform(-0.5, 0.5),
+            shear=0.0,
+            stretch=1.0,
+        )
+        image = image + coverage * (rng.uniform(0, 1, 3) - image) * rng.uniform(0.4, 0.9)
+
+    coverage = _place(
+        face,
+        CHARACTERS[label],
+        size,
+        extent=rng.uniform(0.5, 0.85),
+        centre=(rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)),
+        angle=rng.normal(0, 0.16),
+        shear=rng.normal(0, 0.15),
+        stretch=np.exp(rng.normal(0, 0.12)),
+    )
+    image = image + coverage * (ink - image)
+
+    blurred = Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8))
+    radius = rng.uniform(0, 0.9) * size / 32
+    if radius > 0.3 * size / 32:
+        blurred = blurred.filter(ImageFilter.GaussianBlur(radius))
+    noise = rng.normal(0, rng.uniform(2, 22), (size, size, 3))
+    return (np.asarray(blurred) + noise).clip(0, 255).astype(np.uint8), label
+
+
+class Glyphs(Dataset[tuple[Tensor, int]]):
+    """The data set, see the module.
+
+    Args:
+        split: "train" (50 000 images), "calibration" (16 of each class, training faces, other
+            images) or "test" (50 of each class, held-out faces).
+        image_size: Height and width.
+        seed: Other images of the same kind; the test split is always that of seed 0.
+    """
+
+    num_classes = len(CHARACTERS)
+    class_names = tuple(CHARACTERS)
+    mean = (0.5, 0.5, 0.5)
+    std = (0.25, 0.25, 0.25)
+    augmentation = Augmentation(crop_scale=(0.75, 1.0), crop_ratio=(0.85, 1.18), flip=False)
+
+    def __init__(self, split: str, image_size: int = 32, seed: int = 0) -> None:
+        self.split = split
+        self.image_size = image_size
+        self.seed = 0 if split == "test" else seed
+
+    def __len__(self) -> int:
+        return _LENGTHS[self.split]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Normalised float32 ``[3, H, W]`` and the class."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        image, label = render(self.split, self.seed, index, self.image_size)
+        return (torch.from_numpy(image).permute(2, 0, 1).float() / 255 - 0.5) / 0.25, label
