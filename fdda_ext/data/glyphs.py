@@ -57,9 +57,9 @@ TEST_FACES = (
 )
 
 _SPLITS = {"train": 0, "calibration": 1, "test": 2}
-_LENGTHS = {"train": 50_000, "calibration": 16 * len(CHARACTERS), "test": 50 * len(CHARACTERS)}
+_LENGTHS = {"train": 600 * len(CHARACTERS), "calibration": 16 * len(CHARACTERS), "test": 50 * len(CHARACTERS)}
 _LUMINANCE = np.array([0.3, 0.59, 0.11])
-_LEAST_CONTRAST = 0.22
+_LEAST_CONTRAST = 0.16
 
 
 @cache
@@ -120,14 +120,14 @@ def render(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, in
     slope = rng.normal(0, 0.25, (2, 3))
     image = paper + x * slope[0] + y * slope[1]
 
-    for _ in range(rng.integers(0, 3)):  # clutter: parts of other characters at the border
+    for _ in range(rng.integers(1, 4)):  # clutter: parts of other characters at the border
         direction = rng.uniform(0, 2 * np.pi)
         coverage = _place(
             TRAIN_FACES[rng.integers(len(TRAIN_FACES))],
             _LATIN[rng.integers(len(_LATIN))],
             size,
             extent=rng.uniform(0.4, 0.8),
-            centre=(0.62 * np.cos(direction), 0.62 * np.sin(direction)),
+            centre=(0.58 * np.cos(direction), 0.58 * np.sin(direction)),
             angle=rng.uniform(-0.5, 0.5),
             shear=0.0,
             stretch=1.0,
@@ -138,10 +138,10 @@ def render(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, in
         face,
         CHARACTERS[label],
         size,
-        extent=rng.uniform(0.5, 0.85),
+        extent=rng.uniform(0.45, 0.85),
         centre=(rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)),
-        angle=rng.normal(0, 0.16),
-        shear=rng.normal(0, 0.15),
+        angle=rng.normal(0, 0.18),
+        shear=rng.normal(0, 0.18),
         stretch=np.exp(rng.normal(0, 0.12)),
     )
     image = image + coverage * (ink - image)
@@ -150,7 +150,7 @@ def render(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, in
     radius = rng.uniform(0, 0.9) * size / 32
     if radius > 0.3 * size / 32:
         blurred = blurred.filter(ImageFilter.GaussianBlur(radius))
-    noise = rng.normal(0, rng.uniform(2, 22), (size, size, 3))
+    noise = rng.normal(0, rng.uniform(2, 32), (size, size, 3))
     return (np.asarray(blurred) + noise).clip(0, 255).astype(np.uint8), label
 
 
@@ -158,7 +158,7 @@ class Glyphs(Dataset[tuple[Tensor, int]]):
     """The data set, see the module.
 
     Args:
-        split: "train" (50 000 images), "calibration" (16 of each class, training faces, other
+        split: "train" (600 of each class), "calibration" (16 of each class, training faces, other
             images) or "test" (50 of each class, held-out faces).
         image_size: Height and width.
         seed: Other images of the same kind; the test split is always that of seed 0.

@@ -1,0 +1,5 @@
+"""Sources of trained networks."""
+
+from .zoo import load_model, load_weights
+
+__all__ = ["load_model", "load_weights"]

@@ -1,0 +1,158 @@
+"""``python -m fdda_ext.pretrain``: train a small network from the beginning.
+
+The weights in the package were made by::
+
+    python -m fdda_ext.pretrain --model glyphs_resnet --out OUT --threads 1
+    python -m fdda_ext.pretrain --model glyphs_mobilenet --out OUT --threads 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .data import load_dataset
+from .engine import Accuracy, BatchSource, HelpFormatter, evaluate, run_command
+from .errors import UsageError
+from .models import load_model
+
+__all__ = ["PretrainConfig", "main", "run"]
+
+_DESCRIPTION = """\
+Train a small float network, the teacher of later quantization.
+
+examples:
+  python -m fdda_ext.pretrain --model glyphs_resnet --out runs/float
+  python -m fdda_ext.pretrain --model glyphs_mobilenet --data digits --out runs/digits
+then
+  python -m fdda_ext.train --model glyphs_mobilenet --data digits \\
+      --weights runs/digits/glyphs_mobilenet.safetensors
+"""
+
+
+@dataclass
+class PretrainConfig:
+    """What to train.
+
+    Attributes:
+        model: glyphs_resnet or glyphs_mobilenet (or any network of a library, from random weights).
+        data: glyphs, digits or folder:PATH.
+        out: Folder for MODEL.safetensors.
+        epochs: Passes over the training images.
+        images: Training images; None for all. They are kept in memory, 3 KB each at 32x32.
+        image_size: Height and width; None for the data set's own.
+        batch: Images in a step.
+        lr: Highest learning rate of SGD with Nesterov momentum 0.9 and one cycle.
+        weight_decay: On all parameters.
+        seed: Of everything random.
+        threads: CPU threads; None leaves torch's choice.
+    """
+
+    model: str
+    out: str
+    data: str = "glyphs"
+    epochs: int = 10
+    images: int | None = None
+    image_size: int | None = None
+    batch: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "lr"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"pretrain: expected {name} above 0, got {getattr(self, name)}")
+
+
+def _images_in_memory(config: PretrainConfig) -> tuple[Tensor, Tensor]:
+    """All training images ``[n, 3, H, W]``, as float16 to halve the memory, and their labels."""
+    dataset = load_dataset(
+        config.data, "train", image_size=config.image_size, seed=config.seed, limit=config.images
+    )
+    size = dataset.image_size
+    images = torch.empty((len(dataset), 3, size, size), dtype=torch.float16)
+    labels = torch.empty(len(dataset), dtype=torch.int64)
+    for index in track(range(len(dataset)), description="training images", transient=True):
+        images[index], labels[index] = dataset[index]
+    return images, labels
+
+
+def run(config: PretrainConfig) -> Accuracy:
+    """Train, store the weights, and return their accuracy on the whole test split."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    test_set = load_dataset(config.data, "test", image_size=config.image_size)
+    torch.manual_seed(config.seed)
+    network: nn.Module = load_model(
+        config.model, weights="none", num_classes=test_set.num_classes
+    ).to(memory_format=torch.channels_last)
+    images, labels = _images_in_memory(config)
+    steps_per_epoch = len(labels) // config.batch
+    if steps_per_epoch == 0:
+        raise UsageError(
+            f"pretrain: expected batch at most the {len(labels)} images, got {config.batch}"
+        )
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        config.lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=config.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=config.epochs * steps_per_epoch, pct_start=0.15
+    )
+    for epoch in range(config.epochs):
+        network.train()
+        order = torch.randperm(len(labels))[: steps_per_epoch * config.batch]
+        for chosen in track(
+            order.split(config.batch),
+            description=f"epoch {epoch + 1} of {config.epochs}",
+            transient=True,
+        ):
+            batch = images[chosen].float().contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(network(batch), labels[chosen])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    accuracy = evaluate(network, BatchSource(test_set), label="testing")
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{config.model.replace(':', '-')}.safetensors"
+    temporary = path.with_name(path.name + ".tmp")
+    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    save_file(
+        state, temporary, metadata={"data": config.data, "top1": f"{accuracy.top1:.2f}"}
+    )
+    temporary.replace(path)
+    Console().print(
+        f"{path}: top-1 {accuracy.top1:.2f} % of {accuracy.count} test images", highlight=False
+    )
+    return accuracy
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = ArgumentParser(
+        prog="python -m fdda_ext.pretrain",
+        description=_DESCRIPTION,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_class_arguments(PretrainConfig, as_group=False)
+    run(PretrainConfig(**vars(parser.instantiate_classes(parser.parse_args(arguments)))))
+
+
+if __name__ == "__main__":
+    run_command(main)
