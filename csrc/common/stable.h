@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -34,9 +35,38 @@ T* mutable_ptr(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// A new uninitialized contiguous tensor on the device of `like`.
+// A new uninitialized tensor on the device of `like`. STABLE-ABI: torch::stable::new_empty goes
+// through the dispatcher, which takes longer than a small op's work; this shim does not.
+inline Tensor empty_strided(
+    const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim,
+    ScalarType dtype) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The same, contiguous.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) {
+    strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  }
+  return empty_strided(
+      like, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()), dtype);
+}
+
+// A new uninitialized tensor with the dtype, shape and strides of a dense one.
+inline Tensor empty_like_dense(const Tensor& x) {
+  return empty_strided(x, x.sizes().data(), x.strides().data(), x.dim(), x.scalar_type());
+}
+
+inline Tensor as_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
 // A new zero-filled contiguous tensor on the device of `like`.

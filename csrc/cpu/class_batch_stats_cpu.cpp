@@ -37,10 +37,10 @@ Tensor class_batch_stats_backward_cpu(
   const char* op = "_class_batch_stats_backward";
   check_class_batch_stats_backward(op, grad_mean, grad_var, x, labels, count, mean);
   const ClassOrder classes(op, labels, count.size(0));
-  const Tensor mean_gradients = torch::stable::contiguous(grad_mean);
-  const Tensor var_gradients = torch::stable::contiguous(grad_var);
-  const Tensor means = torch::stable::contiguous(mean);
-  const Tensor counts = torch::stable::contiguous(count);
+  const Tensor mean_gradients = as_contiguous(grad_mean);
+  const Tensor var_gradients = as_contiguous(grad_var);
+  const Tensor means = as_contiguous(mean);
+  const Tensor counts = as_contiguous(count);
   Tensor grad_x;
   for_element_type(x, [&](auto element, auto accumulator) {
     using T = decltype(element);

@@ -122,7 +122,7 @@ void merge_samples(
 
 ClassOrder::ClassOrder(const char* op, const Tensor& labels, int64_t num_classes)
     : label_(labels.size(0)), start_(num_classes + 1, 0), order_(labels.size(0)) {
-  const Tensor values = torch::stable::contiguous(labels);
+  const Tensor values = as_contiguous(labels);
   const int64_t samples = labels.size(0);
   for (int64_t n = 0; n < samples; ++n) {
     const int64_t k = const_ptr<int64_t>(values)[n];
@@ -148,7 +148,7 @@ ClassOrder::ClassOrder(const char* op, const Tensor& labels, int64_t num_classes
 Layer::Layer(const Tensor& activation) : x(activation) {
   std::optional<SampleView> found = sample_view(x);
   if (!found.has_value()) {
-    x = torch::stable::contiguous(activation);
+    x = as_contiguous(activation);
     found = sample_view(x);
   }
   view = *found;
@@ -210,7 +210,7 @@ struct BackwardLayer {
                                    (found->is_rows() && from.view.is_rows()));
     };
     if (!alike()) {
-      from = Layer(torch::stable::contiguous(x));
+      from = Layer(as_contiguous(x));
       to = torch::stable::empty_like(from.x);
       found = sample_view(to);
     }

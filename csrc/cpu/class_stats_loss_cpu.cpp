@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> class_stats_loss_cpu(
   const int64_t channels = total_channels(xs);
   const ClassOrder classes(op, labels, num_classes);
   const ScalarType dtype = statistics_dtype(xs[0]);
-  const Tensor weights = torch::stable::contiguous(weight);
+  const Tensor weights = as_contiguous(weight);
   Tensor loss = zeros(xs[0], {sets, layers}, dtype);
   Tensor statistics = zeros(xs[0], {2, num_classes, channels}, dtype);
 
@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor> class_stats_loss_cpu(
       if (width == 0 || positions(xs[l]) == 0) {
         continue;
       }
-      const Tensor target_mean = torch::stable::contiguous(target_means[l]);
-      const Tensor target_var = torch::stable::contiguous(target_vars[l]);
+      const Tensor target_mean = as_contiguous(target_means[l]);
+      const Tensor target_var = as_contiguous(target_vars[l]);
       for (int64_t t = 0; t < sets; ++t) {
         double total = 0;
         for (const int64_t k : classes.present()) {
@@ -114,9 +114,9 @@ std::vector<Tensor> class_stats_loss_backward_cpu(
   check_class_stats_loss_saved(
       op, grad_loss, statistics, xs[0], {sets, layers}, {2, num_classes, channels});
   const ClassOrder classes(op, labels, num_classes);
-  const Tensor weights = torch::stable::contiguous(weight);
-  const Tensor upstream = torch::stable::contiguous(grad_loss);
-  const Tensor saved = torch::stable::contiguous(statistics);
+  const Tensor weights = as_contiguous(weight);
+  const Tensor upstream = as_contiguous(grad_loss);
+  const Tensor saved = as_contiguous(statistics);
   std::vector<Tensor> gradients;
 
   for_element_type(xs[0], [&](auto element, auto accumulator) {
@@ -127,8 +127,8 @@ std::vector<Tensor> class_stats_loss_backward_cpu(
     const A* var = mean + num_classes * channels;
     for (int64_t l = 0; l < layers; ++l) {
       const int64_t width = xs[l].size(1);
-      const Tensor target_mean = torch::stable::contiguous(target_means[l]);
-      const Tensor target_var = torch::stable::contiguous(target_vars[l]);
+      const Tensor target_mean = as_contiguous(target_means[l]);
+      const Tensor target_var = as_contiguous(target_vars[l]);
       GradientMap<A>& map = maps.emplace_back(num_classes * width);
       for (const int64_t k : classes.present()) {
         const A count = static_cast<A>(classes.samples(k) * positions(xs[l]));

@@ -53,8 +53,8 @@ class Parameters {
       const char* op, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
       int64_t quant_max)
       : channels_(scale.numel()), values_(new float[4 * channels_]) {
-    const Tensor scales = torch::stable::contiguous(scale);
-    const Tensor zero_points = torch::stable::contiguous(zero_point);
+    const Tensor scales = as_contiguous(scale);
+    const Tensor zero_points = as_contiguous(zero_point);
     for (int64_t c = 0; c < channels_; ++c) {
       const float s = const_ptr<float>(scales)[c];
       const float z = const_ptr<float>(zero_points)[c];
@@ -119,10 +119,7 @@ Tensor fake_quantize_cpu(
   axis = check_fake_quantize(op, x, scale, zero_point, quant_min, quant_max, axis);
   const Parameters parameters(op, scale, zero_point, quant_min, quant_max);
   const Tensor in = dense(x);
-  Tensor out = torch::stable::empty_like(in);
-  if (x.numel() == 0) {
-    return out;
-  }
+  Tensor out = empty_like_dense(in);
   const ChannelView view = channel_view(in, axis);
   const Plan plan(view);
   const ChannelParams p = parameters.get();
@@ -178,12 +175,9 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(
   const Parameters parameters(op, scale, zero_point, quant_min, quant_max);
   const Tensor in = dense(x);
   const Tensor upstream = in_layout_of(in, grad);
-  Tensor grad_x = torch::stable::empty_like(in);
-  Tensor grad_scale = zeros(scale, scale.sizes().vec(), ScalarType::Float);
-  Tensor grad_zero_point = zeros(zero_point, zero_point.sizes().vec(), ScalarType::Float);
-  if (x.numel() == 0) {
-    return {grad_x, grad_scale, grad_zero_point};
-  }
+  Tensor grad_x = empty_like_dense(in);
+  Tensor grad_scale = empty(scale, scale.sizes().vec(), ScalarType::Float);
+  Tensor grad_zero_point = empty(zero_point, zero_point.sizes().vec(), ScalarType::Float);
   const ChannelView view = channel_view(in, axis);
   const Plan plan(view);
   const ChannelParams p = parameters.get();

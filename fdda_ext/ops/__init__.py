@@ -1,0 +1,22 @@
+"""The native operators: public wrappers, fake kernels and autograd; plain references beside them.
+
+Importing this package registers ``torch.ops.fdda.*`` for the CPU and, where built, CUDA.
+"""
+
+from fdda_ext.ops.class_batch_stats import class_batch_stats
+from fdda_ext.ops.class_stats_loss import class_stats_loss
+from fdda_ext.ops.fake_quantize import fake_quantize
+from fdda_ext.ops.reference import (
+    class_batch_stats_reference,
+    class_stats_loss_reference,
+    fake_quantize_reference,
+)
+
+__all__ = [
+    "class_batch_stats",
+    "class_batch_stats_reference",
+    "class_stats_loss",
+    "class_stats_loss_reference",
+    "fake_quantize",
+    "fake_quantize_reference",
+]

@@ -1,0 +1,39 @@
+"""What the op modules share: loading the operators and turning their errors into UsageError."""
+
+import torch
+
+from fdda_ext import _C
+from fdda_ext.errors import UsageError
+
+__all__ = ["refuse_double_backward", "usage_error"]
+
+
+def usage_error(error: Exception, op: str, x: torch.Tensor) -> UsageError:
+    """The UsageError that stands for an exception of the native op.
+
+    Args:
+        error: a ValueError of the argument checks, whose message is complete, or a
+            NotImplementedError of the dispatcher, which knows no kernel for x's device.
+        op: the op's name.
+        x: the argument that decided about the device.
+    """
+    if isinstance(error, ValueError):
+        return UsageError(str(error))
+    if x.device.type == "cuda" and not _C.cuda_archs:
+        return UsageError(
+            f"{op}: expected x to be on the CPU, as this build of fdda_ext has no CUDA kernels, "
+            f"got {x.device}; reinstall it where nvcc is found, or with FDDA_CUDA=1"
+        )
+    return UsageError(f"{op}: expected x to be on the CPU or a CUDA device, got {x.device}")
+
+
+def refuse_double_backward(op: str) -> None:
+    """Attaches an autograd formula to the private op `_<op>_backward` that refuses in words."""
+
+    def backward(ctx: object, *grads: object) -> None:
+        raise NotImplementedError(
+            f"{op}: double backward is not supported; its backward is not differentiable "
+            "(call backward or grad without create_graph=True)"
+        )
+
+    torch.library.register_autograd(f"fdda::_{op}_backward", backward)
