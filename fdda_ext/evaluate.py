@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=HelpFormatter,
     )
     parser.add_class_arguments(EvaluateConfig, as_group=False)
-    config = EvaluateConfig(**vars(parser.instantiate_classes(parser.parse_args(arguments))))
+    config = EvaluateConfig(**vars(parser.instantiate(parser.parse_args(arguments))))
     accuracy = run(config)
     Console().print(
         f"{config.run or config.model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, "

@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=HelpFormatter,
     )
     parser.add_class_arguments(PretrainConfig, as_group=False)
-    run(PretrainConfig(**vars(parser.instantiate_classes(parser.parse_args(arguments)))))
+    run(PretrainConfig(**vars(parser.instantiate(parser.parse_args(arguments)))))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     for name in (*_NOT_STORED, "preset", "config"):
         stored.pop(name, None)
     text = parser.dump(stored, skip_validation=True)
-    instance = parser.instantiate_classes(namespace).as_dict()
+    instance = parser.instantiate(namespace).as_dict()
     instance.pop("preset"), instance.pop("config")
     return TrainConfig(**instance), text
 
