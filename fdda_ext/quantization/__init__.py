@@ -1,0 +1,23 @@
+"""Fake quantization: configuration, quantizers, ranges, and the preparation of a student.
+
+``prepare`` (prepare.py) decides which tensor gets a grid, ``calibrate`` (student.py) where each
+range ends, ``bits_table`` (report.py) shows the result.
+"""
+
+from .config import QuantizationConfig, parse_bits
+from .prepare import prepare
+from .report import LayerBits, bits_table, render_bits
+from .student import calibrate, project_scales_, scale_parameters, set_activation_mode
+
+__all__ = [
+    "LayerBits",
+    "QuantizationConfig",
+    "bits_table",
+    "calibrate",
+    "parse_bits",
+    "prepare",
+    "project_scales_",
+    "render_bits",
+    "scale_parameters",
+    "set_activation_mode",
+]

@@ -1,0 +1,123 @@
+"""From a range of values to an integer grid: the only place where scales come from ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..ops import fake_quantize
+
+__all__ = ["MIN_SCALE", "Grid", "paper_quantize", "straight_through"]
+
+#: Smallest scale; its inverse is still far from float32's overflow.
+MIN_SCALE = 1e-8
+
+Kind = Literal["symmetric", "unsigned", "asymmetric", "paper"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A set of ``2 ** bits`` equally spaced values.
+
+    ========== ======================== ====================== =============================
+    kind       codes                    zero point             used for
+    ========== ======================== ====================== =============================
+    symmetric  -2^(b-1) .. 2^(b-1) - 1  0                      weights
+    unsigned   0 .. 2^b - 1             0                      activations that are never < 0
+    asymmetric 0 .. 2^b - 1             one of the codes       other activations, the image
+    paper      -2^(b-1) .. 2^(b-1) - 1  any integer, may lie   everything in the paper's grid
+                                        outside the codes
+    ========== ======================== ====================== =============================
+
+    But for "paper", zero is always one of the values, so zero padding stays on the grid.
+    """
+
+    kind: Kind
+    bits: int
+
+    @property
+    def quant_min(self) -> int:
+        """Least code."""
+        return -(2 ** (self.bits - 1)) if self.kind in ("symmetric", "paper") else 0
+
+    @property
+    def quant_max(self) -> int:
+        """Largest code."""
+        return self.quant_min + 2**self.bits - 1
+
+    def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the tightest grid of this kind that reaches from low to high.
+
+        Args:
+            low: Least values, any shape.
+            high: Largest values, the same shape.
+
+        Returns:
+            Scale and zero point (an integer in float32), each of that shape.
+        """
+        if self.kind == "paper":
+            raise ValueError(
+                "the paper's grid is given by its range, see paper_quantize"
+            )
+        if self.kind == "asymmetric":
+            low, high = low.clamp_max(0), high.clamp_min(0)
+            scale = ((high - low) / (self.quant_max - self.quant_min)).clamp_min(
+                MIN_SCALE
+            )
+            zero_point = (self.quant_min - low / scale).round()
+            return scale, zero_point.clamp(self.quant_min, self.quant_max)
+        scale = high / self.quant_max
+        if self.kind == "symmetric":
+            # The codes reach one step further down than up, and so may the values.
+            scale = torch.maximum(scale, low / self.quant_min)
+        return scale.clamp_min(MIN_SCALE), torch.zeros_like(scale)
+
+    def quantize(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Round ``x [C, n]`` to the grids of the ranges ``low``, ``high`` ``[C]``."""
+        if self.kind == "paper":
+            return paper_quantize(x, low[:, None], high[:, None], self.bits)
+        scale, zero_point = self.parameters(low, high)
+        return fake_quantize(x, scale, zero_point, self.quant_min, self.quant_max, 0)
+
+
+def paper_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Round ``x`` to the authors' grid: ``s = (2^b - 1) / (high - low)``, steps per unit, and
+
+        z = round(s * low) + 2^(b-1)
+        q = clamp(round(s * x - z), -2^(b-1), 2^(b-1) - 1)
+        y = (q + z) / s
+
+    It is not ``ops.fake_quantize``: rounding comes after the subtraction of z, and zero need not be
+    one of the values.
+
+    Args:
+        x: Any tensor.
+        low: Lower ends, of a shape that broadcasts with ``x``.
+        high: Upper ends, likewise.
+        bits: Of the codes.
+    """
+    half = 2 ** (bits - 1)
+    s = (2**bits - 1) / (high - low).clamp_min(1e-8)
+    z = (s * low).round_().add_(half)
+    return (x * s).sub_(z).round_().clamp_(-half, half - 1).add_(z).div_(s)
+
+
+def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
+    """The value of ``quantized`` with the gradient of ``x``."""
+    result: Tensor = _StraightThrough.apply(x, quantized)
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    # x + (quantized - x).detach() would not give quantized to the last bit.
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

@@ -1,0 +1,253 @@
+"""What the nodes of a traced network are: one table for modules, functions and methods."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+from torch.nn import functional as F
+
+__all__ = [
+    "GRID_PRESERVING",
+    "is_global_pooling",
+    "never_negative",
+    "operation",
+    "shape",
+    "tensor_inputs",
+]
+
+#: Operations that only select, repeat or reorder values (and zeros): their result lies on the grid
+#: of their input.
+GRID_PRESERVING = frozenset(
+    {"reshape", "max_pool", "select", "zero_pad", "nearest", "quantizer"}
+)
+
+#: Operations whose result is never negative.
+_NEVER_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "softmax"})
+#: Operations whose result is never negative if no input is.
+_KEEPS_SIGN = GRID_PRESERVING | {"avg_pool", "add", "mul", "cat"}
+
+_MODULES: dict[type[nn.Module], str] = {
+    nn.Conv2d: "conv",
+    nn.Linear: "linear",
+    nn.BatchNorm1d: "batch_norm",
+    nn.BatchNorm2d: "batch_norm",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "sigmoid",
+    nn.Softmax: "softmax",
+    nn.MaxPool2d: "max_pool",
+    nn.AdaptiveMaxPool2d: "max_pool",
+    nn.AvgPool2d: "avg_pool",
+    nn.AdaptiveAvgPool2d: "avg_pool",
+    nn.Flatten: "reshape",
+    nn.Unflatten: "reshape",
+    nn.PixelShuffle: "reshape",
+    nn.PixelUnshuffle: "reshape",
+    nn.ChannelShuffle: "reshape",
+    nn.ZeroPad2d: "zero_pad",
+    nn.UpsamplingNearest2d: "nearest",
+    nn.Identity: "identity",
+    nn.Dropout: "identity",
+    nn.Dropout1d: "identity",
+    nn.Dropout2d: "identity",
+    nn.Dropout3d: "identity",
+    nn.AlphaDropout: "identity",
+    nn.FeatureAlphaDropout: "identity",
+}
+# By name, since torchvision and timm need not be there.
+_MODULE_NAMES = {"StochasticDepth": "identity", "DropPath": "identity"}
+
+_FUNCTIONS: dict[Callable[..., Any], str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu_: "relu",
+    F.relu6: "relu6",
+    torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid",
+    F.hardsigmoid: "sigmoid",
+    F.softmax: "softmax",
+    torch.softmax: "softmax",
+    F.max_pool2d: "max_pool",
+    torch.max_pool2d: "max_pool",
+    F.adaptive_max_pool2d: "max_pool",
+    F.avg_pool2d: "avg_pool",
+    F.adaptive_avg_pool2d: "avg_pool",
+    torch.mean: "mean",
+    torch.flatten: "reshape",
+    torch.reshape: "reshape",
+    torch.permute: "reshape",
+    torch.transpose: "reshape",
+    torch.squeeze: "reshape",
+    torch.unsqueeze: "reshape",
+    F.pixel_shuffle: "reshape",
+    F.pixel_unshuffle: "reshape",
+    F.channel_shuffle: "reshape",
+    torch.channel_shuffle: "reshape",
+    torch.chunk: "select",
+    torch.split: "select",
+    torch.narrow: "select",
+    operator.getitem: "select",
+    F.pad: "pad",
+    F.interpolate: "interpolate",
+    operator.add: "add",
+    operator.iadd: "add",
+    torch.add: "add",
+    operator.mul: "mul",
+    operator.imul: "mul",
+    torch.mul: "mul",
+    torch.cat: "cat",
+    torch.concat: "cat",
+    F.dropout: "identity",
+    F.dropout2d: "identity",
+    F.dropout3d: "identity",
+    F.conv1d: "functional_weight",
+    F.conv2d: "functional_weight",
+    F.conv3d: "functional_weight",
+    F.conv_transpose2d: "functional_weight",
+    F.linear: "functional_weight",
+    torch.matmul: "functional_weight",
+    torch.bmm: "functional_weight",
+    torch.einsum: "functional_weight",
+    operator.matmul: "functional_weight",
+    F.scaled_dot_product_attention: "functional_weight",
+}
+_FUNCTION_NAMES = {
+    "stochastic_depth": "identity",
+    "drop_path": "identity",
+    "_assert": "assert",
+}
+
+_METHODS = {
+    "relu": "relu",
+    "relu_": "relu",
+    "sigmoid": "sigmoid",
+    "softmax": "softmax",
+    "mean": "mean",
+    "view": "reshape",
+    "reshape": "reshape",
+    "flatten": "reshape",
+    "permute": "reshape",
+    "transpose": "reshape",
+    "squeeze": "reshape",
+    "unsqueeze": "reshape",
+    "contiguous": "reshape",
+    "chunk": "select",
+    "split": "select",
+    "narrow": "select",
+    "add": "add",
+    "add_": "add",
+    "mul": "mul",
+    "mul_": "mul",
+    "matmul": "functional_weight",
+    "bmm": "functional_weight",
+}
+
+
+def operation(node: Node, modules: dict[str, nn.Module]) -> str:
+    """A word for what ``node`` computes; "other" for what is not in the tables above.
+
+    Args:
+        node: Of a traced network.
+        modules: The network's modules by qualified name.
+    """
+    if node.op in ("placeholder", "output", "get_attr"):
+        return node.op
+    if node.op == "call_module":
+        return _module_operation(modules[str(node.target)])
+    if node.op == "call_method":
+        name = _METHODS.get(str(node.target), "other")
+    else:
+        assert callable(node.target)
+        name = _FUNCTIONS.get(node.target) or _FUNCTION_NAMES.get(
+            getattr(node.target, "__name__", ""), "other"
+        )
+    if name == "mean":
+        return "avg_pool" if _is_spatial_mean(node) else "other"
+    if name == "pad":
+        mode = node.kwargs.get(
+            "mode", node.args[2] if len(node.args) > 2 else "constant"
+        )
+        value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
+        return "zero_pad" if mode == "constant" and not value else "other"
+    if name == "interpolate":
+        mode = node.kwargs.get(
+            "mode", node.args[3] if len(node.args) > 3 else "nearest"
+        )
+        return "nearest" if mode in ("nearest", "nearest-exact") else "other"
+    if name in ("add", "mul") and (node.kwargs or len(node.args) != 2):
+        return "other"  # torch.add(x, y, alpha=...)
+    if name == "select" and not tensor_inputs(node):
+        return "other"  # an element of a shape
+    return name
+
+
+def _module_operation(module: nn.Module) -> str:
+    from .quantizer import ActivationQuantizer
+
+    if isinstance(module, ActivationQuantizer):
+        return "quantizer"
+    if isinstance(module, nn.Upsample):
+        return "nearest" if module.mode.startswith("nearest") else "other"
+    for kind in type(module).__mro__:
+        if kind in _MODULES:
+            return _MODULES[kind]
+    return _MODULE_NAMES.get(type(module).__name__, "other")
+
+
+def _is_spatial_mean(node: Node) -> bool:
+    """Whether a mean is over height and width."""
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    if not isinstance(dims, (list, tuple)) or len(dims) != 2:
+        return False
+    return {d % 4 for d in dims if isinstance(d, int)} == {2, 3}
+
+
+def tensor_inputs(node: Node) -> list[Node]:
+    """The nodes that ``node`` takes tensors (or tuples of them) from, in order, without repeats."""
+    return [n for n in node.all_input_nodes if "shape" in n.meta]
+
+
+def shape(node: Node) -> torch.Size:
+    """Shape of the node's tensor on the example input."""
+    size: torch.Size = node.meta["shape"]
+    return size
+
+
+def is_global_pooling(node: Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether ``node`` averages over all positions."""
+    return operation(node, modules) == "avg_pool" and shape(node).numel() == (
+        shape(node)[0] * shape(node)[1]
+    )
+
+
+def never_negative(graph: Graph, modules: dict[str, nn.Module]) -> set[Node]:
+    """The nodes whose values cannot be below 0, whatever the input."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        kind = operation(node, modules)
+        inputs = tensor_inputs(node)
+        constants = [a for a in node.args if isinstance(a, (int, float))]
+        if (
+            kind in _NEVER_NEGATIVE
+            or _is_hardtanh_from_zero(node, modules)
+            or (
+                kind in _KEEPS_SIGN
+                and inputs
+                and all(n in found for n in inputs)
+                and not (kind in ("add", "mul") and any(c < 0 for c in constants))
+            )
+        ):
+            found.add(node)
+    return found
+
+
+def _is_hardtanh_from_zero(node: Node, modules: dict[str, nn.Module]) -> bool:
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    return isinstance(module, nn.Hardtanh) and module.min_val >= 0

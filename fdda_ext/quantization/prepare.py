@@ -1,0 +1,205 @@
+"""Which tensor gets a grid: from a float network to a fake-quantized student.
+
+In the "deploy" grid, walk back from every input of a convolution, a linear layer or an average
+pooling, through operations that keep values on a grid (max-pooling, reshaping, slicing, zero
+padding), to the operation that made the values. Its result is quantized, for all who use it:
+
+    conv - bn - relu - [Q] - maxpool - conv          the fused ReLU's output
+    conv - bn - add - relu - [Q] - conv              the residual sum; the branches stay in float
+    conv - bn - [Q] - conv                           a linear bottleneck
+    cat - [Q] - conv                                 one grid for all that is concatenated
+    relu - [Q] - global pooling - [Q] - linear       before the pooling and after it
+
+In the "paper" grid, exactly the outputs of ReLU and ReLU6 are quantized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import UsageError
+from .config import QuantizationConfig
+from .layers import FixedBatchNorm1d, FixedBatchNorm2d, QuantizedConv2d, QuantizedLinear
+from .operations import (
+    GRID_PRESERVING,
+    is_global_pooling,
+    never_negative,
+    operation,
+    shape,
+    tensor_inputs,
+)
+from .quantizer import build_activation_quantizer
+from .tracing import trace
+
+__all__ = ["prepare"]
+
+Role = Literal["image", "activation", "pooled"]
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """A tensor that will be quantized.
+
+    Attributes:
+        node: What makes it.
+        role: "image", the input; "pooled", global pooling's result; "activation", any other.
+        signed: Whether it can be negative.
+        bits: Of its grid.
+    """
+
+    node: Node
+    role: Role
+    signed: bool
+    bits: int
+
+
+def prepare(
+    model: nn.Module, config: QuantizationConfig, example_input: Tensor
+) -> GraphModule:
+    """Build the fake-quantized student of ``model``, which is not touched.
+
+    Weights have their ranges; activations pass through in float until `calibrate` or
+    `set_activation_mode` gives them theirs. All parameters are trainable. Batch normalisation
+    stays separate and keeps its statistics, whatever ``train()`` says; dropout is gone. Layers have
+    their old names, so ``student.load_state_dict(model.state_dict(), strict=False)`` works;
+    the quantizer of tensor ``t`` is ``student.activation_quantizers.t``.
+
+    Args:
+        model: A trained network with batch normalisation that torch.fx can trace.
+        config: Bits, grid and ranges.
+        example_input: Images ``[N, 3, H, W]``, for shapes alone.
+
+    Returns:
+        The student, in evaluation mode, on the device of ``model``.
+
+    Raises:
+        UsageError: If the network has a structure that cannot be quantized; names the module.
+    """
+    student = trace(model, example_input)
+    placements = _plan(student, config)
+    _quantize_layers(student, config)
+    _insert_quantizers(student, placements, config)
+    student.graph.lint()
+    student.recompile()
+    return student.eval().requires_grad_(True)
+
+
+def _plan(network: GraphModule, config: QuantizationConfig) -> list[_Placement]:
+    """The tensors to quantize, in order of execution."""
+    modules = dict(network.named_modules())
+    nodes = list(network.graph.nodes)
+    if config.grid == "paper":
+        sources = {n for n in nodes if operation(n, modules) in ("relu", "relu6")}
+        if not sources:
+            raise UsageError(
+                "prepare: expected model to have ReLU or ReLU6 with grid paper, got none; "
+                "grid deploy quantizes every activation"
+            )
+    else:
+        sources = {
+            _source(tensor_inputs(n)[0], modules)
+            for n in nodes
+            if operation(n, modules) in ("conv", "linear", "avg_pool")
+        }
+    positive = never_negative(network.graph, modules)
+    bits: dict[Role, int] = {
+        "image": config.image_bits,
+        "activation": config.activation_bits,
+        "pooled": config.pooled_bits,
+    }
+    placements = []
+    for node in nodes:
+        if node in sources:
+            role = _role(node, modules)
+            placements.append(_Placement(node, role, node not in positive, bits[role]))
+    if config.first_last_bits is None:
+        return placements
+    ends = _first_and_last(network, placements, modules)
+    return [
+        replace(p, bits=config.first_last_bits) if p in ends else p for p in placements
+    ]
+
+
+def _source(node: Node, modules: dict[str, nn.Module]) -> Node:
+    """The node that made the values of ``node``."""
+    while operation(node, modules) in GRID_PRESERVING:
+        node = tensor_inputs(node)[0]
+    return node
+
+
+def _role(node: Node, modules: dict[str, nn.Module]) -> Role:
+    if node.op == "placeholder":
+        return "image"
+    return "pooled" if is_global_pooling(node, modules) else "activation"
+
+
+def _first_and_last(
+    network: GraphModule, placements: list[_Placement], modules: dict[str, nn.Module]
+) -> list[_Placement]:
+    """The activation that the first layer makes, and the last activation."""
+    activations = [p for p in placements if p.role == "activation"]
+    if not activations:
+        return []
+    first_layer = next(
+        n for n in network.graph.nodes if operation(n, modules) in ("conv", "linear")
+    )
+    reached = {first_layer}
+    for node in network.graph.nodes:
+        if any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+    first = next((p for p in activations if p.node in reached), activations[0])
+    return [first, activations[-1]]
+
+
+def _quantize_layers(student: GraphModule, config: QuantizationConfig) -> None:
+    """Replace every convolution and linear layer, and fix every batch normalisation."""
+    modules = dict(student.named_modules())
+    names = [str(n.target) for n in student.graph.nodes if n.op == "call_module"]
+    weighted = [n for n in names if isinstance(modules[n], (nn.Conv2d, nn.Linear))]
+    for name in names:
+        module = modules[name]
+        bits = config.weight_bits
+        if config.first_last_bits is not None and name in (weighted[0], weighted[-1]):
+            bits = config.first_last_bits
+        new: nn.Module
+        if isinstance(module, nn.Conv2d):
+            new = QuantizedConv2d.from_float(module, bits, config)
+        elif isinstance(module, nn.Linear):
+            new = QuantizedLinear.from_float(module, bits, config)
+        elif isinstance(module, nn.BatchNorm1d):
+            new = FixedBatchNorm1d.from_float(module)
+        elif isinstance(module, _BatchNorm):
+            new = FixedBatchNorm2d.from_float(module)
+            for child_name, child in module.named_children():  # timm's `act`
+                new.add_module(child_name, child)
+        else:
+            continue
+        student.set_submodule(name, new)
+
+
+def _insert_quantizers(
+    student: GraphModule, placements: list[_Placement], config: QuantizationConfig
+) -> None:
+    device = next(student.parameters()).device
+    quantizers = nn.Module()
+    student.add_module("activation_quantizers", quantizers)
+    for placement in placements:
+        node = placement.node
+        size = shape(node)
+        quantizer = build_activation_quantizer(
+            placement.bits, placement.signed, size[1:].numel(), config
+        )
+        quantizers.add_module(node.name, quantizer.to(device))
+        with student.graph.inserting_after(node):
+            after = student.graph.call_module(
+                f"activation_quantizers.{node.name}", (node,)
+            )
+        after.meta["shape"] = size
+        node.replace_all_uses_with(
+            after, delete_user_cb=lambda user, new=after: user is not new
+        )

@@ -1,0 +1,330 @@
+"""Quantizers as modules: they hold the range of one tensor, or of each channel of a weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import fake_quantize
+from .config import QuantizationConfig
+from .grid import Grid, paper_quantize, straight_through
+from .ranges import Histogram, RangeRule, find_range
+
+__all__ = [
+    "ActivationMode",
+    "ActivationQuantizer",
+    "LearnedActivationQuantizer",
+    "LearnedWeightQuantizer",
+    "PaperActivationQuantizer",
+    "PaperWeightQuantizer",
+    "WeightQuantizer",
+    "build_activation_quantizer",
+    "build_weight_quantizer",
+]
+
+#: "float" passes the tensor through; "collect" too, but counts its values; "observe" moves the
+#: range with every batch and quantizes with it; "quantize" leaves the range alone.
+ActivationMode = Literal["float", "collect", "observe", "quantize"]
+_MODES: tuple[ActivationMode, ...] = get_args(ActivationMode)
+
+
+class WeightQuantizer(nn.Module):
+    """What both weight quantizers share: bits, grid, rule.
+
+    Attributes:
+        grid: The grid, with `bits`, `quant_min` and `quant_max`.
+        rule: How `calibrate` finds ranges.
+    """
+
+    def __init__(self, grid: Grid, rule: RangeRule) -> None:
+        super().__init__()
+        self.grid = grid
+        self.rule = rule
+
+    @torch.no_grad()
+    def calibrate(self, weight: Tensor) -> None:
+        """Set the range of every output channel from ``weight [C, *]``."""
+        rows = weight.detach().flatten(1).float()
+        low, high = rows.aminmax(dim=1)
+        self.set_range(*find_range(rows, None, low, high, self.grid, self.rule))
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Take ``low`` and ``high`` ``[C]`` as the ends of the channels' ranges."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.grid.bits} bits, {self.grid.kind}"
+
+
+class LearnedWeightQuantizer(WeightQuantizer):
+    """Deploy grid: symmetric, a learned scale for every output channel.
+
+    Attributes:
+        scale: float32 ``[C]``, trainable.
+        zero_point: float32 ``[C]``, all 0.
+        gradient_factor: What gradients of the scale are multiplied with.
+    """
+
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        rule: RangeRule,
+        scale_gradient: Literal["lsq", "none"],
+    ) -> None:
+        super().__init__(Grid("symmetric", bits), rule)
+        channels = weight.shape[0]
+        self.quant_min, self.quant_max = self.grid.quant_min, self.grid.quant_max
+        self.gradient_factor = _gradient_factor(
+            scale_gradient, weight[0].numel(), self.quant_max
+        )
+        ones = torch.ones(channels, device=weight.device, dtype=torch.float32)
+        self.scale = nn.Parameter(ones)
+        self.register_buffer("zero_point", torch.zeros_like(ones), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = _scale_gradient(self.scale, self.gradient_factor)
+        return fake_quantize(
+            weight, scale, self.zero_point, self.quant_min, self.quant_max, 0
+        )
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        with torch.no_grad():
+            self.scale.copy_(self.grid.parameters(low, high)[0])
+
+
+class PaperWeightQuantizer(WeightQuantizer):
+    """The authors' grid: asymmetric, the range of the channel's current weights in every pass.
+
+    Rules other than "minmax" have no counterpart there: they set the range once.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, weight: Tensor, bits: int, rule: RangeRule) -> None:
+        super().__init__(Grid("paper", bits), rule)
+        self.moving = rule.name == "minmax"
+        if not self.moving:
+            zeros = torch.zeros(
+                weight.shape[0], device=weight.device, dtype=torch.float32
+            )
+            self.register_buffer("low", zeros)
+            self.register_buffer("high", zeros.clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        values = weight.detach()
+        low, high = (
+            values.flatten(1).aminmax(dim=1) if self.moving else (self.low, self.high)
+        )
+        shape = (-1,) + (1,) * (weight.dim() - 1)
+        quantized = paper_quantize(
+            values, low.view(shape), high.view(shape), self.grid.bits
+        )
+        return straight_through(weight, quantized)
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        if not self.moving:
+            self.low.copy_(low)
+            self.high.copy_(high)
+
+
+class ActivationQuantizer(nn.Module):
+    """What both activation quantizers share: a range for the whole tensor, and ways to find it.
+
+    Attributes:
+        grid: The grid, with `bits`, `quant_min` and `quant_max`.
+        rule: How `calibrate` finds the range.
+        mode: See `ActivationMode`; part of the state, as a student resumes in the mode it was in.
+        low: Lower end of the range as observed or calibrated, float32 scalar.
+        high: Upper end, likewise.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, grid: Grid, rule: RangeRule, momentum: float) -> None:
+        super().__init__()
+        self.grid = grid
+        self.rule = rule
+        self.momentum = momentum
+        self.mode: ActivationMode = "float"
+        self.histogram: Histogram | None = None
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+
+    @property
+    def signed(self) -> bool:
+        """Whether the tensor may be negative."""
+        return (
+            self.grid.kind == "asymmetric"
+        )  # the paper's grid is for ReLU outputs alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "quantize":
+            return self.quantize(x)
+        if self.mode == "observe":
+            self.observe(x)
+            return self.quantize(x)
+        if self.mode == "collect":
+            assert self.histogram is not None
+            self.histogram.update(x)
+        return x
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Round ``x`` to the grid."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Move the range by one batch: ``low <- m low + (1 - m) min(x)``, likewise high.
+
+        It starts at 0 without correction of that bias, as in the authors' code.
+        """
+        low, high = torch.aminmax(x.detach())
+        self.low.mul_(self.momentum).add_(low, alpha=1 - self.momentum)
+        self.high.mul_(self.momentum).add_(high, alpha=1 - self.momentum)
+        self.range_changed()
+
+    @torch.no_grad()
+    def calibrate(self, histogram: Histogram) -> None:
+        """Set the range from the values counted."""
+        low, high = histogram.find_range(self.grid, self.rule)
+        self.low.fill_(low)
+        self.high.fill_(high)
+        self.range_changed()
+
+    def range_changed(self) -> None:
+        """Recompute what depends on `low` and `high`."""
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(_MODES.index(self.mode), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.mode = _MODES[int(state)]
+
+    def extra_repr(self) -> str:
+        return f"{self.grid.bits} bits, {self.grid.kind}, mode={self.mode}"
+
+
+class LearnedActivationQuantizer(ActivationQuantizer):
+    """Deploy grid: unsigned where the tensor is never negative, else with an integer zero point.
+
+    Attributes:
+        scale: float32 scalar, trainable.
+        zero_point: float32 scalar, trainable if so configured; rounded inside the op.
+        gradient_factor: What gradients of the scale are multiplied with.
+    """
+
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        signed: bool,
+        rule: RangeRule,
+        *,
+        values_per_image: int = 1,
+        momentum: float = 0.9,
+        learn_zero_point: bool = False,
+        scale_gradient: Literal["lsq", "none"] = "lsq",
+    ) -> None:
+        super().__init__(
+            Grid("asymmetric" if signed else "unsigned", bits), rule, momentum
+        )
+        self.quant_min, self.quant_max = self.grid.quant_min, self.grid.quant_max
+        self.gradient_factor = _gradient_factor(
+            scale_gradient, values_per_image, self.quant_max
+        )
+        self.scale = nn.Parameter(torch.ones(()))
+        if signed and learn_zero_point:
+            self.zero_point = nn.Parameter(torch.zeros(()))
+        else:
+            self.register_buffer("zero_point", torch.zeros(()))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        scale = _scale_gradient(self.scale, self.gradient_factor)
+        return fake_quantize(x, scale, self.zero_point, self.quant_min, self.quant_max)
+
+    @torch.no_grad()
+    def range_changed(self) -> None:
+        scale, zero_point = self.grid.parameters(self.low, self.high)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+
+class PaperActivationQuantizer(ActivationQuantizer):
+    """The authors' grid: asymmetric min-max, identity gradient, nothing trainable."""
+
+    def __init__(self, bits: int, rule: RangeRule, momentum: float = 0.9) -> None:
+        super().__init__(Grid("paper", bits), rule, momentum)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return straight_through(
+            x, paper_quantize(x.detach(), self.low, self.high, self.grid.bits)
+        )
+
+
+def build_weight_quantizer(
+    weight: Tensor, bits: int, config: QuantizationConfig
+) -> WeightQuantizer:
+    """The quantizer that ``config`` asks for, its ranges set from ``weight [C, *]``."""
+    quantizer: WeightQuantizer
+    if config.grid == "paper":
+        quantizer = PaperWeightQuantizer(weight, bits, config.weight_rule)
+    else:
+        quantizer = LearnedWeightQuantizer(
+            weight, bits, config.weight_rule, config.scale_gradient
+        )
+    quantizer.calibrate(weight)
+    return quantizer
+
+
+def build_activation_quantizer(
+    bits: int, signed: bool, values_per_image: int, config: QuantizationConfig
+) -> ActivationQuantizer:
+    """The quantizer that ``config`` asks for, in mode "float": its range is not known yet."""
+    if config.grid == "paper":
+        return PaperActivationQuantizer(bits, config.activation_rule, config.momentum)
+    return LearnedActivationQuantizer(
+        bits,
+        signed,
+        config.activation_rule,
+        values_per_image=values_per_image,
+        momentum=config.momentum,
+        learn_zero_point=config.learn_zero_points,
+        scale_gradient=config.scale_gradient,
+    )
+
+
+def _gradient_factor(
+    rule: Literal["lsq", "none"], values: int, quant_max: int
+) -> float:
+    return 1 / math.sqrt(values * quant_max) if rule == "lsq" else 1.0
+
+
+def _scale_gradient(scale: Tensor, factor: float) -> Tensor:
+    if factor == 1.0 or not torch.is_grad_enabled():
+        return scale
+    result: Tensor = _ScaleGradient.apply(scale, factor)
+    return result
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, factor: float
+    ) -> Tensor:
+        ctx.factor = factor  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None  # type: ignore[attr-defined]
