@@ -1,0 +1,78 @@
+# Everything a fresh machine needs: each target does its own set-up, once.
+#
+#   make train [ARGS="--bits W3A3"]   quantize a network on the embedded data
+#   make test  [ARGS="-k name"]       run the tests
+#   make lint                         formatting, types, layer rules
+#   make bench                        CPU benchmarks against real peers
+#   make cuda                         compile the CUDA kernels for every architecture
+#   make gpu                          on a machine with a GPU: build, test, sanitize, measure
+#   make clean
+#
+# PYTHON     interpreter that makes the environment      (python3)
+# TORCH      torch to install                            (2.13.0)
+# FDDA_CUDA  1 demands the CUDA kernels, 0 leaves them out (unset: built where nvcc is found)
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# torchvision 0.(n + 15) belongs to torch 2.n; its dependencies would bring another torch.
+TORCHVISION := 0.$(shell echo $$(( $(word 2,$(subst ., ,$(TORCH))) + 15 ))).*
+CUDA_ARCHS := 7.5 8.0 8.6 8.9 9.0 12.0
+NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help train test lint bench cuda gpu clean
+
+help:
+	@sed -n '3,14s/^# \{0,1\}//p' Makefile
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja pybind11
+	$(BIN)/pip install --quiet torch==$(TORCH) numpy
+	@touch $@
+
+# The package is installed editable: the tests run what is in the tree.
+$(VENV)/package.stamp: $(VENV)/torch.stamp $(NATIVE)
+	$(BIN)/pip install --quiet --no-build-isolation --editable .
+	$(BIN)/pip install --quiet --no-deps torchvision==$(TORCHVISION) timm pytorchcv
+	$(BIN)/pip install --quiet huggingface_hub requests
+	@touch $@
+
+$(VENV)/tools.stamp: $(VENV)/package.stamp
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,lint,bench]"
+	@touch $@
+
+train: $(VENV)/package.stamp
+	$(BIN)/python -m fdda_ext.train $(ARGS)
+
+test: $(VENV)/tools.stamp
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(VENV)/tools.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/lint-imports
+
+bench: $(VENV)/tools.stamp
+	mkdir -p benchmarks/out
+	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/out/cpu.json $(ARGS)
+
+# Needs nvcc, but neither a GPU nor a torch with CUDA.
+cuda: $(VENV)/torch.stamp
+	FDDA_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" \
+	  $(BIN)/python setup.py --quiet build --build-base build/cuda --build-lib build/cuda/lib
+	cd build/cuda/lib && $(CURDIR)/$(BIN)/python -c \
+	  "import fdda_ext; i = fdda_ext.build_info(); print(i); assert len(i.cuda_archs) == 6, i"
+
+# Uses the machine's own Python and torch, which must have CUDA; writes one JSON to OUT.
+OUT ?= benchmarks/results
+gpu:
+	$(PYTHON) benchmarks/gpu_report.py --out "$(OUT)"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fdda_ext/*.so
