@@ -98,9 +98,7 @@ def run(config: EvaluateConfig) -> Accuracy:
         dataset = load_dataset(
             config.data or "glyphs", "test", image_size=config.image_size, limit=config.test_limit
         )
-        network = load_model(
-            config.model, weights=config.weights, num_classes=dataset.num_classes
-        )
+        network = load_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
     network.to(config.device)
     return evaluate(network, BatchSource(dataset), device=config.device, label="testing")
 

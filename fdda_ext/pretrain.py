@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .data import load_dataset
@@ -94,9 +94,8 @@ def run(config: PretrainConfig) -> Accuracy:
         torch.set_num_threads(config.threads)
     test_set = load_dataset(config.data, "test", image_size=config.image_size)
     torch.manual_seed(config.seed)
-    network: nn.Module = load_model(
-        config.model, weights="none", num_classes=test_set.num_classes
-    ).to(memory_format=torch.channels_last)
+    network = load_model(config.model, weights="none", num_classes=test_set.num_classes)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, labels = _images_in_memory(config)
     steps_per_epoch = len(labels) // config.batch
     if steps_per_epoch == 0:
@@ -133,9 +132,7 @@ def run(config: PretrainConfig) -> Accuracy:
     path = folder / f"{config.model.replace(':', '-')}.safetensors"
     temporary = path.with_name(path.name + ".tmp")
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    save_file(
-        state, temporary, metadata={"data": config.data, "top1": f"{accuracy.top1:.2f}"}
-    )
+    save_file(state, temporary, metadata={"data": config.data, "top1": f"{accuracy.top1:.2f}"})
     temporary.replace(path)
     Console().print(
         f"{path}: top-1 {accuracy.top1:.2f} % of {accuracy.count} test images", highlight=False

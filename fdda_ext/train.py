@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from rich.console import Console
 from rich.table import Table
@@ -334,7 +332,9 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     left = None if config.max_time is None else 60 * config.max_time
     for name in (*config.baselines, config.method):
         is_main = name == config.method
-        here = folder if is_main else RunFolder(path / "baselines" / name, stored_config, resume=True)
+        here = (
+            folder if is_main else RunFolder(path / "baselines" / name, stored_config, resume=True)
+        )
         row = _train_one(name, problem, config, here, test, left)
         rows.append(row)
         if left is not None:

@@ -53,9 +53,7 @@ def test_optimizer_state_survives(tmp_path):
 
     layer, optimizer = build()
     step(layer, optimizer)
-    save_state(
-        tmp_path / "o.safetensors", {"l": layer.state_dict(), "o": optimizer.state_dict()}
-    )
+    save_state(tmp_path / "o.safetensors", {"l": layer.state_dict(), "o": optimizer.state_dict()})
     step(layer, optimizer)
     other, other_optimizer = build()
     loaded = load_state(tmp_path / "o.safetensors")
@@ -180,7 +178,8 @@ def test_evaluate_refuses_labels_beyond_the_network_and_empty_data():
 def test_command_line_shows_a_mistake_in_one_line():
     program = (
         "from fdda_ext.engine import run_command\nfrom fdda_ext.errors import UsageError\n"
-        "def main():\n    raise UsageError('train: expected x above 0, got -1')\nrun_command(main)\n"
+        "def main():\n    raise UsageError('train: expected x above 0, got -1')\n"
+        "run_command(main)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2

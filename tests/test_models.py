@@ -28,7 +28,7 @@ def test_embedded_network_has_the_promised_size(name):
 )
 def test_library_networks(spec):
     network = load_model(spec, weights="none", num_classes=7)
-    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+    assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 7)
 
 
 def test_unknown_networks_are_refused_with_a_hint():

@@ -73,7 +73,12 @@ class _First:
 
 
 def load_dataset(
-    spec: str, split: Split, *, image_size: int | None = None, seed: int = 0, limit: int | None = None
+    spec: str,
+    split: Split,
+    *,
+    image_size: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
 ) -> ImageDataset:
     """Open a data set.
 
@@ -107,9 +112,7 @@ def load_dataset(
                 f"got {dataset.num_classes}; use folder:{path} for other sets"
             )
     else:
-        raise UsageError(
-            f"data: expected glyphs, digits, folder:PATH or imagenet:PATH, got {spec}"
-        )
+        raise UsageError(f"data: expected glyphs, digits, folder:PATH or imagenet:PATH, got {spec}")
     return dataset if limit is None else _First(dataset, limit)
 
 

@@ -26,8 +26,8 @@ class Digits(Dataset[tuple[Tensor, int]]):
 
     num_classes = 10
     class_names = tuple("0123456789")
-    mean = (0.3, 0.3, 0.3)
-    std = (0.38, 0.38, 0.38)
+    mean: tuple[float, ...] = (0.3, 0.3, 0.3)
+    std: tuple[float, ...] = (0.38, 0.38, 0.38)
     augmentation = Augmentation(crop_scale=(0.75, 1.0), crop_ratio=(0.85, 1.18), flip=False)
 
     def __init__(self, split: str, image_size: int = 32) -> None:

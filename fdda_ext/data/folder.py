@@ -29,8 +29,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         UsageError: If a folder is missing, holds no class, or a class holds no image.
     """
 
-    mean = (0.485, 0.456, 0.406)
-    std = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     augmentation = Augmentation()
 
     def __init__(self, path: Path, split: str, image_size: int = 224) -> None:

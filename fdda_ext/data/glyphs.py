@@ -22,8 +22,8 @@ __all__ = ["CHARACTERS", "TEST_FACES", "TRAIN_FACES", "Glyphs", "faces_of"]
 
 # Look-alikes are left out: o O beside 0; l I i j beside 1 and J; lower-case letters that are small
 # capitals (c k p s u v w x y z); q beside 9; Greek letters that are Latin ones.
-_LATIN = "0123456789" "ABCDEFGHJKLMNPQRSTUVWXYZ" "abdefghmnrt"
-_OTHERS = "ΓΔΘΛΞΠΣΦΨΩδλμπωξ" "&%@#$?+=<*"
+_LATIN = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZabdefghmnrt"
+_OTHERS = "ΓΔΘΛΞΠΣΦΨΩδλμπωξ&%@#$?+=<*"
 
 #: One class each.
 CHARACTERS = _LATIN + _OTHERS
@@ -57,7 +57,11 @@ TEST_FACES = (
 )
 
 _SPLITS = {"train": 0, "calibration": 1, "test": 2}
-_LENGTHS = {"train": 600 * len(CHARACTERS), "calibration": 16 * len(CHARACTERS), "test": 50 * len(CHARACTERS)}
+_LENGTHS = {
+    "train": 600 * len(CHARACTERS),
+    "calibration": 16 * len(CHARACTERS),
+    "test": 50 * len(CHARACTERS),
+}
 _LUMINANCE = np.array([0.3, 0.59, 0.11])
 _LEAST_CONTRAST = 0.16
 
@@ -102,7 +106,9 @@ def _place(
     d, e = -scale * sin, scale * cos / stretch
     x, y = (0.5 + centre[0]) * size, (0.5 + centre[1]) * size
     matrix = (a, b, glyph.width / 2 - a * x - b * y, d, e, glyph.height / 2 - d * x - e * y)
-    placed = glyph.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    placed = glyph.transform(
+        (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+    )
     return np.asarray(placed, dtype=np.float32)[..., None] / 255
 
 
@@ -166,8 +172,8 @@ class Glyphs(Dataset[tuple[Tensor, int]]):
 
     num_classes = len(CHARACTERS)
     class_names = tuple(CHARACTERS)
-    mean = (0.5, 0.5, 0.5)
-    std = (0.25, 0.25, 0.25)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)
     augmentation = Augmentation(crop_scale=(0.75, 1.0), crop_ratio=(0.85, 1.18), flip=False)
 
     def __init__(self, split: str, image_size: int = 32, seed: int = 0) -> None:

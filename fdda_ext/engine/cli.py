@@ -18,7 +18,7 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run ``main`` and leave the process: 0 when it returns, 2 after a `UsageError`, 130 on Ctrl-C."""
+    """Run ``main``; leave with 0 when it returns, 2 after a `UsageError`, 130 on Ctrl-C."""
     try:
         main()
     except UsageError as error:

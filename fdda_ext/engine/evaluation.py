@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..errors import UsageError
 
@@ -34,15 +34,25 @@ class Accuracy:
     count: int
 
 
+class ImageSource(Protocol):
+    """Images with labels, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
+        """Image ``[3, H, W]`` and label."""
+        ...
+
+
 class BatchSource:
     """Batches ``(images [B, 3, H, W], labels [B])`` of a data set, any number of times.
 
     Small data sets are produced once and kept.
     """
 
-    def __init__(self, dataset: Dataset[tuple[Tensor, int]], batch_size: int = 250, workers: int = 0):
-        self._loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
-        self._size = len(cast(Any, dataset))
+    def __init__(self, dataset: ImageSource, batch_size: int = 250, workers: int = 0):
+        self._loader = DataLoader(cast(Any, dataset), batch_size=batch_size, num_workers=workers)
+        self._size = len(dataset)
         self._kept: list[tuple[Tensor, Tensor]] | None = None
         if self._size == 0:
             raise UsageError("evaluate: expected dataset to hold at least one image, got none")

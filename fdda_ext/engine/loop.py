@@ -123,9 +123,7 @@ def train(
     )
     writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=done)
     with writer, folder.metrics.open("a") as metrics_file, ProgressBar(*columns) as bar:
-        task = bar.add_task(
-            description, total=trainable.iterations, completed=done, shown=""
-        )
+        task = bar.add_task(description, total=trainable.iterations, completed=done, shown="")
         while done < trainable.iterations:
             if max_seconds is not None and elapsed() >= max_seconds:
                 break

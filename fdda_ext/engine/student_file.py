@@ -21,9 +21,7 @@ def write_student(path: Path, student: nn.Module, recipe: dict[str, Any]) -> Non
     """Write ``student``'s state and its ``recipe`` (JSON: model, classes, image size, bits)."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
     temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        tensors, str(temporary), metadata={"format": _FORMAT, "recipe": json.dumps(recipe)}
-    )
+    save_file(tensors, str(temporary), metadata={"format": _FORMAT, "recipe": json.dumps(recipe)})
     temporary.replace(path)
 
 
@@ -44,6 +42,4 @@ def read_student(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             recipe = json.loads(metadata["recipe"])
             return {name: file.get_tensor(name) for name in file.keys()}, recipe
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise UsageError(
-            f"evaluate: expected a whole student file, got {path} ({error})"
-        ) from None
+        raise UsageError(f"evaluate: expected a whole student file, got {path} ({error})") from None

@@ -1,6 +1,7 @@
 """The systems, one file each, behind one interface."""
 
 import difflib
+from collections.abc import Callable
 
 from ..errors import UsageError
 from .base import Method, Problem
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 #: Every method by the name that the command line takes.
-METHODS = {
+METHODS: dict[str, Callable[[Problem, MethodSettings], Method]] = {
     "fdda": FDDA,
     "distill": CalibrationDistillation,
     "minmax": MinMax,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from ..quantization import calibrate
 from .base import Method, Problem
@@ -28,9 +29,11 @@ class _Ranges(Method):
         self.student = replace(problem, quantization=self.quantization).student()
         calibrate(self.student, problem.images)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"student": self.student.state_dict()}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.student.load_state_dict(state["student"])
 
@@ -62,13 +65,13 @@ class CalibrationDistillation(Method):
         self.student = problem.student()
         calibrate(self.student, problem.images)
         self.trainer = Student(self.student, problem.teacher, config)
-        self.images = ImageSampler(
-            problem, config.real_batch + config.generated_batch, self.random
-        )
+        self.images = ImageSampler(problem, config.real_batch + config.generated_batch, self.random)
 
+    @override
     def step(self, iteration: int) -> Mapping[str, Tensor]:
         return {"student": self.trainer.step(*self.images.next())}
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {
             "trainer": self.trainer.state_dict(),
@@ -76,6 +79,7 @@ class CalibrationDistillation(Method):
             "random": self.random.get_state(),
         }
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trainer.load_state_dict(state["trainer"])
         self.images.order = state["images"]

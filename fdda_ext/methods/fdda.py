@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from ..data import augment
 from ..errors import UsageError
@@ -69,8 +70,8 @@ class FDDA(Method):
         self.num_correct = int(self.centres.correct.sum())
         if self.num_correct == 0:
             raise UsageError(
-                "fdda: expected a teacher that classifies some calibration images rightly, got none "
-                "right; check the weights, the class order and the normalisation of the data"
+                "fdda: expected a teacher that classifies some calibration images rightly, got "
+                "none; check the weights, the class order and the normalisation of the data"
             )
 
         with torch.random.fork_rng():  # the initial weights depend on the seed alone
@@ -93,6 +94,7 @@ class FDDA(Method):
         if self.config.ranges_from == "calibration":
             calibrate(self.student, problem.images)
 
+    @override
     def step(self, iteration: int) -> Mapping[str, Tensor]:
         metrics, images, labels = self.generator_step(iteration)
         if self.config.ranges_from == "generated" and iteration < self.config.range_iterations:
@@ -205,6 +207,7 @@ class FDDA(Method):
 
     # ---- state ------------------------------------------------------------------------------
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {
             "generator": self.generator.state_dict(),
@@ -214,6 +217,7 @@ class FDDA(Method):
             "random": self.random.get_state(),
         }
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
@@ -221,6 +225,7 @@ class FDDA(Method):
         self.images.order = state["images"]
         self.random.set_state(state["random"].cpu())
 
+    @override
     def save_artifacts(self, folder: Path) -> None:
         """The generator and the centres, as safetensors."""
         save_file(

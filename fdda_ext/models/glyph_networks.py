@@ -62,7 +62,9 @@ class GlyphResNet(nn.Module):
 class InvertedResidual(nn.Module):
     """Expansion, depthwise convolution, linear bottleneck (Sandler et al., CVPR 2018)."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int = 4) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, expansion: int = 4
+    ) -> None:
         super().__init__()
         hidden = in_channels * expansion
         self.residual = stride == 1 and in_channels == out_channels

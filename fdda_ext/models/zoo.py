@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -68,7 +69,9 @@ def load_model(
 def _embedded(name: str, num_classes: int | None, *, trained: bool) -> nn.Module:
     if not trained:
         if num_classes is None:
-            raise UsageError(f"model: expected num_classes for {name} without its weights, got none")
+            raise UsageError(
+                f"model: expected num_classes for {name} without its weights, got none"
+            )
         return EMBEDDED[name](num_classes)
     path = Path(str(files("fdda_ext") / "models" / "weights" / f"{name}.safetensors"))
     state = load_file(path)
@@ -89,10 +92,10 @@ def _outputs(state: dict[str, Tensor]) -> int:
     return int(matrix.shape[0])
 
 
-def _from_library(
-    source: str, name: str, num_classes: int | None, *, trained: bool
-) -> nn.Module:
-    classes = {} if num_classes is None or trained else {"num_classes": num_classes}
+def _from_library(source: str, name: str, num_classes: int | None, *, trained: bool) -> nn.Module:
+    classes: dict[str, Any] = {}
+    if num_classes is not None and not trained:
+        classes["num_classes"] = num_classes
     build: Callable[..., nn.Module]
     known: list[str]
     if source == "torchvision":
@@ -163,7 +166,9 @@ def load_weights(network: nn.Module, path: Path) -> None:
                 f"got {tuple(tensor.shape)} in {path}"
             )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise UsageError(f"model: expected finite weights, got NaN or infinity in {key} of {path}")
+            raise UsageError(
+                f"model: expected finite weights, got NaN or infinity in {key} of {path}"
+            )
     network.load_state_dict(state, strict=False)
 
 

@@ -88,7 +88,7 @@ def compute_centres(
 
 
 def save_centres(centres: BNSCentres, path: Path) -> None:
-    """Write the centres as safetensors: ``mean.<l>`` and ``variance.<l>`` ``[K, C_l]``, ``correct``."""
+    """Write safetensors: ``mean.<l>`` and ``variance.<l>`` ``[K, C_l]``, ``correct [K]``."""
     tensors = {"correct": centres.correct.to(torch.uint8)}
     for layer, (mean, variance) in enumerate(zip(*centres.statistics, strict=True)):
         tensors[f"mean.{layer}"] = mean.contiguous()

@@ -127,8 +127,22 @@ def centralised_and_distorted_loss(
         The two scalars ``(L_C, L_D)``.
     """
     noisy = LayerStatistics(
-        [m + e for m, e in zip(centres.means, _noise_like(centres.means, distortion.mean_std, generator), strict=True)],
-        [v + e for v, e in zip(centres.variances, _noise_like(centres.variances, distortion.variance_std, generator), strict=True)],
+        [
+            m + e
+            for m, e in zip(
+                centres.means,
+                _noise_like(centres.means, distortion.mean_std, generator),
+                strict=True,
+            )
+        ],
+        [
+            v + e
+            for v, e in zip(
+                centres.variances,
+                _noise_like(centres.variances, distortion.variance_std, generator),
+                strict=True,
+            )
+        ],
     )
     losses = class_stats_loss(
         inputs,
@@ -162,10 +176,13 @@ def noise_pull_loss(
     shapes = [x.new_empty((class_weight.shape[0], x.shape[1]), dtype=torch.float32) for x in inputs]
     means = _noise_like(shapes, 1.0, generator)
     variances = _noise_like(shapes, 1.0, generator)
-    return 2 * class_stats_loss(
-        inputs,
-        class_index,
-        [mean.unsqueeze(0) for mean in means],
-        [variance.unsqueeze(0) for variance in variances],
-        class_weight.unsqueeze(0),
-    ).mean()
+    return (
+        2
+        * class_stats_loss(
+            inputs,
+            class_index,
+            [mean.unsqueeze(0) for mean in means],
+            [variance.unsqueeze(0) for variance in variances],
+            class_weight.unsqueeze(0),
+        ).mean()
+    )
