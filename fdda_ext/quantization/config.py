@@ -68,9 +68,7 @@ class QuantizationConfig:
         ):
             bits = getattr(self, name)
             if bits not in _BITS and not (name == "first_last_bits" and bits is None):
-                raise UsageError(
-                    f"quantization: expected {name} between 2 and 8, got {bits}"
-                )
+                raise UsageError(f"quantization: expected {name} between 2 and 8, got {bits}")
         ranges = ("minmax", "mse", "lp", "lsq", "percentile")
         for name, allowed in (
             ("grid", ("deploy", "paper")),
@@ -88,9 +86,7 @@ class QuantizationConfig:
                 f"quantization: expected percentile above 50 and at most 100, got {self.percentile}"
             )
         if not self.lp_exponent > 0:
-            raise UsageError(
-                f"quantization: expected lp_exponent above 0, got {self.lp_exponent}"
-            )
+            raise UsageError(f"quantization: expected lp_exponent above 0, got {self.lp_exponent}")
         if not 0 <= self.momentum < 1:
             raise UsageError(
                 f"quantization: expected momentum at least 0 and below 1, got {self.momentum}"
@@ -123,7 +119,5 @@ def parse_bits(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"[wW]([2-8])[aA]([2-8])", text)
     if match is None:
-        raise UsageError(
-            f"bits: expected bits of the form W4A4, each between 2 and 8, got {text}"
-        )
+        raise UsageError(f"bits: expected bits of the form W4A4, each between 2 and 8, got {text}")
     return int(match[1]), int(match[2])

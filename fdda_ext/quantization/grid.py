@@ -59,14 +59,10 @@ class Grid:
             Scale and zero point (an integer in float32), each of that shape.
         """
         if self.kind == "paper":
-            raise ValueError(
-                "the paper's grid is given by its range, see paper_quantize"
-            )
+            raise ValueError("the paper's grid is given by its range, see paper_quantize")
         if self.kind == "asymmetric":
             low, high = low.clamp_max(0), high.clamp_min(0)
-            scale = ((high - low) / (self.quant_max - self.quant_min)).clamp_min(
-                MIN_SCALE
-            )
+            scale = ((high - low) / (self.quant_max - self.quant_min)).clamp_min(MIN_SCALE)
             zero_point = (self.quant_min - low / scale).round()
             return scale, zero_point.clamp(self.quant_min, self.quant_max)
         scale = high / self.quant_max
@@ -84,8 +80,11 @@ class Grid:
 
 
 def paper_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Round ``x`` to the authors' grid: ``s = (2^b - 1) / (high - low)``, steps per unit, and
+    """Round ``x`` to the grid of the authors' code.
 
+    With b bits::
+
+        s = (2^b - 1) / (high - low)                    steps per unit
         z = round(s * low) + 2^(b-1)
         q = clamp(round(s * x - z), -2^(b-1), 2^(b-1) - 1)
         y = (q + z) / s

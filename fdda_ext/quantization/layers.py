@@ -19,9 +19,7 @@ class QuantizedConv2d(nn.Conv2d):
     weight_quantizer: WeightQuantizer
 
     @classmethod
-    def from_float(
-        cls, layer: nn.Conv2d, bits: int, config: QuantizationConfig
-    ) -> QuantizedConv2d:
+    def from_float(cls, layer: nn.Conv2d, bits: int, config: QuantizationConfig) -> QuantizedConv2d:
         """Take over the parameters of ``layer``."""
         quantized = cls(
             layer.in_channels,
@@ -40,6 +38,7 @@ class QuantizedConv2d(nn.Conv2d):
         return quantized
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
         return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
 
 
@@ -49,9 +48,7 @@ class QuantizedLinear(nn.Linear):
     weight_quantizer: WeightQuantizer
 
     @classmethod
-    def from_float(
-        cls, layer: nn.Linear, bits: int, config: QuantizationConfig
-    ) -> QuantizedLinear:
+    def from_float(cls, layer: nn.Linear, bits: int, config: QuantizationConfig) -> QuantizedLinear:
         """Take over the parameters of ``layer``."""
         quantized = cls(
             layer.in_features,
@@ -64,6 +61,7 @@ class QuantizedLinear(nn.Linear):
         return quantized
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[*, in]`` to ``[*, out]``."""
         return F.linear(x, self.weight_quantizer(self.weight), self.bias)
 
 
@@ -86,6 +84,7 @@ class _Fixed(nn.modules.batchnorm._BatchNorm):
         return fixed.eval()
 
     def train(self, mode: bool = True) -> Any:
+        """Stay in evaluation mode."""
         return super().train(False)
 
 

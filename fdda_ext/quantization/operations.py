@@ -22,9 +22,7 @@ __all__ = [
 
 #: Operations that only select, repeat or reorder values (and zeros): their result lies on the grid
 #: of their input.
-GRID_PRESERVING = frozenset(
-    {"reshape", "max_pool", "select", "zero_pad", "nearest", "quantizer"}
-)
+GRID_PRESERVING = frozenset({"reshape", "max_pool", "select", "zero_pad", "nearest", "quantizer"})
 
 #: Operations whose result is never negative.
 _NEVER_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "softmax"})
@@ -171,15 +169,11 @@ def operation(node: Node, modules: dict[str, nn.Module]) -> str:
     if name == "mean":
         return "avg_pool" if _is_spatial_mean(node) else "other"
     if name == "pad":
-        mode = node.kwargs.get(
-            "mode", node.args[2] if len(node.args) > 2 else "constant"
-        )
+        mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
         value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
         return "zero_pad" if mode == "constant" and not value else "other"
     if name == "interpolate":
-        mode = node.kwargs.get(
-            "mode", node.args[3] if len(node.args) > 3 else "nearest"
-        )
+        mode = node.kwargs.get("mode", node.args[3] if len(node.args) > 3 else "nearest")
         return "nearest" if mode in ("nearest", "nearest-exact") else "other"
     if name in ("add", "mul") and (node.kwargs or len(node.args) != 2):
         return "other"  # torch.add(x, y, alpha=...)

@@ -58,9 +58,7 @@ class _Placement:
     bits: int
 
 
-def prepare(
-    model: nn.Module, config: QuantizationConfig, example_input: Tensor
-) -> GraphModule:
+def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor) -> GraphModule:
     """Build the fake-quantized student of ``model``, which is not touched.
 
     Weights have their ranges; activations pass through in float until `calibrate` or
@@ -120,9 +118,7 @@ def _plan(network: GraphModule, config: QuantizationConfig) -> list[_Placement]:
     if config.first_last_bits is None:
         return placements
     ends = _first_and_last(network, placements, modules)
-    return [
-        replace(p, bits=config.first_last_bits) if p in ends else p for p in placements
-    ]
+    return [replace(p, bits=config.first_last_bits) if p in ends else p for p in placements]
 
 
 def _source(node: Node, modules: dict[str, nn.Module]) -> Node:
@@ -196,10 +192,7 @@ def _insert_quantizers(
         )
         quantizers.add_module(node.name, quantizer.to(device))
         with student.graph.inserting_after(node):
-            after = student.graph.call_module(
-                f"activation_quantizers.{node.name}", (node,)
-            )
+            after = student.graph.call_module(f"activation_quantizers.{node.name}", (node,))
         after.meta["shape"] = size
-        node.replace_all_uses_with(
-            after, delete_user_cb=lambda user, new=after: user is not new
-        )
+        for user in [user for user in node.users if user is not after]:
+            user.replace_input_with(node, after)

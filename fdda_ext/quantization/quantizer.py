@@ -56,6 +56,7 @@ class WeightQuantizer(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
+        """Bits and kind of grid."""
         return f"{self.grid.bits} bits, {self.grid.kind}"
 
 
@@ -80,20 +81,18 @@ class LearnedWeightQuantizer(WeightQuantizer):
         super().__init__(Grid("symmetric", bits), rule)
         channels = weight.shape[0]
         self.quant_min, self.quant_max = self.grid.quant_min, self.grid.quant_max
-        self.gradient_factor = _gradient_factor(
-            scale_gradient, weight[0].numel(), self.quant_max
-        )
+        self.gradient_factor = _gradient_factor(scale_gradient, weight[0].numel(), self.quant_max)
         ones = torch.ones(channels, device=weight.device, dtype=torch.float32)
         self.scale = nn.Parameter(ones)
         self.register_buffer("zero_point", torch.zeros_like(ones), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
+        """Round ``weight [C, *]`` to its channels' grids."""
         scale = _scale_gradient(self.scale, self.gradient_factor)
-        return fake_quantize(
-            weight, scale, self.zero_point, self.quant_min, self.quant_max, 0
-        )
+        return fake_quantize(weight, scale, self.zero_point, self.quant_min, self.quant_max, 0)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Take the tightest scales that reach from ``low`` to ``high [C]``."""
         with torch.no_grad():
             self.scale.copy_(self.grid.parameters(low, high)[0])
 
@@ -111,24 +110,20 @@ class PaperWeightQuantizer(WeightQuantizer):
         super().__init__(Grid("paper", bits), rule)
         self.moving = rule.name == "minmax"
         if not self.moving:
-            zeros = torch.zeros(
-                weight.shape[0], device=weight.device, dtype=torch.float32
-            )
+            zeros = torch.zeros(weight.shape[0], device=weight.device, dtype=torch.float32)
             self.register_buffer("low", zeros)
             self.register_buffer("high", zeros.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
+        """Round ``weight [C, *]`` to its channels' grids."""
         values = weight.detach()
-        low, high = (
-            values.flatten(1).aminmax(dim=1) if self.moving else (self.low, self.high)
-        )
+        low, high = values.flatten(1).aminmax(dim=1) if self.moving else (self.low, self.high)
         shape = (-1,) + (1,) * (weight.dim() - 1)
-        quantized = paper_quantize(
-            values, low.view(shape), high.view(shape), self.grid.bits
-        )
+        quantized = paper_quantize(values, low.view(shape), high.view(shape), self.grid.bits)
         return straight_through(weight, quantized)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Keep ``low`` and ``high [C]``, unless every pass looks for its own."""
         if not self.moving:
             self.low.copy_(low)
             self.high.copy_(high)
@@ -161,11 +156,10 @@ class ActivationQuantizer(nn.Module):
     @property
     def signed(self) -> bool:
         """Whether the tensor may be negative."""
-        return (
-            self.grid.kind == "asymmetric"
-        )  # the paper's grid is for ReLU outputs alone
+        return self.grid.kind == "asymmetric"  # the paper's grid is for ReLU outputs alone
 
     def forward(self, x: Tensor) -> Tensor:
+        """What the mode asks for."""
         if self.mode == "quantize":
             return self.quantize(x)
         if self.mode == "observe":
@@ -203,12 +197,15 @@ class ActivationQuantizer(nn.Module):
         """Recompute what depends on `low` and `high`."""
 
     def get_extra_state(self) -> Tensor:
+        """The mode, as a tensor like the rest of the state."""
         return torch.tensor(_MODES.index(self.mode), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Go into the stored mode."""
         self.mode = _MODES[int(state)]
 
     def extra_repr(self) -> str:
+        """Bits and kind of grid."""
         return f"{self.grid.bits} bits, {self.grid.kind}, mode={self.mode}"
 
 
@@ -234,13 +231,9 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         learn_zero_point: bool = False,
         scale_gradient: Literal["lsq", "none"] = "lsq",
     ) -> None:
-        super().__init__(
-            Grid("asymmetric" if signed else "unsigned", bits), rule, momentum
-        )
+        super().__init__(Grid("asymmetric" if signed else "unsigned", bits), rule, momentum)
         self.quant_min, self.quant_max = self.grid.quant_min, self.grid.quant_max
-        self.gradient_factor = _gradient_factor(
-            scale_gradient, values_per_image, self.quant_max
-        )
+        self.gradient_factor = _gradient_factor(scale_gradient, values_per_image, self.quant_max)
         self.scale = nn.Parameter(torch.ones(()))
         if signed and learn_zero_point:
             self.zero_point = nn.Parameter(torch.zeros(()))
@@ -248,11 +241,13 @@ class LearnedActivationQuantizer(ActivationQuantizer):
             self.register_buffer("zero_point", torch.zeros(()))
 
     def quantize(self, x: Tensor) -> Tensor:
+        """Round ``x`` to the grid; gradients reach scale and zero point."""
         scale = _scale_gradient(self.scale, self.gradient_factor)
         return fake_quantize(x, scale, self.zero_point, self.quant_min, self.quant_max)
 
     @torch.no_grad()
     def range_changed(self) -> None:
+        """Set scale and zero point from the range."""
         scale, zero_point = self.grid.parameters(self.low, self.high)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
@@ -265,9 +260,8 @@ class PaperActivationQuantizer(ActivationQuantizer):
         super().__init__(Grid("paper", bits), rule, momentum)
 
     def quantize(self, x: Tensor) -> Tensor:
-        return straight_through(
-            x, paper_quantize(x.detach(), self.low, self.high, self.grid.bits)
-        )
+        """Round ``x`` to the grid; the gradient passes unchanged."""
+        return straight_through(x, paper_quantize(x.detach(), self.low, self.high, self.grid.bits))
 
 
 def build_weight_quantizer(
@@ -278,9 +272,7 @@ def build_weight_quantizer(
     if config.grid == "paper":
         quantizer = PaperWeightQuantizer(weight, bits, config.weight_rule)
     else:
-        quantizer = LearnedWeightQuantizer(
-            weight, bits, config.weight_rule, config.scale_gradient
-        )
+        quantizer = LearnedWeightQuantizer(weight, bits, config.weight_rule, config.scale_gradient)
     quantizer.calibrate(weight)
     return quantizer
 
@@ -302,9 +294,7 @@ def build_activation_quantizer(
     )
 
 
-def _gradient_factor(
-    rule: Literal["lsq", "none"], values: int, quant_max: int
-) -> float:
+def _gradient_factor(rule: Literal["lsq", "none"], values: int, quant_max: int) -> float:
     return 1 / math.sqrt(values * quant_max) if rule == "lsq" else 1.0
 
 
@@ -317,14 +307,10 @@ def _scale_gradient(scale: Tensor, factor: float) -> Tensor:
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, factor: float
-    ) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor  # type: ignore[attr-defined]
         return x.view_as(x)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None  # type: ignore[attr-defined]

@@ -81,11 +81,7 @@ def _least_error(
         nonlocal best, best_low, best_high
         error = (grid.quantize(values, candidate_low, candidate_high) - values).abs_()
         error = error.square_() if exponent == 2 else error.pow_(exponent)
-        total = (
-            error.sum(1)
-            if counts is None
-            else (error.double() * counts).sum(1).to(best)
-        )
+        total = error.sum(1) if counts is None else (error.double() * counts).sum(1).to(best)
         better = total < best
         best = torch.where(better, total, best)
         best_low = torch.where(better, candidate_low, best_low)
@@ -172,9 +168,7 @@ class Histogram:
         x = x.detach().float().flatten()
         low, high = (float(end) for end in torch.aminmax(x))
         if not math.isfinite(low) or not math.isfinite(high):
-            raise UsageError(
-                "calibrate: expected every activation to be finite, got nan or inf"
-            )
+            raise UsageError("calibrate: expected every activation to be finite, got nan or inf")
         self.low, self.high = min(self.low, low), max(self.high, high)
         largest = max(-low, high, 1e-30)
         if self.reach == 0:
@@ -193,9 +187,7 @@ class Histogram:
     def values_and_counts(self) -> tuple[Tensor, Tensor]:
         """Centres of the bins that hold something and their counts, float32 and int64 ``[n]``."""
         filled = self.counts.nonzero().squeeze(1)
-        centres = (filled.double() + 0.5 - self.bins / 2) * (
-            self.reach / (self.bins / 2)
-        )
+        centres = (filled.double() + 0.5 - self.bins / 2) * (self.reach / (self.bins / 2))
         return centres.float(), self.counts[filled]
 
     def find_range(self, grid: Grid, rule: RangeRule) -> tuple[float, float]:

@@ -82,9 +82,7 @@ def render_bits(rows: Sequence[LayerBits]) -> str:
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = [
-        "  ".join(
-            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
-        ).rstrip()
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
     text.insert(1, "  ".join("-" * width for width in widths))
@@ -100,26 +98,20 @@ def _grid(bits: int | None, signed: bool | None) -> str:
 def _kind(layer: nn.Conv2d | nn.Linear) -> str:
     if isinstance(layer, nn.Linear):
         return "linear"
-    depthwise = (
-        layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
-    )
+    depthwise = layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
     words = [
         "depthwise" if depthwise else "conv",
         "x".join(map(str, layer.kernel_size)),
     ]
     if layer.stride != (1, 1):
         same = layer.stride[0] == layer.stride[1]
-        words.append(
-            "/" + "x".join(map(str, layer.stride[:1] if same else layer.stride))
-        )
+        words.append("/" + "x".join(map(str, layer.stride[:1] if same else layer.stride)))
     if layer.groups > 1 and not depthwise:
         words.append(f"groups {layer.groups}")
     return " ".join(words)
 
 
-def _origin(
-    node: Node, modules: dict[str, nn.Module]
-) -> tuple[str, ActivationQuantizer | None]:
+def _origin(node: Node, modules: dict[str, nn.Module]) -> tuple[str, ActivationQuantizer | None]:
     """Name of the tensor that ``node`` takes its values from, and its quantizer."""
     kind = operation(node, modules)
     while kind in GRID_PRESERVING and kind != "quantizer":

@@ -18,20 +18,18 @@ from .operations import operation
 
 __all__ = ["trace"]
 
-_SUPPORTED_WITH_PARAMETERS = (
-    nn.Conv2d,
-    nn.Linear,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.PReLU,
-)
-_INPLACE_FUNCTIONS: dict[Any, Any] = {
+#: Layers that are understood, and the forwards they may have.
+_FORWARDS: dict[type[nn.Module], tuple[Any, ...]] = {
+    nn.Conv2d: (nn.Conv2d.forward,),
+    nn.Linear: (nn.Linear.forward,),
+    _BatchNorm: (_BatchNorm.forward, nn.SyncBatchNorm.forward),
+}
+#: In-place operations by what they do.
+_OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.imul: operator.mul,
     torch.relu_: torch.relu,
     F.relu_: F.relu,
-}
-_INPLACE_METHODS = {
     "relu_": "relu",
     "add_": "add",
     "mul_": "mul",
@@ -54,17 +52,17 @@ def trace(model: nn.Module, example: Tensor) -> GraphModule:
         UsageError: If the network has a structure that cannot be quantized; names the module.
     """
     root = copy.deepcopy(model).eval()
-    _check_modules(root)
+    if not any(isinstance(m, _BatchNorm) for m in root.modules()):
+        raise UsageError(
+            "prepare: expected model to have batch normalisation, "
+            f"got {type(root).__name__} without; the methods align its statistics"
+        )
     tracer = _Tracer()
     try:
         graph = tracer.trace(root)
     except Exception as error:  # torch.fx raises whatever the traced code raises
-        place = tracer.last_module or type(model).__name__
-        reason = (
-            str(error).strip().splitlines()[0].rstrip(".")
-            if str(error)
-            else "no message"
-        )
+        place = tracer.module_name or type(model).__name__
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else "no message"
         raise UsageError(
             f"prepare: expected model to be traceable by torch.fx, got {place} "
             f"that is not ({reason})"
@@ -72,8 +70,11 @@ def trace(model: nn.Module, example: Tensor) -> GraphModule:
     network = GraphModule(root, graph, class_name=type(model).__name__)
     _split_norm_act(network)
     _remove_identities(network)
-    _make_out_of_place(network)
+    for module in network.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
     _record_shapes(network, example)
+    _pad_same(network, example)
     _check_graph(network)
     network.graph.lint()
     network.recompile()
@@ -81,15 +82,17 @@ def trace(model: nn.Module, example: Tensor) -> GraphModule:
 
 
 class _Tracer(Tracer):
+    """Stops at layers with weights, and names every result after the module that made it."""
+
     def __init__(self) -> None:
-        wrapped: list[Any] = []
+        wrapped: tuple[Any, ...] = ()
         self.opaque: tuple[type[nn.Module], ...] = ()
         timm = sys.modules.get("timm.layers")
         if timm is not None:  # what timm itself declares as not to be looked into
-            wrapped = list(timm.get_notrace_functions())
+            wrapped = tuple(timm.get_notrace_functions())
             self.opaque = tuple(timm.get_notrace_modules())
-        super().__init__(autowrap_functions=tuple(wrapped))
-        self.last_module = ""
+        super().__init__(autowrap_functions=wrapped)
+        self.module_name = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (nn.Conv2d, nn.Linear, _BatchNorm, *self.opaque)):
@@ -101,31 +104,36 @@ class _Tracer(Tracer):
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        outer = self.last_module
-        self.last_module = self.path_of_module(m)
+        outer = self.module_name
+        self.module_name = self.path_of_module(m)
         result = super().call_module(m, forward, args, kwargs)
-        self.last_module = (
-            outer  # not in a finally: after an error it tells where that was
-        )
+        self.module_name = outer  # not in a finally: after an error it tells where that was
         return result
 
-
-def _check_modules(root: nn.Module) -> None:
-    """Refuse what would end up in float without the user's knowledge."""
-    if not any(isinstance(m, _BatchNorm) for m in root.modules()):
-        raise UsageError(
-            "prepare: expected model to have batch normalisation, "
-            f"got {type(root).__name__} without; the methods align its statistics"
-        )
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> Node:
+        # Out of place, so that no tensor changes after it was quantized or kept for a backward.
+        target = _OUT_OF_PLACE.get(target, target)
+        if kwargs.get("inplace"):
+            kwargs = {**kwargs, "inplace": False}
+        if kind in ("call_function", "call_method") and name is None:
+            function = target if kind == "call_method" else getattr(target, "__name__", "call")
+            name = f"{self.module_name}.{function}".strip("._").replace(".", "_")
+        return super().create_node(kind, target, args, kwargs, name, type_expr)
 
 
 def _check_graph(network: GraphModule) -> None:
     modules = dict(network.named_modules())
     inputs = [n for n in network.graph.nodes if n.op == "placeholder" and n.users]
     if len(inputs) != 1:
-        raise UsageError(
-            f"prepare: expected model to take one tensor, got {len(inputs)} inputs"
-        )
+        raise UsageError(f"prepare: expected model to take one tensor, got {len(inputs)} inputs")
     calls: dict[int, str] = {}
     for node in network.graph.nodes:
         if operation(node, modules) == "functional_weight":
@@ -148,43 +156,55 @@ def _check_graph(network: GraphModule) -> None:
                     f"got {name} sharing with {calls[id(parameter)]}"
                 )
             calls[id(parameter)] = name
-    if not any(
-        operation(n, modules) in ("conv", "linear") for n in network.graph.nodes
-    ):
-        raise UsageError(
-            "prepare: expected model to have a Conv2d or Linear layer, got none"
-        )
+    if not any(operation(n, modules) in ("conv", "linear") for n in network.graph.nodes):
+        raise UsageError("prepare: expected model to have a Conv2d or Linear layer, got none")
 
 
 def _check_layer(name: str, module: nn.Module) -> None:
     """Refuse a leaf module with weights that no quantizer would see."""
     for inner_name, inner in module.named_modules():
         full_name = f"{name}.{inner_name}" if inner_name else name
-        has_parameters = any(True for _ in inner.parameters(recurse=False))
-        normalises = type(inner).__name__.endswith("Norm")
-        if has_parameters and not (
-            isinstance(inner, _SUPPORTED_WITH_PARAMETERS) or normalises
-        ):
+        kind = type(inner).__name__
+        supported = isinstance(inner, (*_FORWARDS, nn.PReLU)) or kind.endswith("Norm")
+        if any(True for _ in inner.parameters(recurse=False)) and not supported:
             raise UsageError(
                 "prepare: expected layers with weights to be Conv2d or Linear, "
-                f"got {type(inner).__name__} at {full_name}"
+                f"got {kind} at {full_name}"
             )
-        for kind in (nn.Conv2d, nn.Linear):
-            if isinstance(inner, kind) and (
-                inner is not module or type(inner).forward is not kind.forward
+        for base, forwards in _FORWARDS.items():
+            if isinstance(inner, base) and (
+                inner is not module
+                or not (type(inner).forward in forwards or _is_plain_in_timm(inner))
             ):
                 raise UsageError(
-                    f"prepare: expected {kind.__name__} layers with the forward of torch.nn, "
-                    f"got {type(module).__name__} at {full_name}"
+                    f"prepare: expected {base.__name__.strip('_')} layers with the forward of "
+                    f"torch.nn, got {type(module).__name__} at {full_name}"
                 )
+        if isinstance(inner, (nn.Conv2d, nn.Linear)) and not isinstance(inner.weight, nn.Parameter):
+            raise UsageError(
+                "prepare: expected the weight of every layer to be a parameter, "
+                f"got a computed one at {full_name}; remove the parametrization"
+            )
+        if isinstance(inner, _BatchNorm) and inner.running_mean is None:
+            raise UsageError(
+                "prepare: expected batch normalisation to have running statistics, "
+                f"got none at {full_name}"
+            )
+
+
+def _is_plain_in_timm(module: nn.Module) -> bool:
+    """Whether ``module`` computes what its base in torch.nn does, for all its own forward.
+
+    timm's Linear only adds casts for scripting; its BatchNormAct2d has been split before.
+    """
+    return type(module).__module__.startswith("timm.") and type(module).__name__ in (
+        "Linear",
+        "BatchNormAct2d",
+    )
 
 
 def _function_name(node: Node) -> str:
-    return (
-        str(node.target)
-        if node.op == "call_method"
-        else getattr(node.target, "__name__", "")
-    )
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
 def _place(node: Node) -> str:
@@ -199,10 +219,7 @@ def _split_norm_act(network: GraphModule) -> None:
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if (
-            not isinstance(module, nn.BatchNorm2d)
-            or type(module).__name__ != "BatchNormAct2d"
-        ):
+        if not isinstance(module, nn.BatchNorm2d) or type(module).__name__ != "BatchNormAct2d":
             continue
         last = node
         for part in ("drop", "act"):
@@ -228,18 +245,46 @@ def _remove_identities(network: GraphModule) -> None:
     network.delete_all_unused_submodules()
 
 
-def _make_out_of_place(network: GraphModule) -> None:
-    """So that no tensor changes after it has been quantized or kept for a backward."""
-    for module in network.modules():
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]
-    for node in network.graph.nodes:
-        if node.kwargs.get("inplace"):
-            node.update_kwarg("inplace", False)
-        if node.op == "call_method" and node.target in _INPLACE_METHODS:
-            node.target = _INPLACE_METHODS[node.target]
-        if node.op == "call_function":
-            node.target = _INPLACE_FUNCTIONS.get(node.target, node.target)
+def _pad_same(network: GraphModule, example: Tensor) -> None:
+    """Turn timm's Conv2dSame, whose padding depends on the image's size, into padding and Conv2d.
+
+    The padding is from then on the one for the size of ``example``.
+    """
+    modules = dict(network.named_modules())
+    found = [
+        (node, modules[str(node.target)])
+        for node in network.graph.nodes
+        if node.op == "call_module" and type(modules[str(node.target)]).__name__ == "Conv2dSame"
+    ]
+    for node, layer in found:
+        assert isinstance(layer, nn.Conv2d)
+        (before,) = node.all_input_nodes
+        padding: list[int] = []
+        for axis in (1, 0):  # F.pad begins with the last axis
+            size = int(before.meta["shape"][2 + axis])
+            stride, dilation = layer.stride[axis], layer.dilation[axis]
+            reach = (-(-size // stride) - 1) * stride + (layer.kernel_size[axis] - 1) * dilation + 1
+            total = max(reach - size, 0)
+            padding += [total // 2, total - total // 2]
+        plain = nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            0,
+            layer.dilation,  # type: ignore[arg-type]
+            layer.groups,
+            bias=layer.bias is not None,
+            device="meta",
+        )
+        plain.weight, plain.bias = layer.weight, layer.bias
+        network.set_submodule(str(node.target), plain)
+        with network.graph.inserting_before(node):
+            pad = network.graph.call_function(F.pad, (before, padding))
+        node.replace_input_with(before, pad)
+    if found:
+        network.recompile()
+        _record_shapes(network, example)
 
 
 class _ShapeRecorder(Interpreter):
