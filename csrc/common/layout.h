@@ -113,6 +113,12 @@ struct SampleView {
 // channel or one position may be both.
 inline std::optional<SampleView> sample_view(const Tensor& x) {
   SampleView view{x.size(0), x.size(1), 1, x.stride(0), x.stride(1), 1};
+  if (x.numel() == 0) {
+    for (int64_t d = 2; d < x.dim(); ++d) {
+      view.positions *= x.size(d);
+    }
+    return view;
+  }
   for (const int64_t d : memory_order(x)) {
     if (d < 2) {
       continue;

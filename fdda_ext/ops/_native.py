@@ -24,7 +24,9 @@ def usage_error(error: Exception, op: str, x: torch.Tensor) -> UsageError:
             f"{op}: expected x to be on the CPU, as this build of fdda_ext has no CUDA kernels, "
             f"got {x.device}; reinstall it where nvcc is found, or with FDDA_CUDA=1"
         )
-    return UsageError(f"{op}: expected x to be on the CPU or a CUDA device, got {x.device}")
+    return UsageError(
+        f"{op}: expected x to be dense on the CPU or a CUDA device, got {x.layout} on {x.device}"
+    )
 
 
 def refuse_double_backward(op: str) -> None:

@@ -63,7 +63,9 @@ def class_stats_loss(
     if torch.compiler.is_compiling():
         return _forward_op(*arguments)[0]
     if not arguments[0]:
-        raise UsageError("class_stats_loss: expected xs to hold a tensor, got an empty list")
+        raise UsageError(
+            "class_stats_loss: expected xs to hold at least one tensor, got an empty list"
+        )
     try:
         return _forward_op(*arguments)[0]
     except (ValueError, NotImplementedError) as error:

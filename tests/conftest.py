@@ -1,0 +1,56 @@
+"""Devices, instruction sets and threads that the tests of the native operators run over.
+
+Tests that take the ``device`` fixture run on the CPU and, where fdda_ext has usable CUDA kernels,
+on CUDA. FDDA_REQUIRE_CUDA=1 turns a CUDA that is missing into failures instead of absence.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fdda_ext import _C, build_info
+
+CUDA_REQUIRED = os.environ.get("FDDA_REQUIRE_CUDA") == "1"
+CUDA_USABLE = build_info().cuda_usable
+DEVICES = ["cpu", "cuda"] if CUDA_USABLE or CUDA_REQUIRED else ["cpu"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_cuda: the test runs only where CUDA kernels can")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    wanted = item.get_closest_marker("needs_cuda") is not None
+    parameters = getattr(item, "callspec", None)
+    wanted = wanted or (parameters is not None and parameters.params.get("device") == "cuda")
+    if wanted and not CUDA_USABLE:
+        reason = f"CUDA kernels are not usable: {build_info().cuda_reason}"
+        if CUDA_REQUIRED:
+            pytest.fail(f"FDDA_REQUIRE_CUDA=1, but {reason}")
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that has kernels."""
+    return request.param
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each CPU instruction set that this processor has, forced for the test."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One and two CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
