@@ -9,7 +9,7 @@ The weights in the package were made by::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -88,6 +88,16 @@ def _images_in_memory(config: PretrainConfig) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+def _command(config: PretrainConfig) -> str:
+    """The command line that trains the same weights, without defaults and the folder."""
+    changed = [
+        f"--{field.name} {getattr(config, field.name)}"
+        for field in fields(config)
+        if field.name != "out" and getattr(config, field.name) != field.default
+    ]
+    return " ".join(["python -m fdda_ext.pretrain", *changed])
+
+
 def run(config: PretrainConfig) -> Accuracy:
     """Train, store the weights, and return their accuracy on the whole test split."""
     if config.threads is not None:
@@ -132,7 +142,13 @@ def run(config: PretrainConfig) -> Accuracy:
     path = folder / f"{config.model.replace(':', '-')}.safetensors"
     temporary = path.with_name(path.name + ".tmp")
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    save_file(state, temporary, metadata={"data": config.data, "top1": f"{accuracy.top1:.2f}"})
+    metadata = {
+        "command": _command(config),
+        "data": config.data,
+        "seed": str(config.seed),
+        "top1": f"{accuracy.top1:.2f}",
+    }
+    save_file(state, temporary, metadata=metadata)
     temporary.replace(path)
     Console().print(
         f"{path}: top-1 {accuracy.top1:.2f} % of {accuracy.count} test images", highlight=False

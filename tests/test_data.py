@@ -98,6 +98,21 @@ def test_image_folder(tmp_path):
     assert [limited[i][1] for i in range(len(limited))] == [0, 1]
 
 
+@pytest.mark.parametrize("limit", [None, 20])
+def test_many_images_are_the_single_ones_in_the_asked_order(limit):
+    whole = load_dataset("glyphs", "calibration")
+    data = load_dataset("glyphs", "calibration", limit=limit)
+    images, labels = data.images([11, 3, 3])
+    assert images.shape == (3, data.channels, 32, 32)
+    assert labels.dtype == torch.int64
+    for image, label, index in zip(images, labels, (11, 3, 3), strict=True):
+        assert torch.equal(image, data[index][0])
+        assert label == data[index][1] == data.labels[index]
+    assert len(data) == len(data.labels) == (limit or len(whole))
+    assert (data.num_classes, data.mean, data.std) == (whole.num_classes, whole.mean, whole.std)
+    assert (data.augmentation, data.image_size) == (whole.augmentation, 32)
+
+
 def test_bad_folders_are_refused(tmp_path):
     with pytest.raises(UsageError, match="which is none"):
         load_dataset(f"folder:{tmp_path / 'absent'}", "test")
@@ -112,6 +127,10 @@ def test_bad_folders_are_refused(tmp_path):
         calibration_set(f"folder:{tmp_path / 'b'}")
     with pytest.raises(UsageError, match="at least 4 calibration image.*got 3 of class cat"):
         calibration_set(f"folder:{make_folder(tmp_path / 'c')}", 4, image_size=16)
+    make_folder(tmp_path / "d", ("cat", "dog", "eel"), ("train",))
+    make_folder(tmp_path / "d", splits=("val",))
+    with pytest.raises(UsageError, match="the 3 classes of .*train, got 2, without eel"):
+        load_dataset(f"folder:{tmp_path / 'd'}", "test")
     with pytest.raises(UsageError, match="1000 classes, got 2"):
         load_dataset(f"imagenet:{tmp_path / 'c'}", "test")
     (tmp_path / "c" / "val" / "cat" / "0.png").write_bytes(b"no image")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from fdda_ext import pretrain
 from fdda_ext.data import load_dataset
@@ -10,6 +11,16 @@ from fdda_ext.errors import UsageError
 from fdda_ext.models import load_model
 
 
+@pytest.fixture
+def one_thread():
+    """For networks this small, waiting for a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_it_learns_and_its_file_is_a_teacher(tmp_path):
     arguments = ["--model", "glyphs_resnet", "--data", "digits", "--image_size", "16"]
     for name in ("a", "b"):
@@ -18,6 +29,13 @@ def test_it_learns_and_its_file_is_a_teacher(tmp_path):
     network = load_model("glyphs_resnet", weights=str(a), num_classes=10)
     accuracy = evaluate(network, BatchSource(load_dataset("digits", "test", image_size=16)))
     assert accuracy.top1 > 60
+    with safe_open(a, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["top1"] == f"{accuracy.top1:.2f}"
+    assert metadata["seed"] == "0"
+    assert metadata["command"] == " ".join(
+        ["python -m fdda_ext.pretrain", *arguments[:4], "--epochs 2 --image_size 16 --batch 32"]
+    )
     again = load_model("glyphs_resnet", weights=str(b), num_classes=10).state_dict()
     assert all(torch.equal(again[key], tensor) for key, tensor in network.state_dict().items())
 

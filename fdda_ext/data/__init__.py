@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
 from .augmentation import Augmentation, augment
+from .dataset import ImageDataset
 from .digits import Digits
 from .folder import ImageFolder
 from .glyphs import Glyphs
@@ -26,50 +27,23 @@ __all__ = [
 Split = Literal["train", "calibration", "test"]
 
 
-class ImageDataset(Protocol):
-    """Normalised images with labels.
+class _Limited(ImageDataset):
+    """Some images of a data set, spread evenly over it: folders are sorted by class."""
 
-    Attributes:
-        num_classes: Labels lie below it.
-        class_names: One for each class.
-        mean, std: What was subtracted, and divided by, per colour.
-        image_size: Height and width.
-        augmentation: How images may be varied.
-    """
-
-    num_classes: int
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_size: int
-    augmentation: Augmentation
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
-        """float32 ``[3, H, W]`` and the label."""
-        ...
-
-
-class _First:
-    """The first images of a data set that come in turn over the whole of it."""
-
-    def __init__(self, dataset: Any, limit: int) -> None:
+    def __init__(self, dataset: ImageDataset, limit: int) -> None:
         self._dataset = dataset
-        # Evenly spread, since folders are sorted by class.
-        self._indices = torch.linspace(0, len(dataset) - 1, min(limit, len(dataset))).long()
-
-    def __len__(self) -> int:
-        return len(self._indices)
+        # In float64: float32 has no number for every index of a large set.
+        spread = torch.linspace(0, len(dataset) - 1, min(limit, len(dataset)), dtype=torch.float64)
+        self._indices = spread.long()
+        self.num_classes = dataset.num_classes
+        self.class_names = dataset.class_names
+        self.mean, self.std = dataset.mean, dataset.std
+        self.image_size = dataset.image_size
+        self.augmentation = dataset.augmentation
+        self.labels = dataset.labels[self._indices]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        item: tuple[Tensor, int] = self._dataset[int(self._indices[index])]
-        return item
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
+        return self._dataset[int(self._indices[index])]
 
 
 def load_dataset(
@@ -113,7 +87,7 @@ def load_dataset(
             )
     else:
         raise UsageError(f"data: expected glyphs, digits, folder:PATH or imagenet:PATH, got {spec}")
-    return dataset if limit is None else _First(dataset, limit)
+    return dataset if limit is None else _Limited(dataset, limit)
 
 
 def calibration_set(
@@ -137,23 +111,14 @@ def calibration_set(
     if images_per_class < 1:
         raise UsageError(f"data: expected images_per_class at least 1, got {images_per_class}")
     dataset = load_dataset(spec, "calibration", image_size=image_size, seed=seed)
-    labels = _labels(dataset)
     random = torch.Generator().manual_seed(seed)
     chosen = []
     for k in range(dataset.num_classes):
-        own = (labels == k).nonzero().flatten()
+        own = (dataset.labels == k).nonzero().flatten()
         if own.numel() < images_per_class:
             raise UsageError(
                 f"data: expected at least {images_per_class} calibration image(s) of every class, "
                 f"got {own.numel()} of class {dataset.class_names[k]}"
             )
         chosen.append(own[torch.randperm(own.numel(), generator=random)[:images_per_class]])
-    indices = torch.cat(chosen)
-    return torch.stack([dataset[int(index)][0] for index in indices]), labels[indices]
-
-
-def _labels(dataset: ImageDataset) -> Tensor:
-    """All labels, without decoding an image."""
-    if isinstance(dataset, Glyphs):
-        return torch.arange(len(dataset)) % dataset.num_classes
-    return torch.tensor(dataset.labels, dtype=torch.int64)  # type: ignore[attr-defined]
+    return dataset.images(torch.cat(chosen))

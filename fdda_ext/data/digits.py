@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from .augmentation import Augmentation
+from .dataset import ImageDataset
 
 __all__ = ["Digits"]
 
@@ -16,7 +16,7 @@ __all__ = ["Digits"]
 _SPLITS = {"train": (0.0, 0.6), "calibration": (0.6, 0.7), "test": (0.7, 1.0)}
 
 
-class Digits(Dataset[tuple[Tensor, int]]):
+class Digits(ImageDataset):
     """The data set, see the module.
 
     Args:
@@ -38,15 +38,12 @@ class Digits(Dataset[tuple[Tensor, int]]):
         first, last = (round(share * len(labels)) for share in _SPLITS[split])
         chosen = order[first:last]
         self.image_size = image_size
-        self.labels = [int(label) for label in labels[chosen]]
+        self.labels = torch.from_numpy(labels[chosen]).long()
         small = torch.from_numpy(images[chosen]).float().view(-1, 1, 8, 8) / 16
         size = (image_size, image_size)
         large = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
-        self.images = ((large - self.mean[0]) / self.std[0]).expand(-1, 3, -1, -1).contiguous()
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        self._images = ((large - self.mean[0]) / self.std[0]).expand(-1, 3, -1, -1).contiguous()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Normalised float32 ``[3, H, W]`` and the class."""
-        return self.images[index], self.labels[index]
+        return self._images[index], int(self.labels[index])

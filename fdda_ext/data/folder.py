@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from .._torchvision import import_torchvision
 from ..errors import UsageError
 from .augmentation import Augmentation
+from .dataset import ImageDataset
 
 __all__ = ["ImageFolder"]
 
 
-class ImageFolder(Dataset[tuple[Tensor, int]]):
+class ImageFolder(ImageDataset):
     """``PATH/train/<class>/*`` and ``PATH/val/<class>/*`` (or ``test``), ImageNet's normalisation.
 
     Images are resized to 8/7 of ``image_size`` (256 for 224) and cut from the middle. Calibration
@@ -26,7 +28,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         image_size: Height and width.
 
     Raises:
-        UsageError: If a folder is missing, holds no class, or a class holds no image.
+        UsageError: If a folder is missing, holds no class or other classes than training has, or a
+            class holds no image.
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -55,10 +58,13 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         self.image_size = image_size
         self.class_names = tuple(self.folder.classes)
         self.num_classes = len(self.class_names)
-        self.labels = list(self.folder.targets)
-
-    def __len__(self) -> int:
-        return len(self.folder)
+        trained = _class_folders(path / "train")
+        if trained and set(trained) != set(self.class_names):
+            raise UsageError(
+                f"data: expected {folder} to hold the {len(trained)} classes of {path / 'train'}, "
+                f"got {self.num_classes}, {_difference(trained, self.class_names)}"
+            )
+        self.labels = torch.tensor(self.folder.targets, dtype=torch.int64)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Normalised float32 ``[3, H, W]`` and the class."""
@@ -70,6 +76,16 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
                 f"{self.folder.samples[index][0]} ({error})"
             ) from None
         return image, int(label)
+
+
+def _class_folders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+
+
+def _difference(wanted: Sequence[str], got: Sequence[str]) -> str:
+    """In words, a class that only one of two sets has."""
+    lost = sorted(set(wanted) - set(got))
+    return f"without {lost[0]}" if lost else f"with {min(set(got) - set(wanted))} besides"
 
 
 def _split_folder(path: Path, split: str) -> Path:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from .augmentation import Augmentation
+from .dataset import ImageDataset
 
 __all__ = ["CHARACTERS", "TEST_FACES", "TRAIN_FACES", "Glyphs", "faces_of"]
 
@@ -160,7 +160,7 @@ def render(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, in
     return (np.asarray(blurred) + noise).clip(0, 255).astype(np.uint8), label
 
 
-class Glyphs(Dataset[tuple[Tensor, int]]):
+class Glyphs(ImageDataset):
     """The data set, see the module.
 
     Args:
@@ -180,9 +180,7 @@ class Glyphs(Dataset[tuple[Tensor, int]]):
         self.split = split
         self.image_size = image_size
         self.seed = 0 if split == "test" else seed
-
-    def __len__(self) -> int:
-        return _LENGTHS[self.split]
+        self.labels = torch.arange(_LENGTHS[split]) % self.num_classes
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Normalised float32 ``[3, H, W]`` and the class."""

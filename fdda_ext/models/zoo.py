@@ -183,7 +183,8 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
-            f"model: expected weights to be a whole safetensors or torch file, got {path} ({reason})"
+            "model: expected weights to be a whole safetensors or torch file, "
+            f"got {path} ({reason})"
         ) from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
