@@ -22,6 +22,7 @@ from fdda_ext.methods import (
 )
 from fdda_ext.methods.distillation import ImageSampler, Student
 from fdda_ext.quantization import QuantizationConfig
+from fdda_ext.statistics import Distortion
 from fdda_ext.synthesis import GeneratorConfig
 
 CLASSES = 6
@@ -92,7 +93,7 @@ def settings(distillation: dict | None = None, **fdda) -> MethodSettings:
 
 def test_distillation_loss_is_cross_entropy_plus_weighted_divergence():
     torch.manual_seed(0)
-    student, target = torch.randn(5, 7), torch.randn(5, 7)
+    student, target = torch.randn(5, 7).double(), torch.randn(5, 7).double()
     labels = torch.randint(7, (5,))
     config = DistillationConfig()
     p, q = (target / 20).softmax(1), (student / 20).softmax(1)
@@ -140,18 +141,15 @@ def test_generator_loss_is_the_weighted_sum_of_its_terms():
     torch.testing.assert_close(metrics["generator"], expected)
 
 
-def test_every_generator_loss_falls_when_trained_on_it_alone():
-    for name in ("bns", "centralised", "distorted", "classification"):
-        weights = {
-            "bns_weight": float(name == "bns"),
-            "centralised_weight": float(name == "centralised"),
-            "distorted_weight": float(name == "distorted"),
-            "classification_weight": float(name == "classification"),
-        }
-        method = FDDA(problem(right=True), settings(**weights, lr_milestones=[]))
-        values = [float(method.generator_step(i)[0][name]) for i in range(150)]
-        first, last = sum(values[:10]) / 10, sum(values[-10:]) / 10
-        assert last < 0.8 * first, (name, first, last)
+@pytest.mark.parametrize("name", ["bns", "centralised", "distorted", "classification"])
+def test_each_generator_loss_falls_when_trained_on_it_alone(name):
+    names = ("bns", "centralised", "distorted", "classification")
+    weights = {f"{other}_weight": float(other == name) for other in names}
+    # Less noise than published: its variance is the floor of the distorted loss.
+    chosen = settings(**weights, lr=5e-3, lr_milestones=[], distortion=Distortion(0.01, 0.01))
+    method = FDDA(problem(right=True), chosen)
+    values = [float(method.generator_step(i)[0][name]) for i in range(60)]
+    assert sum(values[-10:]) < 0.8 * sum(values[:10])
 
 
 @pytest.mark.parametrize("classes_per_batch", [1, 2, 4])
@@ -251,8 +249,8 @@ def test_same_seed_same_weights_and_state_resumes_exactly(name):
         return build_method(name, task, chosen)
 
     whole, again = build(), build()
-    for method in (whole, again):
-        torch.manual_seed(hash(id(method)) % 1000)  # the global generator must not matter
+    for global_seed, method in enumerate((whole, again)):
+        torch.manual_seed(global_seed)  # the global generator must not matter
         for iteration in range(method.iterations):
             method.step(iteration)
     halves = build()

@@ -97,9 +97,11 @@ def distillation_loss(
     divergence = F.kl_div(
         F.log_softmax(student_logits / t, dim=1),
         F.log_softmax(teacher_logits / t, dim=1),
-        reduction="batchmean" if config.reduction == "batch" else "mean",
+        reduction="batchmean",
         log_target=True,
     )
+    if config.reduction == "batch_and_classes":
+        divergence = divergence / student_logits.shape[1]
     loss = config.weight * t * t * divergence
     if config.cross_entropy_weight:
         loss = loss + config.cross_entropy_weight * F.cross_entropy(student_logits, labels)
