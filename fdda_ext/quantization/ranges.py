@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .grid import Grid
+from .grid import MIN_SCALE, Grid
 
 __all__ = ["Histogram", "RangeRule", "find_range"]
 
@@ -54,7 +54,7 @@ def find_range(
         rule: How to choose.
 
     Returns:
-        Lower and upper ends, ``[C]`` each, within ``low`` and ``high``.
+        Lower and upper ends, ``[C]`` each; but for "lsq", within ``low`` and ``high``.
     """
     if rule.name == "lp":
         return _least_error(values, counts, low, high, grid, rule.exponent)
@@ -108,7 +108,7 @@ def _from_mean_magnitude(
 ) -> tuple[Tensor, Tensor]:
     """``scale = 2 E|x| / sqrt(quant_max)``, quant_max that of a symmetric grid if signed.
 
-    The grid's width is laid over the observed range in proportion to its two sides.
+    Both ends move in the same proportion; at many bits the formula leads beyond the values.
     """
     if counts is None:
         magnitude = values.abs().mean(1)
@@ -116,11 +116,8 @@ def _from_mean_magnitude(
         magnitude = ((values.abs() * counts).sum(1) / counts.sum(1)).to(low)
     codes = 2**grid.bits - 1
     quant_max = codes if grid.kind == "unsigned" else 2 ** (grid.bits - 1) - 1
-    width = codes * 2 * magnitude / math.sqrt(quant_max)
-    share = (width / (high - low).clamp_min(1e-12)).clamp_max(1)
-    if grid.kind == "symmetric":
-        scale = width / codes
-        return (scale * grid.quant_min), (scale * grid.quant_max)
+    full = (high - low) / codes if grid.kind == "paper" else grid.parameters(low, high)[0]
+    share = 2 * magnitude / math.sqrt(quant_max) / full.clamp_min(MIN_SCALE)
     return low * share, high * share
 
 

@@ -125,7 +125,7 @@ def _origin(node: Node, modules: dict[str, nn.Module]) -> tuple[str, ActivationQ
 
 
 def _destinations(node: Node, modules: dict[str, nn.Module]) -> list[str]:
-    """Where the values of ``node`` end up: on grids, as float operands, or in the output."""
+    """Where the values of ``node`` end up: on grids, or in float, of which one place is named."""
     found: dict[str, None] = {}
     for user in node.users:
         kind = operation(user, modules)
@@ -141,7 +141,8 @@ def _destinations(node: Node, modules: dict[str, nn.Module]) -> list[str]:
             found[f"float, into {user.target}"] = None
         else:
             found.update(dict.fromkeys(_destinations(user, modules)))
-    return list(found)
+    in_float = [name for name in found if name.startswith("float")]
+    return [name for name in found if name not in in_float[1:]]
 
 
 def _is_second_operand(node: Node, user: Node, modules: dict[str, nn.Module]) -> bool:
