@@ -1,0 +1,113 @@
+"""``make gpu``: build on a machine with a GPU, test, sanitize, measure; one JSON with all of it.
+
+Uses the Python that runs it, whose torch must have CUDA. Nothing is downloaded.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Quick tests of every operator, for the slow tools.
+SANITIZED = ["tests/test_fake_quantize.py", "tests/test_class_batch_stats.py"]
+
+
+def call(command: list[str], seconds: int, **environment: str) -> dict[str, object]:
+    """Run a command to its end or its time limit; keep its status and the end of its output."""
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+        )
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        raw = error.stdout or b""
+        status, output = -1, raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+    except FileNotFoundError as error:
+        status, output = 127, str(error)
+    print(f"[{status}] {' '.join(command)}\n{output[-1500:]}", flush=True)
+    return {
+        "command": " ".join(command[-6:]),
+        "status": status,
+        "seconds": round(time.monotonic() - start, 1),
+        "output": output[-3000:],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    out = parser.parse_args().out
+    if not torch.cuda.is_available():
+        print("gpu_report: expected torch to reach a CUDA device, got none", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    python = sys.executable
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    report: dict[str, object] = {
+        "device": name,
+        "capability": f"{major}.{minor}",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "commit": commit,
+    }
+    report["build"] = call(
+        [python, "setup.py", "--quiet", "build_ext", "--inplace"],
+        500,
+        FDDA_CUDA="1",
+        TORCH_CUDA_ARCH_LIST=f"{major}.{minor}",
+    )
+    tests = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    report["tests"] = call([*tests, *SANITIZED, "-k", "cuda"], 500, FDDA_REQUIRE_CUDA="1")
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        report[tool] = call(
+            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+            + [*tests, SANITIZED[0], "-k", "cuda and sanitized"],
+            300,
+            FDDA_REQUIRE_CUDA="1",
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )
+    measured = out / "benchmark.json"
+    report["benchmarks"] = call(
+        [python, "-m", "pytest", "-q", "benchmarks", f"--benchmark-json={measured}"],
+        500,
+        FDDA_BENCH_DEVICE="cuda",
+    )
+    if measured.exists():
+        report["measurements"] = [
+            {
+                "group": b["group"],
+                "name": b["name"],
+                "median_us": 1e6 * b["stats"]["median"],
+                "iqr_us": 1e6 * b["stats"]["iqr"],
+                **b["extra_info"],
+            }
+            for b in json.loads(measured.read_text())["benchmarks"]
+        ]
+        measured.unlink()
+    path = out / f"gpu-{name.replace(' ', '-').lower()}-{commit[:8]}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    failed = [key for key, value in report.items() if isinstance(value, dict) and value["status"]]
+    print(f"{path}: {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
