@@ -76,10 +76,9 @@ def assert_matches_float64(x: Tensor, labels: Tensor, num_classes: int) -> None:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     assert count.dtype == torch.int64 and mean.dtype == dtype and var.dtype == dtype
     assert torch.equal(count, expected[0])
-    accuracy = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-6}
-    accuracy.setdefault("atol", 2e-6)
-    torch.testing.assert_close(mean.double(), expected[1], **accuracy)
-    torch.testing.assert_close(var.double(), expected[2], **accuracy)
+    accuracy = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(mean.double(), expected[1], rtol=accuracy, atol=accuracy)
+    torch.testing.assert_close(var.double(), expected[2], rtol=accuracy, atol=accuracy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

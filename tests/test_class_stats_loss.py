@@ -36,7 +36,9 @@ def make_problem(
     samples = 6
     labels = torch.tensor([0, 2, 2, 0, 2, 0]) % num_classes
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    xs, means, variances = [], [], []
+    xs: list[Tensor] = []
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
     for layer, width in enumerate(widths):
         size = 16 >> layer
         x = torch.randn((samples, width, size, size), generator=generator) + layer

@@ -78,16 +78,21 @@ def make_inputs(
 
 
 def run(
-    op: Callable[..., Tensor], x: Tensor, grad: Tensor, scale: Tensor, zero: Tensor, *rest: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y and the three gradients."""
+    op: Callable[..., Tensor],
+    x: Tensor,
+    grad: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    *rest: int | None,
+) -> tuple[Tensor, ...]:
+    """y and the three gradients; rest is quant_min, quant_max and perhaps axis."""
     leaves = [tensor.detach().requires_grad_() for tensor in (x, scale, zero)]
     y = op(*leaves, *rest)
     return y.detach(), *torch.autograd.grad(y, leaves, grad)
 
 
 def assert_matches_reference(
-    x: Tensor, grad: Tensor, scale: Tensor, zero: Tensor, *rest: object
+    x: Tensor, grad: Tensor, scale: Tensor, zero: Tensor, *rest: int | None
 ) -> None:
     """y to the bit; dx to the rounding of scale * (1/scale); sums to float32 accuracy."""
     y, dx, ds, dz = run(fake_quantize, x, grad, scale, zero, *rest)
@@ -99,7 +104,7 @@ def assert_matches_reference(
     axis = rest[2] if len(rest) > 2 else None
     other = list(range(x.dim()))
     if axis is not None:
-        other.remove(int(axis) % x.dim())
+        other.remove(axis % x.dim())
     magnitude = grad.float().abs().sum(other) if other else grad.float().abs()
     tolerance = 1e-5 * magnitude.reshape(scale.shape)
     assert ((ds - ds_ref).abs() <= tolerance).all()
@@ -133,7 +138,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(
             for threads in (1, 2):
                 _C.set_isa(isa)
                 torch.set_num_threads(threads)
-                bits = []
+                bits: list[Tensor] = []
                 for dtype in DTYPES:
                     x, grad, scale, zero = make_inputs(shape, axis, dtype)
                     for layout in (contiguous, channels_last):
@@ -265,7 +270,12 @@ def test_saves_only_inputs() -> None:
     x = torch.randn(8, requires_grad=True)
     scale, zero = torch.tensor(0.5, requires_grad=True), torch.tensor(0.0, requires_grad=True)
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+    def remember(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         fake_quantize(x, scale, zero, -8, 7)
     assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (x, scale, zero)]
 

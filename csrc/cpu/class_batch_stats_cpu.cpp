@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor, Tensor> class_batch_stats_cpu(
   const Layer layer(x);
   const ScalarType dtype = statistics_dtype(x);
   Tensor count = zeros(x, {num_classes}, ScalarType::Long);
-  Tensor mean = zeros(x, {num_classes, x.size(1)}, dtype);
-  Tensor var = zeros(x, {num_classes, x.size(1)}, dtype);
+  Tensor mean = empty(x, {num_classes, x.size(1)}, dtype);
+  Tensor var = empty(x, {num_classes, x.size(1)}, dtype);
   for (const int64_t k : classes.present()) {
     mutable_ptr<int64_t>(count)[k] = classes.samples(k) * layer.view.positions;
   }
@@ -46,14 +46,16 @@ Tensor class_batch_stats_backward_cpu(
     using T = decltype(element);
     using A = decltype(accumulator);
     std::vector<GradientMap<A>> maps;
-    maps.emplace_back(classes.num_classes() * x.size(1));
+    const int64_t channels = x.size(1);
+    maps.emplace_back(static_cast<int64_t>(classes.present().size()) * channels);
+    int64_t to = 0;
     for (const int64_t k : classes.present()) {
       const A n = static_cast<A>(const_ptr<int64_t>(counts)[k]);
-      for (int64_t at = k * x.size(1); at < (k + 1) * x.size(1); ++at) {
+      for (int64_t from = k * channels; from < (k + 1) * channels; ++from, ++to) {
         maps[0].set(
-            at, stats_gradient(
-                    const_ptr<A>(mean_gradients)[at], const_ptr<A>(var_gradients)[at],
-                    const_ptr<A>(means)[at], n));
+            to, stats_gradient(
+                    const_ptr<A>(mean_gradients)[from], const_ptr<A>(var_gradients)[from],
+                    const_ptr<A>(means)[from], n));
       }
     }
     grad_x = class_statistics_backward<T, A>({x}, classes, maps)[0];

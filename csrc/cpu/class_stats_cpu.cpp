@@ -88,7 +88,7 @@ void sample_moments(const Layer& layer, const Task& task, const SampleMoments& o
   }
 }
 
-// Merges the samples of every class present, for channels [begin, end).
+// Merges the samples of every class, for channels [begin, end); a class without any gets zeros.
 template <typename A>
 void merge_samples(
     const SampleView& view, const ClassOrder& classes, const SampleMoments& moments, int64_t begin,
@@ -97,7 +97,13 @@ void merge_samples(
   const double positions = static_cast<double>(view.positions);
   double mean[kMergeChannels];
   double m2[kMergeChannels];
-  for (const int64_t k : classes.present()) {
+  for (int64_t k = 0; k < classes.num_classes(); ++k) {
+    const int64_t to = k * out.class_stride + begin;
+    if (classes.samples(k) * view.positions == 0) {
+      std::fill_n(out.mean + to, channels, A(0));
+      std::fill_n(out.var + to, channels, A(0));
+      continue;
+    }
     for (int64_t i = 0; i < classes.samples(k); ++i) {
       const int64_t at = classes.sample(k, i) * view.channels + begin;
       if (i == 0) {
@@ -110,7 +116,6 @@ void merge_samples(
       }
     }
     const double count = static_cast<double>(classes.samples(k)) * positions;
-    const int64_t to = k * out.class_stride + begin;
     for (int64_t c = 0; c < channels; ++c) {
       out.mean[to + c] = static_cast<A>(mean[c]);
       out.var[to + c] = static_cast<A>(m2[c] / count);
@@ -139,6 +144,10 @@ ClassOrder::ClassOrder(const char* op, const Tensor& labels, int64_t num_classes
     }
     start_[k + 1] += start_[k];
   }
+  for (int64_t n = 0; n < samples; ++n) {
+    const auto found = std::lower_bound(present_.begin(), present_.end(), label_[n]);
+    slot_.push_back(found - present_.begin());
+  }
   std::vector<int64_t> next(start_.begin(), start_.end() - 1);
   for (int64_t n = 0; n < samples; ++n) {
     order_[next[label_[n]]++] = n;
@@ -165,11 +174,10 @@ void class_statistics(
   for (size_t l = 0; l < layers.size(); ++l) {
     const SampleView& view = layers[l].view;
     offsets.push_back(total);
-    if (view.samples * view.channels * view.positions == 0) {
-      continue;
-    }
     total += view.samples * view.channels;
-    if (view.is_planes()) {
+    if (view.positions == 0) {
+      // Nothing to read; merging writes the zeros.
+    } else if (view.is_planes()) {
       add_tasks(l, view.samples * view.channels, view.positions, moment_tasks);
     } else {
       const int64_t strip = std::min(kStripChannels, view.channels);
@@ -236,7 +244,7 @@ void apply(
   for (int64_t item = task.begin; item < task.end; ++item) {
     const int64_t n = item / layer.items_per_sample();
     const int64_t part = item % layer.items_per_sample();
-    const int64_t at = classes.label(n) * out.channels;
+    const int64_t at = classes.slot(n) * out.channels;
     const T* from = x + n * in.sample_stride;
     T* to = grad_x + n * out.sample_stride;
     if (layer.is_planes()) {

@@ -28,10 +28,12 @@ class ClassOrder {
   int64_t sample(int64_t k, int64_t i) const { return order_[start_[k] + i]; }
   // Classes with at least one sample, ascending.
   const std::vector<int64_t>& present() const { return present_; }
-  int64_t label(int64_t sample) const { return label_[sample]; }
+  // Where the class of a sample stands in present().
+  int64_t slot(int64_t sample) const { return slot_[sample]; }
 
  private:
   std::vector<int64_t> label_;
+  std::vector<int64_t> slot_;
   std::vector<int64_t> start_;
   std::vector<int64_t> order_;
   std::vector<int64_t> present_;
@@ -46,7 +48,7 @@ struct Layer {
 };
 
 // Where one layer's statistics are: A is float or double; class k's channels start at
-// k * class_stride. Classes without samples are left untouched.
+// k * class_stride. Classes without samples get zeros.
 template <typename A>
 struct StatisticsSpan {
   A* mean;
@@ -60,7 +62,7 @@ void class_statistics(
     const std::vector<Layer>& layers, const ClassOrder& classes,
     const std::vector<StatisticsSpan<A>>& out);
 
-// The affine map of the backward (common/statistics.h), [K, C], set for the classes present.
+// The affine map of the backward (common/statistics.h), [P, C], for the P classes present.
 template <typename A>
 struct GradientMap {
   explicit GradientMap(int64_t size) : mean(new A[size]), offset(new A[size]), slope(new A[size]) {}

@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> class_stats_loss_cpu(
   const ScalarType dtype = statistics_dtype(xs[0]);
   const Tensor weights = as_contiguous(weight);
   Tensor loss = zeros(xs[0], {sets, layers}, dtype);
-  Tensor statistics = zeros(xs[0], {2, num_classes, channels}, dtype);
+  Tensor statistics = empty(xs[0], {2, num_classes, channels}, dtype);
 
   for_element_type(xs[0], [&](auto element, auto accumulator) {
     using T = decltype(element);
@@ -78,21 +78,24 @@ std::tuple<Tensor, Tensor> class_stats_loss_cpu(
     }
     class_statistics<T, A>(sources, classes, spans);
 
+    const A* weight_at = const_ptr<A>(weights);
     for (int64_t l = 0; l < layers; ++l) {
       const int64_t width = xs[l].size(1);
       if (width == 0 || positions(xs[l]) == 0) {
         continue;
       }
-      const Tensor target_mean = as_contiguous(target_means[l]);
-      const Tensor target_var = as_contiguous(target_vars[l]);
+      const Tensor contiguous_means = as_contiguous(target_means[l]);
+      const Tensor contiguous_vars = as_contiguous(target_vars[l]);
+      const A* target_mean = const_ptr<A>(contiguous_means);
+      const A* target_var = const_ptr<A>(contiguous_vars);
       for (int64_t t = 0; t < sets; ++t) {
         double total = 0;
         for (const int64_t k : classes.present()) {
           const int64_t at = (t * num_classes + k) * width;
           const double distance = mean_distance(
-              width, spans[l].mean + k * channels, spans[l].var + k * channels,
-              const_ptr<A>(target_mean) + at, const_ptr<A>(target_var) + at);
-          total += static_cast<double>(const_ptr<A>(weights)[t * num_classes + k]) * distance;
+              width, spans[l].mean + k * channels, spans[l].var + k * channels, target_mean + at,
+              target_var + at);
+          total += static_cast<double>(weight_at[t * num_classes + k]) * distance;
         }
         mutable_ptr<A>(loss)[t * layers + l] = static_cast<A>(total);
       }
@@ -123,28 +126,34 @@ std::vector<Tensor> class_stats_loss_backward_cpu(
     using T = decltype(element);
     using A = decltype(accumulator);
     std::vector<GradientMap<A>> maps;
+    const int64_t present = static_cast<int64_t>(classes.present().size());
     const A* mean = const_ptr<A>(saved);
     const A* var = mean + num_classes * channels;
+    const A* weight_at = const_ptr<A>(weights);
+    const A* upstream_at = const_ptr<A>(upstream);
     for (int64_t l = 0; l < layers; ++l) {
       const int64_t width = xs[l].size(1);
-      const Tensor target_mean = as_contiguous(target_means[l]);
-      const Tensor target_var = as_contiguous(target_vars[l]);
-      GradientMap<A>& map = maps.emplace_back(num_classes * width);
+      const Tensor contiguous_means = as_contiguous(target_means[l]);
+      const Tensor contiguous_vars = as_contiguous(target_vars[l]);
+      const A* target_mean = const_ptr<A>(contiguous_means);
+      const A* target_var = const_ptr<A>(contiguous_vars);
+      GradientMap<A>& map = maps.emplace_back(present * width);
+      int64_t to = 0;
       for (const int64_t k : classes.present()) {
         const A count = static_cast<A>(classes.samples(k) * positions(xs[l]));
-        for (int64_t c = 0; c < width; ++c) {
+        for (int64_t c = 0; c < width; ++c, ++to) {
           // d loss[t, l] / d mean = weight[t, k] * 2 (mean - target_mean) / C, and so for var.
+          const int64_t from = k * channels + c;
           A grad_mean = 0;
           A grad_var = 0;
           for (int64_t t = 0; t < sets; ++t) {
-            const A factor = const_ptr<A>(upstream)[t * layers + l] *
-                             const_ptr<A>(weights)[t * num_classes + k] * A(2) / A(width);
+            const A factor = upstream_at[t * layers + l] * weight_at[t * num_classes + k] * A(2) /
+                             static_cast<A>(width);
             const int64_t at = (t * num_classes + k) * width + c;
-            grad_mean += factor * (mean[k * channels + c] - const_ptr<A>(target_mean)[at]);
-            grad_var += factor * (var[k * channels + c] - const_ptr<A>(target_var)[at]);
+            grad_mean += factor * (mean[from] - target_mean[at]);
+            grad_var += factor * (var[from] - target_var[at]);
           }
-          map.set(
-              k * width + c, stats_gradient(grad_mean, grad_var, mean[k * channels + c], count));
+          map.set(to, stats_gradient(grad_mean, grad_var, mean[from], count));
         }
       }
       mean += width;

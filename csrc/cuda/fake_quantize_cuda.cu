@@ -1,214 +1,320 @@
-// fake_quantize and its backward on CUDA. The lanes' work is in fake_quantize.cuh.
+// fake_quantize and its backward on CUDA: twin of cpu/fake_quantize_cpu.cpp, same arithmetic
+// (common/quantization.h), so y and dx have the CPU's bits.
 //
-// Forward: one launch. Backward: one pass over memory that writes grad_x and one pair of sums per
-// warp, then a small kernel that adds them, channel by channel, in a fixed order and in double. No
-// atomics: the same inputs give the same bits. Nothing waits for the device, so both can be
-// captured in a CUDA graph; scale and zero_point are read by the kernels and not checked.
+// Forward: one launch; a thread quantizes four packs of 16 bytes. Backward: one launch reads grad
+// and x and writes dx, while each team of threads adds up its share of ds and dz into a slot of its
+// own; a second, tiny launch adds up the slots of each channel. No atomics: same input, same bits.
+// Nothing waits for the device, so everything can be captured in a CUDA graph; therefore the values
+// of scale and zero_point are not checked here.
 
 #include <tuple>
 
-#include "common/cuda.h"
 #include "common/fake_quantize_checks.h"
 #include "common/layout.h"
-#include "fake_quantize.cuh"
+#include "common/quantization.h"
+#include "cuda/access.cuh"
+#include "cuda/fake_quantize_plan.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
 
 namespace fdda::cuda {
 namespace {
 
-constexpr int kAddThreads = 256;
-
-// What a kernel needs to prepare the parameters of a channel.
-struct Parameters {
-  const float* scale;
-  const float* zero_point;
-  float quant_min;
-  float quant_max;
-
-  FDDA_DEVICE QuantParams<float> get(int64_t channel) const {
-    return quant_params(scale[channel], zero_point[channel], quant_min, quant_max);
-  }
-
-  // Of V channels; those beyond the last repeat it.
-  template <int V>
-  FDDA_DEVICE void get(int64_t channel, int64_t channels, QuantParams<float>* p) const {
-    FDDA_UNROLL
-    for (int v = 0; v < V; ++v) {
-      p[v] = get(channel + v < channels ? channel + v : channels - 1);
-    }
-  }
-};
-
-FDDA_DEVICE int64_t tile_of_warp() {
-  return static_cast<int64_t>(blockIdx.x) * kBlockWarps + threadIdx.x / kWarp;
-}
-
-FDDA_DEVICE int lane_of_warp() {
-  return static_cast<int>(threadIdx.x) % kWarp;
-}
-
-// Kernels -----------------------------------------------------------------------------------------
-
-template <typename T>
-__global__ void __launch_bounds__(kBlockThreads) fake_quantize_runs_kernel(
-    const RunTiles plan, int64_t tiles, const Parameters parameters, const T* __restrict__ x,
-    T* __restrict__ y) {
-  if (tile_of_warp() < tiles) {
-    const RunTile tile = run_tile(plan, tile_of_warp());
-    fake_quantize_run(tile, lane_of_warp(), parameters.get(tile.channel), x, y);
-  }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kBlockThreads) fake_quantize_runs_backward_kernel(
-    const RunTiles plan, int64_t tiles, const Parameters parameters, const T* __restrict__ grad,
-    const T* __restrict__ x, T* __restrict__ grad_x, float* __restrict__ scale_sums,
-    float* __restrict__ zero_point_sums) {
-  if (tile_of_warp() >= tiles) {
-    return;
-  }
-  const RunTile tile = run_tile(plan, tile_of_warp());
-  const QuantSums sums = fake_quantize_run_backward(
-      tile, lane_of_warp(), parameters.get(tile.channel), grad, x, grad_x);
-  const float scale_sum = warp_sum(sums.scale);
-  const float zero_point_sum = warp_sum(sums.zero_point);
-  if (lane_of_warp() == 0) {
-    scale_sums[tile.slot] = scale_sum;
-    zero_point_sums[tile.slot] = zero_point_sum;
-  }
-}
-
-template <int V, typename T>
-__global__ void __launch_bounds__(kBlockThreads) fake_quantize_columns_kernel(
-    const ColumnTiles plan, int64_t tiles, const Parameters parameters, const T* __restrict__ x,
-    T* __restrict__ y) {
-  if (tile_of_warp() < tiles) {
-    const ColumnLane lane = column_lane<V>(plan, tile_of_warp(), lane_of_warp());
-    QuantParams<float> p[V];
-    parameters.get<V>(lane.channel, plan.channels, p);
-    fake_quantize_column<V>(plan, lane, p, x, y);
-  }
-}
-
-template <int V, typename T>
-__global__ void __launch_bounds__(kBlockThreads) fake_quantize_columns_backward_kernel(
-    const ColumnTiles plan, int64_t tiles, const Parameters parameters, const T* __restrict__ grad,
-    const T* __restrict__ x, T* __restrict__ grad_x, float* __restrict__ scale_sums,
-    float* __restrict__ zero_point_sums) {
-  if (tile_of_warp() >= tiles) {
-    return;
-  }
-  const ColumnLane lane = column_lane<V>(plan, tile_of_warp(), lane_of_warp());
-  QuantParams<float> p[V];
-  parameters.get<V>(lane.channel, plan.channels, p);
-  QuantSums sums[V] = {};
-  fake_quantize_column_backward<V>(plan, lane, p, grad, x, grad_x, sums);
-  FDDA_UNROLL
-  for (int v = 0; v < V; ++v) {
-    const float scale_sum = warp_sum(sums[v].scale, plan.lanes);
-    const float zero_point_sum = warp_sum(sums[v].zero_point, plan.lanes);
-    if (lane.writes) {
-      scale_sums[lane.slot + v * plan.per_channel] = scale_sum;
-      zero_point_sums[lane.slot + v * plan.per_channel] = zero_point_sum;
-    }
-  }
-}
-
-// Adds a channel's slots: block (c, 0) those of ds, block (c, 1) those of dz.
-__global__ void __launch_bounds__(kAddThreads) add_up_kernel(
-    int64_t per_channel, const float* __restrict__ scale_sums,
-    const float* __restrict__ zero_point_sums, float* __restrict__ grad_scale,
-    float* __restrict__ grad_zero_point) {
-  __shared__ double of_warp[kAddThreads / kWarp];
-  const int thread = static_cast<int>(threadIdx.x);
-  const float* slots = blockIdx.y == 0 ? scale_sums : zero_point_sums;
-  float* result = blockIdx.y == 0 ? grad_scale : grad_zero_point;
-  const double sum = warp_sum(add_slots(
-      slots + blockIdx.x * per_channel, per_channel, thread, static_cast<int>(blockDim.x)));
-  if (thread % kWarp == 0) {
-    of_warp[thread / kWarp] = sum;
-  }
-  __syncthreads();
-  if (thread == 0) {
-    double total = 0;
-    for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) {
-      total += of_warp[warp];
-    }
-    result[blockIdx.x] = static_cast<float>(total);
-  }
-}
-
-// Launchers ---------------------------------------------------------------------------------------
-
-unsigned blocks_for(int64_t tiles) {
-  return static_cast<unsigned>(divide_up(tiles, kBlockWarps));
-}
-
-// Whether rows of channels can be read 16 bytes at a time.
-template <typename T>
-bool rows_are_aligned(int64_t channels, std::initializer_list<const T*> pointers) {
-  return channels % kVector<T> == 0 &&
-         std::all_of(
-             pointers.begin(), pointers.end(), [](const T* p) { return misalignment(p) == 0; });
-}
-
-template <typename T>
-void launch_fake_quantize(
-    const ChannelView& view, const Parameters& parameters, const T* x, T* y, cudaStream_t stream) {
-  constexpr int V = kVector<T>;
-  if (view.inner != 1 || view.channels == 1) {
-    const RunTiles plan = run_tiles<T>(view.outer, view.channels, view.inner);
-    fake_quantize_runs_kernel<<<blocks_for(plan.tiles()), kBlockThreads, 0, stream>>>(
-        plan, plan.tiles(), parameters, x, y);
-  } else if (rows_are_aligned<T>(view.channels, {x, y})) {
-    const ColumnTiles plan = column_tiles<V>(view.outer, view.channels);
-    fake_quantize_columns_kernel<V><<<blocks_for(plan.tiles()), kBlockThreads, 0, stream>>>(
-        plan, plan.tiles(), parameters, x, y);
-  } else {
-    const ColumnTiles plan = column_tiles<1>(view.outer, view.channels);
-    fake_quantize_columns_kernel<1><<<blocks_for(plan.tiles()), kBlockThreads, 0, stream>>>(
-        plan, plan.tiles(), parameters, x, y);
-  }
-}
-
-// `x` gives the device of the slots; `result` are grad_scale and grad_zero_point.
-template <typename T>
-void launch_fake_quantize_backward(
-    const ChannelView& view, const Parameters& parameters, const T* grad, const Tensor& x,
-    T* grad_x, float* grad_scale, float* grad_zero_point, cudaStream_t stream) {
-  constexpr int V = kVector<T>;
-  const T* from = const_ptr<T>(x);
-  const auto launch = [&](const auto& plan, auto kernel) {
-    const Tensor slots = empty(x, {2, view.channels * plan.per_channel}, ScalarType::Float);
-    float* scale_sums = mutable_ptr<float>(slots);
-    float* zero_point_sums = scale_sums + view.channels * plan.per_channel;
-    kernel<<<blocks_for(plan.tiles()), kBlockThreads, 0, stream>>>(
-        plan, plan.tiles(), parameters, grad, from, grad_x, scale_sums, zero_point_sums);
-    const int64_t threads = std::min<int64_t>(round_up(plan.per_channel, kWarp), kAddThreads);
-    const dim3 grid(static_cast<unsigned>(view.channels), 2);
-    add_up_kernel<<<grid, static_cast<unsigned>(threads), 0, stream>>>(
-        plan.per_channel, scale_sums, zero_point_sums, grad_scale, grad_zero_point);
-  };
-  if (view.inner != 1 || view.channels == 1) {
-    launch(
-        run_tiles<T>(view.outer, view.channels, view.inner), fake_quantize_runs_backward_kernel<T>);
-  } else if (rows_are_aligned<T>(view.channels, {grad, from, grad_x})) {
-    launch(column_tiles<V>(view.outer, view.channels), fake_quantize_columns_backward_kernel<V, T>);
-  } else {
-    launch(column_tiles<1>(view.outer, view.channels), fake_quantize_columns_backward_kernel<1, T>);
-  }
-}
-
-// Shells ------------------------------------------------------------------------------------------
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 // Calls body with a value of x's element type.
 template <typename Body>
 void for_dtype(const Tensor& x, const Body& body) {
   switch (x.scalar_type()) {
-    case ScalarType::BFloat16: return body(__nv_bfloat16{});
-    case ScalarType::Half: return body(__half{});
+    case ScalarType::BFloat16: return body(BFloat16{});
+    case ScalarType::Half: return body(Half{});
     default: return body(float{});
   }
 }
+
+// scale and zero_point, [channels] each, on the device; and the grid's bounds.
+struct Parameters {
+  const float* scale;
+  const float* zero_point;
+  float quant_min;
+  float quant_max;
+};
+
+__device__ __forceinline__ QuantParams<float> channel_params(const Parameters& p, int64_t channel) {
+  return quant_params(p.scale[channel], p.zero_point[channel], p.quant_min, p.quant_max);
+}
+
+// Forward -----------------------------------------------------------------------------------------
+
+// What the forward reads and writes: a dense tensor [outer, channels, inner] in memory order.
+template <typename T>
+struct Forward {
+  const T* x;
+  T* y;
+  int64_t numel;
+  int64_t channels;
+  int64_t inner;
+  bool packed;  // x and y lie alike with respect to 16-byte borders
+  Parameters parameters;
+};
+
+// Quantizes V neighbouring values, the first of which is number `index`. `p` holds the parameters
+// of channel 0; with kPerChannel each value's own are fetched.
+template <bool kPerChannel, typename T, int V>
+__device__ __forceinline__ Pack<T, V> quantize_pack(
+    const Forward<T>& f, const Pack<T, V>& x, int64_t index, QuantParams<float> p) {
+  ChannelPlace place = {};
+  if (kPerChannel) {
+    place = channel_place(index, f.channels, f.inner);
+    p = channel_params(f.parameters, place.channel);
+  }
+  Pack<T, V> y;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    y.value[v] = static_cast<T>(fake_quantize_value(static_cast<float>(x.value[v]), p));
+    if (kPerChannel && v + 1 < V && advance(place, f.channels, f.inner)) {
+      p = channel_params(f.parameters, place.channel);
+    }
+  }
+  return y;
+}
+
+// Values per block of threads.
+template <typename T>
+constexpr int64_t kTileValues = int64_t{kQuantizeThreads} * kQuantizeUnroll * kPackSize<T>;
+
+template <typename T, bool kPerChannel>
+__global__ void __launch_bounds__(kQuantizeThreads) fake_quantize_kernel(Forward<T> f) {
+  constexpr int V = kPackSize<T>;
+  const int64_t begin = blockIdx.x * kTileValues<T>;
+  const int64_t end = at_most(begin + kTileValues<T>, f.numel);
+  const Span span = split(begin, end, pack_offset(f.x), V, f.packed);
+  const int thread = static_cast<int>(threadIdx.x);
+  const QuantParams<float> p =
+      kPerChannel ? QuantParams<float>{} : channel_params(f.parameters, 0);
+
+  Pack<T, V> x[kQuantizeUnroll] = {};  // all loads go out before the first store
+#pragma unroll
+  for (int u = 0; u < kQuantizeUnroll; ++u) {
+    const int64_t i = span.body + (u * kQuantizeThreads + thread) * V;
+    if (i < span.tail) {
+      x[u] = load_pack<V>(f.x + i);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kQuantizeUnroll; ++u) {
+    const int64_t i = span.body + (u * kQuantizeThreads + thread) * V;
+    if (i < span.tail) {
+      store_pack(f.y + i, quantize_pack<kPerChannel>(f, x[u], i, p));
+    }
+  }
+  for (int64_t i = span.begin + thread; i < span.body; i += kQuantizeThreads) {
+    store_pack(f.y + i, quantize_pack<kPerChannel>(f, load_pack<1>(f.x + i), i, p));
+  }
+  for (int64_t i = span.tail + thread; i < span.end; i += kQuantizeThreads) {
+    store_pack(f.y + i, quantize_pack<kPerChannel>(f, load_pack<1>(f.x + i), i, p));
+  }
+}
+
+// Backward ----------------------------------------------------------------------------------------
+
+// What the backward reads and writes; the sums go to slots, see fake_quantize_plan.cuh.
+template <typename T>
+struct Backward {
+  const T* grad;
+  const T* x;
+  T* grad_x;
+  float* scale_sums;
+  float* zero_point_sums;
+  bool packed;
+  Parameters parameters;
+};
+
+// dx of V neighbouring values of one channel; adds their share to the sums.
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> gradient_pack(
+    const Pack<T, V>& grad, const Pack<T, V>& x, const QuantParams<float>& p, float& scale_sum,
+    float& zero_point_sum) {
+  Pack<T, V> grad_x;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const QuantGradient<float> d = fake_quantize_gradient(
+        static_cast<float>(grad.value[v]), static_cast<float>(x.value[v]), p);
+    grad_x.value[v] = static_cast<T>(d.x);
+    scale_sum += d.scale;
+    zero_point_sum += d.zero_point;
+  }
+  return grad_x;
+}
+
+// A team of kTeam threads per segment: a warp, or the block.
+template <typename T, int kTeam>
+__global__ void __launch_bounds__(kQuantizeThreads)
+    fake_quantize_backward_runs_kernel(Backward<T> b, RunPlan plan) {
+  constexpr int V = kPackSize<T>;
+  constexpr int kTeams = kQuantizeThreads / kTeam;
+  __shared__ float scratch[2][kQuantizeThreads / kWarpSize];
+  const int64_t index = int64_t{blockIdx.x} * kTeams + threadIdx.x / kTeam;
+  if (kTeam == kWarpSize && index >= plan.segments) {
+    return;
+  }
+  const int thread = static_cast<int>(threadIdx.x) % kTeam;
+  const RunSegment segment = run_segment(plan, index);
+  const Span span = split(segment.begin, segment.end, pack_offset(b.x), V, b.packed);
+  const QuantParams<float> p = channel_params(b.parameters, segment.channel);
+  float scale_sum = 0;
+  float zero_point_sum = 0;
+
+  const auto single = [&](int64_t i) {
+    store_pack(
+        b.grad_x + i, gradient_pack(
+                          load_pack<1>(b.grad + i), load_pack<1>(b.x + i), p, scale_sum,
+                          zero_point_sum));
+  };
+  for (int64_t i = span.begin + thread; i < span.body; i += kTeam) {
+    single(i);
+  }
+  for (int64_t first = span.body; first < span.tail; first += kTeam * kQuantizeUnroll * V) {
+    Pack<T, V> grad[kQuantizeUnroll] = {};
+    Pack<T, V> x[kQuantizeUnroll] = {};
+#pragma unroll
+    for (int u = 0; u < kQuantizeUnroll; ++u) {
+      const int64_t i = first + (u * kTeam + thread) * V;
+      if (i < span.tail) {
+        grad[u] = load_pack<V>(b.grad + i);
+        x[u] = load_pack<V>(b.x + i);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kQuantizeUnroll; ++u) {
+      const int64_t i = first + (u * kTeam + thread) * V;
+      if (i < span.tail) {
+        store_pack(b.grad_x + i, gradient_pack(grad[u], x[u], p, scale_sum, zero_point_sum));
+      }
+    }
+  }
+  for (int64_t i = span.tail + thread; i < span.end; i += kTeam) {
+    single(i);
+  }
+
+  if (kTeam == kWarpSize) {
+    scale_sum = warp_sum(scale_sum);
+    zero_point_sum = warp_sum(zero_point_sum);
+  } else {
+    scale_sum = block_sum<kQuantizeThreads>(scale_sum, scratch[0]);
+    zero_point_sum = block_sum<kQuantizeThreads>(zero_point_sum, scratch[1]);
+  }
+  if (thread == 0) {
+    b.scale_sums[segment.slot] = scale_sum;
+    b.zero_point_sums[segment.slot] = zero_point_sum;
+  }
+}
+
+// Rows: neighbours in memory belong to different channels, V of which each thread keeps.
+template <typename T, int V>
+__global__ void __launch_bounds__(kQuantizeThreads)
+    fake_quantize_backward_rows_kernel(Backward<T> b, RowPlan plan) {
+  __shared__ float scale_sums[kQuantizeThreads * V];
+  __shared__ float zero_point_sums[kQuantizeThreads * V];
+  const int thread = static_cast<int>(threadIdx.x);
+  const RowPlace place = row_place(plan, V, blockIdx.x, thread);
+  float scale_sum[V] = {};
+  float zero_point_sum[V] = {};
+  if (place.channel < plan.channels) {
+    QuantParams<float> p[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      p[v] = channel_params(b.parameters, place.channel + v);
+    }
+#pragma unroll 2
+    for (int64_t row = place.first; row < place.last; row += place.step) {
+      const int64_t i = row * plan.channels + place.channel;
+      const Pack<T, V> grad = load_pack<V>(b.grad + i);
+      const Pack<T, V> x = load_pack<V>(b.x + i);
+      Pack<T, V> grad_x;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const QuantGradient<float> d = fake_quantize_gradient(
+            static_cast<float>(grad.value[v]), static_cast<float>(x.value[v]), p[v]);
+        grad_x.value[v] = static_cast<T>(d.x);
+        scale_sum[v] += d.scale;
+        zero_point_sum[v] += d.zero_point;
+      }
+      store_pack(b.grad_x + i, grad_x);
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    scale_sums[thread * V + v] = scale_sum[v];
+    zero_point_sums[thread * V + v] = zero_point_sum[v];
+  }
+  __syncthreads();
+  // Shared memory now holds [rows in parallel, lanes * V channels].
+  const int width = plan.lanes * V;
+  for (int j = thread; j < width; j += kQuantizeThreads) {
+    float scale_total = 0;
+    float zero_point_total = 0;
+    for (int at = j; at < kQuantizeThreads * V; at += width) {
+      scale_total += scale_sums[at];
+      zero_point_total += zero_point_sums[at];
+    }
+    const int64_t channel = place.strip * width + j;
+    if (channel < plan.channels) {
+      b.scale_sums[channel * plan.units + place.unit] = scale_total;
+      b.zero_point_sums[channel * plan.units + place.unit] = zero_point_total;
+    }
+  }
+}
+
+// Adds up the slots of each channel, in double as on the CPU. Blocks [0, channels) do ds, blocks
+// [channels, 2 * channels) dz.
+__global__ void __launch_bounds__(kQuantizeThreads) add_up_kernel(
+    const float* slots, int64_t channels, int64_t slots_per_channel, float* grad_scale,
+    float* grad_zero_point) {
+  __shared__ double scratch[kQuantizeThreads / kWarpSize];
+  const float* from = slots + blockIdx.x * slots_per_channel;
+  double total = 0;
+  for (int64_t i = threadIdx.x; i < slots_per_channel; i += kQuantizeThreads) {
+    total += from[i];
+  }
+  total = block_sum<kQuantizeThreads>(total, scratch);
+  if (threadIdx.x == 0) {
+    if (blockIdx.x < channels) {
+      grad_scale[blockIdx.x] = static_cast<float>(total);
+    } else {
+      grad_zero_point[blockIdx.x - channels] = static_cast<float>(total);
+    }
+  }
+}
+
+// Launchers ---------------------------------------------------------------------------------------
+
+template <typename T>
+void launch_fake_quantize(
+    const char* op, const Forward<T>& f, bool per_channel, cudaStream_t stream) {
+  const auto kernel = per_channel ? &fake_quantize_kernel<T, true> : &fake_quantize_kernel<T, false>;
+  launch(op, kernel, ceil_divide(f.numel, kTileValues<T>), kQuantizeThreads, stream, f);
+}
+
+template <typename T>
+void launch_runs(
+    const char* op, const Backward<T>& backward, const RunPlan& plan, cudaStream_t stream) {
+  const bool warps = plan.team == kWarpSize;
+  const auto kernel = warps ? &fake_quantize_backward_runs_kernel<T, kWarpSize>
+                            : &fake_quantize_backward_runs_kernel<T, kQuantizeThreads>;
+  const int64_t blocks = ceil_divide(plan.segments, kQuantizeThreads / plan.team);
+  launch(op, kernel, blocks, kQuantizeThreads, stream, backward, plan);
+}
+
+template <typename T, int V>
+void launch_rows(
+    const char* op, const Backward<T>& backward, const RowPlan& plan, cudaStream_t stream) {
+  const auto kernel = &fake_quantize_backward_rows_kernel<T, V>;
+  launch(op, kernel, plan.units * plan.strips, kQuantizeThreads, stream, backward, plan);
+}
+
+// Operators ---------------------------------------------------------------------------------------
 
 Tensor fake_quantize_cuda(
     const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
@@ -218,21 +324,23 @@ Tensor fake_quantize_cuda(
   const DeviceGuard guard(x.get_device_index());
   const Tensor scales = as_contiguous(scale);
   const Tensor zero_points = as_contiguous(zero_point);
-  const Parameters parameters = {
-      const_ptr<float>(scales), const_ptr<float>(zero_points), static_cast<float>(quant_min),
-      static_cast<float>(quant_max)};
   const Tensor in = dense(x);
   Tensor out = empty_like_dense(in);
-  if (x.numel() == 0) {
-    return out;
-  }
+  const ChannelView view = channel_view(in, axis);
   for_dtype(x, [&](auto element) {
     using T = decltype(element);
-    launch_fake_quantize<T>(
-        channel_view(in, axis), parameters, const_ptr<T>(in), mutable_ptr<T>(out),
-        current_stream(x));
+    Forward<T> f = {};
+    f.x = const_ptr<T>(in);
+    f.y = mutable_ptr<T>(out);
+    f.numel = in.numel();
+    f.channels = view.channels;
+    f.inner = view.inner;
+    f.packed = pack_offset(f.x) == pack_offset(f.y);
+    f.parameters = {
+        const_ptr<float>(scales), const_ptr<float>(zero_points), static_cast<float>(quant_min),
+        static_cast<float>(quant_max)};
+    launch_fake_quantize<T>(op, f, view.channels > 1, current_stream(x));
   });
-  check_launch(op);
   return out;
 }
 
@@ -243,28 +351,55 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cuda(
   axis = check_fake_quantize(op, x, scale, zero_point, quant_min, quant_max, axis);
   check_fake_quantize_grad(op, grad, x);
   const DeviceGuard guard(x.get_device_index());
-  const Tensor in = dense(x);
-  Tensor grad_x = empty_like_dense(in);
-  if (x.numel() == 0) {
-    return {
-        grad_x, zeros(scale, scale.sizes().vec(), ScalarType::Float),
-        zeros(zero_point, zero_point.sizes().vec(), ScalarType::Float)};
-  }
   const Tensor scales = as_contiguous(scale);
   const Tensor zero_points = as_contiguous(zero_point);
-  const Parameters parameters = {
-      const_ptr<float>(scales), const_ptr<float>(zero_points), static_cast<float>(quant_min),
-      static_cast<float>(quant_max)};
+  const Tensor in = dense(x);
   const Tensor upstream = in_layout_of(in, grad);
+  Tensor grad_x = empty_like_dense(in);
   Tensor grad_scale = empty(scale, scale.sizes().vec(), ScalarType::Float);
   Tensor grad_zero_point = empty(zero_point, zero_point.sizes().vec(), ScalarType::Float);
+  const ChannelView view = channel_view(in, axis);
+  const cudaStream_t stream = current_stream(x);
+
   for_dtype(x, [&](auto element) {
     using T = decltype(element);
-    launch_fake_quantize_backward<T>(
-        channel_view(in, axis), parameters, const_ptr<T>(upstream), in, mutable_ptr<T>(grad_x),
-        mutable_ptr<float>(grad_scale), mutable_ptr<float>(grad_zero_point), current_stream(x));
+    constexpr int V = kPackSize<T>;
+    Backward<T> b = {};
+    b.grad = const_ptr<T>(upstream);
+    b.x = const_ptr<T>(in);
+    b.grad_x = mutable_ptr<T>(grad_x);
+    b.packed = pack_offset(b.grad) == pack_offset(b.x) && pack_offset(b.x) == pack_offset(b.grad_x);
+    b.parameters = {
+        const_ptr<float>(scales), const_ptr<float>(zero_points), static_cast<float>(quant_min),
+        static_cast<float>(quant_max)};
+    const bool by_rows = view.inner == 1 && view.channels > 1;
+    const bool wide_rows = b.packed && pack_offset(b.x) == 0 && view.channels % V == 0;
+    const RunPlan runs = run_plan(view.outer, view.channels, view.inner, V);
+    const RowPlan rows = row_plan(view.outer, view.channels, wide_rows ? V : 1);
+    const int64_t slots_per_channel = by_rows ? rows.units : runs.slots_per_channel;
+
+    const Tensor slots =
+        empty(scale, {2, view.channels, slots_per_channel}, ScalarType::Float);
+    b.scale_sums = mutable_ptr<float>(slots);
+    b.zero_point_sums = b.scale_sums + view.channels * slots_per_channel;
+    if (slots_per_channel == 1) {  // the only slot of a channel is its sum
+      b.scale_sums = mutable_ptr<float>(grad_scale);
+      b.zero_point_sums = mutable_ptr<float>(grad_zero_point);
+    }
+    if (!by_rows) {
+      launch_runs<T>(op, b, runs, stream);
+    } else if (wide_rows) {
+      launch_rows<T, V>(op, b, rows, stream);
+    } else {
+      launch_rows<T, 1>(op, b, rows, stream);
+    }
+    if (slots_per_channel != 1) {
+      launch(
+          op, &add_up_kernel, 2 * view.channels, kQuantizeThreads, stream,
+          const_ptr<float>(slots), view.channels, slots_per_channel, mutable_ptr<float>(grad_scale),
+          mutable_ptr<float>(grad_zero_point));
+    }
   });
-  check_launch(op);
   return {grad_x, grad_scale, grad_zero_point};
 }
 

@@ -53,74 +53,115 @@ FDDA_INLINE VectorOf<T> block_m2(int64_t count, const T* x, VectorOf<T> mean) {
 }
 
 template <typename T>
-void plane_moments(int64_t count, const T* x, double* mean, double* m2) {
+FDDA_INLINE Moments<double> block_moments(int64_t count, const T* x) {
   using A = typename Accumulator<T>::type;
-  Moments<double> total = {0, 0, 0};
-  for (int64_t start = 0; start < count; start += kBlockValues) {
+  const A mean = sum(block_sum(count, x)) / static_cast<A>(count);
+  const A m2 = sum(block_m2(count, x, VectorOf<T>(mean)));
+  return {static_cast<double>(count), static_cast<double>(mean), static_cast<double>(m2)};
+}
+
+template <typename T>
+void plane_moments(int64_t count, const T* x, double* mean, double* m2) {
+  Moments<double> total = block_moments(count < kBlockValues ? count : kBlockValues, x);
+  for (int64_t start = kBlockValues; start < count; start += kBlockValues) {
     const int64_t left = count - start;
-    const int64_t n = left < kBlockValues ? left : kBlockValues;
-    const A block_mean = sum(block_sum(n, x + start)) / static_cast<A>(n);
-    const A deviations = sum(block_m2(n, x + start, VectorOf<T>(block_mean)));
-    total = merge(
-        total, Moments<double>{
-                   static_cast<double>(n), static_cast<double>(block_mean),
-                   static_cast<double>(deviations)});
+    total = merge(total, block_moments(left < kBlockValues ? left : kBlockValues, x + start));
   }
   *mean = total.mean;
   *m2 = total.m2;
 }
 
-// Vectors side by side in a strip of columns: 64 floats or 32 doubles.
+// Columns are walked in strips of kStripVectors vectors, kBlockRows rows at a time: rows far apart
+// compete for few sets of the L1 cache, and few rows keep float32 sums accurate.
 constexpr int64_t kStripVectors = 4;
-// Values one lane adds up before they are merged: few, so that float32 sums stay accurate.
-constexpr int64_t kBlockRows = 256;
+constexpr int64_t kBlockRows = 32;
 
-// One strip of n <= kStripVectors * kWidth columns over `rows` rows, merged into mean and m2.
-template <typename T>
-FDDA_INLINE void strip_moments(
-    int64_t rows, int64_t n, int64_t stride, const T* x, double count_before, double* mean,
-    double* m2) {
-  using V = VectorOf<T>;
-  using A = typename Accumulator<T>::type;
-  constexpr int64_t kWidth = V::kWidth;
-  const V zero(0);
-  const V share(static_cast<A>(1) / static_cast<A>(rows));
-  A block_mean[kStripVectors * V::kWidth];
-  A block_m2[kStripVectors * V::kWidth];
-  for (int64_t c = 0; c < n; c += kWidth) {
-    const int64_t lanes = n - c < kWidth ? n - c : kWidth;
-    V total = zero;
-    V deviations = zero;
-    if (lanes == kWidth) {
-      for (int64_t row = 0; row < rows; ++row) {
-        total = total + load(x + c + row * stride);
-      }
-      total = total * share;
-      for (int64_t row = 0; row < rows; ++row) {
-        const V deviation = load(x + c + row * stride) - total;
-        deviations = deviations + deviation * deviation;
-      }
-    } else {
-      for (int64_t row = 0; row < rows; ++row) {
-        total = total + load_some(x + c + row * stride, lanes, zero);
-      }
-      total = total * share;
-      for (int64_t row = 0; row < rows; ++row) {
-        const V deviation = load_some(x + c + row * stride, lanes, zero) - total;
-        deviations = deviations + deviation * deviation;
-      }
-    }
-    store(block_mean + c, total);
-    store(block_m2 + c, deviations);
+// Sums and squared deviations of one vector of columns, with a loader for full or partial vectors.
+template <typename V, typename Load>
+FDDA_INLINE void column_pass(int64_t rows, V share, const Load& load_row, V* mean, V* m2) {
+  V total(0);
+  for (int64_t row = 0; row < rows; ++row) {
+    total = total + load_row(row);
   }
-  const double count = static_cast<double>(rows);
-  for (int64_t c = 0; c < n; ++c) {
-    const Moments<double> merged = merge(
-        Moments<double>{count_before, mean[c], m2[c]},
-        Moments<double>{
-            count, static_cast<double>(block_mean[c]), static_cast<double>(block_m2[c])});
-    mean[c] = merged.mean;
-    m2[c] = merged.m2;
+  *mean = total * share;
+  V deviations(0);
+  for (int64_t row = 0; row < rows; ++row) {
+    const V deviation = load_row(row) - *mean;
+    deviations = deviations + deviation * deviation;
+  }
+  *m2 = deviations;
+}
+
+// A full strip, row by row across its four vectors; the same sums as column_pass.
+template <typename T>
+FDDA_INLINE void strip_pass(
+    int64_t rows, int64_t stride, const T* x, VectorOf<T> share, VectorOf<T>* mean,
+    VectorOf<T>* m2) {
+  using V = VectorOf<T>;
+  constexpr int64_t kWidth = V::kWidth;
+  V total0(0), total1(0), total2(0), total3(0);
+  const T* at = x;
+  for (int64_t row = 0; row < rows; ++row, at += stride) {
+    total0 = total0 + load(at);
+    total1 = total1 + load(at + kWidth);
+    total2 = total2 + load(at + 2 * kWidth);
+    total3 = total3 + load(at + 3 * kWidth);
+  }
+  const V mean0 = total0 * share;
+  const V mean1 = total1 * share;
+  const V mean2 = total2 * share;
+  const V mean3 = total3 * share;
+  V sum0(0), sum1(0), sum2(0), sum3(0);
+  at = x;
+  for (int64_t row = 0; row < rows; ++row, at += stride) {
+    const V d0 = load(at) - mean0;
+    const V d1 = load(at + kWidth) - mean1;
+    const V d2 = load(at + 2 * kWidth) - mean2;
+    const V d3 = load(at + 3 * kWidth) - mean3;
+    sum0 = sum0 + d0 * d0;
+    sum1 = sum1 + d1 * d1;
+    sum2 = sum2 + d2 * d2;
+    sum3 = sum3 + d3 * d3;
+  }
+  mean[0] = mean0;
+  mean[1] = mean1;
+  mean[2] = mean2;
+  mean[3] = mean3;
+  m2[0] = sum0;
+  m2[1] = sum1;
+  m2[2] = sum2;
+  m2[3] = sum3;
+}
+
+// One block of a strip: n <= kStripVectors * kWidth columns over `rows` rows.
+template <typename T, typename A>
+FDDA_INLINE void strip_block(
+    int64_t rows, int64_t n, int64_t stride, const T* x, A* block_mean, A* block_m2) {
+  using V = VectorOf<T>;
+  constexpr int64_t kWidth = V::kWidth;
+  const V share(static_cast<A>(1) / static_cast<A>(rows));
+  V mean[kStripVectors];
+  V m2[kStripVectors];
+  if (n == kStripVectors * kWidth) {
+    strip_pass(rows, stride, x, share, mean, m2);
+    for (int64_t i = 0; i < kStripVectors; ++i) {
+      store(block_mean + i * kWidth, mean[i]);
+      store(block_m2 + i * kWidth, m2[i]);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < n; c += kWidth) {
+    const int64_t lanes = n - c;
+    if (lanes >= kWidth) {
+      column_pass(rows, share, [&](int64_t row) { return load(x + c + row * stride); }, mean, m2);
+    } else {
+      const V zero(0);
+      column_pass(
+          rows, share, [&](int64_t row) { return load_some(x + c + row * stride, lanes, zero); },
+          mean, m2);
+    }
+    store(block_mean + c, mean[0]);
+    store(block_m2 + c, m2[0]);
   }
 }
 
@@ -147,17 +188,22 @@ void column_moments(
     return;
   }
   constexpr int64_t kStrip = kStripVectors * VectorOf<T>::kWidth;
+  typename Accumulator<T>::type block_mean[kStrip];
+  typename Accumulator<T>::type block_m2[kStrip];
   for (int64_t c = 0; c < channels; c += kStrip) {
     const int64_t n = channels - c < kStrip ? channels - c : kStrip;
-    const int64_t block = kBlockValues / n < kBlockRows ? kBlockValues / n : kBlockRows;
-    for (int64_t i = c; i < c + n; ++i) {
-      mean[i] = 0;
-      m2[i] = 0;
-    }
-    for (int64_t row = 0; row < count; row += block) {
-      const int64_t rows = count - row < block ? count - row : block;
-      strip_moments(
-          rows, n, stride, x + c + row * stride, static_cast<double>(row), mean + c, m2 + c);
+    for (int64_t row = 0; row < count; row += kBlockRows) {
+      const int64_t rows = count - row < kBlockRows ? count - row : kBlockRows;
+      strip_block(rows, n, stride, x + c + row * stride, block_mean, block_m2);
+      for (int64_t i = 0; i < n; ++i) {
+        const Moments<double> block = {
+            static_cast<double>(rows), static_cast<double>(block_mean[i]),
+            static_cast<double>(block_m2[i])};
+        const Moments<double> before = {static_cast<double>(row), mean[c + i], m2[c + i]};
+        const Moments<double> total = row == 0 ? block : merge(before, block);
+        mean[c + i] = total.mean;
+        m2[c + i] = total.m2;
+      }
     }
   }
 }

@@ -1,0 +1,81 @@
+// How threads reach memory: 16 bytes at a time, and single values at the ragged ends.
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace fdda::cuda {
+
+constexpr int kWarpSize = 32;
+
+// Values of T in 16 bytes, the widest access of a thread.
+template <typename T>
+constexpr int kPackSize = static_cast<int>(16 / sizeof(T));
+
+// V neighbouring values, read and written as one.
+template <typename T, int V>
+struct alignas(V * sizeof(T)) Pack {
+  T value[V];
+};
+
+template <int V, typename T>
+FDDA_HOST_DEVICE Pack<T, V> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
+template <int V, typename T>
+FDDA_HOST_DEVICE void store_pack(T* to, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
+// How many values `pointer` lies past a border of 16 bytes.
+template <typename T>
+FDDA_HOST_DEVICE int pack_offset(const T* pointer) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T) % kPackSize<T>);
+}
+
+// Values [begin, end) of a stretch of memory: single ones up to `body`, packs up to `tail`, single
+// ones up to `end`.
+//
+//        begin   body                     tail  end
+//          | . . | . . . . | . . . . | . . | . . |
+//   16 bytes ----^---------^---------^
+struct Span {
+  int64_t begin;
+  int64_t body;
+  int64_t tail;
+  int64_t end;
+};
+
+// `offset` is the pack_offset of value 0. Without `packed`, when several pointers have different
+// offsets, everything is single values.
+FDDA_HOST_DEVICE Span
+split(int64_t begin, int64_t end, int offset, int pack_size, bool packed) {
+  Span span = {begin, end, end, end};
+  const int64_t body = (begin + offset + pack_size - 1) / pack_size * pack_size - offset;
+  if (packed && body < end) {
+    span.body = body;
+    span.tail = body + (end - body) / pack_size * pack_size;
+  }
+  return span;
+}
+
+// The smallest power of two that is at least `count`, at most `most` (a power of two itself).
+FDDA_HOST_DEVICE int power_of_two(int64_t count, int most) {
+  int power = 1;
+  while (power < count && power < most) {
+    power *= 2;
+  }
+  return power;
+}
+
+FDDA_HOST_DEVICE int64_t ceil_divide(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+FDDA_HOST_DEVICE int64_t at_most(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+}  // namespace fdda::cuda

@@ -1,0 +1,36 @@
+// Launching kernels. Everything the host says to the device goes through here and common/cuda.h.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "common/cuda.h"
+
+namespace fdda::cuda {
+
+// kernel<<<blocks, threads, 0, stream>>>(arguments...), checked; nothing if there is no work.
+template <typename... Parameters, typename... Arguments>
+void launch(
+    const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+    const Arguments&... arguments) {
+  constexpr int64_t kMaxBlocks = 2147483647;  // of gridDim.x
+  if (blocks == 0) {
+    return;
+  }
+  if (blocks > kMaxBlocks) {
+    throw std::runtime_error(std::string(op) + ": the tensor is too large for one launch");
+  }
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream>>>(
+      static_cast<Parameters>(arguments)...);
+  check_launch(op);
+}
+
+// Fills with zero bytes, in the order of the stream.
+inline void zero_fill(const char* op, void* memory, size_t bytes, cudaStream_t stream) {
+  if (bytes > 0) {
+    check(cudaMemsetAsync(memory, 0, bytes, stream), op);
+  }
+}
+
+}  // namespace fdda::cuda
