@@ -2,13 +2,15 @@
 
 import os
 import pickle
+import warnings
+from random import Random
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from fdda_ext.errors import UsageError
-from fdda_ext.models import load_model
+from fdda_ext.models import load_model, load_weights
 from fdda_ext.models.zoo import EMBEDDED
 
 
@@ -53,6 +55,31 @@ def test_weights_from_safetensors_and_torch_files(tmp_path):
     for name in ("a.safetensors", "b.pth"):
         loaded = resnet(tmp_path / name).state_dict()
         assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
+
+
+def test_no_damage_to_a_file_gets_past_the_one_exception(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    state = network.state_dict()
+    save_file(state, tmp_path / "a")
+    torch.save(state, tmp_path / "b")
+    torch.save(state, tmp_path / "c", _use_new_zipfile_serialization=False)
+    random = Random(0)
+    messages = []
+    for name in ("a", "b", "c"):
+        data = (tmp_path / name).read_bytes()
+        for _ in range(150):
+            damaged = bytearray(data)
+            for _ in range(random.choice([1, 3, 20])):
+                damaged[random.randrange(len(data))] = random.randrange(256)
+            (tmp_path / "damaged").write_bytes(damaged)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    load_weights(network, tmp_path / "damaged")
+                except UsageError as error:
+                    messages.append(str(error))
+    assert len(messages) > 200
+    assert not any("\n" in message for message in messages)
 
 
 class Bomb:
@@ -102,6 +129,13 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path):
         resnet(changed(**{"fc.bias": torch.zeros(3)}))
     with pytest.raises(UsageError, match="NaN or infinity in fc.bias"):
         resnet(changed(**{"fc.bias": torch.full((71,), float("nan"))}))
+    with pytest.raises(UsageError, match=r"fc.bias of floating point, got torch.int8"):
+        resnet(changed(**{"fc.bias": torch.ones(71, dtype=torch.int8)}))
+    torch.save({**state, "fc.bias": torch.ones(71).to_sparse()}, tmp_path / "sparse.pth")
+    torch.save({**state, "fc.bias": torch.ones(71, device="meta")}, tmp_path / "meta.pth")
+    for name in ("sparse.pth", "meta.pth"):
+        with pytest.raises(UsageError, match="named tensors"):
+            resnet(tmp_path / name)
     del state["fc.bias"]
     with pytest.raises(UsageError, match="with no fc.bias"):
         resnet(changed())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import pickle
-import zipfile
 from collections.abc import Callable
 from importlib.resources import files
 from importlib.util import find_spec
@@ -147,7 +146,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
     """
     try:
         state = load_file(path)
-    except (SafetensorError, ValueError):
+    except (SafetensorError, OSError, ValueError):
         state = _torch_file(path)
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     own = network.state_dict()
@@ -165,6 +164,10 @@ def load_weights(network: nn.Module, path: Path) -> None:
                 f"model: expected {key} of shape {tuple(own[key].shape)}, "
                 f"got {tuple(tensor.shape)} in {path}"
             )
+        if own[key].is_floating_point() and not tensor.is_floating_point():
+            raise UsageError(
+                f"model: expected {key} of floating point, got {tensor.dtype} in {path}"
+            )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UsageError(
                 f"model: expected finite weights, got NaN or infinity in {key} of {path}"
@@ -180,7 +183,7 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
             f"model: expected weights to be a file of tensors alone, got {path}, "
             "which is damaged or holds code and was not run"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file makes the reader stumble in a dozen ways
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
             "model: expected weights to be a whole safetensors or torch file, "
@@ -190,7 +193,11 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()
+        isinstance(key, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and not tensor.is_meta
+        for key, tensor in state.items()
     ):
         raise UsageError(f"model: expected weights to be named tensors, got other things in {path}")
     return state
