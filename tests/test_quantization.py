@@ -221,9 +221,7 @@ def test_eight_bits_stay_close_and_more_bits_are_closer(network, images):
     errors = []
     for bits in (3, 4, 6, 8):
         for grid in ("deploy", "paper"):
-            student = student_of(
-                network, images, weight_bits=bits, activation_bits=bits, grid=grid
-            )
+            student = student_of(network, images, weight_bits=bits, activation_bits=bits, grid=grid)
             errors.append(float((student(images) - expected).norm() / expected.norm()))
     assert errors[-1] < 0.03
     assert errors[-2] < 0.03

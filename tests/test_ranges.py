@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fdda_ext.errors import UsageError
 from fdda_ext.quantization.grid import Grid, paper_quantize

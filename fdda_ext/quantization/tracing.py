@@ -73,9 +73,9 @@ def trace(model: nn.Module, example: Tensor) -> GraphModule:
     for module in network.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
+    _check_graph(network)
     _record_shapes(network, example)
     _pad_same(network, example)
-    _check_graph(network)
     network.graph.lint()
     network.recompile()
     return network
@@ -193,13 +193,15 @@ def _check_layer(name: str, module: nn.Module) -> None:
 
 
 def _is_plain_in_timm(module: nn.Module) -> bool:
-    """Whether ``module`` computes what its base in torch.nn does, for all its own forward.
+    """Whether ``module`` is timm's and, for all its own forward, no more than its base in torch.nn.
 
-    timm's Linear only adds casts for scripting; its BatchNormAct2d has been split before.
+    Its Linear only adds casts for scripting, its BatchNormAct2d has been split, its Conv2dSame will
+    become padding and a Conv2d.
     """
     return type(module).__module__.startswith("timm.") and type(module).__name__ in (
         "Linear",
         "BatchNormAct2d",
+        "Conv2dSame",
     )
 
 
