@@ -52,6 +52,7 @@ class CudaToolkit:
                 "files or set FDDA_CUDA=0"
             )
         self.library_dir = str(found[0])
+        self.include_dirs = re.findall(r'^#\$ INCLUDES="-I([^"]+)"', dryrun, re.MULTILINE)
 
     def _ask(self, *arguments: str) -> str:
         done = subprocess.run([self.nvcc, *arguments], capture_output=True, text=True, check=True)
@@ -87,8 +88,8 @@ def find_toolkit() -> CudaToolkit | None:
     if asked == "0":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    usual_places = f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else usual_places)
     if nvcc is None:
         if asked == "1":
             raise SystemExit(
@@ -142,7 +143,11 @@ def extension() -> Extension:
     return Extension(
         "fdda_ext._C",
         sources=[str(path.relative_to(ROOT)) for path in sources],
-        include_dirs=[str(ROOT / "csrc"), *include_paths()],
+        include_dirs=[
+            str(ROOT / "csrc"),
+            *include_paths(),
+            *(TOOLKIT.include_dirs if TOOLKIT else []),
+        ],
         library_dirs=[*library_paths(), *([TOOLKIT.library_dir] if TOOLKIT else [])],
         extra_compile_args={"cxx": CXX_FLAGS},
         extra_link_args=LINK_FLAGS + (["-lcudart_static", "-lrt", "-ldl"] if TOOLKIT else []),

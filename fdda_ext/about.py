@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fdda_ext import _C
+from fdda_ext.errors import UsageError
 from fdda_ext.version import __version__
 
 __all__ = ["BuildInfo", "build_info"]
@@ -62,6 +63,10 @@ def build_info() -> BuildInfo:
         UsageError: FDDA_ISA names an instruction set that this processor lacks.
     """
     reason = _why_cuda_is_unusable()
+    try:
+        isa = _C.isa()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return BuildInfo(
         version=__version__,
         torch=torch.__version__,
@@ -71,6 +76,6 @@ def build_info() -> BuildInfo:
         cuda_usable=not reason,
         cuda_reason=reason,
         isas=tuple(_C.compiled_isas()),
-        isa=_C.isa(),
+        isa=isa,
         threads=_C.num_threads(),
     )
