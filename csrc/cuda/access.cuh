@@ -50,8 +50,7 @@ struct Span {
 
 // `offset` is the pack_offset of value 0. Without `packed`, when several pointers have different
 // offsets, everything is single values.
-FDDA_HOST_DEVICE Span
-split(int64_t begin, int64_t end, int offset, int pack_size, bool packed) {
+FDDA_HOST_DEVICE Span split(int64_t begin, int64_t end, int offset, int pack_size, bool packed) {
   Span span = {begin, end, end, end};
   const int64_t body = (begin + offset + pack_size - 1) / pack_size * pack_size - offset;
   if (packed && body < end) {

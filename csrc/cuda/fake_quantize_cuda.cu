@@ -91,8 +91,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) fake_quantize_kernel(Forward
   const int64_t end = at_most(begin + kTileValues<T>, f.numel);
   const Span span = split(begin, end, pack_offset(f.x), V, f.packed);
   const int thread = static_cast<int>(threadIdx.x);
-  const QuantParams<float> p =
-      kPerChannel ? QuantParams<float>{} : channel_params(f.parameters, 0);
+  const QuantParams<float> p = kPerChannel ? QuantParams<float>{} : channel_params(f.parameters, 0);
 
   Pack<T, V> x[kQuantizeUnroll] = {};  // all loads go out before the first store
 #pragma unroll
@@ -168,9 +167,9 @@ __global__ void __launch_bounds__(kQuantizeThreads)
 
   const auto single = [&](int64_t i) {
     store_pack(
-        b.grad_x + i, gradient_pack(
-                          load_pack<1>(b.grad + i), load_pack<1>(b.x + i), p, scale_sum,
-                          zero_point_sum));
+        b.grad_x + i,
+        gradient_pack(
+            load_pack<1>(b.grad + i), load_pack<1>(b.x + i), p, scale_sum, zero_point_sum));
   };
   for (int64_t i = span.begin + thread; i < span.body; i += kTeam) {
     single(i);
@@ -293,7 +292,8 @@ __global__ void __launch_bounds__(kQuantizeThreads) add_up_kernel(
 template <typename T>
 void launch_fake_quantize(
     const char* op, const Forward<T>& f, bool per_channel, cudaStream_t stream) {
-  const auto kernel = per_channel ? &fake_quantize_kernel<T, true> : &fake_quantize_kernel<T, false>;
+  const auto kernel =
+      per_channel ? &fake_quantize_kernel<T, true> : &fake_quantize_kernel<T, false>;
   launch(op, kernel, ceil_divide(f.numel, kTileValues<T>), kQuantizeThreads, stream, f);
 }
 
@@ -378,8 +378,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cuda(
     const RowPlan rows = row_plan(view.outer, view.channels, wide_rows ? V : 1);
     const int64_t slots_per_channel = by_rows ? rows.units : runs.slots_per_channel;
 
-    const Tensor slots =
-        empty(scale, {2, view.channels, slots_per_channel}, ScalarType::Float);
+    const Tensor slots = empty(scale, {2, view.channels, slots_per_channel}, ScalarType::Float);
     b.scale_sums = mutable_ptr<float>(slots);
     b.zero_point_sums = b.scale_sums + view.channels * slots_per_channel;
     if (slots_per_channel == 1) {  // the only slot of a channel is its sum
@@ -395,8 +394,8 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cuda(
     }
     if (slots_per_channel != 1) {
       launch(
-          op, &add_up_kernel, 2 * view.channels, kQuantizeThreads, stream,
-          const_ptr<float>(slots), view.channels, slots_per_channel, mutable_ptr<float>(grad_scale),
+          op, &add_up_kernel, 2 * view.channels, kQuantizeThreads, stream, const_ptr<float>(slots),
+          view.channels, slots_per_channel, mutable_ptr<float>(grad_scale),
           mutable_ptr<float>(grad_zero_point));
     }
   });

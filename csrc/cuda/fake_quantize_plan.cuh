@@ -56,8 +56,7 @@ struct RunPlan {
   int team;  // threads
 };
 
-FDDA_HOST_DEVICE RunPlan
-run_plan(int64_t outer, int64_t channels, int64_t inner, int pack_size) {
+FDDA_HOST_DEVICE RunPlan run_plan(int64_t outer, int64_t channels, int64_t inner, int pack_size) {
   RunPlan plan = {};
   plan.channels = channels;
   plan.inner = inner;
