@@ -8,6 +8,7 @@ The weights in the package were made by::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import load_dataset
@@ -44,7 +45,8 @@ class PretrainConfig:
     """What to train.
 
     Attributes:
-        model: glyphs_resnet or glyphs_mobilenet (or any network of a library, from random weights).
+        model: glyphs_resnet or glyphs_mobilenet (or a network of a library, from random
+            weights, that returns logits alone).
         data: glyphs, digits or folder:PATH.
         out: Folder for MODEL.safetensors.
         epochs: Passes over the training images.
@@ -70,9 +72,14 @@ class PretrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "lr"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"pretrain: expected {name} above 0, got {getattr(self, name)}")
+        for name in ("epochs", "batch", "lr", "images", "threads"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"pretrain: expected {name} above 0 and finite, got {value}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(
+                f"pretrain: expected weight_decay at least 0 and finite, got {self.weight_decay}"
+            )
 
 
 def _images_in_memory(config: PretrainConfig) -> tuple[Tensor, Tensor]:
@@ -98,14 +105,43 @@ def _command(config: PretrainConfig) -> str:
     return " ".join(["python -m fdda_ext.pretrain", *changed])
 
 
+def _folder(out: str) -> Path:
+    """The folder, made before the training, so that a mistake shows at once."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"pretrain: expected out to be a folder that can be made, got {out} ({error.strerror})"
+        ) from None
+    return Path(out)
+
+
+def _check_fit(network: nn.Module, image: Tensor, model: str) -> None:
+    """Refuse images that are too small for the network."""
+    try:
+        with torch.no_grad():
+            network(image[None])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(
+            f"pretrain: expected image_size that {model} can take, got {image.shape[-1]} ({reason})"
+        ) from None
+
+
 def run(config: PretrainConfig) -> Accuracy:
-    """Train, store the weights, and return their accuracy on the whole test split."""
+    """Train, store the weights, and return their accuracy on the whole test split.
+
+    Raises:
+        UsageError: If data, network and settings do not fit, or the loss grows beyond all bounds.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     test_set = load_dataset(config.data, "test", image_size=config.image_size)
     torch.manual_seed(config.seed)
     network = load_model(config.model, weights="none", num_classes=test_set.num_classes)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _check_fit(network, test_set[0][0], config.model)
+    folder = _folder(config.out)
     images, labels = _images_in_memory(config)
     steps_per_epoch = len(labels) // config.batch
     if steps_per_epoch == 0:
@@ -136,9 +172,12 @@ def run(config: PretrainConfig) -> Accuracy:
             loss.backward()
             optimizer.step()
             schedule.step()
+        if not loss.isfinite():
+            raise UsageError(
+                f"pretrain: expected the loss to stay finite, got {loss.item()} in epoch "
+                f"{epoch + 1}; lower lr"
+            )
     accuracy = evaluate(network, BatchSource(test_set), label="testing")
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{config.model.replace(':', '-')}.safetensors"
     temporary = path.with_name(path.name + ".tmp")
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}

@@ -1,9 +1,12 @@
 """Data sets: determinism, held-out faces, splits, folders, augmentation, bad input."""
 
+import importlib.util
+
 import pytest
 import torch
 from PIL import Image
 
+from fdda_ext._torchvision import import_torchvision
 from fdda_ext.data import Augmentation, augment, calibration_set, load_dataset
 from fdda_ext.data.glyphs import CHARACTERS, TEST_FACES, TRAIN_FACES, _glyph, faces_of
 from fdda_ext.errors import UsageError
@@ -136,6 +139,12 @@ def test_bad_folders_are_refused(tmp_path):
     (tmp_path / "c" / "val" / "cat" / "0.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match="readable image, got .*0.png"):
         load_dataset(f"folder:{tmp_path / 'c'}", "test", image_size=16)[0]
+
+
+def test_absent_torchvision_is_said_in_words(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install --no-deps torchvision"):
+        import_torchvision.__wrapped__()
 
 
 @pytest.mark.parametrize(

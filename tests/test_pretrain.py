@@ -1,5 +1,8 @@
 """The command that trains a float network."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -40,14 +43,38 @@ def test_it_learns_and_its_file_is_a_teacher(tmp_path):
     assert all(torch.equal(again[key], tensor) for key, tensor in network.state_dict().items())
 
 
-def test_bad_settings_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="epochs above 0, got 0"):
-        pretrain.main(["--model", "glyphs_resnet", "--out", str(tmp_path), "--epochs", "0"])
-    with pytest.raises(UsageError, match="batch at most the 1078 images, got 5000"):
-        pretrain.main(
-            ["--model", "glyphs_resnet", "--out", str(tmp_path), "--data", "digits"]
-            + ["--batch", "5000"]
-        )
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs above 0 and finite, got 0"),
+        ({"threads": 0}, "threads above 0 and finite, got 0"),
+        ({"lr": float("nan")}, "lr above 0 and finite, got nan"),
+        ({"weight_decay": -1.0}, "weight_decay at least 0 and finite, got -1.0"),
+        ({"batch": 5000}, "batch at most the 1078 images, got 5000"),
+        ({"model": "torchvision:inception_v3"}, "image_size that torchvision:inception_v3 can tak"),
+        ({"images": 256, "lr": 1e30, "image_size": 8}, "loss to stay finite, got .*; lower lr"),
+        ({"out": __file__}, "out to be a folder that can be made, got .*exists"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message, tmp_path):
+    settings = {"model": "glyphs_resnet", "out": str(tmp_path), "data": "digits", **settings}
+    with pytest.raises(UsageError, match=message) as caught:
+        pretrain.run(pretrain.PretrainConfig(**settings))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fdda_ext.pretrain", "--model", "glyphs_resnt"]
+        + ["--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "did you mean glyphs_resnet" in done.stderr
 
 
 @pytest.mark.parametrize(("name", "least"), [("glyphs_resnet", 88.0), ("glyphs_mobilenet", 88.0)])
