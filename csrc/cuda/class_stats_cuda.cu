@@ -155,18 +155,18 @@ __global__ void __launch_bounds__(kStatsThreads)
   }
 }
 
-// Merges the chunks and samples of a class, in double as on the CPU.
+// Merges the chunks and samples of a class, in double as on the CPU. A block has 32 channels of one
+// class: each of its warps merges every kStatsWarps-th chunk, then the first merges those results.
 template <typename A>
 __global__ void __launch_bounds__(kStatsThreads) merge_kernel(
     const __grid_constant__ LayerTable table, const double2* moments, const int64_t* labels,
     int64_t num_classes, StatisticsSpan<A> out, LossTerms<A> loss) {
-  const int64_t index = int64_t{blockIdx.x} * kStatsWarps + threadIdx.x / kWarpSize;
-  if (index >= table.merge_units) {
-    return;
-  }
+  __shared__ Moments<double> slices[kStatsWarps][kWarpSize];
+  const int64_t index = blockIdx.x;
   const Layer& layer = table.layer[find_layer(table, index, true)];
   const uint32_t unit = static_cast<uint32_t>(index - layer.merge_begin);
   const int sample = static_cast<int>(unit / merge_tiles(layer));
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const uint32_t channel = unit % merge_tiles(layer) * kWarpSize + lane;
   const bool active = channel < layer.channels;
@@ -174,6 +174,7 @@ __global__ void __launch_bounds__(kStatsThreads) merge_kernel(
   bool stands_for_class = k >= 0 && k < num_classes;  // other samples are left out
 
   Moments<double> total = {0, 0, 0};
+  uint32_t chunk = static_cast<uint32_t>(warp);  // counts on from one sample to the next
   for (int first = 0; first < table.samples && stands_for_class; first += kWarpSize) {
     unsigned members = samples_of_class(labels, table.samples, first, k);
     while (members != 0) {
@@ -183,12 +184,23 @@ __global__ void __launch_bounds__(kStatsThreads) merge_kernel(
         stands_for_class = false;  // an earlier sample does
         break;
       }
-      for (uint32_t chunk = 0; chunk < layer.chunks && active; ++chunk) {
-        const double2 part = moments[moments_at(layer, n, chunk) + channel];
+#pragma unroll 4
+      for (; chunk < layer.chunks; chunk += kStatsWarps) {
         const double positions = chunk_positions(layer, chunk);
+        const double2 part =
+            active ? moments[moments_at(layer, n, chunk) + channel] : double2{0, 0};
         total = merge(total, {positions, part.x, part.y});
       }
+      chunk -= layer.chunks;
     }
+  }
+  slices[warp][lane] = total;
+  __syncthreads();
+  if (warp != 0) {
+    return;
+  }
+  for (int other = 1; other < kStatsWarps; ++other) {
+    total = merge(total, slices[other][lane]);
   }
 
   A mean = 0;
@@ -334,8 +346,8 @@ void class_statistics(
       op, &moments_kernel<T, A>, ceil_divide(table.units, kStatsWarps), kStatsThreads, stream,
       table, moments);
   launch(
-      op, &merge_kernel<A>, ceil_divide(table.merge_units, kStatsWarps), kStatsThreads, stream,
-      table, moments, const_ptr<int64_t>(labels), num_classes, out, loss);
+      op, &merge_kernel<A>, table.merge_units, kStatsThreads, stream, table, moments,
+      const_ptr<int64_t>(labels), num_classes, out, loss);
 }
 
 #define FDDA_INSTANTIATE(T, A)                                                          \

@@ -4,10 +4,9 @@
 // Forward, three launches for any number of layers (per kMaxLayers):
 //   moments  each warp reads one unit (class_stats_plan.cuh) once and leaves mean and M2 of its
 //            chunk per channel; values meet in registers, two-pass in each batch, Chan between
-//   merge    each warp merges, for 32 channels of one class, the chunks and samples of that class
-//   in
-//            the order of the batch; the first sample of a class stands for it, so the work does
-//            not grow with num_classes; for the loss it also leaves its share of the distances
+//   merge    each block merges the chunks and samples of one class, for 32 channels, in a fixed
+//            order; the first sample of a class stands for it, so the work does not grow with
+//            num_classes; for the loss it also leaves its share of the distances
 //   loss     adds up those shares
 // Backward, one launch: each warp reads one unit of x and writes the same of grad_x.
 // No atomics, no waiting for the device: same input, same bits, and CUDA graphs can capture it.
