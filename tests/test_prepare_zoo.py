@@ -218,6 +218,34 @@ def test_joint_norm_and_activation_become_two_nodes():
     torch.testing.assert_close(float_student(x), network(x), rtol=0.1, atol=0.05)
 
 
+class InPlace(Block):
+    """Changes tensors whose names it goes on using."""
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        F.relu(y, inplace=True)
+        z = y.mul_(2)
+        z.add_(y)
+        return self.behind(y)
+
+
+def test_in_place_operations_keep_their_meaning():
+    network = settle(InPlace(head(8)), 16)
+    x = torch.randn(2, 3, 16, 16)
+    student = prepare(network, QuantizationConfig(weight_bits=8), x)
+    torch.testing.assert_close(student(x), network(x), rtol=0.05, atol=0.05)
+    for node in student.graph.nodes:
+        assert not str(node.target).endswith("_")
+        assert not node.kwargs.get("inplace")
+
+
+class ThroughView(Block):
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        y[:, :4].mul_(-3)
+        return self.behind(y)
+
+
 class DataDependent(Block):
     def forward(self, x):
         return super().forward(x if x.sum() > 0 else -x)
@@ -286,6 +314,7 @@ def with_norm_of_the_batch() -> nn.Module:
         (Block(OwnForward(8, 8, 3)), "Conv2d layers with the forward of torch.nn, got OwnForward"),
         (TwoInputs(), "take one tensor, got 2 inputs"),
         (TwoOutputs(), "return one tensor, got tuple"),
+        (ThroughView(), "compute the same when traced by torch.fx, got other outputs"),
         (with_norm_of_the_batch(), "running statistics, got none at bn"),
         (
             nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), head(8)),

@@ -81,6 +81,8 @@ class _Fixed(nn.modules.batchnorm._BatchNorm):
         fixed.weight, fixed.bias = layer.weight, layer.bias
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             setattr(fixed, name, getattr(layer, name))
+        for name, child in layer.named_children():  # the activation inside timm's BatchNormAct2d
+            fixed.add_module(name, child)
         return fixed.eval()
 
     def train(self, mode: bool = True) -> Any:

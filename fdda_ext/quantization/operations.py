@@ -11,6 +11,8 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
+from .quantizer import ActivationQuantizer
+
 __all__ = [
     "GRID_PRESERVING",
     "is_global_pooling",
@@ -64,8 +66,6 @@ _MODULE_NAMES = {"StochasticDepth": "identity", "DropPath": "identity"}
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     F.relu: "relu",
     torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu_: "relu",
     F.relu6: "relu6",
     torch.sigmoid: "sigmoid",
     F.sigmoid: "sigmoid",
@@ -95,10 +95,8 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     F.pad: "pad",
     F.interpolate: "interpolate",
     operator.add: "add",
-    operator.iadd: "add",
     torch.add: "add",
     operator.mul: "mul",
-    operator.imul: "mul",
     torch.mul: "mul",
     torch.cat: "cat",
     torch.concat: "cat",
@@ -124,7 +122,6 @@ _FUNCTION_NAMES = {
 
 _METHODS = {
     "relu": "relu",
-    "relu_": "relu",
     "sigmoid": "sigmoid",
     "softmax": "softmax",
     "mean": "mean",
@@ -140,9 +137,7 @@ _METHODS = {
     "split": "select",
     "narrow": "select",
     "add": "add",
-    "add_": "add",
     "mul": "mul",
-    "mul_": "mul",
     "matmul": "functional_weight",
     "bmm": "functional_weight",
 }
@@ -183,8 +178,6 @@ def operation(node: Node, modules: dict[str, nn.Module]) -> str:
 
 
 def _module_operation(module: nn.Module) -> str:
-    from .quantizer import ActivationQuantizer
-
     if isinstance(module, ActivationQuantizer):
         return "quantizer"
     if isinstance(module, nn.Upsample):

@@ -171,8 +171,6 @@ def _quantize_layers(student: GraphModule, config: QuantizationConfig) -> None:
             new = FixedBatchNorm1d.from_float(module)
         elif isinstance(module, _BatchNorm):
             new = FixedBatchNorm2d.from_float(module)
-            for child_name, child in module.named_children():  # timm's `act`
-                new.add_module(child_name, child)
         else:
             continue
         student.set_submodule(name, new)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UsageError
+from .layers import FixedBatchNorm2d
 from .operations import operation
 
 __all__ = ["trace"]
@@ -24,16 +25,13 @@ _FORWARDS: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.Linear: (nn.Linear.forward,),
     _BatchNorm: (_BatchNorm.forward, nn.SyncBatchNorm.forward),
 }
-#: In-place operations by what they do.
+#: In-place functions by what they do; methods end in an underscore.
 _OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
+    operator.isub: operator.sub,
     operator.imul: operator.mul,
     torch.relu_: torch.relu,
     F.relu_: F.relu,
-    "relu_": "relu",
-    "add_": "add",
-    "mul_": "mul",
-    "sigmoid_": "sigmoid",
 }
 
 
@@ -69,15 +67,14 @@ def trace(model: nn.Module, example: Tensor) -> GraphModule:
         ) from error
     network = GraphModule(root, graph, class_name=type(model).__name__)
     _split_norm_act(network)
+    _make_out_of_place(network)
     _remove_identities(network)
-    for module in network.modules():
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]
     _check_graph(network)
     _record_shapes(network, example)
     _pad_same(network, example)
     network.graph.lint()
     network.recompile()
+    _check_same(network, root, example)
     return network
 
 
@@ -119,10 +116,6 @@ class _Tracer(Tracer):
         name: str | None = None,
         type_expr: Any | None = None,
     ) -> Node:
-        # Out of place, so that no tensor changes after it was quantized or kept for a backward.
-        target = _OUT_OF_PLACE.get(target, target)
-        if kwargs.get("inplace"):
-            kwargs = {**kwargs, "inplace": False}
         if kind in ("call_function", "call_method") and name is None:
             function = target if kind == "call_method" else getattr(target, "__name__", "call")
             name = f"{self.module_name}.{function}".strip("._").replace(".", "_")
@@ -195,12 +188,10 @@ def _check_layer(name: str, module: nn.Module) -> None:
 def _is_plain_in_timm(module: nn.Module) -> bool:
     """Whether ``module`` is timm's and, for all its own forward, no more than its base in torch.nn.
 
-    Its Linear only adds casts for scripting, its BatchNormAct2d has been split, its Conv2dSame will
-    become padding and a Conv2d.
+    Its Linear only adds casts for scripting, its Conv2dSame will become padding and a Conv2d.
     """
     return type(module).__module__.startswith("timm.") and type(module).__name__ in (
         "Linear",
-        "BatchNormAct2d",
         "Conv2dSame",
     )
 
@@ -223,14 +214,41 @@ def _split_norm_act(network: GraphModule) -> None:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if not isinstance(module, nn.BatchNorm2d) or type(module).__name__ != "BatchNormAct2d":
             continue
+        name = str(node.target)
+        network.set_submodule(name, FixedBatchNorm2d.from_float(module))
         last = node
         for part in ("drop", "act"):
+            users = list(last.users)
             with network.graph.inserting_after(last):
-                after = network.graph.call_module(f"{node.target}.{part}", (last,))
-            last.replace_all_uses_with(
-                after, delete_user_cb=lambda user, new=after: user is not new
-            )
+                after = network.graph.call_module(f"{name}.{part}", (last,))
+            for user in users:
+                user.replace_input_with(last, after)
             last = after
+
+
+def _make_out_of_place(network: GraphModule) -> None:
+    """Let no tensor change after it was quantized or kept for a backward."""
+    modules = dict(network.named_modules())
+    position = {node: index for index, node in enumerate(network.graph.nodes)}
+    for node in network.graph.nodes:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if getattr(module, "inplace", False) is True:
+            pass  # the module is changed below, since several nodes may call it
+        elif node.kwargs.get("inplace"):
+            node.update_kwarg("inplace", False)
+        elif node.op == "call_method" and str(node.target).endswith("_"):
+            node.target = str(node.target)[:-1]
+        elif node.op == "call_function" and node.target in _OUT_OF_PLACE:
+            node.target = _OUT_OF_PLACE[node.target]
+        else:
+            continue
+        changed = node.all_input_nodes[0]
+        for user in list(changed.users):
+            if position[user] > position[node]:  # it saw the changed tensor
+                user.replace_input_with(changed, node)
+    for module in modules.values():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False
 
 
 def _remove_identities(network: GraphModule) -> None:
@@ -287,6 +305,20 @@ def _pad_same(network: GraphModule, example: Tensor) -> None:
     if found:
         network.recompile()
         _record_shapes(network, example)
+
+
+def _check_same(network: GraphModule, root: nn.Module, example: Tensor) -> None:
+    """Refuse a graph that computes something else, such as for a tensor written through a view."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(example.shape, generator=random)
+    images = images.to(next(network.parameters()))
+    with torch.no_grad():
+        expected, result = root(images), network(images)
+    if not (result - expected).norm() <= 1e-3 * expected.norm():
+        raise UsageError(
+            "prepare: expected model to compute the same when traced by torch.fx, "
+            f"got other outputs from {type(root).__name__}; it may change tensors in place"
+        )
 
 
 class _ShapeRecorder(Interpreter):
