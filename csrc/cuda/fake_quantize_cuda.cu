@@ -266,24 +266,27 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   }
 }
 
-// Adds up the slots of each channel, in double as on the CPU. Blocks [0, channels) do ds, blocks
-// [channels, 2 * channels) dz.
+// Adds up the slots of each channel, in double as on the CPU, by a team of kTeam threads each: a
+// warp, or the block. Teams [0, channels) do ds, teams [channels, 2 * channels) dz.
+template <int kTeam>
 __global__ void __launch_bounds__(kQuantizeThreads) add_up_kernel(
     const float* slots, int64_t channels, int64_t slots_per_channel, float* grad_scale,
     float* grad_zero_point) {
   __shared__ double scratch[kQuantizeThreads / kWarpSize];
-  const float* from = slots + blockIdx.x * slots_per_channel;
+  const int64_t team = int64_t{blockIdx.x} * (kQuantizeThreads / kTeam) + threadIdx.x / kTeam;
+  if (kTeam == kWarpSize && team >= 2 * channels) {
+    return;
+  }
+  const int thread = static_cast<int>(threadIdx.x) % kTeam;
+  const float* from = slots + team * slots_per_channel;
   double total = 0;
-  for (int64_t i = threadIdx.x; i < slots_per_channel; i += kQuantizeThreads) {
+  for (int64_t i = thread; i < slots_per_channel; i += kTeam) {
     total += from[i];
   }
-  total = block_sum<kQuantizeThreads>(total, scratch);
-  if (threadIdx.x == 0) {
-    if (blockIdx.x < channels) {
-      grad_scale[blockIdx.x] = static_cast<float>(total);
-    } else {
-      grad_zero_point[blockIdx.x - channels] = static_cast<float>(total);
-    }
+  total = kTeam == kWarpSize ? warp_sum(total) : block_sum<kQuantizeThreads>(total, scratch);
+  if (thread == 0) {
+    float* to = team < channels ? grad_scale + team : grad_zero_point + (team - channels);
+    *to = static_cast<float>(total);
   }
 }
 
@@ -312,6 +315,17 @@ void launch_rows(
     const char* op, const Backward<T>& backward, const RowPlan& plan, cudaStream_t stream) {
   const auto kernel = &fake_quantize_backward_rows_kernel<T, V>;
   launch(op, kernel, plan.units * plan.strips, kQuantizeThreads, stream, backward, plan);
+}
+
+void launch_add_up(
+    const char* op, const float* slots, int64_t channels, int64_t slots_per_channel,
+    float* grad_scale, float* grad_zero_point, cudaStream_t stream) {
+  const bool warps = slots_per_channel <= 8 * kWarpSize;
+  const auto kernel = warps ? &add_up_kernel<kWarpSize> : &add_up_kernel<kQuantizeThreads>;
+  const int teams_per_block = warps ? kQuantizeThreads / kWarpSize : 1;
+  launch(
+      op, kernel, ceil_divide(2 * channels, teams_per_block), kQuantizeThreads, stream, slots,
+      channels, slots_per_channel, grad_scale, grad_zero_point);
 }
 
 // Operators ---------------------------------------------------------------------------------------
@@ -393,10 +407,9 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cuda(
       launch_rows<T, 1>(op, b, rows, stream);
     }
     if (slots_per_channel != 1) {
-      launch(
-          op, &add_up_kernel, 2 * view.channels, kQuantizeThreads, stream, const_ptr<float>(slots),
-          view.channels, slots_per_channel, mutable_ptr<float>(grad_scale),
-          mutable_ptr<float>(grad_zero_point));
+      launch_add_up(
+          op, const_ptr<float>(slots), view.channels, slots_per_channel,
+          mutable_ptr<float>(grad_scale), mutable_ptr<float>(grad_zero_point), stream);
     }
   });
   return {grad_x, grad_scale, grad_zero_point};

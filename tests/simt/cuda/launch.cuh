@@ -1,0 +1,234 @@
+// Runs CUDA kernels on the host, thread by thread: stands in for csrc/cuda/launch.cuh (it comes
+// first on the include path) when the .cu files are compiled as plain C++. Index arithmetic,
+// reductions, shapes and the host's part of each operator are then tested without a GPU. What it
+// cannot show: speed, and races that need real concurrency. To catch missing barriers it runs the
+// threads of a block in ascending or, with FDDA_SIMT_REVERSED=1, in descending order.
+//
+// Each thread is a coroutine that runs until it meets a collective (shuffle, ballot, barrier) and
+// goes on when all threads concerned have arrived. Threads that wait for others that never come are
+// reported as a deadlock; shuffles and ballots demand all 32 lanes.
+#pragma once
+
+#include <math.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/stable.h"
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __shared__ static
+#define __launch_bounds__(threads)
+
+struct double2 {
+  double x;
+  double y;
+};
+using cudaStream_t = void*;
+
+namespace simt {
+
+struct Index {
+  unsigned x;
+};
+
+// A coroutine that runs `body` once per block. ucontext starts it; after that the jumps, which make
+// no system calls, switch to it and back.
+struct Fiber {
+  ucontext_t context;
+  jmp_buf at;
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  bool started = false;
+  bool done = false;
+};
+
+// Threads that meet: a warp or a block.
+struct Group {
+  int size = 0;
+  int arrived = 0;
+  unsigned meeting = 0;
+};
+
+// Values that the lanes of a warp exchange, for two meetings in turn.
+struct Warp : Group {
+  alignas(16) char slots[2][32][16];
+};
+
+inline jmp_buf scheduler;
+inline std::deque<Fiber> fibers;
+inline std::vector<Warp> warps;
+inline Group block;
+inline std::function<void()> body;
+inline unsigned current = 0;
+inline unsigned events = 0;  // arrivals and ends: no event in a whole round is a deadlock
+
+inline void yield() {
+  if (_setjmp(fibers[current].at) == 0) {
+    _longjmp(scheduler, 1);
+  }
+}
+
+inline void meet(Group& group) {
+  ++events;
+  const unsigned meeting = group.meeting;
+  if (++group.arrived == group.size) {
+    group.arrived = 0;
+    ++group.meeting;
+    return;
+  }
+  while (group.meeting == meeting) {
+    yield();
+  }
+}
+
+// Every lane gives a value; afterwards `read(slots)` sees those of all lanes.
+template <typename T, typename Read>
+auto exchange(T value, const Read& read) {
+  Warp& warp = warps[current / 32];
+  auto& slots = warp.slots[warp.meeting % 2];
+  std::memcpy(slots[current % 32], &value, sizeof(T));
+  meet(warp);
+  return read(slots);
+}
+
+[[noreturn]] inline void entry() {
+  for (;;) {
+    body();
+    fibers[current].done = true;
+    ++events;
+    yield();
+  }
+}
+
+}  // namespace simt
+
+inline simt::Index threadIdx;
+inline simt::Index blockIdx;
+
+namespace simt {
+
+inline void resume(unsigned thread) {
+  current = thread;
+  threadIdx.x = thread;
+  if (_setjmp(scheduler) != 0) {
+    return;
+  }
+  Fiber& fiber = fibers[thread];
+  if (fiber.started) {
+    _longjmp(fiber.at, 1);
+  }
+  fiber.started = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, reinterpret_cast<void (*)()>(&entry), 0);
+  setcontext(&fiber.context);
+}
+
+inline void run_block(int threads, bool reversed) {
+  while (static_cast<int>(fibers.size()) < threads) {
+    fibers.emplace_back();
+  }
+  warps.assign((threads + 31) / 32, Warp());
+  for (Warp& warp : warps) {
+    warp.size = 32;
+  }
+  block = Group();
+  block.size = threads;
+  for (Fiber& fiber : fibers) {
+    fiber.done = false;
+  }
+  for (bool all_done = false; !all_done;) {
+    all_done = true;
+    const unsigned before = events;
+    for (int i = 0; i < threads; ++i) {
+      const int thread = reversed ? threads - 1 - i : i;
+      if (!fibers[thread].done) {
+        resume(static_cast<unsigned>(thread));
+        all_done = all_done && fibers[thread].done;
+      }
+    }
+    if (!all_done && events == before) {
+      throw std::runtime_error("simt: threads wait for others that never come");
+    }
+  }
+}
+
+}  // namespace simt
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int offset) {
+  const int lane = static_cast<int>(simt::current % 32);
+  const int from = lane + offset < 32 ? lane + offset : lane;
+  if (mask != 0xffffffffu) {
+    throw std::runtime_error("simt: only whole warps shuffle here");
+  }
+  return simt::exchange(value, [&](const char (&slots)[32][16]) {
+    T result;
+    std::memcpy(&result, slots[from], sizeof(T));
+    return result;
+  });
+}
+
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  return simt::exchange(predicate, [](const char (&slots)[32][16]) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+      bits |= static_cast<unsigned>(slots[lane][0] != 0) << lane;
+    }
+    return bits;
+  });
+}
+
+inline void __syncthreads() {
+  simt::meet(simt::block);
+}
+
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+
+inline int __ffs(int bits) {
+  return __builtin_ffs(bits);
+}
+
+namespace fdda::cuda {
+
+// The host has no device to guard and one stream.
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+
+inline cudaStream_t current_stream(const Tensor&) {
+  return nullptr;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(
+    const char*, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t,
+    const Arguments&... arguments) {
+  const char* reversed = std::getenv("FDDA_SIMT_REVERSED");
+  simt::body = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  for (int64_t i = 0; i < blocks; ++i) {
+    blockIdx.x = static_cast<unsigned>(i);
+    simt::run_block(threads, reversed != nullptr && reversed[0] == '1');
+  }
+}
+
+inline void zero_fill(const char*, void* memory, size_t bytes, cudaStream_t) {
+  std::memset(memory, 0, bytes);
+}
+
+}  // namespace fdda::cuda
