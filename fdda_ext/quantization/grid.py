@@ -12,8 +12,8 @@ from ..ops import fake_quantize
 
 __all__ = ["MIN_SCALE", "Grid", "paper_quantize", "straight_through"]
 
-#: Smallest scale; its inverse is still far from float32's overflow.
-MIN_SCALE = 1e-8
+#: Smallest scale: below any that random initial weights lead to, its inverse far from overflow.
+MIN_SCALE = 1e-20
 
 Kind = Literal["symmetric", "unsigned", "asymmetric", "paper"]
 
