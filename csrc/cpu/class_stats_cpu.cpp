@@ -9,8 +9,9 @@ namespace {
 
 // Values per task: enough to be worth a thread, small enough to balance layers of unequal size.
 constexpr int64_t kTaskValues = 32768;
-// Channels that share one sample's item when rows are walked: one strip of the inner loop.
-constexpr int64_t kStripChannels = 64;
+// Channels of one item when rows are walked: 1 KiB of float32 in one piece, which the hardware
+// prefetcher follows from row to row.
+constexpr int64_t kGroupChannels = 256;
 // Channels merged together; their running moments stay in the L1 cache.
 constexpr int64_t kMergeChannels = 256;
 
@@ -63,8 +64,8 @@ struct SampleMoments {
   double* m2;
 };
 
-int64_t strips(const SampleView& view) {
-  return (view.channels + kStripChannels - 1) / kStripChannels;
+int64_t groups(const SampleView& view) {
+  return (view.channels + kGroupChannels - 1) / kGroupChannels;
 }
 
 template <typename T>
@@ -72,16 +73,16 @@ void sample_moments(const Layer& layer, const Task& task, const SampleMoments& o
   const StatisticsKernels<T>& loop = loops<T>();
   const SampleView& view = layer.view;
   const T* x = const_ptr<T>(layer.x);
-  const int64_t items_per_sample = view.is_planes() ? view.channels : strips(view);
+  const int64_t items_per_sample = view.is_planes() ? view.channels : groups(view);
   for (int64_t item = task.begin; item < task.end; ++item) {
     const int64_t n = item / items_per_sample;
-    const int64_t c = item % items_per_sample * (view.is_planes() ? 1 : kStripChannels);
+    const int64_t c = item % items_per_sample * (view.is_planes() ? 1 : kGroupChannels);
     const T* from = x + n * view.sample_stride + c * view.channel_stride;
     const int64_t to = n * view.channels + c;
     if (view.is_planes()) {
       loop.plane(view.positions, from, out.mean + to, out.m2 + to);
     } else {
-      const int64_t channels = std::min(kStripChannels, view.channels - c);
+      const int64_t channels = std::min(kGroupChannels, view.channels - c);
       loop.columns(
           view.positions, channels, view.position_stride, from, out.mean + to, out.m2 + to);
     }
@@ -180,8 +181,8 @@ void class_statistics(
     } else if (view.is_planes()) {
       add_tasks(l, view.samples * view.channels, view.positions, moment_tasks);
     } else {
-      const int64_t strip = std::min(kStripChannels, view.channels);
-      add_tasks(l, view.samples * strips(view), view.positions * strip, moment_tasks);
+      const int64_t width = std::min(kGroupChannels, view.channels);
+      add_tasks(l, view.samples * groups(view), view.positions * width, moment_tasks);
     }
     for (int64_t c = 0; c < view.channels; c += kMergeChannels) {
       merge_tasks.push_back({l, c, std::min(c + kMergeChannels, view.channels)});

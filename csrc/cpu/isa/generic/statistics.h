@@ -92,6 +92,16 @@ FDDA_INLINE void column_pass(int64_t rows, V share, const Load& load_row, V* mea
   *m2 = deviations;
 }
 
+// Asks for the same columns of the next block: the hardware does not foresee a strip's short
+// pieces. Into L2 alone, as in L1 they would push out the block at hand.
+template <typename T>
+FDDA_INLINE void prefetch_strip(const T* at) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < kStripVectors * VectorOf<T>::kWidth; i += kLine) {
+    __builtin_prefetch(at + i, 0, 2);
+  }
+}
+
 // A full strip, row by row across its four vectors; the same sums as column_pass.
 template <typename T>
 FDDA_INLINE void strip_pass(
@@ -102,6 +112,7 @@ FDDA_INLINE void strip_pass(
   V total0(0), total1(0), total2(0), total3(0);
   const T* at = x;
   for (int64_t row = 0; row < rows; ++row, at += stride) {
+    prefetch_strip(at + kBlockRows * stride);
     total0 = total0 + load(at);
     total1 = total1 + load(at + kWidth);
     total2 = total2 + load(at + 2 * kWidth);
@@ -190,10 +201,10 @@ void column_moments(
   constexpr int64_t kStrip = kStripVectors * VectorOf<T>::kWidth;
   typename Accumulator<T>::type block_mean[kStrip];
   typename Accumulator<T>::type block_m2[kStrip];
-  for (int64_t c = 0; c < channels; c += kStrip) {
-    const int64_t n = channels - c < kStrip ? channels - c : kStrip;
-    for (int64_t row = 0; row < count; row += kBlockRows) {
-      const int64_t rows = count - row < kBlockRows ? count - row : kBlockRows;
+  for (int64_t row = 0; row < count; row += kBlockRows) {
+    const int64_t rows = count - row < kBlockRows ? count - row : kBlockRows;
+    for (int64_t c = 0; c < channels; c += kStrip) {
+      const int64_t n = channels - c < kStrip ? channels - c : kStrip;
       strip_block(rows, n, stride, x + c + row * stride, block_mean, block_m2);
       for (int64_t i = 0; i < n; ++i) {
         const Moments<double> block = {
