@@ -44,9 +44,8 @@ inline Tensor empty_strided(
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      like.get_device_index(), &handle));
+      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
