@@ -131,7 +131,7 @@ __device__ __forceinline__ void rows_moments(
 
 // Mean and M2 of every sample, chunk and channel: [N, chunks, C] per layer.
 template <typename T, typename A>
-__global__ void __launch_bounds__(kStatsThreads)
+__global__ void __launch_bounds__(kStatsThreads, kStatsBlocks)
     moments_kernel(const __grid_constant__ LayerTable table, double2* moments) {
   const int64_t index = int64_t{blockIdx.x} * kStatsWarps + threadIdx.x / kWarpSize;
   if (index >= table.units) {
@@ -211,9 +211,9 @@ __global__ void __launch_bounds__(kStatsThreads) merge_kernel(
     const int64_t at = k * out.class_stride + layer.channel_begin + channel;
     out.mean[at] = mean;
     out.var[at] = var;
-    if (out.count != nullptr && channel == 0) {
-      out.count[k] = static_cast<int64_t>(total.count);
-    }
+  }
+  if (stands_for_class && out.count != nullptr && channel == 0) {
+    out.count[k] = static_cast<int64_t>(total.count);
   }
   for (int64_t t = 0; t < loss.sets; ++t) {
     double distance = 0;

@@ -156,7 +156,7 @@ __device__ __forceinline__ void rows_backward(
 // source(layer, channel, k, values) gives the affine map of a channel in class k, which has
 // `values` values per channel.
 template <typename T, typename A, typename Source>
-__global__ void __launch_bounds__(kStatsThreads) class_stats_backward_kernel(
+__global__ void __launch_bounds__(kStatsThreads, kStatsBlocks) class_stats_backward_kernel(
     const __grid_constant__ LayerTable table, const int64_t* labels, int64_t num_classes,
     Source source) {
   const int64_t index = int64_t{blockIdx.x} * kStatsWarps + threadIdx.x / kWarpSize;

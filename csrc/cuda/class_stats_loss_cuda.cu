@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kWarpSize) loss_kernel(
   }
   total = warp_sum(total);
   if (threadIdx.x == 0) {
-    const bool empty = end == layer.merge_begin;
+    const bool empty = end == layer.merge_begin || layer.channels == 0;
     loss[t * total_layers + layer.number] = empty ? A(0) : static_cast<A>(total / layer.channels);
   }
 }

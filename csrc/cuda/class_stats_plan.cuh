@@ -16,6 +16,8 @@ namespace fdda::cuda {
 
 constexpr int kStatsThreads = 256;
 constexpr int kStatsWarps = kStatsThreads / kWarpSize;
+// Blocks per multiprocessor at least. Left to itself, the compiler aims at three and spills.
+constexpr int kStatsBlocks = 2;
 // Values per unit: enough to hide the start of a warp, few enough to balance unequal layers.
 constexpr int kPlaneChunk = 2048;
 constexpr int kRowsUnitValues = 4096;
@@ -58,8 +60,9 @@ struct LayerTable {
   Layer layer[kMaxLayers];
 };
 
+// At least one: without channels there are still samples to count.
 FDDA_HOST_DEVICE uint32_t merge_tiles(const Layer& layer) {
-  return (layer.channels + kWarpSize - 1) / kWarpSize;
+  return layer.channels == 0 ? 1 : (layer.channels + kWarpSize - 1) / kWarpSize;
 }
 
 // Fills in how a layer is cut, from channels, positions, planes and packed.
@@ -78,7 +81,7 @@ FDDA_HOST_DEVICE void plan_layer(Layer& layer, int pack_size) {
   layer.chunks = static_cast<uint32_t>(ceil_divide(layer.positions, layer.chunk));
 }
 
-// How many units, merge units and moments a layer has; all zero if it holds no values.
+// How many units, merge units and moments a layer has; all zero if it has no positions.
 FDDA_HOST_DEVICE int64_t layer_units(const Layer& layer, int64_t samples) {
   return samples * layer.strips * layer.chunks;
 }

@@ -118,6 +118,9 @@ __global__ void __launch_bounds__(kQuantizeThreads) fake_quantize_kernel(Forward
 
 // Backward ----------------------------------------------------------------------------------------
 
+// Blocks per multiprocessor at least. Left to itself, the compiler aims at three and spills.
+constexpr int kBackwardBlocks = 2;
+
 // What the backward reads and writes; the sums go to slots, see fake_quantize_plan.cuh.
 template <typename T>
 struct Backward {
@@ -149,7 +152,7 @@ __device__ __forceinline__ Pack<T, V> gradient_pack(
 
 // A team of kTeam threads per segment: a warp, or the block.
 template <typename T, int kTeam>
-__global__ void __launch_bounds__(kQuantizeThreads)
+__global__ void __launch_bounds__(kQuantizeThreads, kBackwardBlocks)
     fake_quantize_backward_runs_kernel(Backward<T> b, RunPlan plan) {
   constexpr int V = kPackSize<T>;
   constexpr int kTeams = kQuantizeThreads / kTeam;

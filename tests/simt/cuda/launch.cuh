@@ -29,7 +29,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct double2 {
   double x;
