@@ -23,6 +23,7 @@ CUDA_ARCHS := 7.5 8.0 8.6 8.9 9.0 12.0
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+.NOTPARALLEL:
 .PHONY: help train test lint bench cuda gpu clean
 
 help:
@@ -30,7 +31,7 @@ help:
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja pybind11
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1" "setuptools>=77" wheel ninja pybind11
 	$(BIN)/pip install --quiet torch==$(TORCH) numpy
 	@touch $@
 
@@ -41,24 +42,24 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp $(NATIVE)
 	$(BIN)/pip install --quiet huggingface_hub requests
 	@touch $@
 
-$(VENV)/tools.stamp: $(VENV)/package.stamp
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,lint,bench]"
+$(VENV)/tools.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(BIN)/pip install --quiet --group test --group lint --group bench
 	@touch $@
 
 train: $(VENV)/package.stamp
 	$(BIN)/python -m fdda_ext.train $(ARGS)
 
-test: $(VENV)/tools.stamp
+test: $(VENV)/package.stamp $(VENV)/tools.stamp
 	$(BIN)/python -m pytest tests $(ARGS)
 
-lint: $(VENV)/tools.stamp
+lint: $(VENV)/package.stamp $(VENV)/tools.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/lint-imports
 
-bench: $(VENV)/tools.stamp
+bench: $(VENV)/package.stamp $(VENV)/tools.stamp
 	mkdir -p benchmarks/out
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/out/cpu.json $(ARGS)
 
