@@ -1,5 +1,7 @@
 """class_batch_stats against a loop over classes, index_add, and var_mean + index_add compiled."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,10 @@ from fdda_ext.ops import class_batch_stats
 
 SHAPES = [(32, 256, 14, 14), (64, 64, 56, 56)]
 NUM_CLASSES = 10
+
+
+def ours(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return class_batch_stats(x, labels, NUM_CLASSES)[1:]
 
 
 def loop(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,11 +35,7 @@ def merge(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return class_mean, zeros.index_add(0, labels, spread) / count
 
 
-def ours(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return class_batch_stats(x, labels, NUM_CLASSES)[1:]
-
-
-PEERS = {
+PEERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "fdda_ext": ours,
     "loop": loop,
     "index_add": merge,
@@ -47,26 +49,32 @@ def inputs(shape: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
     return x, torch.arange(shape[0], device=device) % NUM_CLASSES
 
 
-@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_forward(benchmark, measure, device, shape, peer):
-    benchmark.group = f"class_batch_stats forward, {shape}"
+def bench_forward(compare, device, shape):
     x, labels = inputs(shape, device)
-    with torch.no_grad():
-        for got, expected in zip(PEERS[peer](x, labels), loop(x, labels), strict=True):
+
+    def forward(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[], object]:
+        return torch.no_grad()(lambda: function(x, labels))
+
+    peers = {name: forward(function) for name, function in PEERS.items()}
+    for function in peers.values():
+        for got, expected in zip(function(), peers["loop"](), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-        measure(lambda: PEERS[peer](x, labels), x.nbytes)
+    compare(f"class_batch_stats forward, {shape}", peers, x.nbytes)
 
 
-@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_forward_backward(benchmark, measure, device, shape, peer):
-    benchmark.group = f"class_batch_stats forward and backward, {shape}"
+def bench_forward_backward(compare, device, shape):
     x, labels = inputs(shape, device)
 
-    def step(function=PEERS[peer]):
-        mean, variance = function(x, labels)
-        return torch.autograd.grad((mean.square() + variance).sum(), x)
+    def step(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
+            mean, variance = function(x, labels)
+            return torch.autograd.grad((mean.square() + variance).sum(), x)
 
-    torch.testing.assert_close(step()[0], step(loop)[0], rtol=1e-3, atol=1e-6)
-    measure(step, 3 * x.nbytes)
+        return run
+
+    peers = {name: step(function) for name, function in PEERS.items()}
+    for function in peers.values():
+        torch.testing.assert_close(function()[0], peers["loop"]()[0], rtol=1e-3, atol=1e-6)
+    compare(f"class_batch_stats forward and backward, {shape}", peers, 3 * x.nbytes)

@@ -1,10 +1,13 @@
-"""Devices and threads of the benchmarks.
+"""Devices, threads and the clock of the benchmarks.
 
-Every benchmark first checks that it computes what its peers compute. FDDA_BENCH_DEVICE=cuda
-measures on a GPU, each call waiting for its end; FDDA_BENCH_THREADS pins the CPU threads (2).
+Every benchmark first checks that the peers compute the same. Then they take turns (A B C, C B A,
+...), so that whatever slows the machine down for a while slows all of them. FDDA_BENCH_DEVICE=cuda
+measures on a GPU; FDDA_BENCH_THREADS sets the CPU threads (2).
 """
 
 import os
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,11 @@ import torch
 from fdda_ext import build_info
 
 DEVICE = os.environ.get("FDDA_BENCH_DEVICE", "cpu")
+ROUNDS = 20
+#: Seconds that one peer has in one round; several calls share it.
+TURN = 0.004
+
+Peers = dict[str, Callable[[], Any]]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,19 +40,44 @@ def device() -> str:
     return DEVICE
 
 
+def seconds_per_call(function: Callable[[], Any], calls: int) -> float:
+    """Mean time of some calls, up to the end of their work."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
 @pytest.fixture
-def measure(benchmark: Any) -> Callable[[Callable[[], Any], int], None]:
-    """Time a function, with the bytes it must at least move as the floor."""
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[str, Peers, int], None]:
+    """Measures peers in turns, and a copy that moves the bytes they must at least move.
 
-    def run(function: Callable[[], Any], floor_bytes: int) -> None:
-        def call() -> None:
-            function()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
+    Medians and quartiles of all go to extra_info, in microseconds; pytest-benchmark's own table
+    shows fdda_ext alone.
+    """
 
-        call()
+    def run(group: str, peers: Peers, floor_bytes: int) -> None:
+        benchmark.group = group
+        source = torch.empty(floor_bytes // 2, dtype=torch.uint8, device=DEVICE).random_()
+        target = torch.empty_like(source)
+        peers = {**peers, "copy": lambda: target.copy_(source)}
+        calls = {}
+        for name, function in peers.items():
+            seconds_per_call(function, 2)
+            calls[name] = max(1, min(50, int(TURN / seconds_per_call(function, 2))))
+        times: dict[str, list[float]] = {name: [] for name in peers}
+        for turn in range(ROUNDS):
+            for name in list(peers) if turn % 2 == 0 else reversed(peers):
+                times[name].append(1e6 * seconds_per_call(peers[name], calls[name]))
+        for name, values in times.items():
+            low, median, high = statistics.quantiles(values, n=4)
+            benchmark.extra_info[name] = {"median_us": median, "iqr_us": high - low}
         benchmark.extra_info["floor_bytes"] = floor_bytes
-        benchmark.pedantic(call, rounds=30, iterations=3, warmup_rounds=5)
-        benchmark.extra_info["gb_per_s"] = floor_bytes / benchmark.stats.stats.median / 1e9
+        benchmark.pedantic(lambda: seconds_per_call(peers["fdda_ext"], calls["fdda_ext"]), rounds=5)
+        line = "  ".join(f"{name} {statistics.median(v):.0f}" for name, v in times.items())
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{group}: {line} us")
 
     return run
