@@ -150,7 +150,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     stored = namespace.clone()
     for name in (*_NOT_STORED, "preset", "config"):
         stored.pop(name, None)
-    text = parser.dump(stored, skip_validation=True)
+    text = parser.dump(stored, skip_none=False, skip_validation=True)
     instance = parser.instantiate(namespace).as_dict()
     instance.pop("preset"), instance.pop("config")
     return TrainConfig(**instance), text

@@ -16,6 +16,7 @@ One iteration, ``FDDA.step``:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,9 @@ class FDDA(Method):
         self.problem = problem
         self.config = settings.fdda
         self.distillation = settings.distillation
-        self.iterations = self.config.warmup_iterations + self.distillation.steps
+        self.iterations = self.config.warmup_iterations + math.ceil(
+            self.distillation.steps / self.config.student_steps_per_iteration
+        )
         self.random = problem.random()
 
         self.centres = compute_centres(
@@ -101,6 +104,9 @@ class FDDA(Method):
             self.range_step(iteration, images)
         if iteration >= self.config.warmup_iterations:
             metrics["student"] = self.student_step(images, labels)
+            for _ in range(self.config.student_steps_per_iteration - 1):
+                if self.trainer.steps_done < self.distillation.steps:
+                    self.student_step(*self.generate(self.distillation.generated_batch))
         return metrics
 
     # ---- the generator ----------------------------------------------------------------------
@@ -204,6 +210,12 @@ class FDDA(Method):
         return self.trainer.step(
             torch.cat([real_images, generated]), torch.cat([real_labels, labels[:count]])
         )
+
+    @torch.no_grad()
+    def generate(self, count: int) -> tuple[Tensor, Tensor]:
+        """Images ``[count, 3, H, W]`` of random labels ``[count]``, without a generator step."""
+        labels = self.draw_labels(count)
+        return self.generator.sample(labels, self.random), labels
 
     # ---- state ------------------------------------------------------------------------------
 

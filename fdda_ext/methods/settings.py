@@ -31,6 +31,8 @@ class FDDAConfig:
         lr: Of Adam, betas (0.5, 0.999).
         lr_milestones: Iterations after which the rate is a tenth of what it was.
         warmup_iterations: Generator steps before the first student step.
+        student_steps_per_iteration: Student steps after each generator step once the warm-up is
+            over, all but the first on images of their own; the paper has 1.
         misclassified_iterations: For so long, a class whose calibration image the teacher gets
             wrong is pulled towards noise instead of its centre; then it is no longer drawn for B.
         ranges_from: Where activation ranges come from: "generated", the moving average over the
@@ -51,6 +53,7 @@ class FDDAConfig:
     lr: float = 1e-3
     lr_milestones: list[int] = field(default_factory=lambda: [20_000, 40_000, 60_000])
     warmup_iterations: int = 10_000
+    student_steps_per_iteration: int = 1
     misclassified_iterations: int = 1_000
     ranges_from: Literal["generated", "calibration"] = "generated"
     range_iterations: int = 800
@@ -63,6 +66,15 @@ class FDDAConfig:
             raise UsageError(
                 f"fdda: expected classes_per_batch to divide batch ({self.batch}), "
                 f"got {self.classes_per_batch}"
+            )
+        if self.student_steps_per_iteration < 1:
+            raise UsageError(
+                "fdda: expected student_steps_per_iteration at least 1, "
+                f"got {self.student_steps_per_iteration}"
+            )
+        if not 0 <= self.generated_crop <= 1:
+            raise UsageError(
+                f"fdda: expected generated_crop between 0 and 1, got {self.generated_crop}"
             )
         for name in (
             "bns_weight",
