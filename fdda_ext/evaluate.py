@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import nn
 
 from .data import load_dataset
-from .engine import Accuracy, BatchSource, HelpFormatter, evaluate, read_student, run_command
+from .engine import (
+    Accuracy,
+    BatchSource,
+    build_parser,
+    evaluate,
+    parse_or_refuse,
+    read_student,
+    run_command,
+)
 from .errors import UsageError
 from .models import load_model
 from .quantization import QuantizationConfig, prepare
@@ -105,13 +112,9 @@ def run(config: EvaluateConfig) -> Accuracy:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = ArgumentParser(
-        prog="python -m fdda_ext.evaluate",
-        description=_DESCRIPTION,
-        formatter_class=HelpFormatter,
-    )
+    parser = build_parser("fdda_ext.evaluate", _DESCRIPTION)
     parser.add_class_arguments(EvaluateConfig, as_group=False)
-    config = EvaluateConfig(**vars(parser.instantiate(parser.parse_args(arguments))))
+    config = EvaluateConfig(**vars(parser.instantiate(parse_or_refuse(parser, arguments))))
     accuracy = run(config)
     Console().print(
         f"{config.run or config.model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, "

@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
@@ -22,7 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import load_dataset
-from .engine import Accuracy, BatchSource, HelpFormatter, evaluate, run_command
+from .engine import (
+    Accuracy,
+    BatchSource,
+    build_parser,
+    evaluate,
+    parse_or_refuse,
+    run_command,
+)
 from .errors import UsageError
 from .models import load_model
 
@@ -197,13 +203,9 @@ def run(config: PretrainConfig) -> Accuracy:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = ArgumentParser(
-        prog="python -m fdda_ext.pretrain",
-        description=_DESCRIPTION,
-        formatter_class=HelpFormatter,
-    )
+    parser = build_parser("fdda_ext.pretrain", _DESCRIPTION)
     parser.add_class_arguments(PretrainConfig, as_group=False)
-    run(PretrainConfig(**vars(parser.instantiate(parser.parse_args(arguments)))))
+    run(PretrainConfig(**vars(parser.instantiate(parse_or_refuse(parser, arguments)))))
 
 
 if __name__ == "__main__":

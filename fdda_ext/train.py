@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile
 from rich.console import Console
 from rich.table import Table
 
@@ -21,10 +21,11 @@ from .data import calibration_set, load_dataset
 from .engine import (
     Accuracy,
     BatchSource,
-    HelpFormatter,
     Progress,
     RunFolder,
+    build_parser,
     evaluate,
+    parse_or_refuse,
     run_command,
     train,
     write_student,
@@ -94,6 +95,14 @@ class TrainConfig:
     threads: int | None = None
     test_limit: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("threads", 1), ("max_time", 0), ("test_limit", 1)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UsageError(f"train: expected {name} at least {least}, got {value}")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise UsageError(f"train: expected device to be cpu or cuda, got {self.device}")
+
 
 #: Where a run is, how long and whether it goes on: not part of what it computes.
 _NOT_STORED = ("out", "resume", "max_time", "bits", "threads")
@@ -122,27 +131,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="short")
     first.add_argument("--out")
-    first.add_argument("--resume", nargs="?", const="true")
+    first.add_argument("--resume", action="store_true")
     chosen, _ = first.parse_known_args(arguments)
     defaults = preset_path(chosen.preset)
-    if chosen.resume in ("true", "True"):
+    if chosen.resume:
         if chosen.out is None:
             raise UsageError("train: expected --out with --resume, the run to go on with, got none")
         defaults = Path(chosen.out) / "config.yaml"
         if not defaults.is_file():
             raise UsageError(f"train: expected --out to hold a run to resume, got {chosen.out}")
 
-    parser = ArgumentParser(
-        prog="python -m fdda_ext.train",
-        description=_DESCRIPTION,
-        formatter_class=HelpFormatter,
-        default_config_files=[str(defaults)],
-        allow_abbrev=False,
-    )
+    parser = build_parser("fdda_ext.train", _DESCRIPTION, default_config_files=[str(defaults)])
     parser.add_argument("--preset", default="short", help="short (minutes, embedded data) or paper")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")
-    parser.add_class_arguments(TrainConfig, as_group=False)
-    namespace = parser.parse_args(arguments)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_class_arguments(TrainConfig, as_group=False, skip={"resume"})
+    namespace = parse_or_refuse(parser, arguments)
     if namespace.bits is not None:
         weight_bits, activation_bits = parse_bits(namespace.bits)
         namespace.quantization.weight_bits = weight_bits
@@ -150,7 +154,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     stored = namespace.clone()
     for name in (*_NOT_STORED, "preset", "config"):
         stored.pop(name, None)
-    text = parser.dump(stored, skip_none=False, skip_validation=True)
+    text = parser.dump(stored, skip_unset=False, skip_validation=True)
     instance = parser.instantiate(namespace).as_dict()
     instance.pop("preset"), instance.pop("config")
     return TrainConfig(**instance), text

@@ -1,7 +1,7 @@
 """What a run needs whatever its method: a folder, checkpoints, a loop, an evaluation."""
 
 from .checkpoint import load_state, save_state
-from .cli import HelpFormatter, run_command
+from .cli import build_parser, parse_or_refuse, run_command
 from .evaluation import Accuracy, BatchSource, evaluate
 from .loop import Progress, Trainable, train
 from .run_folder import RunFolder
@@ -10,12 +10,13 @@ from .student_file import read_student, write_student
 __all__ = [
     "Accuracy",
     "BatchSource",
-    "HelpFormatter",
     "Progress",
     "RunFolder",
     "Trainable",
+    "build_parser",
     "evaluate",
     "load_state",
+    "parse_or_refuse",
     "read_student",
     "run_command",
     "save_state",
