@@ -1,0 +1,213 @@
+"""The command lines as a user meets them: results, resumption after a kill, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fdda_ext import evaluate, train
+from fdda_ext.errors import UsageError
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+#: A run of seconds: a small generator, few steps, few test images.
+QUICK = [
+    "--threads=1",
+    "--test_limit=71",
+    "--settings.distillation.steps=6",
+    "--settings.fdda.warmup_iterations=3",
+    "--settings.fdda.generator.channels=4",
+    "--settings.fdda.batch=8",
+]
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "fdda_ext.train", *QUICK, *arguments]
+
+
+def call(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"fdda_ext.{module}", *arguments],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def test_train_leaves_a_whole_run_folder_that_evaluate_reads(tmp_path):
+    out = tmp_path / "run"
+    train.main([*QUICK, "--bits=W3A5", "--seed=4", f"--out={out}"])
+    for name in ("metrics.jsonl", "centres.safetensors", "generator.safetensors", "table.txt"):
+        assert (out / name).stat().st_size > 0, name
+    assert list((out / "tensorboard").glob("events*"))
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["quantization"]["weight_bits"] == 3
+    assert config["quantization"]["activation_bits"] == 5
+    assert config["seed"] == 4
+    assert "conv1" in (out / "bits.txt").read_text()
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["name"] == "fdda"
+    assert summary["images"] == 71
+    for folder in (out, *(out / "baselines" / name for name in ("minmax", "mse", "distill"))):
+        stored = json.loads((folder / "summary.json").read_text())
+        measured = evaluate.run(evaluate.EvaluateConfig(run=str(folder), test_limit=71))
+        assert measured.top1 == stored["top1"]
+    table = (out / "table.txt").read_text()
+    assert all(row in table for row in ("float", "minmax", "mse", "distill", "fdda"))
+
+
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
+    options = ["--baselines=[]", "--settings.distillation.steps=60", "--seed=1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(
+        command(*options, f"--out={whole}"), check=True, env=ENVIRONMENT, capture_output=True
+    )
+    # Checkpoints after every iteration, so that the kill falls between two of them.
+    program = (
+        "import functools, sys\n"
+        "from fdda_ext import train as command\n"
+        "command.train = functools.partial(command.train, checkpoint_seconds=0.0)\n"
+        "command.main(sys.argv[1:])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *QUICK, *options, f"--out={killed}"],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (killed / "checkpoint.safetensors").exists():
+            time.sleep(0.3)
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "summary.json").exists(), "the run ended before it could be killed"
+    done = call("evaluate", "--run", str(killed))
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+    subprocess.run(
+        [sys.executable, "-m", "fdda_ext.train", "--resume", f"--out={killed}", "--threads=1"],
+        check=True,
+        env=ENVIRONMENT,
+        capture_output=True,
+    )
+    for name in ("student.safetensors", "generator.safetensors"):
+        expected, resumed = load_file(whole / name), load_file(killed / name)
+        assert expected.keys() == resumed.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(tensor, resumed[key]), key
+
+
+def test_max_time_stops_and_says_how_to_go_on(tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
+    assert "--resume" in capsys.readouterr().out
+    assert not (out / "summary.json").exists()
+    train.main(["--resume", f"--out={out}", "--threads=1"])
+    assert (out / "summary.json").exists()
+    # A finished run is only shown again.
+    train.main(["--resume", f"--out={out}", "--threads=1"])
+
+
+def test_print_config_is_a_config_file(tmp_path):
+    printed = call("train", "--preset", "paper", "--print_config")
+    assert printed.returncode == 0, printed.stderr
+    path = tmp_path / "mine.yaml"
+    path.write_text(printed.stdout)
+    config, _ = train.parse_arguments([f"--config={path}", "--bits=W5A5"])
+    assert config.settings.distillation.lr == 1e-6
+    assert config.quantization.grid == "paper"
+    assert config.quantization.weight_bits == 5
+
+
+def test_paper_preset_is_the_default_of_every_setting():
+    config, _ = train.parse_arguments(["--preset=paper"])
+    from fdda_ext.methods import MethodSettings
+
+    assert config.settings.fdda == MethodSettings().fdda
+    published = MethodSettings().distillation
+    for name in ("steps", "lr", "temperature", "weight", "reduction", "cosine_half_period"):
+        assert getattr(config.settings.distillation, name) == getattr(published, name)
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate", "pretrain"])
+def test_help_teaches(module):
+    done = call(module, "--help")
+    assert done.returncode == 0
+    assert "examples:" in done.stdout
+    assert f"python -m fdda_ext.{module}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method=fda"], "did you mean fdda"),
+        (["--baselines=[foo]"], "got foo"),
+        (["--bits=W9A4"], "got W9A4"),
+        (["--preset=long"], "paper, short, got long"),
+        (["--seed=x"], "seed"),
+        (["--seed=-5"], "seed at least 0, got -5"),
+        (["--threads=0"], "threads at least 1, got 0"),
+        (["--device=banana"], "cpu or cuda, got banana"),
+        (["--nonsense=1"], "nonsense"),
+        (["--data=folder:/absent"], "/absent, which is none"),
+        (["--weights=/absent"], "default, none or a file, got /absent"),
+        (["--model=glyphs_resnt"], "did you mean glyphs_resnet"),
+        (["--data=digits"], "data of the 71 classes"),
+        (["--quantization.weight_bits=9"], "weight_bits between 2 and 8, got 9"),
+        (["--settings.fdda.batch=1"], "batch at least 2, got 1"),
+        (["--images_per_class=99"], "at least 99 calibration"),
+        (["--resume"], "--out with --resume"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_no_folder(arguments, message, tmp_path):
+    out = [] if arguments == ["--resume"] else [f"--out={tmp_path / 'run'}"]
+    with pytest.raises(UsageError, match=message) as caught:
+        train.main([*arguments, *out])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_ends_the_process_with_status_2_and_no_traceback(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("method: fdda\n")
+    (tmp_path / "run" / "student.safetensors").write_bytes(b"cut")
+    for module, arguments in (
+        ("train", ["--bits", "four"]),
+        ("train", ["--out", str(tmp_path / "run")]),
+        ("evaluate", ["--run", str(tmp_path / "run")]),
+        ("evaluate", ["--run", str(tmp_path / "absent")]),
+        ("evaluate", []),
+        ("pretrain", ["--model", "glyphs_resnet"]),
+    ):
+        done = call(module, *arguments)
+        assert done.returncode == 2, (module, arguments, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("error: ")
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    out = tmp_path / "run"
+    train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
+    path = Path(out / "checkpoint.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UsageError, match="whole state file"):
+        train.main(["--resume", f"--out={out}", "--threads=1"])
+    assert not (out / "summary.json").exists()
