@@ -1,6 +1,6 @@
 """Table: top-1 of the embedded networks at W4A4 and W3A3, all layers, over three seeds.
 
-    python python/table_glyphs.py                    every run (three quarters of an hour), the table
+    python python/table_glyphs.py               every run (three quarters of an hour), the table
     python python/table_glyphs.py --models glyphs_resnet --bits W4A4
 
 Finished runs are kept in --out and not repeated, so the program can be stopped at any time.
