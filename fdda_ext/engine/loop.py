@@ -135,8 +135,8 @@ def train(
                 metrics_file.flush()
                 for name, value in values.items():
                     writer.add_scalar(name, value, done)
-                shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
-                bar.update(task, shown=shown)
+                latest = list(values.items())[-1:]  # one, so that the bar fits a narrow terminal
+                bar.update(task, shown="".join(f"{n} {v:.3g}" for n, v in latest))
             done += 1
             bar.update(task, completed=done)
             if time.monotonic() - saved >= checkpoint_seconds:
