@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -27,7 +28,7 @@ from .quantization import QuantizationConfig, prepare
 __all__ = ["EvaluateConfig", "load_student", "main", "run"]
 
 _DESCRIPTION = """\
-Measure a network on a whole test split.
+Measure a network on a whole test or validation split.
 
 examples:
   python -m fdda_ext.evaluate --run runs/a                      the student that a run ended with
@@ -48,7 +49,8 @@ class EvaluateConfig:
         data: glyphs, digits, folder:PATH or imagenet:PATH; None for the data the run was made with.
         image_size: Height and width; None for the run's, or the data set's own.
         device: cpu or cuda.
-        test_limit: Only the first so many images; None for all.
+        split: "test" or "validation".
+        test_limit: So many of its images only; None for all.
     """
 
     run: str | None = None
@@ -57,6 +59,7 @@ class EvaluateConfig:
     data: str | None = None
     image_size: int | None = None
     device: str = "cpu"
+    split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
 
 
@@ -99,11 +102,14 @@ def run(config: EvaluateConfig) -> Accuracy:
         network, recipe = load_student(Path(config.run))
         data = config.data or str(recipe["data"])
         image_size = config.image_size or int(str(recipe["image_size"]))
-        dataset = load_dataset(data, "test", image_size=image_size, limit=config.test_limit)
+        dataset = load_dataset(data, config.split, image_size=image_size, limit=config.test_limit)
     else:
         assert config.model is not None
         dataset = load_dataset(
-            config.data or "glyphs", "test", image_size=config.image_size, limit=config.test_limit
+            config.data or "glyphs",
+            config.split,
+            image_size=config.image_size,
+            limit=config.test_limit,
         )
         network = load_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
     network.to(config.device)

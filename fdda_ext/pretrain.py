@@ -3,7 +3,7 @@
 The weights in the package were made by::
 
     python -m fdda_ext.pretrain --model glyphs_resnet --out OUT --threads 1
-    python -m fdda_ext.pretrain --model glyphs_mobilenet --epochs 8 --out OUT --threads 1
+    python -m fdda_ext.pretrain --model glyphs_mobilenet --out OUT --threads 1
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jsonargparse import ActionConfigFile
@@ -74,7 +75,8 @@ class TrainConfig:
         max_time: Stop training after so many minutes; --resume goes on later.
         device: cpu or cuda.
         threads: CPU threads; None leaves torch's choice.
-        test_limit: Evaluate on the first so many test images only; None for all.
+        split: Where accuracy is measured: "test", or "validation" while settings are chosen.
+        test_limit: Evaluate on so many images of it only; None for all.
     """
 
     method: str = "fdda"
@@ -93,6 +95,7 @@ class TrainConfig:
     max_time: float | None = None
     device: str = "cpu"
     threads: int | None = None
+    split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -166,9 +169,9 @@ class Row:
 
     Attributes:
         name: "float" or a method.
-        top1: Per cent of the test images.
+        top1: Per cent of the images.
         top5: Likewise.
-        images: Number of test images.
+        images: How many were tested.
         seconds: Training time, over all resumptions.
         iterations: Done.
         planned: Iterations of the whole training; fewer were done if time ran out.
@@ -236,9 +239,11 @@ def _train_one(
     return row
 
 
-def render_rows(rows: list[Row], bits: str) -> Table:
+def render_rows(rows: list[Row], bits: str, split: str = "test") -> Table:
     """The final table."""
-    table = Table(title=f"top-1 over {rows[0].images} test images, {bits}, last step of training")
+    table = Table(
+        title=f"top-1 over {rows[0].images} {split} images, {bits}, last step of training"
+    )
     for column in ("", "top-1 %", "top-5 %", "drop", "training s"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
@@ -324,7 +329,9 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     console.print(f"{config.model} on {config.data}: {bits}; results in {path}", highlight=False)
 
     test = BatchSource(
-        load_dataset(config.data, "test", image_size=config.image_size, limit=config.test_limit)
+        load_dataset(
+            config.data, config.split, image_size=config.image_size, limit=config.test_limit
+        )
     )
     accuracy = evaluate(problem.teacher, test, device=problem.device, label="float: testing")
     rows = [_row("float", accuracy, Progress(0, 0.0), 0)]
@@ -343,7 +350,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         rows.append(row)
         if left is not None:
             left = max(left - row.seconds, 0.0)
-    table = render_rows(rows, bits)
+    table = render_rows(rows, bits, config.split)
     console.print(table)
     with (path / "table.txt").open("w") as file:
         Console(file=file, width=100).print(table)

@@ -8,7 +8,14 @@ from PIL import Image
 
 from fdda_ext._torchvision import import_torchvision
 from fdda_ext.data import Augmentation, augment, calibration_set, load_dataset
-from fdda_ext.data.glyphs import CHARACTERS, TEST_FACES, TRAIN_FACES, _glyph, faces_of
+from fdda_ext.data.glyphs import (
+    CHARACTERS,
+    TEST_FACES,
+    TRAIN_FACES,
+    VALIDATION_FACES,
+    _glyph,
+    faces_of,
+)
 from fdda_ext.errors import UsageError
 
 
@@ -18,14 +25,16 @@ def test_glyphs_have_at_least_sixty_different_classes_without_look_alikes():
         assert sum(character in CHARACTERS for character in group) <= 1, group
 
 
-def test_every_face_has_its_characters_and_test_faces_are_held_out():
-    assert not set(TRAIN_FACES) & set(TEST_FACES)
-    missing = {face: _glyph(face, "\u0378").tobytes() for face in (*TRAIN_FACES, *TEST_FACES)}
-    for split in ("train", "calibration", "test"):
+def test_every_face_has_its_characters_and_no_face_is_in_two_kinds_of_split():
+    every = (*TRAIN_FACES, *VALIDATION_FACES, *TEST_FACES)
+    assert len(set(every)) == len(every)
+    missing = {face: _glyph(face, "\u0378").tobytes() for face in every}
+    allowed = {"validation": VALIDATION_FACES, "test": TEST_FACES}
+    for split in ("train", "calibration", "validation", "test"):
         for character in CHARACTERS:
             faces = faces_of(character, split)
-            assert len(faces) >= 4
-            assert set(faces) <= set(TEST_FACES if split == "test" else TRAIN_FACES)
+            assert len(faces) >= 3
+            assert set(faces) <= set(allowed.get(split, TRAIN_FACES))
             for face in faces:  # not the box that stands for a character the font lacks
                 assert _glyph(face, character).tobytes() != missing[face], (face, character)
                 assert max(_glyph(face, character).getextrema()) > 200
@@ -38,10 +47,10 @@ def test_glyph_image_depends_on_split_seed_and_index_alone():
     assert torch.equal(one[1007][0], later)
     assert not torch.equal(one[5][0], load_dataset("glyphs", "train", seed=1)[5][0])
     assert not torch.equal(one[5][0], load_dataset("glyphs", "calibration")[5][0])
-    # The test split is the same for everybody.
-    assert torch.equal(
-        load_dataset("glyphs", "test")[9][0], load_dataset("glyphs", "test", seed=3)[9][0]
-    )
+    for split in ("validation", "test"):  # the same for everybody
+        assert torch.equal(
+            load_dataset("glyphs", split)[9][0], load_dataset("glyphs", split, seed=3)[9][0]
+        )
 
 
 def test_glyphs_are_normalised_balanced_and_of_any_size():
@@ -50,7 +59,7 @@ def test_glyphs_are_normalised_balanced_and_of_any_size():
     assert images.dtype == torch.float32
     assert abs(float(images.mean())) < 0.15
     assert 0.8 < float(images.std()) < 1.4
-    assert len(data) == 50 * data.num_classes
+    assert len(data) == 150 * data.num_classes
     assert [data[i][1] for i in range(data.num_classes)] == list(range(data.num_classes))
     assert load_dataset("glyphs", "test", image_size=47)[0][0].shape == (3, 47, 47)
     with pytest.raises(IndexError):
@@ -58,8 +67,8 @@ def test_glyphs_are_normalised_balanced_and_of_any_size():
 
 
 def test_digits_splits_do_not_overlap():
-    sets = [load_dataset("digits", split) for split in ("train", "calibration", "test")]
-    assert sum(len(data) for data in sets) == 1797
+    splits = ("train", "calibration", "validation", "test")
+    assert sum(len(load_dataset("digits", split)) for split in splits) == 1797
     images, labels = calibration_set("digits", 2)
     assert images.shape == (20, 3, 32, 32)
     assert labels.tolist() == [k for k in range(10) for _ in range(2)]
@@ -121,6 +130,8 @@ def test_bad_folders_are_refused(tmp_path):
         load_dataset(f"folder:{tmp_path / 'absent'}", "test")
     with pytest.raises(UsageError, match="a folder val or test, got none"):
         load_dataset(f"folder:{tmp_path}", "test")
+    with pytest.raises(UsageError, match="a folder validation, got none"):
+        load_dataset(f"folder:{tmp_path}", "validation")
     (tmp_path / "train").mkdir()
     with pytest.raises(UsageError, match="one folder of images per class"):
         load_dataset(f"folder:{tmp_path}", "train")
@@ -152,7 +163,7 @@ def test_absent_torchvision_is_said_in_words(monkeypatch):
     [
         (("nothing", "test"), "glyphs, digits, folder:PATH or imagenet:PATH, got nothing"),
         (("folder:", "test"), "got folder:"),
-        (("glyphs", "validation"), "split to be train, calibration or test, got validation"),
+        (("glyphs", "tests"), "split to be one of .*'validation', 'test'.*got tests"),
     ],
 )
 def test_bad_specs_are_refused(arguments, message):

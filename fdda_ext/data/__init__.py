@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ __all__ = [
     "load_dataset",
 ]
 
-Split = Literal["train", "calibration", "test"]
+Split = Literal["train", "calibration", "validation", "test"]
 
 
 class _Limited(ImageDataset):
@@ -58,7 +58,8 @@ def load_dataset(
 
     Args:
         spec: ``glyphs``, ``digits``, ``folder:PATH`` or ``imagenet:PATH``.
-        split: "train", "calibration" (never part of test) or "test".
+        split: "train", "calibration", "validation" (to choose settings on) or "test". The last two
+            share no image with each other and the rest.
         image_size: Height and width; None for the set's own (32, or 224 for folders).
         seed: Of the images that are rendered.
         limit: At most so many images, spread evenly over the split.
@@ -66,8 +67,8 @@ def load_dataset(
     Raises:
         UsageError: If there is no such set, or its folder is missing or not as it should be.
     """
-    if split not in ("train", "calibration", "test"):
-        raise UsageError(f"data: expected split to be train, calibration or test, got {split}")
+    if split not in get_args(Split):
+        raise UsageError(f"data: expected split to be one of {get_args(Split)}, got {split}")
     if image_size is not None and image_size < 8:
         raise UsageError(f"data: expected image_size at least 8, got {image_size}")
     if limit is not None and limit < 1:

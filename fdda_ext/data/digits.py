@@ -13,14 +13,19 @@ from .dataset import ImageDataset
 __all__ = ["Digits"]
 
 #: Share of the 1797 images in each split, always the same ones.
-_SPLITS = {"train": (0.0, 0.6), "calibration": (0.6, 0.7), "test": (0.7, 1.0)}
+_SPLITS = {
+    "train": (0.0, 0.5),
+    "calibration": (0.5, 0.6),
+    "validation": (0.6, 0.7),
+    "test": (0.7, 1.0),
+}
 
 
 class Digits(ImageDataset):
     """The data set, see the module.
 
     Args:
-        split: "train", "calibration" or "test".
+        split: "train", "calibration", "validation" or "test".
         image_size: Height and width.
     """
 

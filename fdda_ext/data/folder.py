@@ -15,16 +15,27 @@ from .dataset import ImageDataset
 
 __all__ = ["ImageFolder"]
 
+#: Folders that may hold a split, the first that exists counts.
+_FOLDERS = {
+    "train": ("train",),
+    "calibration": ("train",),
+    "validation": ("validation",),
+    "test": ("val", "test"),
+}
+
 
 class ImageFolder(ImageDataset):
     """``PATH/train/<class>/*`` and ``PATH/val/<class>/*`` (or ``test``), ImageNet's normalisation.
+
+    ``val`` is what accuracies are reported on, as ImageNet's is; a folder ``validation`` besides is
+    for choosing settings.
 
     Images are resized to 8/7 of ``image_size`` (256 for 224) and cut from the middle. Calibration
     images come from the training folder.
 
     Args:
         path: PATH.
-        split: "train", "calibration" or "test".
+        split: "train", "calibration", "validation" or "test".
         image_size: Height and width.
 
     Raises:
@@ -91,7 +102,7 @@ def _difference(wanted: Sequence[str], got: Sequence[str]) -> str:
 def _split_folder(path: Path, split: str) -> Path:
     if not path.is_dir():
         raise UsageError(f"data: expected the path to be a folder, got {path}, which is none")
-    names = ("val", "test") if split == "test" else ("train",)
+    names = _FOLDERS[split]
     for name in names:
         if (path / name).is_dir():
             return path / name
