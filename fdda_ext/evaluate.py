@@ -15,7 +15,9 @@ from .data import load_dataset
 from .engine import (
     Accuracy,
     BatchSource,
+    RunFolder,
     build_parser,
+    check_machine,
     evaluate,
     parse_or_refuse,
     read_student,
@@ -45,7 +47,7 @@ class EvaluateConfig:
     Attributes:
         run: A run folder, or a student.safetensors.
         model: A float network instead: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, ...
-        weights: Of the float network: "default" or a file.
+        weights: Of the float network: "default", a file, or "none" for random ones.
         data: glyphs, digits, folder:PATH or imagenet:PATH; None for the data the run was made with.
         image_size: Height and width; None for the run's, or the data set's own.
         device: cpu or cuda.
@@ -61,6 +63,9 @@ class EvaluateConfig:
     device: str = "cpu"
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_machine("evaluate", device=self.device)
 
 
 def load_student(path: Path) -> tuple[nn.Module, dict[str, object]]:
@@ -122,7 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_class_arguments(EvaluateConfig, as_group=False)
     config = EvaluateConfig(**vars(parser.instantiate(parse_or_refuse(parser, arguments))))
     accuracy = run(config)
-    Console().print(
+    console = Console()
+    if config.run and Path(config.run).is_dir() and not RunFolder.is_finished(Path(config.run)):
+        console.print(
+            f"[yellow]warning: {config.run} is unfinished; its student is that of the last stop"
+        )
+    console.print(
         f"{config.run or config.model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, "
         f"{accuracy.count} images",
         highlight=False,

@@ -25,6 +25,7 @@ from .engine import (
     Accuracy,
     BatchSource,
     build_parser,
+    check_machine,
     evaluate,
     parse_or_refuse,
     run_command,
@@ -78,7 +79,8 @@ class PretrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "lr", "images", "threads"):
+        check_machine("pretrain", seed=self.seed, threads=self.threads)
+        for name in ("epochs", "batch", "lr", "images"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"pretrain: expected {name} above 0 and finite, got {value}")

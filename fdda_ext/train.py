@@ -25,6 +25,7 @@ from .engine import (
     Progress,
     RunFolder,
     build_parser,
+    check_machine,
     evaluate,
     parse_or_refuse,
     run_command,
@@ -60,8 +61,8 @@ class TrainConfig:
     Attributes:
         method: fdda, distill (the same without generated images), minmax or mse (ranges only).
         model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME or pytorchcv:NAME.
-        weights: "default" for the trained weights that come with the model, or a file
-            (safetensors, or a torch file of plain tensors).
+        weights: "default" for the trained weights that come with the model, a file (safetensors,
+            or a torch file of plain tensors), or "none" for random ones, drawn by `seed`.
         data: glyphs, digits, folder:PATH or imagenet:PATH.
         image_size: Height and width; None for the data set's own.
         images_per_class: Calibration images of each class.
@@ -99,12 +100,15 @@ class TrainConfig:
     test_limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("seed", 0), ("threads", 1), ("max_time", 0), ("test_limit", 1)):
+        check_machine("train", seed=self.seed, threads=self.threads, device=self.device)
+        for name, least in (("max_time", 0), ("test_limit", 1)):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"train: expected {name} at least {least}, got {value}")
-        if self.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise UsageError(f"train: expected device to be cpu or cuda, got {self.device}")
+        if self.out == "":
+            raise UsageError("train: expected out to be a folder, got an empty name")
+        # The method is a row of its own.
+        self.baselines = [name for name in dict.fromkeys(self.baselines) if name != self.method]
 
 
 #: Where a run is, how long and whether it goes on: not part of what it computes.
@@ -132,14 +136,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
         The configuration, and the part of it that decides the result, as YAML.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="short")
-    first.add_argument("--out")
+    first.add_argument("--preset", default="short", nargs="?")  # the second parser complains
+    first.add_argument("--out", nargs="?")
     first.add_argument("--resume", action="store_true")
     chosen, _ = first.parse_known_args(arguments)
-    defaults = preset_path(chosen.preset)
+    defaults = preset_path(chosen.preset or "short")
     if chosen.resume:
         if chosen.out is None:
             raise UsageError("train: expected --out with --resume, the run to go on with, got none")
+        if chosen.preset != "short":
+            raise UsageError(
+                "train: expected no --preset with --resume, a run keeps its settings, "
+                f"got {chosen.preset}"
+            )
         defaults = Path(chosen.out) / "config.yaml"
         if not defaults.is_file():
             raise UsageError(f"train: expected --out to hold a run to resume, got {chosen.out}")
@@ -214,7 +223,12 @@ def _train_one(
     """Train and evaluate one method in ``folder``, or read there what it ended with before."""
     summary = folder.summary()
     if summary is not None:
-        return Row(**summary)
+        try:
+            return Row(**summary)
+        except TypeError as error:
+            raise UsageError(
+                f"train: expected {folder.path / 'summary.json'} as a run writes it, got {error}"
+            ) from None
     method = build_method(name, problem, config.settings)
     progress = Progress(0, 0.0)
     if method.iterations:
@@ -277,13 +291,13 @@ def build_problem(config: TrainConfig) -> Problem:
         UsageError: If they do not fit each other.
     """
     device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("train: expected device to be available, got cuda, which torch cannot use")
     images, labels = calibration_set(
         config.data, config.images_per_class, seed=config.seed, image_size=config.image_size
     )
     dataset = load_dataset(config.data, "calibration", image_size=config.image_size)
-    teacher = load_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # for weights "none"
+        teacher = load_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
     teacher.to(device).eval().requires_grad_(False)
     with torch.no_grad():
         outputs = teacher(images[:1].to(device)).shape[-1]

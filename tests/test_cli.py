@@ -162,9 +162,20 @@ def test_help_teaches(module):
         (["--bits=W9A4"], "got W9A4"),
         (["--preset=long"], "paper, short, got long"),
         (["--seed=x"], "seed"),
-        (["--seed=-5"], "seed at least 0, got -5"),
-        (["--threads=0"], "threads at least 1, got 0"),
+        (["--seed=-5"], "seed between 0 and .*got -5"),
+        (["--seed=9223372036854775808"], "seed between 0 and .*got 9223372036854775808"),
+        (["--threads=0"], "threads between 1 and this machine's .*got 0"),
+        (["--threads=100000"], "threads between 1 and this machine's .*got 100000"),
         (["--device=banana"], "cpu or cuda, got banana"),
+        (["--device=cpu:x"], "cpu or cuda, got cpu:x"),
+        (["--device=cuda:99"], "available, got cuda:99"),
+        (["--preset"], "expected at most one argument|argument"),
+        (["--split=train"], "split"),
+        (["--settings.distillation.generated_batch=0"], "generated_batch above 0 .*got 0"),
+        (["--settings.distillation.lr=.inf"], "lr above 0 and finite, got inf"),
+        (["--settings.distillation.weight=.nan"], "weight at least 0 and finite, got nan"),
+        (["--settings.fdda.bns_weight=.inf"], "bns_weight at least 0 and finite, got inf"),
+        (["--settings.fdda.distortion.mean_std=.nan"], "mean_std at least 0 and finite, got nan"),
         (["--nonsense=1"], "nonsense"),
         (["--data=folder:/absent"], "/absent, which is none"),
         (["--weights=/absent"], "default, none or a file, got /absent"),
@@ -184,12 +195,43 @@ def test_a_mistake_is_one_sentence_and_leaves_no_folder(arguments, message, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_an_empty_out_is_refused():
+    with pytest.raises(UsageError, match="out to be a folder, got an empty name"):
+        train.main(["--out="])
+
+
+def test_random_weights_are_those_of_the_seed():
+    def weights(seed: int) -> torch.Tensor:
+        torch.rand(seed + 1)  # whatever the global generator did before
+        problem = train.build_problem(train.TrainConfig(weights="none", seed=seed))
+        return problem.teacher.state_dict()["conv1.weight"]
+
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
+
+
+def test_a_method_is_not_its_own_baseline():
+    config, _ = train.parse_arguments(["--method=mse", "--baselines=[minmax,mse,minmax]"])
+    assert config.baselines == ["minmax"]
+
+
+def test_more_generated_images_than_batch_a_has(tmp_path):
+    train.main(
+        [*QUICK, "--baselines=[]", f"--out={tmp_path / 'run'}"]
+        + ["--settings.distillation.generated_batch=12"]
+    )
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_a_mistake_ends_the_process_with_status_2_and_no_traceback(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("method: fdda\n")
     (tmp_path / "run" / "student.safetensors").write_bytes(b"cut")
+    (tmp_path / "long.yaml").write_text("- no: settings\n" * 1000)
     for module, arguments in (
         ("train", ["--bits", "four"]),
+        ("train", ["--config", str(tmp_path / "long.yaml")]),
+        ("train", ["--settings.fdda.generator.channels", "100000000", "--baselines", "[]"]),
         ("train", ["--out", str(tmp_path / "run")]),
         ("evaluate", ["--run", str(tmp_path / "run")]),
         ("evaluate", ["--run", str(tmp_path / "absent")]),
@@ -200,7 +242,35 @@ def test_a_mistake_ends_the_process_with_status_2_and_no_traceback(tmp_path):
         assert done.returncode == 2, (module, arguments, done.stderr)
         assert "Traceback" not in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert len(done.stderr) < 800, done.stderr
         assert done.stderr.startswith("error: ")
+
+
+def test_a_changed_configuration_is_not_gone_on_with(tmp_path):
+    out = tmp_path / "run"
+    train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
+    text = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    with pytest.raises(UsageError, match="config.yaml as it was when the run began"):
+        train.main(["--resume", f"--out={out}", "--threads=1"])
+    (out / "config.yaml").write_text(text)
+    with pytest.raises(UsageError, match="no --preset with --resume.*got paper"):
+        train.main(["--resume", f"--out={out}", "--preset=paper"])
+    train.main(["--resume", f"--out={out}", "--threads=1"])
+    (out / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    with pytest.raises(UsageError, match="config.yaml as it was when the run began"):
+        train.main(["--resume", f"--out={out}", "--threads=1"])
+    (out / "config.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="decode"):
+        train.main(["--resume", f"--out={out}", "--threads=1"])
+
+
+def test_evaluate_says_that_a_run_is_unfinished(tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
+    capsys.readouterr()
+    evaluate.main([f"--run={out}", "--test_limit=71"])
+    assert "is unfinished" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):

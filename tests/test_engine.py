@@ -185,3 +185,41 @@ def test_command_line_shows_a_mistake_in_one_line():
     assert done.returncode == 2
     assert done.stderr == "error: train: expected x above 0, got -1\n"
     assert done.stdout == ""
+
+
+class Diverging(Walk):
+    def step(self, iteration):
+        return {"loss": torch.tensor(float("nan") if iteration >= 20 else 1.0)}
+
+
+def test_a_run_that_diverges_is_no_result(tmp_path):
+    folder = RunFolder(tmp_path / "a", "", resume=False)
+    with pytest.raises(UsageError, match="walk: expected a finite loss, got nan for loss in itera"):
+        train(Diverging(), folder, description="walk")
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    folder = RunFolder(tmp_path / "a", "seed: 0", resume=False)
+    state = {"config": folder.fingerprint, "trainable": Walk().state_dict(), "seconds": 1.0}
+    for change in (
+        {},
+        {"iterations": 31},
+        {"iterations": -5},
+        {"iterations": 3, "trainable": {"position": torch.zeros(4)}},
+        {"iterations": 3, "config": "another"},
+    ):
+        save_state(folder.checkpoint, {**state, **change})
+        with pytest.raises(UsageError, match="expected .*a/c"):
+            train(Walk(), folder, description="walk")
+    folder.metrics.write_bytes(b'[1]\n"x"\n\xff\n{"iteration": 2, "norm": 1.0}\n')
+    save_state(folder.checkpoint, {**state, "iterations": 29})
+    assert train(Walk(), folder, description="walk").iterations == 30
+    assert [json.loads(line)["iteration"] for line in folder.metrics.open()] == [2, 29]
+
+
+def test_a_damaged_summary_is_refused(tmp_path):
+    folder = RunFolder(tmp_path / "a", "seed: 0", resume=False)
+    for text in ("{", "[]", "{}"):
+        (folder.path / "summary.json").write_text(text)
+        with pytest.raises(UsageError, match="run: expected .*a/"):
+            folder.summary()

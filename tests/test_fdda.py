@@ -277,7 +277,7 @@ def test_unknown_method_names_the_nearest():
         ({"classes_per_batch": 3}, "classes_per_batch to divide batch"),
         ({"batch": 1}, "batch at least 2, got 1"),
         ({"lr": 0.0}, "lr above 0"),
-        ({"bns_weight": -1.0}, "bns_weight at least 0, got -1.0"),
+        ({"bns_weight": -1.0}, "bns_weight at least 0 and finite, got -1.0"),
         ({"range_iterations": 9}, "range_iterations between 1 and warmup_iterations"),
     ],
 )

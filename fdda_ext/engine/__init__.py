@@ -1,7 +1,7 @@
 """What a run needs whatever its method: a folder, checkpoints, a loop, an evaluation."""
 
 from .checkpoint import load_state, save_state
-from .cli import build_parser, parse_or_refuse, run_command
+from .cli import build_parser, check_machine, parse_or_refuse, run_command
 from .evaluation import Accuracy, BatchSource, evaluate
 from .loop import Progress, Trainable, train
 from .run_folder import RunFolder
@@ -14,6 +14,7 @@ __all__ = [
     "RunFolder",
     "Trainable",
     "build_parser",
+    "check_machine",
     "evaluate",
     "load_state",
     "parse_or_refuse",

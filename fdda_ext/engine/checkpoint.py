@@ -102,5 +102,6 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         raise UsageError(
             f"load_state: expected path to be a whole state file, got {path} ({error})"
         ) from None
-    assert isinstance(state, dict)
+    if not isinstance(state, dict):
+        raise UsageError(f"load_state: expected path to hold a dictionary, got {path}")
     return state

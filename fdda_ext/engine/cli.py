@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from ..errors import UsageError
 
-__all__ = ["build_parser", "parse_or_refuse", "run_command"]
+__all__ = ["build_parser", "check_machine", "parse_or_refuse", "run_command"]
+
+
+_LONGEST_ERROR = 500
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -35,9 +40,38 @@ def parse_or_refuse(parser: ArgumentParser, arguments: Sequence[str] | None) -> 
     """Parse the command line; a mistake is a `UsageError` of one sentence."""
     try:
         return parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, UnicodeDecodeError) as error:
         sentence = " ".join(str(error).split())
+        if len(sentence) > _LONGEST_ERROR:  # a wrong --config is quoted whole
+            sentence = sentence[:_LONGEST_ERROR] + " ..."
         raise UsageError(f"{parser.prog.removeprefix('python -m ')}: {sentence}") from None
+
+
+def check_machine(
+    command: str, *, seed: int = 0, threads: int | None = None, device: str = "cpu"
+) -> None:
+    """Refuse what torch would answer with a traceback, or a crash, much later.
+
+    Raises:
+        UsageError: If torch cannot use ``seed``, so many ``threads`` or ``device``.
+    """
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"{command}: expected seed between 0 and 2^63 - 1, got {seed}")
+    cores = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= cores:
+        raise UsageError(
+            f"{command}: expected threads between 1 and this machine's {cores} cores, got {threads}"
+        )
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        kind = None
+    if kind is None or kind.type not in ("cpu", "cuda"):
+        raise UsageError(f"{command}: expected device to be cpu or cuda, got {device}")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"{command}: expected device to be available, got {device}, which torch cannot use"
+        )
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -46,6 +80,12 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"error: expected sizes that fit the memory, got {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from rich.progress import (
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ..errors import UsageError
 from .checkpoint import load_state, save_state
 from .run_folder import RunFolder
 
@@ -59,15 +61,34 @@ class Progress:
 def _truncate_metrics(folder: RunFolder, iterations: int) -> None:
     """Drop the lines that a killed run wrote after its last checkpoint."""
     if folder.metrics.exists():
-        lines = folder.metrics.read_text().splitlines()
+        lines = folder.metrics.read_text(errors="replace").splitlines()
         kept = []
         for line in lines:
             try:
                 if json.loads(line)["iteration"] < iterations:
                     kept.append(line)
-            except (ValueError, KeyError):  # the line that the kill cut short
+            except (ValueError, KeyError, TypeError):  # the line that the kill cut short
                 continue
         folder.metrics.write_text("".join(line + "\n" for line in kept))
+
+
+def _restore(
+    trainable: Trainable, folder: RunFolder, device: torch.device | str
+) -> tuple[int, float]:
+    """Take back the checkpoint; returns the iterations done and the seconds they took."""
+    state = load_state(folder.checkpoint, device)
+    folder.check_fingerprint(state.get("config"))
+    try:
+        trainable.load_state_dict(state["trainable"])
+        done, seconds = int(state["iterations"]), float(state["seconds"])
+        if not 0 <= done <= trainable.iterations:
+            raise ValueError(f"{done} iterations of {trainable.iterations}")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"run: expected {folder.checkpoint} to hold the state of this run, got {reason}"
+        ) from None
+    return done, seconds
 
 
 def train(
@@ -94,12 +115,13 @@ def train(
 
     Returns:
         Iterations and seconds; fewer iterations than ``trainable.iterations`` after a time-out.
+
+    Raises:
+        UsageError: If the checkpoint is not this run's, or a metric is no longer finite.
     """
     done, seconds_before = 0, 0.0
     if folder.checkpoint.exists():
-        state = load_state(folder.checkpoint, device)
-        trainable.load_state_dict(state["trainable"])
-        done, seconds_before = state["iterations"], state["seconds"]
+        done, seconds_before = _restore(trainable, folder, device)
     _truncate_metrics(folder, done)
     start = saved = time.monotonic()
 
@@ -108,6 +130,7 @@ def train(
 
     def save() -> None:
         state = {
+            "config": folder.fingerprint,
             "trainable": trainable.state_dict(),
             "iterations": done,
             "seconds": elapsed(),
@@ -130,6 +153,12 @@ def train(
             metrics = trainable.step(done)
             if done % log_every == 0 or done + 1 == trainable.iterations:
                 values = {name: float(value) for name, value in metrics.items()}
+                for name, value in values.items():
+                    if not math.isfinite(value):
+                        raise UsageError(
+                            f"{description}: expected a finite loss, got {value} for {name} in "
+                            f"iteration {done}; lower the learning rates"
+                        )
                 line = {"iteration": done, "seconds": round(elapsed(), 3), **values}
                 metrics_file.write(json.dumps(line) + "\n")
                 metrics_file.flush()

@@ -6,6 +6,7 @@ training, and ``summary.json``, which is written last: a folder without it is no
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ class RunFolder:
 
     def __init__(self, path: Path, config: str, *, resume: bool) -> None:
         self.path = path
+        #: Of the configuration, kept beside every result made with it.
+        self.fingerprint = hashlib.sha256(config.encode()).hexdigest()[:16]
         if path.exists() and not path.is_dir():
             raise UsageError(f"run: expected out to be a folder, got the file {path}")
         stored = path / "config.yaml"
@@ -41,10 +44,11 @@ class RunFolder:
                     f"run: expected out to be a new or empty folder, got {path} which holds a run; "
                     "give --resume to go on with it, or another --out"
                 )
-            if stored.read_text() != config:
+            before = stored.read_text(errors="replace")
+            if before != config:
                 raise UsageError(
                     f"run: expected the configuration of the resumed run {path}, got another: "
-                    f"{_first_difference(stored.read_text(), config)}"
+                    f"{_first_difference(before, config)}"
                 )
         elif path.exists() and any(path.iterdir()):
             raise UsageError(
@@ -69,8 +73,24 @@ class RunFolder:
         """One JSON object a line."""
         return self.path / "metrics.jsonl"
 
+    def check_fingerprint(self, found: object) -> None:
+        """Refuse a result of another configuration: config.yaml was changed since.
+
+        Raises:
+            UsageError: If ``found`` is not this run's fingerprint.
+        """
+        if found != self.fingerprint:
+            raise UsageError(
+                f"run: expected {self.path / 'config.yaml'} as it was when the run began, "
+                "got another; start a new run in another --out"
+            )
+
     def summary(self) -> dict[str, Any] | None:
-        """What a finished run ended with, or None."""
+        """What a finished run ended with, or None.
+
+        Raises:
+            UsageError: If the file is damaged, or was made with another configuration.
+        """
         path = self.path / "summary.json"
         if not path.exists():
             return None
@@ -82,11 +102,18 @@ class RunFolder:
             raise UsageError(
                 f"run: expected {path} to be a JSON object, got a damaged file ({error})"
             ) from None
+        self.check_fingerprint(summary.pop("config", None))
         return summary
+
+    @staticmethod
+    def is_finished(path: Path) -> bool:
+        """Whether the run in ``path`` came to its end."""
+        return (path / "summary.json").exists()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Mark the run finished."""
-        atomic_write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        text = json.dumps({**summary, "config": self.fingerprint}, indent=2)
+        atomic_write_text(self.path / "summary.json", text + "\n")
 
 
 def _first_difference(stored: str, given: str) -> str:

@@ -61,15 +61,16 @@ class DistillationConfig:
     frozen_scales: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "generated_batch", "weight", "cross_entropy_weight", "weight_decay"):
-            if getattr(self, name) < 0:
+        for name in ("steps", "weight", "cross_entropy_weight", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(
-                    f"distillation: expected {name} at least 0, got {getattr(self, name)}"
+                    "distillation: expected "
+                    f"{name} at least 0 and finite, got {getattr(self, name)}"
                 )
-        for name in ("real_batch", "temperature", "lr", "scale_lr"):
-            if not getattr(self, name) > 0:
+        for name in ("real_batch", "generated_batch", "temperature", "lr", "scale_lr"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(
-                    f"distillation: expected {name} above 0, got {getattr(self, name)}"
+                    f"distillation: expected {name} above 0 and finite, got {getattr(self, name)}"
                 )
         if self.cosine_half_period is not None and self.cosine_half_period < 1:
             raise UsageError(

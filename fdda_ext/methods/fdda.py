@@ -103,10 +103,15 @@ class FDDA(Method):
         if self.config.ranges_from == "generated" and iteration < self.config.range_iterations:
             self.range_step(iteration, images)
         if iteration >= self.config.warmup_iterations:
+            if self.distillation.generated_batch > self.config.batch:
+                images, labels = self.generate(self.distillation.generated_batch)
             metrics["student"] = self.student_step(images, labels)
-            for _ in range(self.config.student_steps_per_iteration - 1):
-                if self.trainer.steps_done < self.distillation.steps:
-                    self.student_step(*self.generate(self.distillation.generated_batch))
+            more = min(
+                self.config.student_steps_per_iteration - 1,
+                self.distillation.steps - self.trainer.steps_done,
+            )
+            for _ in range(more):
+                self.student_step(*self.generate(self.distillation.generated_batch))
         return metrics
 
     # ---- the generator ----------------------------------------------------------------------

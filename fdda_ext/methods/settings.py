@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -84,10 +85,12 @@ class FDDAConfig:
             "warmup_iterations",
             "misclassified_iterations",
         ):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"fdda: expected {name} at least 0, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise UsageError(f"fdda: expected lr above 0, got {self.lr}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(
+                    f"fdda: expected {name} at least 0 and finite, got {getattr(self, name)}"
+                )
+        if not 0 < self.lr < math.inf:
+            raise UsageError(f"fdda: expected lr above 0 and finite, got {self.lr}")
         if self.ranges_from == "generated" and not (
             1 <= self.range_iterations <= self.warmup_iterations
         ):

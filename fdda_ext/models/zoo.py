@@ -168,9 +168,14 @@ def load_weights(network: nn.Module, path: Path) -> None:
             raise UsageError(
                 f"model: expected {key} of floating point, got {tensor.dtype} in {path}"
             )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        # In float32: not every narrow type can be asked, and a float64 may overflow.
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise UsageError(
-                f"model: expected finite weights, got NaN or infinity in {key} of {path}"
+                f"model: expected weights finite in float32, got NaN or infinity in {key} of {path}"
+            )
+        if key.endswith("running_var") and bool((tensor < 0).any()):
+            raise UsageError(
+                f"model: expected {key} at least 0, got {float(tensor.min()):.3g} in {path}"
             )
     network.load_state_dict(state, strict=False)
 

@@ -21,12 +21,14 @@ losses are means over the classes. One class per batch is the paper's case.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..ops import class_stats_loss
 
 __all__ = [
@@ -65,6 +67,13 @@ class Distortion:
 
     mean_std: float = 0.5
     variance_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("mean_std", "variance_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(
+                    f"distortion: expected {name} at least 0 and finite, got {getattr(self, name)}"
+                )
 
 
 def first_class_layer(num_layers: int) -> int:
