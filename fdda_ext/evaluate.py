@@ -66,6 +66,11 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_machine("evaluate", device=self.device)
+        for name in ("run", "model", "data", "image_size"):
+            if getattr(self, name) in ("", 0):
+                raise UsageError(f"evaluate: expected {name} not to be empty or 0")
+        if self.test_limit is not None and self.test_limit < 1:
+            raise UsageError(f"evaluate: expected test_limit at least 1, got {self.test_limit}")
 
 
 def load_student(path: Path) -> tuple[nn.Module, dict[str, object]]:
@@ -90,9 +95,10 @@ def load_student(path: Path) -> tuple[nn.Module, dict[str, object]]:
         example = torch.zeros(1, 3, recipe["image_size"], recipe["image_size"])
         student = prepare(network, QuantizationConfig(**recipe["quantization"]), example)
         student.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"evaluate: expected {path} to hold the student its recipe describes, got {error}"
+            f"evaluate: expected {path} to hold the student its recipe describes, got {reason}"
         ) from None
     return student.eval(), recipe
 
@@ -106,6 +112,7 @@ def run(config: EvaluateConfig) -> Accuracy:
     if config.run is not None:
         network, recipe = load_student(Path(config.run))
         data = config.data or str(recipe["data"])
+        classes = recipe["num_classes"]
         image_size = config.image_size or int(str(recipe["image_size"]))
         dataset = load_dataset(data, config.split, image_size=image_size, limit=config.test_limit)
     else:
@@ -117,6 +124,12 @@ def run(config: EvaluateConfig) -> Accuracy:
             limit=config.test_limit,
         )
         network = load_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
+        with torch.no_grad():
+            classes = network.eval()(dataset[0][0][None]).shape[-1]
+    if classes != dataset.num_classes:
+        raise UsageError(
+            f"evaluate: expected data of the network's {classes} classes, got {dataset.num_classes}"
+        )
     network.to(config.device)
     return evaluate(network, BatchSource(dataset), device=config.device, label="testing")
 

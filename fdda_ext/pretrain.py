@@ -8,6 +8,7 @@ The weights in the package were made by::
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -127,13 +128,18 @@ def _folder(out: str) -> Path:
 def _check_fit(network: nn.Module, image: Tensor, model: str) -> None:
     """Refuse images that are too small for the network."""
     try:
-        with torch.no_grad():
-            network(image[None])
-    except RuntimeError as error:
+        with torch.no_grad():  # a copy: the pass moves running statistics
+            logits = copy.deepcopy(network).train()(image.expand(2, -1, -1, -1))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
             f"pretrain: expected image_size that {model} can take, got {image.shape[-1]} ({reason})"
         ) from None
+    if not isinstance(logits, Tensor):
+        raise UsageError(
+            f"pretrain: expected model to return logits alone, got {type(logits).__name__} "
+            f"from {model}"
+        )
 
 
 def run(config: PretrainConfig) -> Accuracy:

@@ -316,3 +316,10 @@ def test_bad_labels_are_left_out_on_cuda() -> None:
     x = torch.tensor([[1.0], [3.0], [7.0]], device="cuda")
     count, mean, _ = class_batch_stats(x, torch.tensor([0, 5, -1], device="cuda"), 2)
     assert count.tolist() == [1, 0] and mean.tolist() == [[1.0], [0.0]]
+
+
+def test_a_meta_argument_beside_real_ones_is_refused():
+    x, labels = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(Exception, match="class_batch_stats: expected .* device"):
+        torch.ops.fdda.class_batch_stats(x, labels.to("meta"), 2)
+    assert torch.ops.fdda.class_batch_stats(x.to("meta"), labels.to("meta"), 2)[1].is_meta

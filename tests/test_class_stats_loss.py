@@ -235,3 +235,10 @@ def test_bad_labels_are_named_on_the_cpu() -> None:
         class_stats_loss(*replaced(labels=GOOD.labels + 1))
     message = "class_stats_loss: expected labels to lie in [0, 3), got 3 at index 1"
     assert str(error.value) == message
+
+
+def test_a_meta_argument_beside_real_ones_is_refused():
+    x, labels, target = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64), torch.zeros(1, 1, 3)
+    weight = torch.ones(1, 1)
+    with pytest.raises(Exception, match="class_stats_loss: expected .* device"):
+        torch.ops.fdda.class_stats_loss([x], labels, [target.to("meta")], [target], weight)

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fdda_ext import evaluate, train
+from fdda_ext.engine import read_student, write_student
 from fdda_ext.errors import UsageError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -281,3 +282,31 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
     with pytest.raises(UsageError, match="whole state file"):
         train.main(["--resume", f"--out={out}", "--threads=1"])
     assert not (out / "summary.json").exists()
+
+
+def test_evaluate_refuses_what_does_not_fit(tmp_path):
+    out = tmp_path / "run"
+    train.main([*QUICK, "--method=minmax", "--baselines=[]", f"--out={out}"])
+    for arguments, message in (
+        ([f"--run={out}", "--data=digits"], "data of the network's 71 classes, got 10"),
+        (["--model=glyphs_resnet", "--weights=none", "--data="], "data not to be empty"),
+        (["--model=glyphs_resnet", "--image_size=0"], "image_size not to be empty or 0"),
+        (["--model=glyphs_resnet", "--test_limit=0"], "test_limit at least 1, got 0"),
+        (["--model=glyphs_resnet", "--device=foo"], "cpu or cuda, got foo"),
+        (["--model=glyphs_resnet", "--split=train"], "split"),
+        (["--run="], "run not to be empty"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate.main(arguments)
+    for change in ({"model": "glyphs_mobilenet"}, {"model": 5}, {"num_classes": 3}, {}):
+        state, recipe = read_student(out / "student.safetensors")
+        student = torch.nn.Module()
+        for name, tensor in state.items():
+            student.register_buffer(name.replace(".", "/"), tensor)
+        student.state_dict = lambda state=state: state
+        kept = recipe if change else {}
+        write_student(tmp_path / "other.safetensors", student, {**kept, **change})
+        with pytest.raises(UsageError, match="the student its recipe describes|model") as caught:
+            evaluate.main([f"--run={tmp_path / 'other.safetensors'}"])
+        assert len(str(caught.value)) < 500
+        assert "\n" not in str(caught.value)

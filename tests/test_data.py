@@ -110,6 +110,19 @@ def test_image_folder(tmp_path):
     assert [limited[i][1] for i in range(len(limited))] == [0, 1]
 
 
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "LA"])
+def test_images_of_any_eight_bit_mode_become_rgb(tmp_path, mode):
+    make_folder(tmp_path)
+    path = tmp_path / "val" / "cat" / "0.png"
+    path.unlink()
+    image = Image.new("RGB", (20, 20), (255, 255, 255)).convert(mode)
+    image.save(path.with_suffix(".tif"))
+    white = load_dataset(f"folder:{tmp_path}", "test", image_size=16)
+    index = [name for name, _ in white.folder.samples].index(str(path.with_suffix(".tif")))
+    expected = (1 - torch.tensor(white.mean)) / torch.tensor(white.std)
+    torch.testing.assert_close(white[index][0], expected[:, None, None].expand(3, 16, 16))
+
+
 @pytest.mark.parametrize("limit", [None, 20])
 def test_many_images_are_the_single_ones_in_the_asked_order(limit):
     whole = load_dataset("glyphs", "calibration")
@@ -147,6 +160,9 @@ def test_bad_folders_are_refused(tmp_path):
         load_dataset(f"folder:{tmp_path / 'd'}", "test")
     with pytest.raises(UsageError, match="1000 classes, got 2"):
         load_dataset(f"imagenet:{tmp_path / 'c'}", "test")
+    Image.new("I;16", (20, 20), 9000).save(tmp_path / "c" / "val" / "cat" / "0.png")
+    with pytest.raises(UsageError, match="readable image, got .*0.png .*more than 8 bits a colour"):
+        load_dataset(f"folder:{tmp_path / 'c'}", "test", image_size=16)[0]
     (tmp_path / "c" / "val" / "cat" / "0.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match="readable image, got .*0.png"):
         load_dataset(f"folder:{tmp_path / 'c'}", "test", image_size=16)[0]

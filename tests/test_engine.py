@@ -217,6 +217,21 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     assert [json.loads(line)["iteration"] for line in folder.metrics.open()] == [2, 29]
 
 
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for write, read in (
+        (lambda: save_state(path, {"a": torch.ones(100)}), load_state),
+        (lambda: write_student(path, nn.Linear(9, 9), {"model": "m"}), read_student),
+    ):
+        write()
+        read(path)
+        data = bytearray(path.read_bytes())
+        data[-7] ^= 4
+        path.write_bytes(data)
+        with pytest.raises(UsageError, match="changed after it was written"):
+            read(path)
+
+
 def test_a_damaged_summary_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "a", "seed: 0", resume=False)
     for text in ("{", "[]", "{}"):

@@ -393,3 +393,11 @@ def test_parameters_on_another_device_are_named() -> None:
 def test_unsupported_layout_is_named() -> None:
     with pytest.raises(UsageError, match="expected x to be dense on the CPU or a CUDA device, got"):
         fake_quantize(X.to_sparse(), ONE, ZERO, 0, 15)
+
+
+def test_a_meta_argument_beside_real_ones_is_refused():
+    x, scale = torch.ones(4), torch.ones(1)
+    with pytest.raises(Exception, match="fake_quantize: expected .* device"):
+        torch.ops.fdda.fake_quantize(x, scale.to("meta"), torch.zeros(1), -8, 7)
+    meta = torch.ops.fdda.fake_quantize(x.to("meta"), scale.to("meta"), scale.to("meta"), -8, 7)
+    assert meta.is_meta

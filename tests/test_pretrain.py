@@ -50,10 +50,15 @@ def test_it_learns_and_its_file_is_a_teacher(tmp_path):
     ("settings", "message"),
     [
         ({"epochs": 0}, "epochs above 0 and finite, got 0"),
-        ({"threads": 0}, "threads above 0 and finite, got 0"),
+        ({"threads": 0}, "threads between 1 and this machine's .*got 0"),
         ({"lr": float("nan")}, "lr above 0 and finite, got nan"),
         ({"weight_decay": -1.0}, "weight_decay at least 0 and finite, got -1.0"),
         ({"batch": 5000}, "batch at most the 898 images, got 5000"),
+        (
+            {"model": "torchvision:googlenet", "image_size": 64},
+            "logits alone, got GoogLeNetOutputs",
+        ),
+        ({"seed": -1}, "seed between 0 and"),
         ({"model": "torchvision:inception_v3"}, "image_size that torchvision:inception_v3 can tak"),
         ({"images": 256, "lr": 1e30, "image_size": 8}, "loss to stay finite, got .*; lower lr"),
         ({"out": __file__}, "out to be a folder that can be made, got .*exists"),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .._torchvision import import_torchvision
@@ -31,7 +32,8 @@ class ImageFolder(ImageDataset):
     for choosing settings.
 
     Images are resized to 8/7 of ``image_size`` (256 for 224) and cut from the middle. Calibration
-    images come from the training folder.
+    images come from the training folder. Files are found by their extension (torchvision's list,
+    which has no .gif).
 
     Args:
         path: PATH.
@@ -60,7 +62,7 @@ class ImageFolder(ImageDataset):
             ]
         )
         try:
-            self.folder = torchvision.datasets.ImageFolder(str(folder), transform)
+            self.folder = torchvision.datasets.ImageFolder(str(folder), transform, loader=_load)
         except FileNotFoundError as error:  # no class folder, or a class without an image
             raise UsageError(
                 f"data: expected {folder} to hold one folder of images per class, got: "
@@ -81,12 +83,20 @@ class ImageFolder(ImageDataset):
         """Normalised float32 ``[3, H, W]`` and the class."""
         try:
             image, label = self.folder[index]
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise UsageError(
                 f"data: expected every file to be a readable image, got "
                 f"{self.folder.samples[index][0]} ({error})"
             ) from None
         return image, int(label)
+
+
+def _load(path: str) -> Image.Image:
+    """One image in RGB; Pillow would silently clip more than 8 bits to white."""
+    with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise OSError(f"mode {image.mode}, more than 8 bits a colour")
+        return image.convert("RGB")
 
 
 def _class_folders(path: Path) -> list[str]:

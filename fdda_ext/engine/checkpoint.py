@@ -6,6 +6,7 @@ the file's metadata, with a reference where each tensor stands.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 
-__all__ = ["atomic_write_text", "load_state", "save_state"]
+__all__ = ["atomic_write_text", "digest", "load_state", "save_state"]
 
 _FORMAT = "fdda_ext.state.1"
 
@@ -50,6 +51,16 @@ def _put_together(form: Any, tensors: dict[str, Tensor]) -> Any:
     return content
 
 
+def digest(tensors: dict[str, Tensor], text: str) -> str:
+    """SHA-256 of contiguous CPU tensors, by name, and of what is stored beside them."""
+    checksum = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        checksum.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        checksum.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
+
+
 def _replace(temporary: Path, path: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
@@ -74,8 +85,11 @@ def save_state(path: Path, state: dict[str, Any], **metadata: str) -> None:
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_take_apart(state, tensors))
     temporary = path.with_name(path.name + ".tmp")
+    checksum = digest(tensors, structure)
     save_file(
-        tensors, str(temporary), metadata={"format": _FORMAT, "structure": structure, **metadata}
+        tensors,
+        str(temporary),
+        metadata={"format": _FORMAT, "structure": structure, "sha256": checksum, **metadata},
     )
     _replace(temporary, path)
 
@@ -87,7 +101,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         UsageError: If the file is missing, truncated, or was not written by `save_state`.
     """
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
+        with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise UsageError(
@@ -95,6 +109,9 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
                     f"of format {metadata.get('format', 'unknown')}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if digest(tensors, metadata["structure"]) != metadata["sha256"]:
+                raise ValueError("its content was changed after it was written")
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             state = _put_together(json.loads(metadata["structure"]), tensors)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UsageError):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .checkpoint import digest
 
 __all__ = ["read_student", "write_student"]
 
@@ -21,7 +22,9 @@ def write_student(path: Path, student: nn.Module, recipe: dict[str, Any]) -> Non
     """Write ``student``'s state and its ``recipe`` (JSON: model, classes, image size, bits)."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, str(temporary), metadata={"format": _FORMAT, "recipe": json.dumps(recipe)})
+    text = json.dumps(recipe)
+    metadata = {"format": _FORMAT, "recipe": text, "sha256": digest(tensors, text)}
+    save_file(tensors, str(temporary), metadata=metadata)
     temporary.replace(path)
 
 
@@ -40,6 +43,9 @@ def read_student(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     f"of format {metadata.get('format', 'unknown')}"
                 )
             recipe = json.loads(metadata["recipe"])
-            return {name: file.get_tensor(name) for name in file.keys()}, recipe
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            if digest(state, metadata["recipe"]) != metadata["sha256"]:
+                raise OSError("its content was changed after it was written")
+            return state, recipe
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise UsageError(f"evaluate: expected a whole student file, got {path} ({error})") from None

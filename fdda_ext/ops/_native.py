@@ -5,7 +5,7 @@ import torch
 from fdda_ext import _C
 from fdda_ext.errors import UsageError
 
-__all__ = ["refuse_double_backward", "usage_error"]
+__all__ = ["check_one_device", "refuse_double_backward", "usage_error"]
 
 
 def usage_error(error: Exception, op: str, x: torch.Tensor) -> UsageError:
@@ -27,6 +27,20 @@ def usage_error(error: Exception, op: str, x: torch.Tensor) -> UsageError:
     return UsageError(
         f"{op}: expected x to be dense on the CPU or a CUDA device, got {x.layout} on {x.device}"
     )
+
+
+def check_one_device(op: str, *tensors: torch.Tensor) -> None:
+    """For fake kernels: one argument on "meta" would make them answer for real ones besides.
+
+    Raises:
+        UsageError: If the tensors lie on different devices.
+    """
+    for tensor in tensors:
+        if tensor.device != tensors[0].device:
+            raise UsageError(
+                f"{op}: expected all tensors on one device, "
+                f"got {tensors[0].device} and {tensor.device}"
+            )
 
 
 def refuse_double_backward(op: str) -> None:

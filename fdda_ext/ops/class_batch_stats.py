@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdda_ext.ops._native import refuse_double_backward, usage_error
+from fdda_ext.ops._native import check_one_device, refuse_double_backward, usage_error
 
 __all__ = ["class_batch_stats"]
 
@@ -82,6 +82,7 @@ def _setup_context(
 
 @torch.library.register_fake("fdda::class_batch_stats")
 def _fake(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    check_one_device("class_batch_stats", x, labels)
     sizes = (num_classes, x.shape[1])
     dtype = _statistics_dtype(x)
     count = x.new_empty((num_classes,), dtype=torch.int64)
@@ -92,6 +93,7 @@ def _fake(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, 
 def _fake_backward(
     grad_mean: Tensor, grad_var: Tensor, x: Tensor, labels: Tensor, count: Tensor, mean: Tensor
 ) -> Tensor:
+    check_one_device("class_batch_stats", x, grad_mean, grad_var, labels, count, mean)
     return torch.empty_like(x)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fdda_ext.errors import UsageError
-from fdda_ext.ops._native import refuse_double_backward, usage_error
+from fdda_ext.ops._native import check_one_device, refuse_double_backward, usage_error
 
 __all__ = ["class_stats_loss"]
 
@@ -102,6 +102,7 @@ def _fake(
     target_vars: list[Tensor],
     weight: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    check_one_device("class_stats_loss", *xs, labels, *target_means, *target_vars, weight)
     dtype = torch.float64 if xs[0].dtype == torch.float64 else torch.float32
     sets, num_classes = weight.shape
     channels = sum(x.shape[1] for x in xs)
@@ -119,6 +120,7 @@ def _fake_backward(
     weight: Tensor,
     statistics: Tensor,
 ) -> list[Tensor]:
+    check_one_device("class_stats_loss", *xs, grad_loss, labels, weight, statistics)
     return [torch.empty_like(x) for x in xs]
 
 

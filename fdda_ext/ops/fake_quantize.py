@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdda_ext.ops._native import refuse_double_backward, usage_error
+from fdda_ext.ops._native import check_one_device, refuse_double_backward, usage_error
 
 __all__ = ["fake_quantize"]
 
@@ -110,6 +110,7 @@ def _fake(
     quant_max: int,
     axis: int | None = None,
 ) -> Tensor:
+    check_one_device("fake_quantize", x, scale, zero_point)
     return torch.empty_like(x)
 
 
@@ -123,6 +124,7 @@ def _fake_backward(
     quant_max: int,
     axis: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_one_device("fake_quantize", grad, x, scale, zero_point)
     contiguous = torch.contiguous_format
     return (
         torch.empty_like(x),
