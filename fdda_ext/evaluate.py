@@ -18,6 +18,7 @@ from .engine import (
     RunFolder,
     build_parser,
     check_machine,
+    count_outputs,
     evaluate,
     parse_or_refuse,
     read_student,
@@ -124,8 +125,7 @@ def run(config: EvaluateConfig) -> Accuracy:
             limit=config.test_limit,
         )
         network = load_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
-        with torch.no_grad():
-            classes = network.eval()(dataset[0][0][None]).shape[-1]
+        classes = count_outputs(network, dataset[0][0][None], "evaluate")
     if classes != dataset.num_classes:
         raise UsageError(
             f"evaluate: expected data of the network's {classes} classes, got {dataset.num_classes}"

@@ -7,6 +7,7 @@ residual network, and a table against the float network and three baselines.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -26,6 +27,9 @@ from .engine import (
     RunFolder,
     build_parser,
     check_machine,
+    count_outputs,
+    cpu_state,
+    digest,
     evaluate,
     parse_or_refuse,
     run_command,
@@ -66,7 +70,6 @@ class TrainConfig:
         data: glyphs, digits, folder:PATH or imagenet:PATH.
         image_size: Height and width; None for the data set's own.
         images_per_class: Calibration images of each class.
-        bits: Short for quantization.weight_bits and quantization.activation_bits, such as W4A4.
         quantization: Bits, grid and ranges of every tensor.
         settings: Constants of the methods.
         baselines: Methods to run first, for the table.
@@ -86,7 +89,6 @@ class TrainConfig:
     data: str = "glyphs"
     image_size: int | None = None
     images_per_class: int = 1
-    bits: str | None = None
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     settings: MethodSettings = field(default_factory=MethodSettings)
     baselines: list[str] = field(default_factory=lambda: ["minmax", "mse", "distill"])
@@ -112,7 +114,29 @@ class TrainConfig:
 
 
 #: Where a run is, how long and whether it goes on: not part of what it computes.
-_NOT_STORED = ("out", "resume", "max_time", "bits", "threads")
+_NOT_STORED = ("out", "resume", "max_time", "threads")
+
+
+#: Options that stand for others.
+_EXPANDED = ("preset", "config", "bits")
+
+
+def _expand(arguments: Sequence[str]) -> list[str]:
+    """Put --config first, as all others override it, and --bits in full."""
+    files, others = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, text = argument.partition("=")
+        value = text if equals else next(rest, None) if name in ("--config", "--bits") else None
+        if name == "--config" and value is not None:
+            files.append(f"--config={value}")
+        elif name == "--bits" and value is not None:
+            weight_bits, activation_bits = parse_bits(value)
+            others.append(f"--quantization.weight_bits={weight_bits}")
+            others.append(f"--quantization.activation_bits={activation_bits}")
+        else:
+            others.append(argument)
+    return files + others
 
 
 def preset_path(name: str) -> Path:
@@ -135,6 +159,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     Returns:
         The configuration, and the part of it that decides the result, as YAML.
     """
+    arguments = _expand(sys.argv[1:] if arguments is None else arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="short", nargs="?")  # the second parser complains
     first.add_argument("--out", nargs="?")
@@ -156,19 +181,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     parser = build_parser("fdda_ext.train", _DESCRIPTION, default_config_files=[str(defaults)])
     parser.add_argument("--preset", default="short", help="short (minutes, embedded data) or paper")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")
+    parser.add_argument("--bits", help="W4A4 and the like, short for the two quantization.*_bits")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_class_arguments(TrainConfig, as_group=False, skip={"resume"})
     namespace = parse_or_refuse(parser, arguments)
-    if namespace.bits is not None:
-        weight_bits, activation_bits = parse_bits(namespace.bits)
-        namespace.quantization.weight_bits = weight_bits
-        namespace.quantization.activation_bits = activation_bits
     stored = namespace.clone()
-    for name in (*_NOT_STORED, "preset", "config"):
+    for name in (*_NOT_STORED, *_EXPANDED):
         stored.pop(name, None)
     text = parser.dump(stored, skip_unset=False, skip_validation=True)
     instance = parser.instantiate(namespace).as_dict()
-    instance.pop("preset"), instance.pop("config")
+    for name in _EXPANDED:
+        instance.pop(name)
     return TrainConfig(**instance), text
 
 
@@ -299,8 +322,7 @@ def build_problem(config: TrainConfig) -> Problem:
         torch.manual_seed(config.seed)  # for weights "none"
         teacher = load_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
     teacher.to(device).eval().requires_grad_(False)
-    with torch.no_grad():
-        outputs = teacher(images[:1].to(device)).shape[-1]
+    outputs = count_outputs(teacher, images[:1].to(device), "train")
     if outputs != dataset.num_classes:
         raise UsageError(
             f"train: expected model to have the data's {dataset.num_classes} classes, got {outputs}"
@@ -335,7 +357,8 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         torch.set_num_threads(config.threads)
     problem = build_problem(config)
     path = Path(config.out) if config.out else _new_folder(config)
-    folder = RunFolder(path, stored_config, resume=config.resume)
+    inputs = digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, stored_config)
+    folder = RunFolder(path, stored_config, resume=config.resume, inputs=inputs)
     q = config.quantization
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
         f"{q.first_last_bits} bits" if q.first_last_bits else "included"
@@ -358,7 +381,9 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     for name in (*config.baselines, config.method):
         is_main = name == config.method
         here = (
-            folder if is_main else RunFolder(path / "baselines" / name, stored_config, resume=True)
+            folder
+            if is_main
+            else RunFolder(path / "baselines" / name, stored_config, resume=True, inputs=inputs)
         )
         row = _train_one(name, problem, config, here, test, left)
         rows.append(row)

@@ -238,3 +238,28 @@ def test_a_damaged_summary_is_refused(tmp_path):
         (folder.path / "summary.json").write_text(text)
         with pytest.raises(UsageError, match="run: expected .*a/"):
             folder.summary()
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    folder = RunFolder(tmp_path / "a", "seed: 0", resume=False)
+    with (
+        folder.lock(),
+        pytest.raises(UsageError, match="no other process to train in .*a, got one that does"),
+    ):
+        train(Walk(), folder, description="walk")
+    assert train(Walk(), folder, description="walk").iterations == 30
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    code = (
+        "import resource, torch; resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999));"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from fdda_ext.engine import run_command, save_state; from pathlib import Path;"
+        f"path = Path({str(tmp_path / 's')!r});"
+        "run_command(lambda: save_state(path, {'a': torch.zeros(9999)}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: expected to write and read files, got: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "s").exists()

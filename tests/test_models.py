@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 from random import Random
 
@@ -139,3 +141,10 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path):
     del state["fc.bias"]
     with pytest.raises(UsageError, match="with no fc.bias"):
         resnet(changed())
+
+
+@pytest.mark.parametrize("name", ["pytorchcv:resnet10", "timm:resnet10t", "torchvision:resnet18"])
+def test_every_library_can_be_the_first_to_be_imported(name):
+    code = f"from fdda_ext.models import load_model; load_model({name!r}, weights='none')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

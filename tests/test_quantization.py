@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fdda_ext.errors import UsageError
+from fdda_ext.models import load_model
 from fdda_ext.quantization import (
     QuantizationConfig,
     bits_table,
@@ -474,3 +476,36 @@ def test_fresh_student_is_the_network_with_quantized_weights(network, images):
     student = prepare(network, QuantizationConfig(weight_bits=8), images[:1])
     expected = network(images)
     assert 0 < (student(images) - expected).norm() / expected.norm() < 0.03
+
+
+def test_a_student_can_be_pickled_and_copied():
+    network = load_model("glyphs_resnet")
+    images = torch.randn(2, 3, 32, 32)
+    student = prepare(network, QuantizationConfig(), images)
+    calibrate(student, images)
+    for other in (pickle.loads(pickle.dumps(student)), copy.deepcopy(student)):
+        assert torch.equal(other(images), student(images))
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_not_dropped_in_silence(register):
+    network = load_model("glyphs_resnet")
+    getattr(network.conv1, register)(lambda *arguments: None)
+    with pytest.raises(UsageError, match="without forward hooks.*got one on conv1"):
+        prepare(network, QuantizationConfig(), torch.zeros(1, 3, 32, 32))
+
+
+def test_what_is_no_student_and_what_are_no_images_is_refused():
+    network, images = load_model("glyphs_resnet"), torch.zeros(2, 3, 32, 32)
+    for example in (None, images[0], images[:0]):
+        with pytest.raises(UsageError, match="example_input of images"):
+            prepare(network, QuantizationConfig(), example)
+    student = prepare(network, QuantizationConfig(), images)
+    with pytest.raises(UsageError, match="student to be a network from prepare"):
+        calibrate(network, images)
+    with pytest.raises(UsageError, match="student to be a network from prepare"):
+        bits_table(network)
+    with pytest.raises(UsageError, match="at least one image, got none"):
+        calibrate(student, images[:0])
+    with pytest.raises(UsageError, match=r"images \[n, 3, H, W\], got shape \(3, 32, 32\)"):
+        calibrate(student, [images[0]])

@@ -1,8 +1,8 @@
 """What a run needs whatever its method: a folder, checkpoints, a loop, an evaluation."""
 
-from .checkpoint import load_state, save_state
+from .checkpoint import cpu_state, digest, load_state, save_state
 from .cli import build_parser, check_machine, parse_or_refuse, run_command
-from .evaluation import Accuracy, BatchSource, evaluate
+from .evaluation import Accuracy, BatchSource, count_outputs, evaluate
 from .loop import Progress, Trainable, train
 from .run_folder import RunFolder
 from .student_file import read_student, write_student
@@ -15,6 +15,9 @@ __all__ = [
     "Trainable",
     "build_parser",
     "check_machine",
+    "count_outputs",
+    "cpu_state",
+    "digest",
     "evaluate",
     "load_state",
     "parse_or_refuse",

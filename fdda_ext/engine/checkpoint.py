@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError
 
-__all__ = ["atomic_write_text", "digest", "load_state", "save_state"]
+__all__ = ["atomic_write_text", "cpu_state", "digest", "load_state", "save_state"]
 
 _FORMAT = "fdda_ext.state.1"
 
@@ -49,6 +49,11 @@ def _put_together(form: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "list":
         return [_put_together(item, tensors) for item in content]
     return content
+
+
+def cpu_state(network: nn.Module) -> dict[str, Tensor]:
+    """The state of ``network``, contiguous and on the CPU, as safetensors wants it."""
+    return {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
 
 
 def digest(tensors: dict[str, Tensor], text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from safetensors import SafetensorError
 
 from ..errors import UsageError
 
@@ -17,6 +19,15 @@ __all__ = ["build_parser", "check_machine", "parse_or_refuse", "run_command"]
 
 
 _LONGEST_ERROR = 500
+_DISK_ERRORS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -80,6 +91,12 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, SafetensorError) as error:
+        # A bug of ours would be another error; a full disk comes from safetensors as a text.
+        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
+            raise
+        print(f"error: expected to write and read files, got: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):

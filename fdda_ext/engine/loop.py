@@ -119,6 +119,21 @@ def train(
     Raises:
         UsageError: If the checkpoint is not this run's, or a metric is no longer finite.
     """
+    with folder.lock():
+        return _train(
+            trainable, folder, description, max_seconds, checkpoint_seconds, log_every, device
+        )
+
+
+def _train(
+    trainable: Trainable,
+    folder: RunFolder,
+    description: str,
+    max_seconds: float | None,
+    checkpoint_seconds: float,
+    log_every: int,
+    device: torch.device | str,
+) -> Progress:
     done, seconds_before = 0, 0.0
     if folder.checkpoint.exists():
         done, seconds_before = _restore(trainable, folder, device)

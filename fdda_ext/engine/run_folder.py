@@ -6,9 +6,11 @@ training, and ``summary.json``, which is written last: a folder without it is no
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,17 @@ class RunFolder:
         path: Created when absent.
         config: The resolved configuration as YAML text; a resumed run must have the same.
         resume: Go on with what the folder holds.
+        inputs: Digest of the weights and images that the run starts from.
 
     Raises:
         UsageError: If the folder holds something and ``resume`` is off, or if it holds a run of
             another configuration.
     """
 
-    def __init__(self, path: Path, config: str, *, resume: bool) -> None:
+    def __init__(self, path: Path, config: str, *, resume: bool, inputs: str = "") -> None:
         self.path = path
-        #: Of the configuration, kept beside every result made with it.
-        self.fingerprint = hashlib.sha256(config.encode()).hexdigest()[:16]
+        #: Of configuration and inputs, kept beside every result made with them.
+        self.fingerprint = hashlib.sha256((config + inputs).encode()).hexdigest()[:16]
         if path.exists() and not path.is_dir():
             raise UsageError(f"run: expected out to be a folder, got the file {path}")
         stored = path / "config.yaml"
@@ -63,6 +66,22 @@ class RunFolder:
                 ) from None
             atomic_write_text(stored, config)
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training in this folder meanwhile.
+
+        Raises:
+            UsageError: If one does already.
+        """
+        with (self.path / "config.yaml").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"run: expected no other process to train in {self.path}, got one that does"
+                ) from None
+            yield
+
     @property
     def checkpoint(self) -> Path:
         """Where the training state is kept."""
@@ -74,15 +93,15 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def check_fingerprint(self, found: object) -> None:
-        """Refuse a result of another configuration: config.yaml was changed since.
+        """Refuse a result of another configuration or of other inputs: something was changed.
 
         Raises:
             UsageError: If ``found`` is not this run's fingerprint.
         """
         if found != self.fingerprint:
             raise UsageError(
-                f"run: expected {self.path / 'config.yaml'} as it was when the run began, "
-                "got another; start a new run in another --out"
+                f"run: expected {self.path / 'config.yaml'} and the weights and images it names as "
+                "they were when the run began, got others; start a new run in another --out"
             )
 
     def summary(self) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .checkpoint import digest
+from .checkpoint import cpu_state, digest
 
 __all__ = ["read_student", "write_student"]
 
@@ -20,7 +20,7 @@ _FORMAT = "fdda_ext.student.1"
 
 def write_student(path: Path, student: nn.Module, recipe: dict[str, Any]) -> None:
     """Write ``student``'s state and its ``recipe`` (JSON: model, classes, image size, bits)."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
+    tensors = cpu_state(student)
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(recipe)
     metadata = {"format": _FORMAT, "recipe": text, "sha256": digest(tensors, text)}

@@ -109,12 +109,13 @@ def _from_library(source: str, name: str, num_classes: int | None, *, trained: b
             f"pip install --no-deps {source}"
         )
     elif source == "timm":
-        import_torchvision()  # timm imports it, and it may need its help
+        import_torchvision()  # timm and pytorchcv import it, and it may need its help
         import timm
 
         known = timm.list_models()
         build = lambda: timm.create_model(name, pretrained=trained, **classes)  # noqa: E731
     else:
+        import_torchvision()
         from pytorchcv.model_provider import _models, get_model
 
         known = list(_models)

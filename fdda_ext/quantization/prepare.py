@@ -78,6 +78,9 @@ def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor)
     Raises:
         UsageError: If the network has a structure that cannot be quantized; names the module.
     """
+    if not isinstance(example_input, Tensor) or example_input.dim() != 4 or not len(example_input):
+        got = tuple(example_input.shape) if isinstance(example_input, Tensor) else example_input
+        raise UsageError(f"prepare: expected example_input of images [N, 3, H, W], got {got}")
     student = trace(model, example_input)
     placements = _plan(student, config)
     _quantize_layers(student, config)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from ..errors import UsageError
 from .layers import QuantizedConv2d, QuantizedLinear
 from .operations import GRID_PRESERVING, operation, tensor_inputs
 from .quantizer import ActivationQuantizer
@@ -43,6 +44,11 @@ class LayerBits:
 
 def bits_table(student: GraphModule) -> list[LayerBits]:
     """One row for each convolution and linear layer of ``student``, in order of execution."""
+    if not isinstance(student, GraphModule):
+        raise UsageError(
+            "bits_table: expected student to be a network from prepare, "
+            f"got {type(student).__name__}"
+        )
     modules = dict(student.named_modules())
     rows = []
     for node in student.graph.nodes:

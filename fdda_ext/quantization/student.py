@@ -46,8 +46,12 @@ def calibrate(student: nn.Module, batches: Tensor | Iterable[Tensor]) -> None:
         batches: Normalised images ``[n, 3, H, W]``, all in one tensor or batch by batch.
 
     Raises:
-        UsageError: If there is no image, or an activation is not finite.
+        UsageError: If there is no image, an activation is not finite, or ``student`` is none.
     """
+    if not activation_quantizers(student):
+        raise UsageError(
+            "calibrate: expected student to be a network from prepare, got one without quantizers"
+        )
     for module in student.modules():
         if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
             module.weight_quantizer.calibrate(module.weight)
@@ -58,6 +62,13 @@ def calibrate(student: nn.Module, batches: Tensor | Iterable[Tensor]) -> None:
     seen = 0
     try:
         for batch in _as_batches(batches):
+            if batch.dim() != 4:
+                raise UsageError(
+                    "calibrate: expected batches of images [n, 3, H, W], "
+                    f"got shape {tuple(batch.shape)}"
+                )
+            if not batch.shape[0]:
+                continue
             student(batch)
             seen += batch.shape[0]
     finally:

@@ -55,6 +55,12 @@ def trace(model: nn.Module, example: Tensor) -> GraphModule:
             "prepare: expected model to have batch normalisation, "
             f"got {type(root).__name__} without; the methods align its statistics"
         )
+    for name, module in root.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UsageError(
+                "prepare: expected model without forward hooks, which tracing would drop, "
+                f"got one on {name or type(root).__name__}; remove it first"
+            )
     tracer = _Tracer()
     try:
         graph = tracer.trace(root)
@@ -119,7 +125,8 @@ class _Tracer(Tracer):
         if kind in ("call_function", "call_method") and name is None:
             function = target if kind == "call_method" else getattr(target, "__name__", "call")
             name = f"{self.module_name}.{function}".strip("._").replace(".", "_")
-        return super().create_node(kind, target, args, kwargs, name, type_expr)
+        # Without the annotation: where annotations are strings, the graph could not be pickled.
+        return super().create_node(kind, target, args, kwargs, name, None)
 
 
 def _check_graph(network: GraphModule) -> None:
