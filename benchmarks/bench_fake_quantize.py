@@ -26,9 +26,9 @@ def eager_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) ->
         shape = [-1 if d == axis else 1 for d in range(x.dim())]
         scale, zero_point = scale.view(shape), zero_point.view(shape)
     zero_point = zero_point + (zero_point.round() - zero_point).detach()
-    inside = torch.clamp(x * (1 / scale) + zero_point, QUANT_MIN, QUANT_MAX)
+    inside = torch.clamp(x.float() * (1 / scale) + zero_point, QUANT_MIN, QUANT_MAX)
     code = inside + (inside.round() - inside).detach()
-    return (code - zero_point) * scale
+    return ((code - zero_point) * scale).to(x.dtype)
 
 
 def learnable(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
@@ -56,40 +56,84 @@ PEERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def inputs(case: str, device: str) -> tuple[Tensor, Tensor, Tensor, int | None]:
+#: torch's own operators take float32 alone.
+DTYPES = {torch.float32: list(PEERS), torch.bfloat16: ["fdda_ext", "eager", "compile"]}
+#: Of the comparison: one unit of the last place of the output, and its sums over the whole tensor.
+CLOSE = {torch.float32: (1e-3, 1e-2), torch.bfloat16: (2e-2, 1e-1)}
+
+
+def inputs(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, int | None]:
     shape, axis = CASES[case]
     torch.manual_seed(0)
-    x = torch.randn(shape, device=device, requires_grad=True)
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
     count = 1 if axis is None else shape[axis]
     scale = torch.full((count,), 0.3, device=device, requires_grad=True)
     zero_point = torch.zeros(count, device=device, requires_grad=True)
     return x, scale, zero_point, axis
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def bench_forward(compare, device, case):
-    arguments = inputs(case, device)
+def bench_forward(compare, device, case, dtype):
+    arguments = inputs(case, dtype, device)
 
     def forward(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
         return torch.no_grad()(lambda: function(*arguments))
 
-    peers = {name: forward(function) for name, function in PEERS.items()}
+    peers = {name: forward(PEERS[name]) for name in DTYPES[dtype]}
     for function in peers.values():
         torch.testing.assert_close(function(), peers["fdda_ext"]())
-    compare(f"fake_quantize forward, {case}", peers, 2 * arguments[0].nbytes)
+    compare(f"fake_quantize forward, {case}, {dtype}", peers, 2 * arguments[0].nbytes)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def bench_forward_backward(compare, device, case):
-    *leaves, axis = inputs(case, device)
-    gradient = torch.randn_like(leaves[0])
+def bench_forward_backward(compare, device, case, dtype):
+    *leaves, axis = inputs(case, dtype, device)
+    gradient = torch.randn(leaves[0].shape, device=device).to(dtype)
 
     def step(name: str) -> Callable[[], tuple[Tensor, ...]]:
         wanted = leaves[:1] if name == "torch fixed" else leaves
         return lambda: torch.autograd.grad(PEERS[name](*leaves, axis), wanted, gradient)
 
-    peers = {name: step(name) for name in PEERS}
+    peers = {name: step(name) for name in DTYPES[dtype]}
     for name in ("eager", "compile"):
         for got, expected in zip(peers["fdda_ext"](), peers[name](), strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-2)
-    compare(f"fake_quantize forward and backward, {case}", peers, 5 * leaves[0].nbytes)
+            rtol, atol = CLOSE[dtype]
+            torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+    name = f"fake_quantize forward and backward, {case}, {dtype}"
+    compare(name, peers, 5 * leaves[0].nbytes)
+
+
+class PlainFunction(torch.autograd.Function):
+    """What any operator written in Python pays: nothing is computed but one product."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, scale, zero_point)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        _, scale, zero_point = ctx.saved_tensors
+        return grad, scale, zero_point
+
+
+def bench_dispatch(compare, device):
+    """Sixteen elements: what is measured is the way to the kernel and back."""
+    CASES["16"] = ((16,), None)
+    *leaves, axis = inputs("16", torch.float32, device)
+    gradient = torch.ones(16, device=device)
+
+    def step(function: Callable[..., Tensor], *more: object) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function(*leaves, *more), leaves, gradient)
+
+    peers = {
+        "fdda_ext": step(ours, axis),
+        "eager": step(eager_lsq, axis),
+        "torch learnable": step(learnable, axis),
+        "plain Function": step(PlainFunction.apply),
+    }
+    for got, expected in zip(peers["fdda_ext"](), peers["eager"](), strict=True):
+        torch.testing.assert_close(got, expected)
+    compare("fake_quantize forward and backward, 16 elements", peers, 5 * leaves[0].nbytes)
