@@ -3,6 +3,7 @@
 #   make train [ARGS="--bits W3A3"]   quantize a network on the embedded data
 #   make test  [ARGS="-k name"]       run the tests
 #   make lint                         formatting, types, layer rules
+#   make sanitize                     the operators' tests under AddressSanitizer and UBSan
 #   make bench                        CPU benchmarks against real peers
 #   make cuda                         compile the CUDA kernels for every architecture
 #   make gpu                          on a machine with a GPU: build, test, sanitize, measure
@@ -24,10 +25,10 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:
-.PHONY: help train test lint bench cuda gpu clean
+.PHONY: help train test lint sanitize bench cuda gpu clean
 
 help:
-	@sed -n '3,14s/^# \{0,1\}//p' Makefile
+	@sed -n '3,15s/^# \{0,1\}//p' Makefile
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +59,16 @@ lint: $(VENV)/package.stamp $(VENV)/tools.stamp
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/lint-imports
+
+# A build of its own. Python itself is not built with the sanitizers, so they are loaded before it.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+OP_TESTS := tests/test_fake_quantize.py tests/test_class_batch_stats.py tests/test_class_stats_loss.py
+sanitize: $(VENV)/torch.stamp $(VENV)/package.stamp $(VENV)/tools.stamp
+	FDDA_CUDA=0 CFLAGS="$(SANITIZERS) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZERS)" \
+	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=build/sanitize/lib $(BIN)/pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
 
 bench: $(VENV)/package.stamp $(VENV)/tools.stamp
 	mkdir -p benchmarks/out

@@ -35,6 +35,12 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         machine_info["gpu"] = torch.cuda.get_device_name()
 
 
+@pytest.fixture(autouse=True)
+def compiled_afresh() -> None:
+    """Past a few shapes torch.compile gives up and runs the function uncompiled."""
+    torch.compiler.reset()
+
+
 @pytest.fixture
 def device() -> str:
     return DEVICE

@@ -1,0 +1,65 @@
+"""Turn the JSON of ``make bench`` into docs/benchmarks.md.
+
+python benchmarks/report.py benchmarks/out/cpu.json docs/benchmarks.md
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+INTRODUCTION = """\
+# Benchmarks
+
+Made by `make bench` and `benchmarks/report.py`. Medians in microseconds ± the interquartile range;
+"x" is the peer's median over ours, so above 1 we are faster. All peers of a line took turns in one
+run, after a check that they compute the same. "copy" moves the bytes that the operation must at
+least read and write, with `copy_`: it is the floor, and its "x" tells how far we are above it.
+"""
+
+
+def cell(peer: dict[str, float], ours: float) -> str:
+    return f"{peer['median_us']:.0f} ± {peer['iqr_us']:.0f} ({peer['median_us'] / ours:.2f}x)"
+
+
+def render(report: dict[str, Any]) -> str:
+    """The Markdown page of one pytest-benchmark report."""
+    machine = report["machine_info"]
+    lines = [
+        INTRODUCTION,
+        f"Machine: {machine.get('gpu') or machine['cpu']['brand_raw']}; torch {machine['torch']}; "
+        f"Python {machine['python_version']}; {machine['fdda_ext']}.",
+        "",
+    ]
+    families: dict[str, list[dict[str, Any]]] = {}
+    for benchmark in report["benchmarks"]:
+        families.setdefault(benchmark["group"].partition(",")[0], []).append(benchmark)
+    for family, benchmarks in families.items():
+        measured = [
+            {k: v for k, v in b["extra_info"].items() if isinstance(v, dict)} for b in benchmarks
+        ]
+        peers = list(dict.fromkeys(name for m in measured for name in m if name != "fdda_ext"))
+        lines += [f"## {family}", "", "| case | fdda_ext | " + " | ".join(peers) + " |"]
+        lines.append("|---" * (len(peers) + 2) + "|")
+        for benchmark, times in zip(benchmarks, measured, strict=True):
+            ours = times["fdda_ext"]["median_us"]
+            cells = [cell(times[name], ours) if name in times else "" for name in peers]
+            case = benchmark["group"].partition(", ")[2]
+            own = f"{ours:.0f} ± {times['fdda_ext']['iqr_us']:.0f}"
+            lines.append(f"| {case} | {own} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("report", type=Path)
+    parser.add_argument("page", type=Path)
+    options = parser.parse_args()
+    options.page.write_text(render(json.loads(options.report.read_text())))
+
+
+if __name__ == "__main__":
+    main()
