@@ -74,53 +74,63 @@ void sample_moments(const Layer& layer, const Task& task, const SampleMoments& o
   const SampleView& view = layer.view;
   const T* x = const_ptr<T>(layer.x);
   const int64_t items_per_sample = view.is_planes() ? view.channels : groups(view);
-  for (int64_t item = task.begin; item < task.end; ++item) {
+  for (int64_t item = task.begin; item < task.end;) {
     const int64_t n = item / items_per_sample;
     const int64_t c = item % items_per_sample * (view.is_planes() ? 1 : kGroupChannels);
     const T* from = x + n * view.sample_stride + c * view.channel_stride;
     const int64_t to = n * view.channels + c;
     if (view.is_planes()) {
-      loop.plane(view.positions, from, out.mean + to, out.m2 + to);
+      const int64_t planes = std::min(view.channels - c, task.end - item);
+      loop.planes(planes, view.positions, view.channel_stride, from, out.mean + to, out.m2 + to);
+      item += planes;
     } else {
       const int64_t channels = std::min(kGroupChannels, view.channels - c);
       loop.columns(
           view.positions, channels, view.position_stride, from, out.mean + to, out.m2 + to);
+      ++item;
     }
   }
 }
 
-// Merges the samples of every class, for channels [begin, end); a class without any gets zeros.
+int64_t merge_blocks(const SampleView& view) {
+  return (view.channels + kMergeChannels - 1) / kMergeChannels;
+}
+
+// Merges the samples of class k, for channels [begin, end); a class without any gets zeros.
 template <typename A>
 void merge_samples(
-    const SampleView& view, const ClassOrder& classes, const SampleMoments& moments, int64_t begin,
-    int64_t end, const StatisticsSpan<A>& out) {
+    const SampleView& view, const ClassOrder& classes, const SampleMoments& moments, int64_t k,
+    int64_t begin, int64_t end, const StatisticsSpan<A>& out) {
   const int64_t channels = end - begin;
+  const int64_t samples = classes.samples(k);
+  A* out_mean = out.mean + k * out.class_stride + begin;
+  A* out_var = out.var + k * out.class_stride + begin;
+  if (samples * view.positions == 0) {
+    std::fill_n(out_mean, channels, A(0));
+    std::fill_n(out_var, channels, A(0));
+    return;
+  }
+  const auto at = [&](int64_t i) { return classes.sample(k, i) * view.channels + begin; };
   const double positions = static_cast<double>(view.positions);
-  double mean[kMergeChannels];
-  double m2[kMergeChannels];
-  for (int64_t k = 0; k < classes.num_classes(); ++k) {
-    const int64_t to = k * out.class_stride + begin;
-    if (classes.samples(k) * view.positions == 0) {
-      std::fill_n(out.mean + to, channels, A(0));
-      std::fill_n(out.var + to, channels, A(0));
-      continue;
-    }
-    for (int64_t i = 0; i < classes.samples(k); ++i) {
-      const int64_t at = classes.sample(k, i) * view.channels + begin;
-      if (i == 0) {
-        std::copy_n(moments.mean + at, channels, mean);
-        std::copy_n(moments.m2 + at, channels, m2);
-      } else {
-        kernels().merge_channels(
-            channels, static_cast<double>(i) * positions, positions, mean, m2, moments.mean + at,
-            moments.m2 + at);
-      }
-    }
-    const double count = static_cast<double>(classes.samples(k)) * positions;
-    for (int64_t c = 0; c < channels; ++c) {
-      out.mean[to + c] = static_cast<A>(mean[c]);
-      out.var[to + c] = static_cast<A>(m2[c] / count);
-    }
+  const double* mean = moments.mean + at(0);
+  const double* m2 = moments.m2 + at(0);
+  double merged_mean[kMergeChannels];
+  double merged_m2[kMergeChannels];
+  if (samples > 1) {
+    std::copy_n(mean, channels, merged_mean);
+    std::copy_n(m2, channels, merged_m2);
+    mean = merged_mean;
+    m2 = merged_m2;
+  }
+  for (int64_t i = 1; i < samples; ++i) {
+    kernels().merge_channels(
+        channels, static_cast<double>(i) * positions, positions, merged_mean, merged_m2,
+        moments.mean + at(i), moments.m2 + at(i));
+  }
+  const double count = static_cast<double>(samples) * positions;
+  for (int64_t c = 0; c < channels; ++c) {
+    out_mean[c] = static_cast<A>(mean[c]);
+    out_var[c] = static_cast<A>(m2[c] / count);
   }
 }
 
@@ -184,9 +194,11 @@ void class_statistics(
       const int64_t width = std::min(kGroupChannels, view.channels);
       add_tasks(l, view.samples * groups(view), view.positions * width, moment_tasks);
     }
-    for (int64_t c = 0; c < view.channels; c += kMergeChannels) {
-      merge_tasks.push_back({l, c, std::min(c + kMergeChannels, view.channels)});
-    }
+    const int64_t items = classes.num_classes() * merge_blocks(view);
+    add_tasks(
+        l, items,
+        2 * (view.samples + classes.num_classes()) * view.channels / std::max<int64_t>(1, items),
+        merge_tasks);
   }
   const std::unique_ptr<double[]> scratch(new double[2 * total]);
   const auto moments = [&](size_t layer) -> SampleMoments {
@@ -195,9 +207,14 @@ void class_statistics(
   run(moment_tasks,
       [&](const Task& task) { sample_moments<T>(layers[task.layer], task, moments(task.layer)); });
   run(merge_tasks, [&](const Task& task) {
-    merge_samples(
-        layers[task.layer].view, classes, moments(task.layer), task.begin, task.end,
-        out[task.layer]);
+    const SampleView& view = layers[task.layer].view;
+    for (int64_t item = task.begin; item < task.end; ++item) {
+      const int64_t k = item / merge_blocks(view);
+      const int64_t c = item % merge_blocks(view) * kMergeChannels;
+      merge_samples(
+          view, classes, moments(task.layer), k, c, std::min(c + kMergeChannels, view.channels),
+          out[task.layer]);
+    }
   });
 }
 
@@ -242,22 +259,26 @@ void apply(
   const SampleView& out = layer.view;
   const T* x = const_ptr<T>(layer.from.x);
   T* grad_x = mutable_ptr<T>(layer.to);
-  for (int64_t item = task.begin; item < task.end; ++item) {
+  for (int64_t item = task.begin; item < task.end;) {
     const int64_t n = item / layer.items_per_sample();
     const int64_t part = item % layer.items_per_sample();
     const int64_t at = classes.slot(n) * out.channels;
     const T* from = x + n * in.sample_stride;
     T* to = grad_x + n * out.sample_stride;
     if (layer.is_planes()) {
-      loop.plane_backward(
-          out.positions, map.mean[at + part], map.offset[at + part], map.slope[at + part],
-          from + part * in.channel_stride, to + part * out.channel_stride);
+      const int64_t planes = std::min(out.channels - part, task.end - item);
+      loop.planes_backward(
+          planes, out.positions, in.channel_stride, out.channel_stride, &map.mean[at + part],
+          &map.offset[at + part], &map.slope[at + part], from + part * in.channel_stride,
+          to + part * out.channel_stride);
+      item += planes;
     } else {
       const int64_t row = part * layer.rows_per_item;
       loop.rows_backward(
           std::min(layer.rows_per_item, out.positions - row), out.channels, in.position_stride,
           out.position_stride, &map.mean[at], &map.offset[at], &map.slope[at],
           from + row * in.position_stride, to + row * out.position_stride);
+      ++item;
     }
   }
 }

@@ -67,13 +67,16 @@ struct Accumulator<double> {
 template <typename T>
 struct StatisticsKernels {
   using A = typename Accumulator<T>::type;
-  // Mean and M2 of one contiguous plane of `count` > 0 values.
-  void (*plane)(int64_t count, const T* x, double* mean, double* m2);
+  // Mean and M2 of each plane of `count` > 0 contiguous values; planes are `stride` values apart.
+  void (*planes)(
+      int64_t planes, int64_t count, int64_t stride, const T* x, double* mean, double* m2);
   // Mean and M2 of `channels` neighbouring columns over `count` > 0 rows, `stride` values apart.
   void (*columns)(
       int64_t count, int64_t channels, int64_t stride, const T* x, double* mean, double* m2);
-  // dx = offset + (x - mean) * slope over one plane.
-  void (*plane_backward)(int64_t count, A mean, A offset, A slope, const T* x, T* grad_x);
+  // dx = offset + (x - mean) * slope over planes, with parameters [planes].
+  void (*planes_backward)(
+      int64_t planes, int64_t count, int64_t x_stride, int64_t grad_x_stride, const A* mean,
+      const A* offset, const A* slope, const T* x, T* grad_x);
   // The same over rows of channels, with parameters [channels].
   void (*rows_backward)(
       int64_t rows, int64_t channels, int64_t x_stride, int64_t grad_x_stride, const A* mean,

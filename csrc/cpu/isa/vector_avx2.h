@@ -79,6 +79,11 @@ FDDA_INLINE double sum(Doubles a) {
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
+template <int n, typename Vector, typename A>
+FDDA_INLINE void sums(const Vector (&a)[n], A* out) {
+  for (int i = 0; i < n; ++i) out[i] = sum(a[i]);
+}
+
 FDDA_INLINE __m256 widen_bfloat16(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
@@ -163,6 +168,45 @@ FDDA_INLINE Doubles load_some(const double* data, int64_t n, Doubles fill) {
   store(buffer, fill);
   for (int64_t i = 0; i < n; ++i) buffer[i] = data[i];
   return load(buffer);
+}
+
+// Two vectors of neighbouring elements, in the order that is cheapest for their type: one after the
+// other, or, for bfloat16, the even ones and the odd ones.
+template <typename T>
+FDDA_INLINE void load_pair(const T* data, VectorOf<T>* a, VectorOf<T>* b) {
+  *a = load(data);
+  *b = load(data + VectorOf<T>::kWidth);
+}
+FDDA_INLINE void load_pair(const BFloat16* data, Floats* a, Floats* b) {
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + 16));
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  *a = Floats(
+      _mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
+      _mm256_castsi256_ps(_mm256_slli_epi32(high, 16)));
+  *b = Floats(
+      _mm256_castsi256_ps(_mm256_and_si256(low, upper)),
+      _mm256_castsi256_ps(_mm256_and_si256(high, upper)));
+}
+
+// The first n elements of a pair from memory, the others from fill.
+template <typename T>
+FDDA_INLINE void load_pair_some(
+    const T* data, int64_t n, VectorOf<T> fill, VectorOf<T>* a, VectorOf<T>* b) {
+  constexpr int64_t kWidth = VectorOf<T>::kWidth;
+  *a = n < kWidth ? load_some(data, n, fill) : load(data);
+  *b = n > kWidth ? load_some(data + kWidth, n - kWidth, fill) : fill;
+}
+FDDA_INLINE void load_pair_some(
+    const BFloat16* data, int64_t n, Floats fill, Floats* a, Floats* b) {
+  BFloat16 buffer[32] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = data[i];
+  load_pair(buffer, a, b);
+  const int64_t even = (n + 1) / 2;
+  const int64_t odd = n / 2;
+  *a = select(
+      {{_mm256_castsi256_ps(first(even, 0)), _mm256_castsi256_ps(first(even, 8))}}, *a, fill);
+  *b = select({{_mm256_castsi256_ps(first(odd, 0)), _mm256_castsi256_ps(first(odd, 8))}}, *b, fill);
 }
 
 FDDA_INLINE void store_some(float* data, int64_t n, Floats value) {

@@ -78,6 +78,25 @@ FDDA_INLINE double sum(Doubles a) {
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
+template <int n, typename Vector, typename A>
+FDDA_INLINE void sums(const Vector (&a)[n], A* out) {
+  for (int i = 0; i < n; ++i) out[i] = sum(a[i]);
+}
+
+// Four trees side by side, each as in sum().
+FDDA_INLINE void sums(const Floats (&a)[4], float* out) {
+  const __m512 ab = _mm512_add_ps(
+      _mm512_shuffle_f32x4(a[0].v, a[1].v, 0x44), _mm512_shuffle_f32x4(a[0].v, a[1].v, 0xee));
+  const __m512 cd = _mm512_add_ps(
+      _mm512_shuffle_f32x4(a[2].v, a[3].v, 0x44), _mm512_shuffle_f32x4(a[2].v, a[3].v, 0xee));
+  const __m512 four =
+      _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const __m512 two = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4e));
+  const __m512 one = _mm512_add_ps(two, _mm512_permute_ps(two, 0xb1));
+  const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(lanes, one)));
+}
+
 FDDA_INLINE __mmask16 first(int64_t n) {
   return static_cast<__mmask16>((1u << n) - 1u);
 }
@@ -131,6 +150,38 @@ FDDA_INLINE Floats load_some(const Half* data, int64_t n, Floats fill) {
 }
 FDDA_INLINE Doubles load_some(const double* data, int64_t n, Doubles fill) {
   return Doubles(_mm512_mask_loadu_pd(fill.v, static_cast<__mmask8>(first(n)), data));
+}
+
+// Two vectors of neighbouring elements, in the order that is cheapest for their type: one after the
+// other, or, for bfloat16, the even ones and the odd ones.
+template <typename T>
+FDDA_INLINE void load_pair(const T* data, VectorOf<T>* a, VectorOf<T>* b) {
+  *a = load(data);
+  *b = load(data + VectorOf<T>::kWidth);
+}
+FDDA_INLINE void split_bfloat16(__m512i bits, Floats* even, Floats* odd) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  *even = Floats(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+  *odd = Floats(_mm512_castsi512_ps(_mm512_and_si512(bits, upper)));
+}
+FDDA_INLINE void load_pair(const BFloat16* data, Floats* a, Floats* b) {
+  split_bfloat16(_mm512_loadu_si512(data), a, b);
+}
+
+// The first n elements of a pair from memory, the others from fill.
+template <typename T>
+FDDA_INLINE void load_pair_some(
+    const T* data, int64_t n, VectorOf<T> fill, VectorOf<T>* a, VectorOf<T>* b) {
+  constexpr int64_t kWidth = VectorOf<T>::kWidth;
+  *a = load_some(data, n < kWidth ? n : kWidth, fill);
+  *b = load_some(data + kWidth, n > kWidth ? n - kWidth : 0, fill);
+}
+FDDA_INLINE void load_pair_some(
+    const BFloat16* data, int64_t n, Floats fill, Floats* a, Floats* b) {
+  const __mmask32 inside = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+  split_bfloat16(_mm512_maskz_loadu_epi16(inside, data), a, b);
+  a->v = _mm512_mask_mov_ps(fill.v, first((n + 1) / 2), a->v);
+  b->v = _mm512_mask_mov_ps(fill.v, first(n / 2), b->v);
 }
 
 FDDA_INLINE void store(float* data, Floats value) {

@@ -82,6 +82,12 @@ FDDA_INLINE double sum(Doubles a) {
   return a.v[0];
 }
 
+// The sum of each of n vectors.
+template <int n, typename Vector, typename A>
+FDDA_INLINE void sums(const Vector (&a)[n], A* out) {
+  for (int i = 0; i < n; ++i) out[i] = sum(a[i]);
+}
+
 // Conversions of one element.
 FDDA_INLINE float widen(float value) {
   return value;
@@ -120,6 +126,39 @@ FDDA_INLINE VectorOf<T> load(const T* data) {
   VectorOf<T> r;
   for (int i = 0; i < VectorOf<T>::kWidth; ++i) r.v[i] = widen(data[i]);
   return r;
+}
+
+// Two vectors of neighbouring elements, in the order that is cheapest for their type: one after the
+// other, or, for bfloat16, the even ones and the odd ones.
+template <typename T>
+FDDA_INLINE void load_pair(const T* data, VectorOf<T>* a, VectorOf<T>* b) {
+  *a = load(data);
+  *b = load(data + VectorOf<T>::kWidth);
+}
+FDDA_INLINE void load_pair(const BFloat16* data, Floats* a, Floats* b) {
+  for (int i = 0; i < 16; ++i) {
+    a->v[i] = widen(data[2 * i]);
+    b->v[i] = widen(data[2 * i + 1]);
+  }
+}
+
+// The first n elements of a pair from memory, the others from fill.
+template <typename T>
+FDDA_INLINE void load_pair_some(
+    const T* data, int64_t n, const VectorOf<T>& fill, VectorOf<T>* a, VectorOf<T>* b) {
+  *a = fill;
+  *b = fill;
+  for (int64_t i = 0; i < n; ++i) {
+    (i < VectorOf<T>::kWidth ? a : b)->v[i % VectorOf<T>::kWidth] = widen(data[i]);
+  }
+}
+FDDA_INLINE void load_pair_some(
+    const BFloat16* data, int64_t n, const Floats& fill, Floats* a, Floats* b) {
+  *a = fill;
+  *b = fill;
+  for (int64_t i = 0; i < n; ++i) {
+    (i % 2 == 0 ? a : b)->v[i / 2] = widen(data[i]);
+  }
 }
 
 template <typename T>

@@ -7,68 +7,114 @@ constexpr int64_t kBlockValues = 4096;
 template <typename T>
 FDDA_INLINE VectorOf<T> block_sum(int64_t count, const T* x) {
   using V = VectorOf<T>;
-  constexpr int64_t kWidth = V::kWidth;
-  const V zero(0);
-  V total[4] = {zero, zero, zero, zero};
+  constexpr int64_t kPair = 2 * V::kWidth;
+  V a, b, c, d;
+  V total[2] = {V(0), V(0)};
   int64_t i = 0;
-  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
-    total[0] = total[0] + load(x + i);
-    total[1] = total[1] + load(x + i + kWidth);
-    total[2] = total[2] + load(x + i + 2 * kWidth);
-    total[3] = total[3] + load(x + i + 3 * kWidth);
+  for (; i + 2 * kPair <= count; i += 2 * kPair) {
+    load_pair(x + i, &a, &b);
+    load_pair(x + i + kPair, &c, &d);
+    total[0] = total[0] + (a + b);
+    total[1] = total[1] + (c + d);
   }
-  for (; i + kWidth <= count; i += kWidth) {
-    total[0] = total[0] + load(x + i);
+  if (i + kPair <= count) {
+    load_pair(x + i, &a, &b);
+    total[0] = total[0] + (a + b);
+    i += kPair;
   }
   if (i < count) {
-    total[1] = total[1] + load_some(x + i, count - i, zero);
+    load_pair_some(x + i, count - i, V(0), &a, &b);
+    total[1] = total[1] + (a + b);
   }
-  return (total[0] + total[1]) + (total[2] + total[3]);
+  return total[0] + total[1];
+}
+
+template <typename V>
+FDDA_INLINE V squared_deviations(V a, V b, V mean) {
+  a = a - mean;
+  b = b - mean;
+  return a * a + b * b;
 }
 
 template <typename T>
 FDDA_INLINE VectorOf<T> block_m2(int64_t count, const T* x, VectorOf<T> mean) {
   using V = VectorOf<T>;
-  constexpr int64_t kWidth = V::kWidth;
-  const V zero(0);
-  V total[4] = {zero, zero, zero, zero};
-  const auto add = [&](int slot, V value) __attribute__((always_inline)) {
-    const V deviation = value - mean;
-    total[slot] = total[slot] + deviation * deviation;
-  };
+  constexpr int64_t kPair = 2 * V::kWidth;
+  V a, b, c, d;
+  V total[2] = {V(0), V(0)};
   int64_t i = 0;
-  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
-    add(0, load(x + i));
-    add(1, load(x + i + kWidth));
-    add(2, load(x + i + 2 * kWidth));
-    add(3, load(x + i + 3 * kWidth));
+  for (; i + 2 * kPair <= count; i += 2 * kPair) {
+    load_pair(x + i, &a, &b);
+    load_pair(x + i + kPair, &c, &d);
+    total[0] = total[0] + squared_deviations(a, b, mean);
+    total[1] = total[1] + squared_deviations(c, d, mean);
   }
-  for (; i + kWidth <= count; i += kWidth) {
-    add(0, load(x + i));
+  if (i + kPair <= count) {
+    load_pair(x + i, &a, &b);
+    total[0] = total[0] + squared_deviations(a, b, mean);
+    i += kPair;
   }
   if (i < count) {
-    add(1, load_some(x + i, count - i, mean));
+    load_pair_some(x + i, count - i, mean, &a, &b);
+    total[1] = total[1] + squared_deviations(a, b, mean);
   }
-  return (total[0] + total[1]) + (total[2] + total[3]);
+  return total[0] + total[1];
+}
+
+// Mean and M2 of `count` values of each of n planes. One plane after the other, as the hardware
+// prefetches them; but the sums over the lanes, long chains of short steps, run side by side.
+template <int n, typename T, typename A>
+FDDA_INLINE void block_moments(int64_t count, int64_t stride, const T* x, A* mean, A* m2) {
+  using V = VectorOf<T>;
+  V total[n];
+#pragma GCC unroll 4
+  for (int p = 0; p < n; ++p) {
+    total[p] = block_sum(count, x + p * stride);
+  }
+  sums(total, mean);
+  const A share = static_cast<A>(1) / static_cast<A>(count);
+#pragma GCC unroll 4
+  for (int p = 0; p < n; ++p) {
+    mean[p] = mean[p] * share;
+    total[p] = block_m2(count, x + p * stride, V(mean[p]));
+  }
+  sums(total, m2);
 }
 
 template <typename T>
-FDDA_INLINE Moments<double> block_moments(int64_t count, const T* x) {
-  using A = typename Accumulator<T>::type;
-  const A mean = sum(block_sum(count, x)) / static_cast<A>(count);
-  const A m2 = sum(block_m2(count, x, VectorOf<T>(mean)));
-  return {static_cast<double>(count), static_cast<double>(mean), static_cast<double>(m2)};
-}
-
-template <typename T>
-void plane_moments(int64_t count, const T* x, double* mean, double* m2) {
-  Moments<double> total = block_moments(count < kBlockValues ? count : kBlockValues, x);
-  for (int64_t start = kBlockValues; start < count; start += kBlockValues) {
-    const int64_t left = count - start;
-    total = merge(total, block_moments(left < kBlockValues ? left : kBlockValues, x + start));
+FDDA_INLINE void plane_moments(int64_t count, const T* x, double* mean, double* m2) {
+  typename Accumulator<T>::type block_mean;
+  typename Accumulator<T>::type block_m2;
+  Moments<double> total = {0, 0, 0};
+  for (int64_t start = 0; start < count; start += kBlockValues) {
+    const int64_t values = count - start < kBlockValues ? count - start : kBlockValues;
+    block_moments<1>(values, 0, x + start, &block_mean, &block_m2);
+    const Moments<double> block = {
+        static_cast<double>(values), static_cast<double>(block_mean),
+        static_cast<double>(block_m2)};
+    total = start == 0 ? block : merge(total, block);
   }
   *mean = total.mean;
   *m2 = total.m2;
+}
+
+template <typename T>
+void planes_moments(
+    int64_t planes, int64_t count, int64_t stride, const T* x, double* mean, double* m2) {
+  constexpr int kTogether = 4;
+  int64_t p = 0;
+  for (; kTogether * count <= kBlockValues && p + kTogether <= planes; p += kTogether) {
+    typename Accumulator<T>::type means[kTogether];
+    typename Accumulator<T>::type m2s[kTogether];
+    block_moments<kTogether>(count, stride, x + p * stride, means, m2s);
+    for (int i = 0; i < kTogether; ++i) {
+      mean[p + i] = static_cast<double>(means[i]);
+      m2[p + i] = static_cast<double>(m2s[i]);
+    }
+  }
+  for (; p < planes; ++p) {
+    plane_moments(count, x + p * stride, mean + p, m2 + p);
+  }
 }
 
 // Columns are walked in strips of kStripVectors vectors, kBlockRows rows at a time: rows far apart
@@ -220,19 +266,22 @@ void column_moments(
 }
 
 template <typename T>
-void statistics_plane_backward(
-    int64_t count, typename Accumulator<T>::type mean, typename Accumulator<T>::type offset,
-    typename Accumulator<T>::type slope, const T* x, T* grad_x) {
+void statistics_planes_backward(
+    int64_t planes, int64_t count, int64_t x_stride, int64_t grad_x_stride,
+    const typename Accumulator<T>::type* mean, const typename Accumulator<T>::type* offset,
+    const typename Accumulator<T>::type* slope, const T* x, T* grad_x) {
   using V = VectorOf<T>;
   constexpr int64_t kWidth = V::kWidth;
-  const StatsGradient<V> p = {V(mean), V(offset), V(slope)};
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    store(grad_x + i, stats_gradient_value(load(x + i), p));
-  }
-  if (i < count) {
-    const V tail = load_some(x + i, count - i, V(0));
-    store_some(grad_x + i, count - i, stats_gradient_value(tail, p));
+  for (int64_t plane = 0; plane < planes; ++plane, x += x_stride, grad_x += grad_x_stride) {
+    const StatsGradient<V> p = {V(mean[plane]), V(offset[plane]), V(slope[plane])};
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) {
+      store(grad_x + i, stats_gradient_value(load(x + i), p));
+    }
+    if (i < count) {
+      const V tail = load_some(x + i, count - i, V(0));
+      store_some(grad_x + i, count - i, stats_gradient_value(tail, p));
+    }
   }
 }
 
@@ -263,7 +312,7 @@ void statistics_rows_backward(
 template <typename T>
 constexpr StatisticsKernels<T> statistics_kernels() {
   return {
-      plane_moments<T>, column_moments<T>, statistics_plane_backward<T>,
+      planes_moments<T>, column_moments<T>, statistics_planes_backward<T>,
       statistics_rows_backward<T>};
 }
 
