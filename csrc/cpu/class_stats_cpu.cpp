@@ -3,6 +3,7 @@
 #include "common/checks.h"
 #include "common/statistics.h"
 #include "isa/dispatch.h"
+#include "streaming.h"
 
 namespace fdda::cpu {
 namespace {
@@ -268,15 +269,15 @@ void apply(
     if (layer.is_planes()) {
       const int64_t planes = std::min(out.channels - part, task.end - item);
       loop.planes_backward(
-          planes, out.positions, in.channel_stride, out.channel_stride, &map.mean[at + part],
-          &map.offset[at + part], &map.slope[at + part], from + part * in.channel_stride,
-          to + part * out.channel_stride);
+          is_streamed(layer.to), planes, out.positions, in.channel_stride, out.channel_stride,
+          &map.mean[at + part], &map.offset[at + part], &map.slope[at + part],
+          from + part * in.channel_stride, to + part * out.channel_stride);
       item += planes;
     } else {
       const int64_t row = part * layer.rows_per_item;
       loop.rows_backward(
-          std::min(layer.rows_per_item, out.positions - row), out.channels, in.position_stride,
-          out.position_stride, &map.mean[at], &map.offset[at], &map.slope[at],
+          is_streamed(layer.to), std::min(layer.rows_per_item, out.positions - row), out.channels,
+          in.position_stride, out.position_stride, &map.mean[at], &map.offset[at], &map.slope[at],
           from + row * in.position_stride, to + row * out.position_stride);
       ++item;
     }

@@ -12,6 +12,7 @@
 #include "common/layout.h"
 #include "common/quantization.h"
 #include "isa/dispatch.h"
+#include "streaming.h"
 
 namespace fdda::cpu {
 namespace {
@@ -85,7 +86,7 @@ class Parameters {
 
 // How [outer, channels, inner] is cut into units: parts of runs, or groups of rows if inner is 1.
 struct Plan {
-  explicit Plan(const ChannelView& view) {
+  Plan(const ChannelView& view, const Tensor& output) {
     by_rows = view.inner == 1 && view.channels > 1;
     if (by_rows) {
       rows = view.outer;
@@ -94,6 +95,7 @@ struct Plan {
       values_per_unit = rows_per_unit * view.channels;
       return;
     }
+    runs.streaming = is_streamed(output);
     runs.channels = view.channels;
     runs.inner = view.inner;
     runs.block = std::max<int64_t>(1, std::min(view.inner, kUnitValues));
@@ -107,7 +109,7 @@ struct Plan {
   bool by_rows;
   int64_t units;
   int64_t values_per_unit;
-  RunPlan runs = {1, 1, 1, 1};
+  RunPlan runs = {1, 1, 1, 1, false};
   int64_t rows = 0;
   int64_t rows_per_unit = 1;
 };
@@ -121,7 +123,7 @@ Tensor fake_quantize_cpu(
   const Tensor in = dense(x);
   Tensor out = empty_like_dense(in);
   const ChannelView view = channel_view(in, axis);
-  const Plan plan(view);
+  const Plan plan(view, out);
   const ChannelParams p = parameters.get();
 
   for_dtype(x, [&](auto element) {
@@ -179,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(
   Tensor grad_scale = empty(scale, scale.sizes().vec(), ScalarType::Float);
   Tensor grad_zero_point = empty(zero_point, zero_point.sizes().vec(), ScalarType::Float);
   const ChannelView view = channel_view(in, axis);
-  const Plan plan(view);
+  const Plan plan(view, grad_x);
   const ChannelParams p = parameters.get();
   const int64_t slots = plan.by_rows ? plan.units * view.channels : plan.units;
   const std::unique_ptr<float[]> sums(new float[2 * slots]);

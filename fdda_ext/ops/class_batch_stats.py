@@ -5,7 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdda_ext.ops._native import check_one_device, refuse_double_backward, usage_error
+from fdda_ext.ops._native import (
+    autograd_function,
+    call_backward,
+    check_one_device,
+    refuse_double_backward,
+    usage_error,
+)
 
 __all__ = ["class_batch_stats"]
 
@@ -55,7 +61,7 @@ def class_batch_stats(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
     if torch.compiler.is_compiling():
         return _forward_op(x, labels, num_classes)
     try:
-        return _forward_op(x, labels, num_classes)
+        return _function.apply(x, labels, num_classes)
     except (ValueError, NotImplementedError) as error:
         raise usage_error(error, "class_batch_stats", x) from None
 
@@ -68,7 +74,8 @@ def _backward(
     ctx: Any, grad_count: Tensor, grad_mean: Tensor, grad_var: Tensor
 ) -> tuple[Tensor, None, None]:
     x, labels, count, mean = ctx.saved_tensors
-    return _backward_op(grad_mean, grad_var, x, labels, count, mean), None, None
+    grad_x = call_backward(_backward_op, grad_mean, grad_var, x, labels, count, mean)
+    return grad_x, None, None
 
 
 def _setup_context(
@@ -78,6 +85,9 @@ def _setup_context(
     count, mean, _ = output
     ctx.mark_non_differentiable(count)
     ctx.save_for_backward(x, labels, count, mean)
+
+
+_function = autograd_function(_forward_op, _setup_context, _backward)
 
 
 @torch.library.register_fake("fdda::class_batch_stats")

@@ -5,7 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdda_ext.ops._native import check_one_device, refuse_double_backward, usage_error
+from fdda_ext.ops._native import (
+    autograd_function,
+    call_backward,
+    check_one_device,
+    refuse_double_backward,
+    usage_error,
+)
 
 __all__ = ["fake_quantize"]
 
@@ -71,17 +77,14 @@ def fake_quantize(
     if torch.compiler.is_compiling():
         return _forward_op(*arguments)
     try:
-        return _FakeQuantize.apply(*arguments)
+        return _function.apply(*arguments)
     except (ValueError, NotImplementedError) as error:
         raise usage_error(error, "fake_quantize", x) from None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, scale, zero_point = ctx.saved_tensors
-    if torch.is_grad_enabled():  # under create_graph: through autograd, which refuses in words
-        return *_backward_op(grad, x, scale, zero_point, *ctx.constants), None, None, None
-    with torch._C._AutoDispatchBelowAutograd():
-        return *_backward_op(grad, x, scale, zero_point, *ctx.constants), None, None, None
+    gradients = call_backward(_backward_op, grad, *ctx.saved_tensors, *ctx.constants)
+    return *gradients, None, None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -89,16 +92,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.constants = inputs[3:]
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """The op's autograd with a third of the overhead of the generic one registered below."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _setup_context(ctx, inputs, inputs[0])
-        with torch._C._AutoDispatchBelowAutograd():
-            return _forward_op(*inputs)
-
-    backward = staticmethod(_backward)
+_function = autograd_function(_forward_op, _setup_context, _backward)
 
 
 @torch.library.register_fake("fdda::fake_quantize")

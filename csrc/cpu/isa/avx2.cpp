@@ -22,6 +22,7 @@ namespace fdda::cpu {
 namespace avx2 {
 #include "vector.h"
 #include "vector_avx2.h"
+#include "generic/streaming.h"
 #include "generic/fake_quantize.h"
 #include "generic/statistics.h"
 }  // namespace avx2

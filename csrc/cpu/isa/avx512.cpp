@@ -27,6 +27,7 @@ namespace fdda::cpu {
 namespace avx512 {
 #include "vector.h"
 #include "vector_avx512.h"
+#include "generic/streaming.h"
 #include "generic/fake_quantize.h"
 #include "generic/statistics.h"
 }  // namespace avx512

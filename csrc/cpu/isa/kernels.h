@@ -27,12 +27,14 @@ struct ChannelParams {
 
 // A tensor [outer, channels, inner] cut into units: every run of `inner` elements, which has one
 // channel, into blocks_per_run blocks of at most `block` elements. Unit u is block
-// u % blocks_per_run of run u / blocks_per_run.
+// u % blocks_per_run of run u / blocks_per_run. Streamed outputs are stored past the caches where
+// a unit begins a cache line.
 struct RunPlan {
   int64_t channels;
   int64_t inner;
   int64_t block;
   int64_t blocks_per_run;
+  bool streaming;
 };
 
 template <typename T>
@@ -75,12 +77,12 @@ struct StatisticsKernels {
       int64_t count, int64_t channels, int64_t stride, const T* x, double* mean, double* m2);
   // dx = offset + (x - mean) * slope over planes, with parameters [planes].
   void (*planes_backward)(
-      int64_t planes, int64_t count, int64_t x_stride, int64_t grad_x_stride, const A* mean,
-      const A* offset, const A* slope, const T* x, T* grad_x);
+      bool streaming, int64_t planes, int64_t count, int64_t x_stride, int64_t grad_x_stride,
+      const A* mean, const A* offset, const A* slope, const T* x, T* grad_x);
   // The same over rows of channels, with parameters [channels].
   void (*rows_backward)(
-      int64_t rows, int64_t channels, int64_t x_stride, int64_t grad_x_stride, const A* mean,
-      const A* offset, const A* slope, const T* x, T* grad_x);
+      bool streaming, int64_t rows, int64_t channels, int64_t x_stride, int64_t grad_x_stride,
+      const A* mean, const A* offset, const A* slope, const T* x, T* grad_x);
 };
 
 // -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ namespace fdda::cpu {
 namespace scalar {
 #include "vector.h"
 #include "vector_scalar.h"
+#include "generic/streaming.h"
 #include "generic/fake_quantize.h"
 #include "generic/statistics.h"
 }  // namespace scalar

@@ -220,3 +220,21 @@ FDDA_INLINE void store_some(T* data, int64_t n, Vector value) {
   store(buffer, value);
   for (int64_t i = 0; i < n; ++i) data[i] = buffer[i];
 }
+
+// Stores that go past the caches; the address must be aligned to the vector.
+FDDA_INLINE void stream(float* data, Floats value) {
+  _mm256_stream_ps(data, value.v[0]);
+  _mm256_stream_ps(data + 8, value.v[1]);
+}
+FDDA_INLINE void stream(double* data, Doubles value) {
+  _mm256_stream_pd(data, value.v[0]);
+  _mm256_stream_pd(data + 4, value.v[1]);
+}
+template <typename T>
+FDDA_INLINE void stream(T* data, Floats value) {
+  store(data, value);
+}
+// Orders them before what this thread stores next, so that others see them in time.
+FDDA_INLINE void finish_streaming() {
+  _mm_sfence();
+}

@@ -209,3 +209,21 @@ FDDA_INLINE void store_some(Half* data, int64_t n, Floats value) {
 FDDA_INLINE void store_some(double* data, int64_t n, Doubles value) {
   _mm512_mask_storeu_pd(data, static_cast<__mmask8>(first(n)), value.v);
 }
+
+// Stores that go past the caches; the address must be aligned to the vector.
+FDDA_INLINE void stream(float* data, Floats value) {
+  _mm512_stream_ps(data, value.v);
+}
+FDDA_INLINE void stream(BFloat16* data, Floats value) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(data), narrow_bfloat16(value.v));
+}
+FDDA_INLINE void stream(Half* data, Floats value) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(data), narrow_half(value.v));
+}
+FDDA_INLINE void stream(double* data, Doubles value) {
+  _mm512_stream_pd(data, value.v);
+}
+// Orders them before what this thread stores next, so that others see them in time.
+FDDA_INLINE void finish_streaming() {
+  _mm_sfence();
+}

@@ -170,3 +170,10 @@ template <typename T>
 FDDA_INLINE void store(T* data, const VectorOf<T>& value) {
   for (int i = 0; i < VectorOf<T>::kWidth; ++i) narrow(value.v[i], data + i);
 }
+
+// Stores that go past the caches, where the instruction set has such.
+template <typename T>
+FDDA_INLINE void stream(T* data, const VectorOf<T>& value) {
+  store(data, value);
+}
+FDDA_INLINE void finish_streaming() {}

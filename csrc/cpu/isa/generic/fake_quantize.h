@@ -42,15 +42,17 @@ void fake_quantize_runs(
     const QuantParams<Floats> p = params_of_channel(params, channel);
     const T* in = x + offset;
     T* out = y + offset;
+    const bool past_caches = plan.streaming && begins_line(out);
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
-      store(out + i, fake_quantize_value(load(in + i), p));
+      put(past_caches, out + i, fake_quantize_value(load(in + i), p));
     }
     if (i < n) {
       const Floats tail = load_some(in + i, n - i, Floats(0.0f));
       store_some(out + i, n - i, fake_quantize_value(tail, p));
     }
   });
+  finish_streaming();
 }
 
 template <typename T>
@@ -64,10 +66,11 @@ void fake_quantize_runs_backward(
     T* out = grad_x + offset;
     Floats scale_total(0.0f);
     Floats zero_point_total(0.0f);
+    const bool past_caches = plan.streaming && begins_line(out);
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
       const QuantGradient<Floats> d = fake_quantize_gradient(load(upstream + i), load(in + i), p);
-      store(out + i, d.x);
+      put(past_caches, out + i, d.x);
       scale_total = scale_total + d.scale;
       zero_point_total = zero_point_total + d.zero_point;
     }
@@ -83,6 +86,7 @@ void fake_quantize_runs_backward(
     scale_sum[unit] = sum(scale_total);
     zero_point_sum[unit] = sum(zero_point_total);
   });
+  finish_streaming();
 }
 
 template <typename T>

@@ -267,36 +267,39 @@ void column_moments(
 
 template <typename T>
 void statistics_planes_backward(
-    int64_t planes, int64_t count, int64_t x_stride, int64_t grad_x_stride,
+    bool streaming, int64_t planes, int64_t count, int64_t x_stride, int64_t grad_x_stride,
     const typename Accumulator<T>::type* mean, const typename Accumulator<T>::type* offset,
     const typename Accumulator<T>::type* slope, const T* x, T* grad_x) {
   using V = VectorOf<T>;
   constexpr int64_t kWidth = V::kWidth;
   for (int64_t plane = 0; plane < planes; ++plane, x += x_stride, grad_x += grad_x_stride) {
     const StatsGradient<V> p = {V(mean[plane]), V(offset[plane]), V(slope[plane])};
+    const bool past_caches = streaming && begins_line(grad_x);
     int64_t i = 0;
     for (; i + kWidth <= count; i += kWidth) {
-      store(grad_x + i, stats_gradient_value(load(x + i), p));
+      put(past_caches, grad_x + i, stats_gradient_value(load(x + i), p));
     }
     if (i < count) {
       const V tail = load_some(x + i, count - i, V(0));
       store_some(grad_x + i, count - i, stats_gradient_value(tail, p));
     }
   }
+  finish_streaming();
 }
 
 template <typename T>
 void statistics_rows_backward(
-    int64_t rows, int64_t channels, int64_t x_stride, int64_t grad_x_stride,
+    bool streaming, int64_t rows, int64_t channels, int64_t x_stride, int64_t grad_x_stride,
     const typename Accumulator<T>::type* mean, const typename Accumulator<T>::type* offset,
     const typename Accumulator<T>::type* slope, const T* x, T* grad_x) {
   using V = VectorOf<T>;
   constexpr int64_t kWidth = V::kWidth;
   for (int64_t row = 0; row < rows; ++row, x += x_stride, grad_x += grad_x_stride) {
+    const bool past_caches = streaming && begins_line(grad_x);
     int64_t c = 0;
     for (; c + kWidth <= channels; c += kWidth) {
       const StatsGradient<V> p = {load(mean + c), load(offset + c), load(slope + c)};
-      store(grad_x + c, stats_gradient_value(load(x + c), p));
+      put(past_caches, grad_x + c, stats_gradient_value(load(x + c), p));
     }
     if (c < channels) {
       const int64_t n = channels - c;
@@ -307,6 +310,7 @@ void statistics_rows_backward(
       store_some(grad_x + c, n, stats_gradient_value(load_some(x + c, n, zero), p));
     }
   }
+  finish_streaming();
 }
 
 template <typename T>
