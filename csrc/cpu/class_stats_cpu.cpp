@@ -254,7 +254,7 @@ struct BackwardLayer {
 template <typename T, typename A>
 void apply(
     const BackwardLayer& layer, const Task& task, const ClassOrder& classes,
-    const GradientMap<A>& map) {
+    const GradientMap<A>& map, bool streaming) {
   const StatisticsKernels<T>& loop = loops<T>();
   const SampleView& in = layer.from.view;
   const SampleView& out = layer.view;
@@ -269,14 +269,14 @@ void apply(
     if (layer.is_planes()) {
       const int64_t planes = std::min(out.channels - part, task.end - item);
       loop.planes_backward(
-          is_streamed(layer.to), planes, out.positions, in.channel_stride, out.channel_stride,
+          streaming, planes, out.positions, in.channel_stride, out.channel_stride,
           &map.mean[at + part], &map.offset[at + part], &map.slope[at + part],
           from + part * in.channel_stride, to + part * out.channel_stride);
       item += planes;
     } else {
       const int64_t row = part * layer.rows_per_item;
       loop.rows_backward(
-          is_streamed(layer.to), std::min(layer.rows_per_item, out.positions - row), out.channels,
+          streaming, std::min(layer.rows_per_item, out.positions - row), out.channels,
           in.position_stride, out.position_stride, &map.mean[at], &map.offset[at], &map.slope[at],
           from + row * in.position_stride, to + row * out.position_stride);
       ++item;
@@ -292,16 +292,19 @@ std::vector<Tensor> class_statistics_backward(
     const std::vector<GradientMap<A>>& maps) {
   std::vector<BackwardLayer> layers;
   std::vector<Task> tasks;
+  int64_t bytes = 0;
   for (const Tensor& x : xs) {
     layers.emplace_back(x);
+    bytes += x.numel() * static_cast<int64_t>(sizeof(T));
     const BackwardLayer& layer = layers.back();
     if (x.numel() > 0) {
       const int64_t items = layer.view.samples * layer.items_per_sample();
       add_tasks(layers.size() - 1, items, x.numel() / items, tasks);
     }
   }
-  run(tasks,
-      [&](const Task& task) { apply<T>(layers[task.layer], task, classes, maps[task.layer]); });
+  run(tasks, [&](const Task& task) {
+    apply<T>(layers[task.layer], task, classes, maps[task.layer], bytes >= kStreamBytes);
+  });
   std::vector<Tensor> results;
   for (BackwardLayer& layer : layers) {
     if (layer.to.get() != layer.result.get()) {

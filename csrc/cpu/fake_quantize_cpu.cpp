@@ -47,6 +47,10 @@ void for_dtype(const Tensor& x, const Body& body) {
   }
 }
 
+int64_t byte_size(const Tensor& tensor) {
+  return tensor.numel() * static_cast<int64_t>(tensor.element_size());
+}
+
 // Scale, inverse scale, low and high of every channel, checked.
 class Parameters {
  public:
@@ -86,7 +90,7 @@ class Parameters {
 
 // How [outer, channels, inner] is cut into units: parts of runs, or groups of rows if inner is 1.
 struct Plan {
-  Plan(const ChannelView& view, const Tensor& output) {
+  Plan(const ChannelView& view, int64_t bytes) {
     by_rows = view.inner == 1 && view.channels > 1;
     if (by_rows) {
       rows = view.outer;
@@ -95,7 +99,7 @@ struct Plan {
       values_per_unit = rows_per_unit * view.channels;
       return;
     }
-    runs.streaming = is_streamed(output);
+    runs.streaming = bytes >= kStreamBytes;
     runs.channels = view.channels;
     runs.inner = view.inner;
     runs.block = std::max<int64_t>(1, std::min(view.inner, kUnitValues));
@@ -123,7 +127,7 @@ Tensor fake_quantize_cpu(
   const Tensor in = dense(x);
   Tensor out = empty_like_dense(in);
   const ChannelView view = channel_view(in, axis);
-  const Plan plan(view, out);
+  const Plan plan(view, byte_size(out));
   const ChannelParams p = parameters.get();
 
   for_dtype(x, [&](auto element) {
@@ -181,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(
   Tensor grad_scale = empty(scale, scale.sizes().vec(), ScalarType::Float);
   Tensor grad_zero_point = empty(zero_point, zero_point.sizes().vec(), ScalarType::Float);
   const ChannelView view = channel_view(in, axis);
-  const Plan plan(view, grad_x);
+  const Plan plan(view, byte_size(grad_x));
   const ChannelParams p = parameters.get();
   const int64_t slots = plan.by_rows ? plan.units * view.channels : plan.units;
   const std::unique_ptr<float[]> sums(new float[2 * slots]);
