@@ -145,6 +145,25 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(
             assert torch.equal(expected, actual)
 
 
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_gradients_stored_past_the_caches(
+    isa: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
+) -> None:
+    """More than 16 MiB, with planes that begin a cache line and planes that do not."""
+    backward = torch.ops.fdda._class_batch_stats_backward
+    for side in (56, 30):
+        channels = 2**24 // dtype.itemsize // (2 * side * side) + 1
+        x, labels = make_inputs((2, channels, side, side), dtype, 3)
+        x = layout(x)
+        count, mean, _ = class_batch_stats(x, labels, 3)
+        grads = torch.randn(2, 3, channels)
+        grad_x = backward(*grads, x, labels, count, mean)
+        for part in (slice(0, 64), slice(-64, None)):
+            some = [tensor[:, part] for tensor in (*grads, x)]
+            assert torch.equal(grad_x[:, part], backward(*some, labels, count, mean[:, part]))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     samples=st.integers(1, 7),

@@ -152,6 +152,23 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(
             assert torch.equal(expected, actual)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("axis", [None, 1])
+def test_large_outputs_stored_past_the_caches(
+    isa: str, axis: int | None, dtype: torch.dtype
+) -> None:
+    """More than 16 MiB, with planes that begin a cache line and planes that do not."""
+    for side in (56, 30):
+        channels = 2**24 // dtype.itemsize // (2 * side * side) + 1
+        x, grad, scale, zero = make_inputs((2, channels, side, side), axis, dtype)
+        y, dx, _, _ = run(fake_quantize, x, grad, scale, zero, -8, 7, axis)
+        for part in (slice(0, 200), slice(-200, None)):
+            chosen = (scale, zero) if axis is None else (scale[part], zero[part])
+            expected = run(fake_quantize, x[:, part], grad[:, part], *chosen, -8, 7, axis)
+            assert torch.equal(y[:, part], expected[0])
+            assert torch.equal(dx[:, part], expected[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_formats_convert_like_torch(isa: str, dtype: torch.dtype) -> None:
     """Every 16-bit pattern through scale 1: integers up to the grid's end, and special values."""
