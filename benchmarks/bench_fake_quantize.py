@@ -1,5 +1,7 @@
-"""fake_quantize against eager LSQ+, the same compiled, and torch's own operators."""
+"""fake_quantize against eager LSQ+, the same compiled, torch's own operators and, where it is
+installed and builds, NNCF's."""
 
+import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -47,6 +49,18 @@ def fixed(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Ten
     return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, QUANT_MIN, QUANT_MAX)
 
 
+def nncf(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+    """NNCF's operator, whose parameters are the ends of the range."""
+    from nncf.torch.quantization.quantize_functions import QuantizeAsymmetric
+
+    if axis is not None:
+        shape = [-1 if d == axis else 1 for d in range(x.dim())]
+        scale, zero_point = scale.view(shape), zero_point.view(shape)
+    low = (QUANT_MIN - zero_point) * scale
+    levels = QUANT_MAX - QUANT_MIN + 1
+    return QuantizeAsymmetric.apply(x, low, (levels - 1) * scale, QUANT_MIN, QUANT_MAX, levels)
+
+
 PEERS: dict[str, Callable[..., Tensor]] = {
     "fdda_ext": ours,
     "eager": eager_lsq,
@@ -54,6 +68,8 @@ PEERS: dict[str, Callable[..., Tensor]] = {
     "torch learnable": learnable,
     "torch fixed": fixed,
 }
+if importlib.util.find_spec("nncf"):
+    PEERS["nncf"] = nncf
 
 
 #: torch's own operators take float32 alone.
@@ -82,7 +98,9 @@ def bench_forward(compare, device, case, dtype):
 
     peers = {name: forward(PEERS[name]) for name in DTYPES[dtype]}
     for function in peers.values():
-        torch.testing.assert_close(function(), peers["fdda_ext"]())
+        # Values on the border between two codes may fall either way.
+        differ = (function() - peers["fdda_ext"]()).abs() > 1e-4
+        assert differ.float().mean() < 1e-5
     compare(f"fake_quantize forward, {case}, {dtype}", peers, 2 * arguments[0].nbytes)
 
 

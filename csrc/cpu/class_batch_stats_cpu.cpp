@@ -48,15 +48,15 @@ Tensor class_batch_stats_backward_cpu(
     std::vector<GradientMap<A>> maps;
     const int64_t channels = x.size(1);
     maps.emplace_back(static_cast<int64_t>(classes.present().size()) * channels);
-    int64_t to = 0;
+    int64_t row = 0;
     for (const int64_t k : classes.present()) {
       const A n = static_cast<A>(const_ptr<int64_t>(counts)[k]);
-      for (int64_t from = k * channels; from < (k + 1) * channels; ++from, ++to) {
-        maps[0].set(
-            to, stats_gradient(
-                    const_ptr<A>(mean_gradients)[from], const_ptr<A>(var_gradients)[from],
-                    const_ptr<A>(means)[from], n));
-      }
+      const A* mean_at = const_ptr<A>(means) + k * channels;
+      const A* grad_mean_at = const_ptr<A>(mean_gradients) + k * channels;
+      const A* grad_var_at = const_ptr<A>(var_gradients) + k * channels;
+      maps[0].set_row(row++, channels, [=](int64_t c) {
+        return stats_gradient(grad_mean_at[c], grad_var_at[c], mean_at[c], n);
+      });
     }
     grad_x = class_statistics_backward<T, A>({x}, classes, maps)[0];
   });

@@ -67,10 +67,19 @@ template <typename A>
 struct GradientMap {
   explicit GradientMap(int64_t size) : mean(new A[size]), offset(new A[size]), slope(new A[size]) {}
 
-  void set(int64_t at, const StatsGradient<A>& gradient) {
-    mean[at] = gradient.mean;
-    offset[at] = gradient.offset;
-    slope[at] = gradient.slope;
+  // Rows of [P, C]: gradient(c) is that of channel c.
+  template <typename Gradient>
+  void set_row(int64_t row, int64_t channels, const Gradient& gradient) {
+    // Locals, so that the compiler knows that they do not overlap and works on vectors.
+    A* __restrict to_mean = &mean[row * channels];
+    A* __restrict to_offset = &offset[row * channels];
+    A* __restrict to_slope = &slope[row * channels];
+    for (int64_t c = 0; c < channels; ++c) {
+      const StatsGradient<A> value = gradient(c);
+      to_mean[c] = value.mean;
+      to_offset[c] = value.offset;
+      to_slope[c] = value.slope;
+    }
   }
 
   std::unique_ptr<A[]> mean;

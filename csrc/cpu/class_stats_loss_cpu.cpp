@@ -138,10 +138,10 @@ std::vector<Tensor> class_stats_loss_backward_cpu(
       const A* target_mean = const_ptr<A>(contiguous_means);
       const A* target_var = const_ptr<A>(contiguous_vars);
       GradientMap<A>& map = maps.emplace_back(present * width);
-      int64_t to = 0;
+      int64_t row = 0;
       for (const int64_t k : classes.present()) {
         const A count = static_cast<A>(classes.samples(k) * positions(xs[l]));
-        for (int64_t c = 0; c < width; ++c, ++to) {
+        map.set_row(row++, width, [&](int64_t c) {
           // d loss[t, l] / d mean = weight[t, k] * 2 (mean - target_mean) / C, and so for var.
           const int64_t from = k * channels + c;
           A grad_mean = 0;
@@ -153,8 +153,8 @@ std::vector<Tensor> class_stats_loss_backward_cpu(
             grad_mean += factor * (mean[from] - target_mean[at]);
             grad_var += factor * (var[from] - target_var[at]);
           }
-          map.set(to, stats_gradient(grad_mean, grad_var, mean[from], count));
-        }
+          return stats_gradient(grad_mean, grad_var, mean[from], count);
+        });
       }
       mean += width;
       var += width;
