@@ -88,15 +88,19 @@ FDDA_INLINE __m256 widen_bfloat16(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// Round half to even; NaN becomes the quiet NaN 0x7fc0, as in torch.
-FDDA_INLINE __m128i narrow_bfloat16(__m256 value) {
+// The bfloat16 nearest to each lane in its upper half; the lower half is left over. Round half to
+// even; NaN becomes the quiet NaN 0x7fc0, as in torch.
+FDDA_INLINE __m256i round_bfloat16(__m256 value) {
   const __m256i bits = _mm256_castps_si256(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-  const __m256i fixed = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(fixed, fixed), 0x08);
+  return _mm256_blendv_epi8(_mm256_add_epi32(bits, bias), _mm256_set1_epi32(0x7fc00000), nan);
+}
+
+FDDA_INLINE __m128i narrow_bfloat16(__m256 value) {
+  const __m256i rounded = _mm256_srli_epi32(round_bfloat16(value), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
   return _mm256_castsi256_si128(packed);
 }
 
@@ -221,6 +225,22 @@ FDDA_INLINE void store_some(T* data, int64_t n, Vector value) {
   for (int64_t i = 0; i < n; ++i) data[i] = buffer[i];
 }
 
+// Two vectors in the order of load_pair.
+template <typename T>
+FDDA_INLINE void store_pair(T* data, VectorOf<T> a, VectorOf<T> b) {
+  store(data, a);
+  store(data + VectorOf<T>::kWidth, b);
+}
+FDDA_INLINE __m256i join_bfloat16(__m256 even, __m256 odd) {
+  const __m256i low = _mm256_srli_epi32(round_bfloat16(even), 16);
+  return _mm256_blend_epi16(low, round_bfloat16(odd), 0xaa);
+}
+FDDA_INLINE void store_pair(BFloat16* data, Floats even, Floats odd) {
+  __m256i* to = reinterpret_cast<__m256i*>(data);
+  _mm256_storeu_si256(to, join_bfloat16(even.v[0], odd.v[0]));
+  _mm256_storeu_si256(to + 1, join_bfloat16(even.v[1], odd.v[1]));
+}
+
 // Stores that go past the caches; the address must be aligned to the vector.
 FDDA_INLINE void stream(float* data, Floats value) {
   _mm256_stream_ps(data, value.v[0]);
@@ -233,6 +253,16 @@ FDDA_INLINE void stream(double* data, Doubles value) {
 template <typename T>
 FDDA_INLINE void stream(T* data, Floats value) {
   store(data, value);
+}
+template <typename T>
+FDDA_INLINE void stream_pair(T* data, VectorOf<T> a, VectorOf<T> b) {
+  stream(data, a);
+  stream(data + VectorOf<T>::kWidth, b);
+}
+FDDA_INLINE void stream_pair(BFloat16* data, Floats even, Floats odd) {
+  __m256i* to = reinterpret_cast<__m256i*>(data);
+  _mm256_stream_si256(to, join_bfloat16(even.v[0], odd.v[0]));
+  _mm256_stream_si256(to + 1, join_bfloat16(even.v[1], odd.v[1]));
 }
 // Orders them before what this thread stores next, so that others see them in time.
 FDDA_INLINE void finish_streaming() {

@@ -105,14 +105,24 @@ FDDA_INLINE __m512 widen_bfloat16(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// Round half to even; NaN becomes the quiet NaN 0x7fc0, as in torch.
-FDDA_INLINE __m256i narrow_bfloat16(__m512 value) {
+// The bfloat16 nearest to each lane in its upper half; the lower half is left over. Round half to
+// even; NaN becomes the quiet NaN 0x7fc0, as in torch.
+FDDA_INLINE __m512i round_bfloat16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+  return _mm512_mask_mov_epi32(_mm512_add_epi32(bits, bias), nan, _mm512_set1_epi32(0x7fc00000));
+}
+
+FDDA_INLINE __m256i narrow_bfloat16(__m512 value) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bfloat16(value), 16));
+}
+
+// Even elements from one vector, odd ones from the other.
+FDDA_INLINE __m512i join_bfloat16(Floats even, Floats odd) {
+  const __m512i low = _mm512_srli_epi32(round_bfloat16(even.v), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, low, round_bfloat16(odd.v));
 }
 
 FDDA_INLINE __m256i narrow_half(__m512 value) {
@@ -210,6 +220,16 @@ FDDA_INLINE void store_some(double* data, int64_t n, Doubles value) {
   _mm512_mask_storeu_pd(data, static_cast<__mmask8>(first(n)), value.v);
 }
 
+// Two vectors in the order of load_pair.
+template <typename T>
+FDDA_INLINE void store_pair(T* data, VectorOf<T> a, VectorOf<T> b) {
+  store(data, a);
+  store(data + VectorOf<T>::kWidth, b);
+}
+FDDA_INLINE void store_pair(BFloat16* data, Floats even, Floats odd) {
+  _mm512_storeu_si512(data, join_bfloat16(even, odd));
+}
+
 // Stores that go past the caches; the address must be aligned to the vector.
 FDDA_INLINE void stream(float* data, Floats value) {
   _mm512_stream_ps(data, value.v);
@@ -222,6 +242,14 @@ FDDA_INLINE void stream(Half* data, Floats value) {
 }
 FDDA_INLINE void stream(double* data, Doubles value) {
   _mm512_stream_pd(data, value.v);
+}
+template <typename T>
+FDDA_INLINE void stream_pair(T* data, VectorOf<T> a, VectorOf<T> b) {
+  stream(data, a);
+  stream(data + VectorOf<T>::kWidth, b);
+}
+FDDA_INLINE void stream_pair(BFloat16* data, Floats even, Floats odd) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(data), join_bfloat16(even, odd));
 }
 // Orders them before what this thread stores next, so that others see them in time.
 FDDA_INLINE void finish_streaming() {

@@ -171,9 +171,26 @@ FDDA_INLINE void store(T* data, const VectorOf<T>& value) {
   for (int i = 0; i < VectorOf<T>::kWidth; ++i) narrow(value.v[i], data + i);
 }
 
+// Two vectors in the order of load_pair.
+template <typename T>
+FDDA_INLINE void store_pair(T* data, const VectorOf<T>& a, const VectorOf<T>& b) {
+  store(data, a);
+  store(data + VectorOf<T>::kWidth, b);
+}
+FDDA_INLINE void store_pair(BFloat16* data, const Floats& even, const Floats& odd) {
+  for (int i = 0; i < 16; ++i) {
+    narrow(even.v[i], data + 2 * i);
+    narrow(odd.v[i], data + 2 * i + 1);
+  }
+}
+
 // Stores that go past the caches, where the instruction set has such.
 template <typename T>
 FDDA_INLINE void stream(T* data, const VectorOf<T>& value) {
   store(data, value);
+}
+template <typename T>
+FDDA_INLINE void stream_pair(T* data, const VectorOf<T>& a, const VectorOf<T>& b) {
+  store_pair(data, a, b);
 }
 FDDA_INLINE void finish_streaming() {}

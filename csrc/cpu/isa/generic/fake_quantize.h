@@ -43,9 +43,15 @@ void fake_quantize_runs(
     const T* in = x + offset;
     T* out = y + offset;
     const bool past_caches = plan.streaming && begins_line(out);
+    Floats a, b;
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-      put(past_caches, out + i, fake_quantize_value(load(in + i), p));
+    for (; i + 32 <= n; i += 32) {
+      load_pair(in + i, &a, &b);
+      put_pair(past_caches, out + i, fake_quantize_value(a, p), fake_quantize_value(b, p));
+    }
+    if (i + 16 <= n) {
+      store(out + i, fake_quantize_value(load(in + i), p));
+      i += 16;
     }
     if (i < n) {
       const Floats tail = load_some(in + i, n - i, Floats(0.0f));
@@ -67,12 +73,26 @@ void fake_quantize_runs_backward(
     Floats scale_total(0.0f);
     Floats zero_point_total(0.0f);
     const bool past_caches = plan.streaming && begins_line(out);
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-      const QuantGradient<Floats> d = fake_quantize_gradient(load(upstream + i), load(in + i), p);
-      put(past_caches, out + i, d.x);
+    const auto add = [&](const QuantGradient<Floats>& d) __attribute__((always_inline)) {
       scale_total = scale_total + d.scale;
       zero_point_total = zero_point_total + d.zero_point;
+    };
+    Floats a, b, grad_a, grad_b;
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+      load_pair(in + i, &a, &b);
+      load_pair(upstream + i, &grad_a, &grad_b);
+      const QuantGradient<Floats> d = fake_quantize_gradient(grad_a, a, p);
+      const QuantGradient<Floats> e = fake_quantize_gradient(grad_b, b, p);
+      put_pair(past_caches, out + i, d.x, e.x);
+      add(d);
+      add(e);
+    }
+    if (i + 16 <= n) {
+      const QuantGradient<Floats> d = fake_quantize_gradient(load(upstream + i), load(in + i), p);
+      store(out + i, d.x);
+      add(d);
+      i += 16;
     }
     if (i < n) {
       // A zero gradient in the lanes beyond the end adds nothing to the sums.
@@ -80,8 +100,7 @@ void fake_quantize_runs_backward(
       const QuantGradient<Floats> d = fake_quantize_gradient(
           load_some(upstream + i, n - i, zero), load_some(in + i, n - i, zero), p);
       store_some(out + i, n - i, d.x);
-      scale_total = scale_total + d.scale;
-      zero_point_total = zero_point_total + d.zero_point;
+      add(d);
     }
     scale_sum[unit] = sum(scale_total);
     zero_point_sum[unit] = sum(zero_point_total);

@@ -275,9 +275,15 @@ void statistics_planes_backward(
   for (int64_t plane = 0; plane < planes; ++plane, x += x_stride, grad_x += grad_x_stride) {
     const StatsGradient<V> p = {V(mean[plane]), V(offset[plane]), V(slope[plane])};
     const bool past_caches = streaming && begins_line(grad_x);
+    V a, b;
     int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) {
-      put(past_caches, grad_x + i, stats_gradient_value(load(x + i), p));
+    for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+      load_pair(x + i, &a, &b);
+      put_pair(past_caches, grad_x + i, stats_gradient_value(a, p), stats_gradient_value(b, p));
+    }
+    if (i + kWidth <= count) {
+      store(grad_x + i, stats_gradient_value(load(x + i), p));
+      i += kWidth;
     }
     if (i < count) {
       const V tail = load_some(x + i, count - i, V(0));

@@ -5,6 +5,16 @@ FDDA_INLINE bool begins_line(const void* data) {
   return reinterpret_cast<uintptr_t>(data) % 64 == 0;
 }
 
+// A pair as load_pair gives it.
+template <typename T>
+FDDA_INLINE void put_pair(bool streaming, T* data, VectorOf<T> a, VectorOf<T> b) {
+  if (streaming) {
+    stream_pair(data, a, b);
+  } else {
+    store_pair(data, a, b);
+  }
+}
+
 template <typename T>
 FDDA_INLINE void put(bool streaming, T* data, VectorOf<T> value) {
   if (streaming) {
