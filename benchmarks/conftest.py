@@ -6,6 +6,7 @@ measures on a GPU; FDDA_BENCH_THREADS sets the CPU threads (2).
 """
 
 import ctypes
+import dataclasses
 import os
 import statistics
 import time
@@ -38,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    machine_info["fdda_ext"] = str(build_info())
+    machine_info["fdda_ext"] = dataclasses.asdict(build_info())
     machine_info["torch"] = torch.__version__
     if DEVICE == "cuda":
         machine_info["gpu"] = torch.cuda.get_device_name()

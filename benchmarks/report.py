@@ -13,8 +13,14 @@ INTRODUCTION = """\
 
 Made by `make bench` and `benchmarks/report.py`. Medians in microseconds ± the interquartile range;
 "x" is the peer's median over ours, so above 1 we are faster. All peers of a line took turns in one
-run, after a check that they compute the same. "copy" moves the bytes that the operation must at
-least read and write, with `copy_`: it is the floor, and its "x" tells how far we are above it.
+run, after a check that they compute the same, on a heap that keeps freed memory, as page faults
+would drown the work otherwise. "copy" moves the bytes that the operation must at least read and
+write, with `copy_`: it is the floor, and its "x" tells how near we are to it. Above 1, we beat it:
+outputs from 16 MiB on are stored past the caches.
+
+"16 elements" measures the way to the kernel and back. An operator on LibTorch's stable ABI cannot
+bring a C++ autograd node, so its gradient is a Python `autograd.Function`, whose own cost is the
+column "plain Function" (one multiplication forward, nothing backward).
 """
 
 
@@ -28,7 +34,8 @@ def render(report: dict[str, Any]) -> str:
     lines = [
         INTRODUCTION,
         f"Machine: {machine.get('gpu') or machine['cpu']['brand_raw']}; torch {machine['torch']}; "
-        f"Python {machine['python_version']}; {machine['fdda_ext']}.",
+        f"Python {machine['python_version']}; {machine['fdda_ext']['isa']}, "
+        f"{machine['fdda_ext']['threads']} threads.",
         "",
     ]
     families: dict[str, list[dict[str, Any]]] = {}
