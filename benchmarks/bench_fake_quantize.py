@@ -1,5 +1,5 @@
-"""fake_quantize against eager LSQ+, the same compiled, torch's own operators and, where it is
-installed and builds, NNCF's."""
+"""fake_quantize against eager LSQ+, the same compiled, torch's own operators and, where they
+are installed, NNCF's and a CuPy kernel."""
 
 import importlib.util
 from collections.abc import Callable
@@ -68,6 +68,28 @@ PEERS: dict[str, Callable[..., Tensor]] = {
     "torch learnable": learnable,
     "torch fixed": fixed,
 }
+
+
+def cupy_kernel() -> Callable[..., Tensor]:
+    """The forward as one fused CuPy kernel, for a GPU."""
+    import cupy
+
+    kernel = cupy.ElementwiseKernel(
+        "T x, float32 s, float32 z, float32 low, float32 high",
+        "T y",
+        "y = (fminf(fmaxf(rintf((float)x * (1.0f / s)) + rintf(z), low), high) - rintf(z)) * s",
+        "fake_quantize",
+    )
+
+    def function(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+        shape = [-1 if d == axis else 1 for d in range(x.dim())]
+        parameters = (cupy.from_dlpack(p.detach().view(shape)) for p in (scale, zero_point))
+        y = kernel(cupy.from_dlpack(x.detach()), *parameters, QUANT_MIN, QUANT_MAX)
+        return torch.from_dlpack(y)
+
+    return function
+
+
 if importlib.util.find_spec("nncf"):
     PEERS["nncf"] = nncf
 
@@ -97,6 +119,8 @@ def bench_forward(compare, device, case, dtype):
         return torch.no_grad()(lambda: function(*arguments))
 
     peers = {name: forward(PEERS[name]) for name in DTYPES[dtype]}
+    if device == "cuda" and dtype is torch.float32 and importlib.util.find_spec("cupy"):
+        peers["cupy"] = forward(cupy_kernel())
     for function in peers.values():
         # Values on the border between two codes may fall either way.
         differ = (function() - peers["fdda_ext"]()).abs() > 1e-4
