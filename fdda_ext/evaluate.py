@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from rich.console import Console
 from torch import nn
 
 from .data import load_dataset
+from .deploy import is_program, load_program, load_student
 from .engine import (
     Accuracy,
     BatchSource,
@@ -21,14 +21,12 @@ from .engine import (
     count_outputs,
     evaluate,
     parse_or_refuse,
-    read_student,
     run_command,
 )
 from .errors import UsageError
 from .models import load_model
-from .quantization import QuantizationConfig, prepare
 
-__all__ = ["EvaluateConfig", "load_student", "main", "run"]
+__all__ = ["EvaluateConfig", "main", "run"]
 
 _DESCRIPTION = """\
 Measure a network on a whole test or validation split.
@@ -37,6 +35,7 @@ examples:
   python -m fdda_ext.evaluate --run runs/a                      the student that a run ended with
   python -m fdda_ext.evaluate --run runs/a/baselines/mse
   python -m fdda_ext.evaluate --run some/where/student.safetensors --data folder:PATH
+  python -m fdda_ext.evaluate --run runs/a/model.int4.safetensors
   python -m fdda_ext.evaluate --model glyphs_resnet --data glyphs
 """
 
@@ -46,10 +45,11 @@ class EvaluateConfig:
     """What to measure, and on which data.
 
     Attributes:
-        run: A run folder, or a student.safetensors.
+        run: A run folder, a student.safetensors, or a program that fdda_ext.export wrote.
         model: A float network instead: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, ...
         weights: Of the float network: "default", a file, or "none" for random ones.
-        data: glyphs, digits, folder:PATH or imagenet:PATH; None for the data the run was made with.
+        data: glyphs, digits, folder:PATH or imagenet:PATH; None for the data the run was made
+            with, or glyphs.
         image_size: Height and width; None for the run's, or the data set's own.
         device: cpu or cuda.
         split: "test" or "validation".
@@ -74,43 +74,19 @@ class EvaluateConfig:
             raise UsageError(f"evaluate: expected test_limit at least 1, got {self.test_limit}")
 
 
-def load_student(path: Path) -> tuple[nn.Module, dict[str, object]]:
-    """Build the student stored in ``path``, a run folder or a student file.
-
-    Returns:
-        The fake-quantized network in evaluation mode, and the recipe it was built from.
-
-    Raises:
-        UsageError: If there is no student, or its file is damaged.
-    """
-    if path.is_dir():
-        if not (path / "student.safetensors").exists():
-            raise UsageError(
-                f"evaluate: expected run to be a folder with a trained student, got {path}; "
-                "an unfinished run goes on with fdda_ext.train --out ... --resume"
-            )
-        path = path / "student.safetensors"
-    state, recipe = read_student(path)
-    try:
-        network = load_model(recipe["model"], weights="none", num_classes=recipe["num_classes"])
-        example = torch.zeros(1, 3, recipe["image_size"], recipe["image_size"])
-        student = prepare(network, QuantizationConfig(**recipe["quantization"]), example)
-        student.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"evaluate: expected {path} to hold the student its recipe describes, got {reason}"
-        ) from None
-    return student.eval(), recipe
-
-
 def run(config: EvaluateConfig) -> Accuracy:
     """Measure what ``config`` names."""
     if (config.run is None) == (config.model is None):
         given = "both" if config.run else "neither"
         raise UsageError(f"evaluate: expected one of --run and --model, got {given}")
     network: nn.Module
-    if config.run is not None:
+    if config.run is not None and is_program(Path(config.run)):
+        network = load_program(Path(config.run))
+        (classes,), image_size = network.output.shape, network.image.shape[-1]
+        dataset = load_dataset(
+            config.data or "glyphs", config.split, image_size=image_size, limit=config.test_limit
+        )
+    elif config.run is not None:
         network, recipe = load_student(Path(config.run))
         data = config.data or str(recipe["data"])
         classes = recipe["num_classes"]

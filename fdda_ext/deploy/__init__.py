@@ -1,0 +1,18 @@
+"""From a fake-quantized student to a program of integers, and that program as a file."""
+
+from .file import is_program, load_program, save_program, stored_bytes
+from .lowering import lower
+from .program import CodeGrid, IntegerProgram, Value
+from .student import load_student
+
+__all__ = [
+    "CodeGrid",
+    "IntegerProgram",
+    "Value",
+    "is_program",
+    "load_program",
+    "load_student",
+    "lower",
+    "save_program",
+    "stored_bytes",
+]

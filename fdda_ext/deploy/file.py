@@ -1,0 +1,222 @@
+"""An integer program as one safetensors file.
+
+The metadata holds ``format``, ``manifest`` (JSON: image, normalisation, instructions) and
+``sha256``. The tensors are weights, scales and shifts by name. Weights lie as in an NHWC kernel,
+one row ``[kh, kw, C / groups]`` per output channel; those of at most 4 bits are packed two to a
+byte, the first in the low nibble, every row padded with 0 to a whole byte. No code is stored, and
+nothing is used before all of it has been checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import types
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..engine.checkpoint import digest
+from ..errors import UsageError
+from .program import (
+    AveragePool,
+    Concat,
+    Conv,
+    Instruction,
+    IntegerProgram,
+    Linear,
+    MaxPool,
+    Pad,
+    Quantize,
+    Rescale,
+    Reshape,
+    Value,
+)
+
+__all__ = ["is_program", "load_program", "pack_int4", "save_program", "stored_bytes", "unpack_int4"]
+
+_FORMAT = "fdda_ext.program.1"
+_KINDS: dict[str, type[Instruction]] = {
+    "average_pool": AveragePool,
+    "concat": Concat,
+    "conv": Conv,
+    "linear": Linear,
+    "max_pool": MaxPool,
+    "pad": Pad,
+    "quantize": Quantize,
+    "rescale": Rescale,
+    "reshape": Reshape,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack int8 ``[rows, n]`` with values in [-8, 7] to uint8 ``[rows, ceil(n / 2)]``."""
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    nibbles = codes.view(torch.uint8) & 15
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor, n: int) -> Tensor:
+    """The int8 ``[rows, n]`` that `pack_int4` packed."""
+    nibbles = torch.stack([packed & 15, packed >> 4], 2).flatten(1)[:, :n]
+    return (nibbles ^ 8).view(torch.int8) - 8
+
+
+def save_program(path: Path, program: IntegerProgram) -> None:
+    """Write ``program`` to ``path``, atomically."""
+    tensors = {}
+    shapes = {}
+    bits = _weight_bits(program.instructions)
+    for name, tensor in program.tensors.items():
+        tensor = tensor.cpu()
+        if name in bits:
+            shapes[name] = list(tensor.shape)
+            rows = tensor.movedim(1, -1).flatten(1).contiguous()
+            tensor = pack_int4(rows) if bits[name] <= 4 else rows
+        tensors[name] = tensor.contiguous()
+    manifest = json.dumps(
+        {
+            "image": asdict(program.image),
+            "mean": program.mean,
+            "std": program.std,
+            "weights": shapes,
+            "instructions": [{"kind": _NAMES[type(i)], **asdict(i)} for i in program.instructions],
+        }
+    )
+    metadata = {"format": _FORMAT, "manifest": manifest, "sha256": digest(tensors, manifest)}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, str(temporary), metadata=metadata)
+    os.replace(temporary, path)
+
+
+def is_program(path: Path) -> bool:
+    """Whether ``path`` says that it is a program; `load_program` sees whether it is whole."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get("format") == _FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
+def load_program(path: Path) -> IntegerProgram:
+    """Read what `save_program` wrote; the file is mapped, and checked before it is used.
+
+    Raises:
+        UsageError: If the file is missing, damaged, or describes no program that could run.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"its format is {metadata.get('format', 'unknown')}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if digest(tensors, metadata["manifest"]) != metadata["sha256"]:
+            raise ValueError("its content was changed after it was written")
+        return _build(json.loads(metadata["manifest"]), tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"load_program: expected path to be a whole program file ({_FORMAT}), "
+            f"got {path} ({reason})"
+        ) from None
+
+
+def _build(manifest: Any, tensors: dict[str, Tensor]) -> IntegerProgram:
+    given = _fields(manifest, {"image", "mean", "std", "weights", "instructions"})
+    instructions = []
+    for item in _parse(given["instructions"], tuple[dict[str, Any], ...], "instructions"):
+        kind = _KINDS.get(str(item.pop("kind", None)))
+        if kind is None:
+            raise ValueError("an instruction is of no known kind")
+        instructions.append(_parse(item, kind, kind.__name__))
+    shapes = _parse(given["weights"], dict[str, tuple[int, ...]], "weights")
+    bits = _weight_bits(instructions)
+    if shapes.keys() != bits.keys():
+        raise ValueError("weights do not belong to the instructions")
+    for name, size in shapes.items():
+        tensors[name] = _unpacked(tensors[name], size, bits[name], name)
+    image = _parse(given["image"], Value, "image")
+    mean, std = (_parse(given[key], tuple[float, ...] | None, key) for key in ("mean", "std"))
+    return IntegerProgram(image, instructions, tensors, mean, std)
+
+
+def _unpacked(tensor: Tensor, size: tuple[int, ...], bits: int, name: str) -> Tensor:
+    """The weight ``[O, C / groups, ...]`` of a stored tensor."""
+    if len(size) not in (2, 4) or min(size) < 1 or max(size) > 2**20:
+        raise ValueError(f"{name} has the shape {size}")
+    row = math.prod(size[1:])
+    packed = bits <= 4
+    stored = (size[0], (row + 1) // 2 if packed else row)
+    if tensor.dtype != (torch.uint8 if packed else torch.int8) or tuple(tensor.shape) != stored:
+        raise ValueError(f"{name} is stored as {tensor.dtype} {tuple(tensor.shape)}")
+    rows = unpack_int4(tensor, row) if packed else tensor
+    return rows.view(size[0], *size[2:], size[1]).movedim(-1, 1).contiguous()
+
+
+def _weight_bits(instructions: Any) -> dict[str, int]:
+    """Bits of every weight, by the tensor's name."""
+    return {
+        f"{i.output.name}.weight": i.weight_bits
+        for i in instructions
+        if isinstance(i, (Conv, Linear))
+    }
+
+
+def _fields(value: Any, names: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.keys() != names:
+        raise ValueError(f"the manifest lacks one of {sorted(names)}, or has others")
+    return value
+
+
+def _parse(value: Any, hint: Any, where: str) -> Any:
+    """``value`` of JSON as the type ``hint``, strictly.
+
+    Raises:
+        ValueError: If it is not of that type; names ``where``.
+    """
+    origin = get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        (wanted,) = (part for part in get_args(hint) if part is not type(None))
+        return None if value is None else _parse(value, wanted, where)
+    if origin is tuple and isinstance(value, list):
+        parts = get_args(hint)
+        if len(parts) == 2 and parts[1] is Ellipsis:
+            return tuple(_parse(item, parts[0], where) for item in value)
+        if len(parts) == len(value):
+            return tuple(_parse(v, part, where) for v, part in zip(value, parts, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return {str(k): _parse(v, get_args(hint)[1], where) for k, v in value.items()}
+    elif is_dataclass(hint):
+        hints = get_type_hints(hint)
+        given = _fields(value, {field.name for field in fields(hint)})
+        build: Any = hint
+        return build(**{name: _parse(v, hints[name], name) for name, v in given.items()})
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    elif type(value) is hint and not (hint is int and not -(2**31) < value < 2**31):
+        return value
+    raise ValueError(f"{where} is {str(value)[:40]}")
+
+
+def stored_bytes(program: IntegerProgram) -> list[tuple[str, int, int, int]]:
+    """Of every layer with weights: name, bits, number of weights, bytes with scale and shift."""
+    rows = []
+    for name, bits in _weight_bits(program.instructions).items():
+        layer = name.removesuffix(".weight")
+        weight = program.tensors[name]
+        row = weight[0].numel()
+        size = weight.shape[0] * ((row + 1) // 2 if bits <= 4 else row)
+        size += sum(program.tensors[f"{layer}.{part}"].nbytes for part in ("scale", "shift"))
+        rows.append((layer, bits, weight.numel(), size))
+    return rows

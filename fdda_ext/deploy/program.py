@@ -1,0 +1,568 @@
+"""The integer program: instructions on codes, and what each of them computes.
+
+A value is a tensor of codes q (uint8), which stand for ``(q - zero_point) * scale``, or of float32.
+Every instruction that computes has the same form. An exact integer sum, for a convolution
+``sum_k (q_k - z) * w_k``, becomes, in float32 and in this order, each step rounded::
+
+    t = sum * scale[c] + shift[c]               batch normalisation and bias are folded in
+    t = t + r                                   a residual, if there is one: (q_r - z_r) * s_r
+    t = clamp(t, low, high)                     ReLU, ReLU6
+    q = clamp(round(t * (1 / s)) + z, 0, 2^b - 1)        half to even, as in fake_quantize
+
+so that any two implementations agree to the bit: integer sums do not depend on their order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UsageError
+
+__all__ = [
+    "AveragePool",
+    "CodeGrid",
+    "Compute",
+    "Concat",
+    "Conv",
+    "Instruction",
+    "IntegerProgram",
+    "Linear",
+    "MaxPool",
+    "Pad",
+    "Quantize",
+    "Rescale",
+    "Reshape",
+    "Value",
+]
+
+Pair = tuple[int, int]
+
+#: Integers up to this one are exact in float32, and so are their sums in any order.
+_EXACT_IN_FLOAT32 = 2**24
+
+
+@dataclass(frozen=True)
+class CodeGrid:
+    """What the codes of a tensor mean.
+
+    Attributes:
+        scale: Of one step, positive; a float32 number.
+        zero_point: The code of 0, in [0, 2^bits).
+        bits: 2 to 8; codes lie in [0, 2^bits).
+    """
+
+    scale: float
+    zero_point: int
+    bits: int
+
+    @property
+    def quant_max(self) -> int:
+        """Largest code."""
+        return 2**self.bits - 1
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes, uint8, of float32 ``x``."""
+        inverse = torch.ones(()) / torch.tensor(self.scale)  # rounded to float32, as in the kernels
+        codes = torch.round(x * inverse.to(x.device)) + self.zero_point
+        return codes.clamp_(0, self.quant_max).to(torch.uint8)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The float32 values that ``codes`` stand for."""
+        return self.integers(codes) * torch.tensor(self.scale, device=codes.device)
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """``codes - zero_point`` in float32."""
+        return codes.to(torch.float32) - self.zero_point
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor between instructions.
+
+    Attributes:
+        name: Unique in its program.
+        shape: Without the batch: ``(C, H, W)`` or ``(C,)``.
+        grid: Of its codes; None for float32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    grid: CodeGrid | None
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What all have: the names of the values they read, and the value they make."""
+
+    inputs: tuple[str, ...]
+    output: Value
+
+    def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Shape of the result, from those of the inputs.
+
+        Raises:
+            ValueError: If the inputs do not fit.
+        """
+        raise NotImplementedError
+
+    def run(
+        self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The result, from the tensors ``x`` of the inputs."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Quantize(Instruction):
+    """Codes of a float tensor: the image."""
+
+    def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Like the input."""
+        _require(inputs[0].grid is None and self.output.grid is not None, "float in, codes out")
+        return inputs[0].shape
+
+    def run(
+        self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Rounds to the grid."""
+        assert self.output.grid is not None
+        return self.output.grid.quantize(x[0])
+
+
+@dataclass(frozen=True)
+class Compute(Instruction):
+    """An integer sum, then the steps at the head of this module.
+
+    ``inputs`` are the source and, if there is one, the residual. The tensors ``<output>.scale`` and
+    ``<output>.shift`` are float32 ``[C]`` or ``[1]``.
+
+    Attributes:
+        low, high: Of the clamp; None for none.
+    """
+
+    low: float | None
+    high: float | None
+
+    def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Shape of the sum, which a residual must share."""
+        shape = self.infer_sum(inputs[0], tensors)
+        for part in ("scale", "shift"):
+            tensor = _tensor(tensors, f"{self.output.name}.{part}", torch.float32)
+            _require(tuple(tensor.shape) in ((1,), (shape[0],)), f"{part} of one value per channel")
+            _require(bool(tensor.isfinite().all()), f"{part} to be finite")
+        if len(inputs) == 2:
+            _require(inputs[1].shape == shape, "a residual of the result's shape")
+        return shape
+
+    def run(
+        self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The sum, scaled, shifted, added to, clamped and rounded."""
+        name = self.output.name
+        total = self.sum(inputs[0], x[0], tensors)
+        along = (-1,) + (1,) * (total.dim() - 2)
+        t = total * tensors[f"{name}.scale"].view(along) + tensors[f"{name}.shift"].view(along)
+        if len(inputs) == 2:
+            grid = inputs[1].grid
+            t = t + (x[1] if grid is None else grid.dequantize(x[1]))
+        if self.low is not None or self.high is not None:
+            t = t.clamp(self.low, self.high)
+        return t if self.output.grid is None else self.output.grid.quantize(t)
+
+    def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Shape of `sum`."""
+        raise NotImplementedError
+
+    def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Integers in float32, exact until they are rounded to it once."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Conv(Compute):
+    """``sum over c, i, j of (q[c, y + i, x + j] - z) * w[o, c, i, j]``; outside the image lies z.
+
+    The tensor ``<output>.weight`` is int8 ``[O, C / groups, kh, kw]``.
+    """
+
+    weight_bits: int
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+    def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """``(O, H', W')``."""
+        weight = _weight(tensors, self.output.name, self.weight_bits, 4)
+        _require(source.grid is not None and len(source.shape) == 3, "codes [C, H, W]")
+        _require(min(*self.stride, *self.dilation, self.groups) > 0, "positive strides and groups")
+        _require(
+            weight.shape[1] * self.groups == source.shape[0] and weight.shape[0] % self.groups == 0,
+            "a weight that fits the channels",
+        )
+        kernel = (weight.shape[2], weight.shape[3])
+        size = _window(source.shape, kernel, self.stride, self.padding, self.dilation)
+        return (weight.shape[0], *size)
+
+    def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The convolution of integers."""
+        grid = source.grid
+        assert grid is not None
+        weight = tensors[f"{self.output.name}.weight"]
+        dtype = _exact_dtype(weight, grid)
+        return F.conv2d(
+            grid.integers(x).to(dtype),
+            weight.to(dtype),
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        ).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Linear(Compute):
+    """``sum over c of (q[c] - z) * w[o, c]``; ``<output>.weight`` is int8 ``[O, C]``."""
+
+    weight_bits: int
+
+    def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """``(O,)``."""
+        weight = _weight(tensors, self.output.name, self.weight_bits, 2)
+        _require(source.grid is not None and source.shape == (weight.shape[1],), "codes [C]")
+        return (weight.shape[0],)
+
+    def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The product of integers."""
+        grid = source.grid
+        assert grid is not None
+        weight = tensors[f"{self.output.name}.weight"]
+        dtype = _exact_dtype(weight, grid)
+        return F.linear(grid.integers(x).to(dtype), weight.to(dtype)).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class AveragePool(Compute):
+    """``sum over the window of (q - z)``; the scale divides by its size."""
+
+    kernel: Pair
+    stride: Pair
+
+    def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """``(C, H', W')``."""
+        _require(source.grid is not None and len(source.shape) == 3, "codes [C, H, W]")
+        _require(min(*self.kernel, *self.stride) > 0, "positive windows")
+        return (source.shape[0], *_window(source.shape, self.kernel, self.stride, (0, 0), (1, 1)))
+
+    def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The sums of the windows; below 2^24, as no image has 2^16 positions in one."""
+        grid = source.grid
+        assert grid is not None
+        total = F.avg_pool2d(grid.integers(x), self.kernel, self.stride, divisor_override=1)
+        return total
+
+
+@dataclass(frozen=True)
+class Rescale(Compute):
+    """The source's own integers, or its floats: a change of grid, or a sum of two tensors."""
+
+    def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Like the source."""
+        return source.shape
+
+    def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``q - z``, or ``x``."""
+        return x if source.grid is None else source.grid.integers(x)
+
+
+@dataclass(frozen=True)
+class MaxPool(Instruction):
+    """The largest code of each window."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    ceil_mode: bool
+
+    def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """``(C, H', W')``."""
+        source = inputs[0]
+        _require(source.grid == self.output.grid and len(source.shape) == 3, "the same grid")
+        _require(min(*self.kernel, *self.stride, *self.dilation) > 0, "positive windows")
+        _require(
+            all(2 * p <= k for p, k in zip(self.padding, self.kernel, strict=True)),
+            "padding of at most half the window",
+        )
+        size = _window(
+            source.shape, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode
+        )
+        return (source.shape[0], *size)
+
+    def run(
+        self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
+    ) -> Tensor:
+        """In float32, as torch does not pool uint8 everywhere."""
+        pooled = F.max_pool2d(
+            x[0].to(torch.float32),
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+        )
+        return pooled.to(x[0].dtype)
+
+
+@dataclass(frozen=True)
+class Reshape(Instruction):
+    """The same values in another shape."""
+
+    def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """That of the output, if it has as many values."""
+        _require(inputs[0].grid == self.output.grid, "the same grid")
+        _require(math.prod(inputs[0].shape) == math.prod(self.output.shape), "as many values")
+        return self.output.shape
+
+    def run(
+        self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
+    ) -> Tensor:
+        """No value moves."""
+        return x[0].reshape(x[0].shape[0], *self.output.shape)
+
+
+@dataclass(frozen=True)
+class Pad(Instruction):
+    """Zeros around the image: their code is the zero point."""
+
+    left: int
+    right: int
+    top: int
+    bottom: int
+
+    def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """``(C, H', W')``."""
+        source = inputs[0]
+        _require(source.grid == self.output.grid and len(source.shape) == 3, "the same grid")
+        channels, height, width = source.shape
+        return (channels, height + self.top + self.bottom, width + self.left + self.right)
+
+    def run(
+        self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Codes of 0 all around."""
+        zero = 0 if inputs[0].grid is None else inputs[0].grid.zero_point
+        return F.pad(x[0], (self.left, self.right, self.top, self.bottom), value=zero)
+
+
+@dataclass(frozen=True)
+class Concat(Instruction):
+    """Channels side by side."""
+
+    def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """``(sum of C, *)``."""
+        _require(
+            all(v.grid == self.output.grid and v.shape[1:] == inputs[0].shape[1:] for v in inputs),
+            "the same grid and image size",
+        )
+        return (sum(v.shape[0] for v in inputs), *inputs[0].shape[1:])
+
+    def run(
+        self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Along the channels."""
+        return torch.cat(list(x), 1)
+
+
+class IntegerProgram(nn.Module):
+    """A network in integers, from images to logits.
+
+    Attributes:
+        image: The input: float32 ``(3, H, W)``, normalised.
+        mean, std: Of the normalisation, which uint8 images get here; None if unknown.
+        instructions: In an order in which every value is made before it is read. The last one makes
+            the logits.
+        tensors: Of the instructions, by name.
+
+    Raises:
+        UsageError: If the instructions do not fit together.
+    """
+
+    def __init__(
+        self,
+        image: Value,
+        instructions: Sequence[Instruction],
+        tensors: Mapping[str, Tensor],
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.image = image
+        self.instructions = tuple(instructions)
+        self.mean, self.std = mean, std
+        self._check(tensors)
+        self._buffer_names = {name: f"tensor{i}" for i, name in enumerate(tensors)}
+        for name, tensor in tensors.items():
+            self.register_buffer(self._buffer_names[name], tensor)
+        self.requires_grad_(False).eval()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, scales and shifts by name."""
+        return {name: self.get_buffer(buffer) for name, buffer in self._buffer_names.items()}
+
+    @property
+    def output(self) -> Value:
+        """The logits."""
+        return self.instructions[-1].output
+
+    def float_values(self) -> list[Value]:
+        """What is not in integers, apart from image and logits: shortcuts that are added."""
+        made = [i.output for i in self.instructions[:-1]]
+        return [value for value in made if value.grid is None]
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, float32 ``[N, K]``.
+
+        Args:
+            images: float32 ``[N, 3, H, W]``, normalised; or uint8, which are normalised here.
+
+        Raises:
+            UsageError: If the images have another shape or dtype, or the program cannot normalise.
+        """
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.image.shape:
+            expected = ", ".join(map(str, self.image.shape))
+            raise UsageError(
+                f"IntegerProgram: expected images [N, {expected}], got {list(images.shape)}"
+            )
+        tensors = self.tensors
+        known = {self.image.name: self.image}
+        values = {self.image.name: self._normalised(images)}
+        last_use = {name: i for i, step in enumerate(self.instructions) for name in step.inputs}
+        for index, step in enumerate(self.instructions):
+            inputs = [known[name] for name in step.inputs]
+            values[step.output.name] = step.run(inputs, [values[n] for n in step.inputs], tensors)
+            known[step.output.name] = step.output
+            for name in set(step.inputs):
+                if last_use[name] == index:
+                    del values[name]
+        return values[self.output.name]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.float32:
+            return images
+        if images.dtype != torch.uint8:
+            raise UsageError(
+                f"IntegerProgram: expected images in float32 or uint8, got {images.dtype}"
+            )
+        if self.mean is None or self.std is None:
+            raise UsageError(
+                "IntegerProgram: expected normalised float32 images, as mean and std are unknown, "
+                "got uint8"
+            )
+        mean, std = (
+            torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std)
+        )
+        return (images.to(torch.float32) / 255 - mean) / std
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        known = {self.image.name: self.image}
+        channels = self.image.shape[0]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and (len(values) != channels or (name == "std" and 0 in values)):
+                raise UsageError(
+                    f"IntegerProgram: expected {name} of {channels} numbers, got {values}"
+                )
+        if not self.instructions:
+            raise UsageError("IntegerProgram: expected at least one instruction, got none")
+        if self.image.grid is not None or len(self.image.shape) != 3:
+            raise UsageError(
+                f"IntegerProgram: expected a float image of shape [C, H, W], got {self.image}"
+            )
+        _check_value(self.image)
+        for step in self.instructions:
+            name = step.output.name
+            kind = type(step).__name__
+            try:
+                _check_value(step.output)
+                _require(name not in known, "a new name for its output")
+                _require(all(n in known for n in step.inputs), "inputs that exist")
+                wanted = (1, 2) if isinstance(step, Compute) else (1,)
+                _require(
+                    len(step.inputs) in wanted or (isinstance(step, Concat) and bool(step.inputs)),
+                    f"{wanted} inputs",
+                )
+                shape = step.infer([known[n] for n in step.inputs], tensors)
+                _require(shape == step.output.shape, f"an output of shape {shape}")
+            except ValueError as error:
+                raise UsageError(
+                    f"IntegerProgram: expected {kind} {name} to have {error}"
+                ) from None
+            known[name] = step.output
+
+
+def _require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise ValueError(rule)
+
+
+def _check_value(value: Value) -> None:
+    _require(len(value.shape) in (1, 3) and min(value.shape) > 0, "a shape [C] or [C, H, W]")
+    _require(math.prod(value.shape) < 2**28, "fewer than 2^28 values per image")
+    grid = value.grid
+    if grid is not None:
+        _require(2 <= grid.bits <= 8, "codes of 2 to 8 bits")
+        _require(0 <= grid.zero_point <= grid.quant_max, "a zero point among the codes")
+        _require(math.isfinite(grid.scale) and grid.scale > 1e-30, "a positive, finite scale")
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    _require(name in tensors, f"the tensor {name}")
+    _require(tensors[name].dtype == dtype, f"{name} in {dtype}")
+    return tensors[name]
+
+
+def _weight(tensors: Mapping[str, Tensor], name: str, bits: int, dims: int) -> Tensor:
+    weight = _tensor(tensors, f"{name}.weight", torch.int8)
+    _require(2 <= bits <= 8, "weights of 2 to 8 bits")
+    _require(weight.dim() == dims and weight.numel() > 0, f"a weight of {dims} dimensions")
+    half = 2 ** (bits - 1)
+    low, high = (int(v) for v in weight.aminmax())
+    _require(-half <= low and high < half, f"weights within {bits} bits")
+    return weight
+
+
+def _window(
+    shape: tuple[int, ...],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool = False,
+) -> Pair:
+    """Height and width after sliding a window."""
+    sizes = []
+    for n, k, s, p, d in zip(shape[1:], kernel, stride, padding, dilation, strict=True):
+        _require(0 <= p < 2**15 and k < 2**15 and d < 2**15, "a window of reasonable size")
+        room = n + 2 * p - d * (k - 1) - 1
+        _require(room >= 0, "a window that fits the image")
+        size = (room + (s - 1 if ceil_mode else 0)) // s + 1
+        if ceil_mode and (size - 1) * s >= n + p:
+            size -= 1  # a window must begin inside the image
+        sizes.append(size)
+    return sizes[0], sizes[1]
+
+
+def _exact_dtype(weight: Tensor, grid: CodeGrid) -> torch.dtype:
+    """The float type in which no partial sum is rounded."""
+    largest = max(grid.zero_point, grid.quant_max - grid.zero_point)
+    bound = largest * int(weight.flatten(1).to(torch.int64).abs().sum(1).max())
+    return torch.float32 if bound < _EXACT_IN_FLOAT32 else torch.float64

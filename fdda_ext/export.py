@@ -1,0 +1,92 @@
+"""``python -m fdda_ext.export``: a run's student as a program of integers, in one small file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .data import load_dataset
+from .deploy import IntegerProgram, load_program, load_student, lower, save_program, stored_bytes
+from .engine import build_parser, parse_or_refuse, run_command
+from .errors import UsageError
+
+__all__ = ["ExportConfig", "main", "run"]
+
+_DESCRIPTION = """\
+Write the integer program of a run's student: packed weights, scales and instructions, no code.
+
+examples:
+  python -m fdda_ext.export --run runs/a                  writes runs/a/model.int4.safetensors
+  python -m fdda_ext.export --run runs/a --out net.safetensors
+"""
+
+
+@dataclass
+class ExportConfig:
+    """What to export, and where to.
+
+    Attributes:
+        run: A run folder, or a student.safetensors.
+        out: The file to write; None for model.int4.safetensors beside the student.
+    """
+
+    run: str
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        if "" in (self.run, self.out):
+            raise UsageError("export: expected run and out not to be empty")
+
+
+def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
+    """Export, and read back what was written."""
+    source = Path(config.run)
+    student, recipe = load_student(source, "export")
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    try:
+        dataset = load_dataset(str(recipe["data"]), "test", image_size=recipe["image_size"])
+        mean, std = dataset.mean, dataset.std
+    except UsageError:
+        pass  # the images are elsewhere: the program then takes normalised ones alone
+    folder = source if source.is_dir() else source.parent
+    path = Path(config.out) if config.out else folder / "model.int4.safetensors"
+    if not path.parent.is_dir():
+        raise UsageError(f"export: expected out in a folder that exists, got {path}")
+    save_program(path, lower(student, mean, std))
+    return path, load_program(path)
+
+
+def render_sizes(program: IntegerProgram, file_bytes: int) -> Table:
+    """A table of what every layer takes in the file."""
+    table = Table("layer", "bits", "parameters", "bytes")
+    total = 0
+    for name, bits, parameters, size in stored_bytes(program):
+        table.add_row(name, str(bits), str(parameters), str(size))
+        total += size
+    table.add_row("instructions", "", "", str(file_bytes - total))
+    table.add_row("file", "", "", str(file_bytes))
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = build_parser("fdda_ext.export", _DESCRIPTION)
+    parser.add_class_arguments(ExportConfig, as_group=False)
+    config = ExportConfig(**vars(parser.instantiate(parse_or_refuse(parser, arguments))))
+    path, program = run(config)
+    console = Console()
+    console.print(render_sizes(program, path.stat().st_size))
+    left = program.float_values()
+    if left:
+        names = ", ".join(value.name for value in left)
+        console.print(f"in float32 between instructions: {names}", highlight=False)
+    console.print(f"written to {path}", highlight=False)
+
+
+if __name__ == "__main__":
+    run_command(main)
