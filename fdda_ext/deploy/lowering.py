@@ -16,7 +16,14 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from ..errors import UsageError
-from ..quantization.layers import QuantizedConv2d, QuantizedLinear
+from ..quantization.layers import (
+    FixedBatchNorm1d,
+    FixedBatchNorm2d,
+    QuantizedAveragePool,
+    QuantizedConv2d,
+    QuantizedLinear,
+    fold,
+)
 from ..quantization.operations import GRID_PRESERVING, operation, shape, tensor_inputs
 from ..quantization.quantizer import (
     ActivationQuantizer,
@@ -182,47 +189,53 @@ class _Lowering:
         if self.kind(node) == "add":
             node, other = self._operands(node)
             residual = (self.value(other).name,)
-        scale = torch.ones(1, dtype=torch.float64)
-        shift = torch.zeros(1, dtype=torch.float64)
-        if self.kind(node) == "batch_norm":
-            norm = self.modules[str(node.target)]
-            assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-            scale, shift = _affine(norm)
+        scale, shift = torch.ones(1), torch.zeros(1)
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, (FixedBatchNorm1d, FixedBatchNorm2d)):
             node = tensor_inputs(node)[0]
+            if module.layer is None:
+                scale, shift = (part.to(torch.float32) for part in module.affine_map())
+            else:
+                module = module.layer
         kind = self.kind(node)
         if kind not in (*_LAYERS, *GRID_PRESERVING, "add", "relu", "relu6", "batch_norm", "cat"):
             raise _unsupported(node, kind if kind != "other" else str(node.target))
-        source = self.value(tensor_inputs(node)[0] if kind in _LAYERS else node)
+        is_layer = isinstance(module, (QuantizedConv2d, QuantizedLinear, QuantizedAveragePool))
+        if kind in _LAYERS and not is_layer:
+            raise _unsupported(node, "pooling with padding, ceil_mode or windows of several sizes")
+        source = self.value(tensor_inputs(node)[0] if is_layer else node)
         inputs = (source.name, *residual)
-        name = self._unused(str(node.target) if kind in ("conv", "linear") else result.name)
+        has_name = isinstance(module, (QuantizedConv2d, QuantizedLinear))
+        name = self._unused(str(node.target) if has_name else result.name)
         output = Value(name, _shape(result), grid)
         step: Instruction
-        if kind == "avg_pool":
-            kernel, stride = self._average_pool(node)
-            scale = scale / (kernel[0] * kernel[1])
-            if len(output.shape) == 1:  # a mean that drops the dimensions it is over
-                pooled = Value(f"{name}_pooled", (*output.shape, 1, 1), grid)
-                self._set_affine(pooled, source, scale, shift)
+        if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
+            quantizer = module.weight_quantizer
+            assert isinstance(quantizer, LearnedWeightQuantizer)
+            codes = quantizer.codes(module.weight).to(torch.int8).contiguous()
+            self.tensors[f"{name}.weight"] = codes.cpu()
+            scale, shift = fold(module)
+            bits = quantizer.grid.bits
+            if isinstance(module, QuantizedLinear):
+                step = Linear(inputs, output, low, high, bits)
+            else:
+                step = Conv(inputs, output, low, high, bits, *_geometry(node, module))
+        elif isinstance(module, QuantizedAveragePool):
+            assert source.grid is not None
+            kernel, stride = module.window(source.shape[1], source.shape[2])
+            share = torch.tensor([source.grid.scale], dtype=torch.float64)
+            scale = (share / (kernel[0] * kernel[1])).to(torch.float32)
+            if not module.keep_dims:
+                pooled = Value(self._unused(f"{name}_pooled"), (*output.shape, 1, 1), grid)
+                self._set_affine(pooled, scale, shift)
                 self._emit(AveragePool(inputs, pooled, low, high, kernel, stride))
                 return self._emit(Reshape((pooled.name,), output))
             step = AveragePool(inputs, output, low, high, kernel, stride)
-        elif kind in ("conv", "linear"):
-            layer = self.modules[str(node.target)]
-            assert isinstance(layer, (QuantizedConv2d, QuantizedLinear))
-            quantizer = layer.weight_quantizer
-            assert isinstance(quantizer, LearnedWeightQuantizer)
-            self.tensors[f"{name}.weight"] = _codes(layer.weight, quantizer)
-            if layer.bias is not None:
-                shift = layer.bias.double().cpu() * scale + shift
-            scale = quantizer.scale.double().cpu() * scale
-            bits = quantizer.grid.bits
-            if isinstance(layer, QuantizedLinear):
-                step = Linear(inputs, output, low, high, bits)
-            else:
-                step = Conv(inputs, output, low, high, bits, *_geometry(node, layer))
         else:
+            if source.grid is not None:
+                scale = scale * torch.tensor(source.grid.scale)
             step = Rescale(inputs, output, low, high)
-        self._set_affine(output, source, scale, shift)
+        self._set_affine(output, scale, shift)
         return self._emit(step)
 
     def _unused(self, name: str) -> str:
@@ -230,11 +243,9 @@ class _Lowering:
         taken = {step.output.name for step in self.instructions}
         return next(n for n in (name, *(f"{name}_{i}" for i in range(2, 99))) if n not in taken)
 
-    def _set_affine(self, output: Value, source: Value, scale: Tensor, shift: Tensor) -> None:
-        if source.grid is not None:
-            scale = scale * source.grid.scale
-        self.tensors[f"{output.name}.scale"] = scale.to(torch.float32)
-        self.tensors[f"{output.name}.shift"] = shift.to(torch.float32)
+    def _set_affine(self, output: Value, scale: Tensor, shift: Tensor) -> None:
+        self.tensors[f"{output.name}.scale"] = scale.cpu()
+        self.tensors[f"{output.name}.shift"] = shift.cpu()
 
     def _operands(self, node: Node) -> tuple[Node, Node]:
         """Of an addition: the one to fold (a layer, the later one of two), and the other."""
@@ -248,27 +259,6 @@ class _Lowering:
         if self.kind(node) == "batch_norm":
             node = tensor_inputs(node)[0]
         return self.kind(node) in _LAYERS
-
-    def _average_pool(self, node: Node) -> tuple[Pair, Pair]:
-        """Window and stride."""
-        sizes = _shape(tensor_inputs(node)[0])[1:]
-        module = self.modules.get(str(node.target))
-        if isinstance(module, nn.AvgPool2d) or node.target is F.avg_pool2d:
-            if isinstance(module, nn.AvgPool2d):
-                given = {name: getattr(module, name) for name in _AVERAGE_ARGUMENTS}
-            else:
-                given = _arguments(node, _AVERAGE_ARGUMENTS)
-            if given.get("ceil_mode") or given.get("divisor_override"):
-                raise _unsupported(node, "average pooling with ceil_mode or divisor_override")
-            if _pair(given.get("padding") or 0) != (0, 0):
-                raise _unsupported(node, "average pooling with padding")
-            kernel = _pair(given["kernel_size"])
-            return kernel, _pair(given.get("stride") or kernel)
-        results = _shape(node)[1:] or (1, 1)  # adaptive, or a mean
-        if any(n % m for n, m in zip(sizes, results, strict=True)):
-            raise _unsupported(node, "adaptive average pooling with windows of several sizes")
-        window = (sizes[0] // results[0], sizes[1] // results[1])
-        return window, window
 
     def _max_pool(self, node: Node) -> tuple[Pair, Pair, Pair, Pair, bool]:
         """Window, stride, padding, dilation and ceil_mode."""
@@ -299,13 +289,10 @@ class _Lowering:
 
 
 _MAX_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-_AVERAGE_ARGUMENTS = ("kernel_size", "stride", "padding", "ceil_mode", "divisor_override")
 
 
 def _arguments(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
     """A call's arguments after the tensor, by name."""
-    if node.target is F.avg_pool2d:
-        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
     return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
 
 
@@ -322,26 +309,6 @@ def _geometry(node: Node, layer: QuantizedConv2d) -> tuple[Pair, Pair, Pair, int
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         raise _unsupported(node, f"padding {layer.padding_mode} {layer.padding}")
     return _pair(layer.stride), _pair(layer.padding), _pair(layer.dilation), layer.groups
-
-
-def _codes(weight: Tensor, quantizer: LearnedWeightQuantizer) -> Tensor:
-    """The integers that ``quantizer`` rounds ``weight [C, *]`` to, int8."""
-    inverse = 1 / quantizer.scale.view((-1,) + (1,) * (weight.dim() - 1))
-    codes = (weight * inverse).round().clamp(quantizer.quant_min, quantizer.quant_max)
-    return codes.to(torch.int8).cpu().contiguous()
-
-
-def _affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
-    """Batch normalisation with fixed statistics as ``y = scale * x + shift``, float64 ``[C]``."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return scale.cpu(), shift.cpu()
 
 
 def _keeps_order(node: Node) -> bool:

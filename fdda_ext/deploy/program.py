@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UsageError
+from ..quantization.layers import exact_dtype
 
 __all__ = [
     "AveragePool",
@@ -43,9 +44,6 @@ __all__ = [
 
 Pair = tuple[int, int]
 
-#: Integers up to this one are exact in float32, and so are their sums in any order.
-_EXACT_IN_FLOAT32 = 2**24
-
 
 @dataclass(frozen=True)
 class CodeGrid:
@@ -65,6 +63,11 @@ class CodeGrid:
     def quant_max(self) -> int:
         """Largest code."""
         return 2**self.bits - 1
+
+    @property
+    def largest_integer(self) -> int:
+        """Bound of the magnitude of ``code - zero_point``."""
+        return max(self.zero_point, self.quant_max - self.zero_point)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes, uint8, of float32 ``x``."""
@@ -215,7 +218,7 @@ class Conv(Compute):
         grid = source.grid
         assert grid is not None
         weight = tensors[f"{self.output.name}.weight"]
-        dtype = _exact_dtype(weight, grid)
+        dtype = exact_dtype(weight, grid.largest_integer)
         return F.conv2d(
             grid.integers(x).to(dtype),
             weight.to(dtype),
@@ -244,7 +247,7 @@ class Linear(Compute):
         grid = source.grid
         assert grid is not None
         weight = tensors[f"{self.output.name}.weight"]
-        dtype = _exact_dtype(weight, grid)
+        dtype = exact_dtype(weight, grid.largest_integer)
         return F.linear(grid.integers(x).to(dtype), weight.to(dtype)).to(torch.float32)
 
 
@@ -559,10 +562,3 @@ def _window(
             size -= 1  # a window must begin inside the image
         sizes.append(size)
     return sizes[0], sizes[1]
-
-
-def _exact_dtype(weight: Tensor, grid: CodeGrid) -> torch.dtype:
-    """The float type in which no partial sum is rounded."""
-    largest = max(grid.zero_point, grid.quant_max - grid.zero_point)
-    bound = largest * int(weight.flatten(1).to(torch.int64).abs().sum(1).max())
-    return torch.float32 if bound < _EXACT_IN_FLOAT32 else torch.float64

@@ -1,19 +1,102 @@
-"""Layers of a student: the float layer's parameters under the same names, and a quantizer."""
+"""Layers of a student: the float layer's parameters under the same names, and a quantizer.
+
+With gradients, a layer works on the float values that codes stand for. Without, and with its input
+on a learned grid, it is exact: it sums the products of integers, which no order of additions can
+change, and then multiplies once and adds once, batch normalisation included. So the student that is
+evaluated is, to the last bit, the program that `fdda_ext.deploy.lower` makes of it.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import QuantizationConfig
-from .quantizer import WeightQuantizer, build_weight_quantizer
+from .quantizer import (
+    LearnedActivationQuantizer,
+    LearnedWeightQuantizer,
+    WeightQuantizer,
+    build_weight_quantizer,
+)
 
-__all__ = ["FixedBatchNorm1d", "FixedBatchNorm2d", "QuantizedConv2d", "QuantizedLinear"]
+__all__ = [
+    "FixedBatchNorm1d",
+    "FixedBatchNorm2d",
+    "QuantizedAveragePool",
+    "QuantizedConv2d",
+    "QuantizedLinear",
+    "exact_dtype",
+    "fold",
+]
+
+#: Integers up to this one are exact in float32, and so are their sums in any order.
+_EXACT_IN_FLOAT32 = 2**24
 
 
-class QuantizedConv2d(nn.Conv2d):
+def exact_dtype(codes: Tensor, largest: int) -> torch.dtype:
+    """The float type in which sums of ``codes [C, *]`` times inputs up to ``largest`` are exact."""
+    bound = largest * int(codes.flatten(1).to(torch.int64).abs().sum(1).max())
+    return torch.float32 if bound < _EXACT_IN_FLOAT32 else torch.float64
+
+
+class _Exact:
+    """What the layers that sum integers share.
+
+    Attributes:
+        input_quantizer: What put the input on its grid; None if it is on none.
+        norm: The batch normalisation that alone reads the result, and is folded into it.
+    """
+
+    # Neither is a submodule: both belong to the student, which links them here.
+    input_quantizer: LearnedActivationQuantizer | None = None
+    norm: _Fixed | None = None
+
+    def is_exact(self) -> bool:
+        """Whether the next forward pass computes in integers."""
+        quantizer = self.input_quantizer
+        return (
+            quantizer is not None and quantizer.mode == "quantize" and not torch.is_grad_enabled()
+        )
+
+
+def _exact_layer(layer: QuantizedConv2d | QuantizedLinear, x: Tensor) -> Tensor:
+    """The integer sums of ``layer``, scaled and shifted."""
+    quantizer = layer.input_quantizer
+    assert quantizer is not None
+    assert isinstance(layer.weight_quantizer, LearnedWeightQuantizer)
+    codes = layer.weight_quantizer.codes(layer.weight)
+    dtype = exact_dtype(codes, quantizer.largest_integer())
+    integers = quantizer.integers(x).to(dtype)
+    if isinstance(layer, QuantizedConv2d):
+        total = layer._conv_forward(integers, codes.to(dtype), None)
+    else:
+        total = F.linear(integers, codes.to(dtype))
+    scale, shift = fold(layer)
+    along = (-1,) + (1,) * (total.dim() - 2) if isinstance(layer, QuantizedConv2d) else (-1,)
+    return total.to(torch.float32) * scale.view(along) + shift.view(along)
+
+
+def fold(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Tensor]:
+    """Scale and shift, float32 ``[C]``, that turn the integer sums of a layer into its results.
+
+    The scales of input and weight, the bias and the batch normalisation after the layer are folded
+    in float64 and rounded once.
+    """
+    quantizer, weight_quantizer = layer.input_quantizer, layer.weight_quantizer
+    assert quantizer is not None
+    assert isinstance(weight_quantizer, LearnedWeightQuantizer)
+    scale = quantizer.scale.detach().double() * weight_quantizer.scale.detach().double()
+    shift = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().double()
+    if layer.norm is not None:
+        norm_scale, norm_shift = layer.norm.affine_map()
+        scale, shift = scale * norm_scale, shift * norm_scale + norm_shift
+    return scale.to(torch.float32), shift.to(torch.float32)
+
+
+class QuantizedConv2d(_Exact, nn.Conv2d):
     """A convolution with a quantized weight; its bias stays in float."""
 
     weight_quantizer: WeightQuantizer
@@ -39,10 +122,12 @@ class QuantizedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
+        if self.is_exact():
+            return _exact_layer(self, x)
         return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(_Exact, nn.Linear):
     """A linear layer with a quantized weight; its bias stays in float."""
 
     weight_quantizer: WeightQuantizer
@@ -62,11 +147,90 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[*, in]`` to ``[*, out]``."""
+        if self.is_exact():
+            return _exact_layer(self, x)
         return F.linear(x, self.weight_quantizer(self.weight), self.bias)
 
 
-class _Fixed(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation that always uses its running statistics, even after ``train()``."""
+class QuantizedAveragePool(_Exact, nn.Module):
+    """The mean over windows, or over parts of the image that do not overlap.
+
+    Args:
+        kernel: Window; None to cut the image into ``parts``.
+        stride: Of the window.
+        parts: How many vertically and horizontally; the image must be divisible by them.
+        keep_dims: Whether height and width stay when they are 1.
+    """
+
+    def __init__(
+        self,
+        kernel: tuple[int, int] | None,
+        stride: tuple[int, int] | None,
+        parts: tuple[int, int] = (1, 1),
+        keep_dims: bool = True,
+    ) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.stride = stride
+        self.parts = parts
+        self.keep_dims = keep_dims
+
+    def window(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Kernel and stride for images of this size."""
+        if self.kernel is None:
+            kernel = (height // self.parts[0], width // self.parts[1])
+            return kernel, kernel
+        return self.kernel, self.stride or self.kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to ``[N, C, H', W']``, or ``[N, C]``."""
+        kernel, stride = self.window(x.shape[-2], x.shape[-1])
+        if self.is_exact():
+            assert self.input_quantizer is not None
+            integers = self.input_quantizer.integers(x)
+            total = F.avg_pool2d(integers, kernel, stride, divisor_override=1)
+            scale = self.input_quantizer.scale.double() / (kernel[0] * kernel[1])
+            result = total * scale.to(torch.float32)
+        else:
+            result = F.avg_pool2d(x, kernel, stride)
+        return result if self.keep_dims else result.flatten(1)
+
+    def extra_repr(self) -> str:
+        """The window."""
+        return f"kernel={self.kernel}, stride={self.stride}, parts={self.parts}"
+
+
+class _Fixed(_Exact, nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation that always uses its running statistics, even after ``train()``.
+
+    Attributes:
+        layer: The layer that it is folded into; None for none.
+        input_quantizer: If there is no such layer, any of the student's, for its mode.
+    """
+
+    layer: QuantizedConv2d | QuantizedLinear | None = None
+
+    def affine_map(self) -> tuple[Tensor, Tensor]:
+        """The normalisation as ``y = scale * x + shift``, float64 ``[C]``."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = (self.running_var.double() + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight.detach().double()
+        shift = -self.running_mean.double() * scale
+        if self.bias is not None:
+            shift = shift + self.bias.detach().double()
+        return scale, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Like x; x itself where the layer before has done it."""
+        if self.layer is not None and self.layer.is_exact():
+            return x
+        if self.is_exact():
+            along = (-1,) + (1,) * (x.dim() - 2)
+            scale, shift = (part.to(torch.float32).view(along) for part in self.affine_map())
+            return x * scale + shift
+        return super().forward(x)
 
     @classmethod
     def from_float(cls, layer: nn.modules.batchnorm._BatchNorm) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
+from .layers import QuantizedAveragePool
 from .quantizer import ActivationQuantizer
 
 __all__ = [
@@ -45,6 +46,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.AdaptiveMaxPool2d: "max_pool",
     nn.AvgPool2d: "avg_pool",
     nn.AdaptiveAvgPool2d: "avg_pool",
+    QuantizedAveragePool: "avg_pool",
     nn.Flatten: "reshape",
     nn.Unflatten: "reshape",
     nn.PixelShuffle: "reshape",

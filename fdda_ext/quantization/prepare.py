@@ -16,15 +16,22 @@ In the "paper" grid, exactly the outputs of ReLU and ReLU6 are quantized.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UsageError
 from .config import QuantizationConfig
-from .layers import FixedBatchNorm1d, FixedBatchNorm2d, QuantizedConv2d, QuantizedLinear
+from .layers import (
+    FixedBatchNorm1d,
+    FixedBatchNorm2d,
+    QuantizedAveragePool,
+    QuantizedConv2d,
+    QuantizedLinear,
+)
 from .operations import (
     GRID_PRESERVING,
     is_global_pooling,
@@ -33,7 +40,7 @@ from .operations import (
     shape,
     tensor_inputs,
 )
-from .quantizer import build_activation_quantizer
+from .quantizer import LearnedActivationQuantizer, build_activation_quantizer
 from .tracing import trace
 
 __all__ = ["prepare"]
@@ -85,6 +92,9 @@ def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor)
     placements = _plan(student, config)
     _quantize_layers(student, config)
     _insert_quantizers(student, placements, config)
+    if config.grid == "deploy":
+        _replace_average_pools(student)
+        _link(student)
     student.graph.lint()
     student.recompile()
     return student.eval().requires_grad_(True)
@@ -197,3 +207,70 @@ def _insert_quantizers(
         after.meta["shape"] = size
         for user in [user for user in node.users if user is not after]:
             user.replace_input_with(node, after)
+
+
+def _replace_average_pools(student: GraphModule) -> None:
+    """Average poolings that add integers; unusual ones, which no integer program has, stay."""
+    modules = dict(student.named_modules())
+    pools = nn.Module()
+    for node in student.graph.nodes:
+        if operation(node, modules) != "avg_pool":
+            continue
+        pool = _average_pool(node, modules)
+        if pool is None:
+            continue
+        if not list(pools.children()):
+            student.add_module("average_pools", pools)
+        pools.add_module(node.name, pool)
+        node.op, node.target = "call_module", f"average_pools.{node.name}"
+        node.args, node.kwargs = (tensor_inputs(node)[0],), {}
+    student.delete_all_unused_submodules()
+
+
+def _average_pool(node: Node, modules: dict[str, nn.Module]) -> QuantizedAveragePool | None:
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, nn.AvgPool2d) or node.target is F.avg_pool2d:
+        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+        if module is not None:
+            given = {name: getattr(module, name) for name in (*names, "divisor_override")}
+        else:
+            given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+        if given.get("ceil_mode") or given.get("divisor_override"):
+            return None
+        if _pair(given.get("padding") or 0) != (0, 0):
+            return None
+        kernel = _pair(given["kernel_size"])
+        return QuantizedAveragePool(kernel, _pair(given.get("stride") or kernel))
+    sizes, results = shape(tensor_inputs(node)[0])[2:], tuple(shape(node)[2:])
+    parts = (results[0], results[1]) if results else (1, 1)  # adaptive, or a mean
+    if any(n % m for n, m in zip(sizes, parts, strict=True)):
+        return None
+    return QuantizedAveragePool(None, None, parts, keep_dims=bool(results))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(first), int(second)
+
+
+def _link(student: GraphModule) -> None:
+    """Tell every layer which quantizer its input comes from, and which normalisation follows."""
+    modules = dict(student.named_modules())
+    quantizers = [m for m in modules.values() if isinstance(m, LearnedActivationQuantizer)]
+    for node in student.graph.nodes:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, (QuantizedConv2d, QuantizedLinear, QuantizedAveragePool)):
+            source = tensor_inputs(node)[0]
+            while operation(source, modules) in GRID_PRESERVING - {"quantizer"}:
+                source = tensor_inputs(source)[0]
+            quantizer = modules[str(source.target)]
+            assert isinstance(quantizer, LearnedActivationQuantizer)
+            layer.__dict__["input_quantizer"] = quantizer
+            after = list(node.users)
+            norm = modules.get(str(after[0].target)) if len(after) == 1 else None
+            if isinstance(norm, (FixedBatchNorm1d, FixedBatchNorm2d)) and not isinstance(
+                layer, QuantizedAveragePool
+            ):
+                layer.__dict__["norm"], norm.__dict__["layer"] = norm, layer
+        elif isinstance(layer, (FixedBatchNorm1d, FixedBatchNorm2d)) and layer.layer is None:
+            layer.__dict__["input_quantizer"] = quantizers[0]

@@ -91,6 +91,12 @@ class LearnedWeightQuantizer(WeightQuantizer):
         scale = _scale_gradient(self.scale, self.gradient_factor)
         return fake_quantize(weight, scale, self.zero_point, self.quant_min, self.quant_max, 0)
 
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """The integers, in float32, that ``weight [C, *]`` is rounded to."""
+        inverse = 1 / self.scale.view((-1,) + (1,) * (weight.dim() - 1))
+        return (weight * inverse).round_().clamp_(self.quant_min, self.quant_max)
+
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take the tightest scales that reach from ``low`` to ``high [C]``."""
         with torch.no_grad():
@@ -244,6 +250,16 @@ class LearnedActivationQuantizer(ActivationQuantizer):
         """Round ``x`` to the grid; gradients reach scale and zero point."""
         scale = _scale_gradient(self.scale, self.gradient_factor)
         return fake_quantize(x, scale, self.zero_point, self.quant_min, self.quant_max)
+
+    @torch.no_grad()
+    def integers(self, x: Tensor) -> Tensor:
+        """``q - zero_point``, exact, in float32, of values ``x`` that lie on the grid."""
+        return (x * (1 / self.scale)).round_()
+
+    def largest_integer(self) -> int:
+        """Bound of the magnitude of `integers`."""
+        zero_point = int(self.zero_point.round())
+        return max(zero_point - self.quant_min, self.quant_max - zero_point)
 
     @torch.no_grad()
     def range_changed(self) -> None:

@@ -23,7 +23,7 @@ __all__ = ["trace"]
 _FORWARDS: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.Conv2d: (nn.Conv2d.forward,),
     nn.Linear: (nn.Linear.forward,),
-    _BatchNorm: (_BatchNorm.forward, nn.SyncBatchNorm.forward),
+    _BatchNorm: (_BatchNorm.forward, nn.SyncBatchNorm.forward, FixedBatchNorm2d.forward),
 }
 #: In-place functions by what they do; methods end in an underscore.
 _OUT_OF_PLACE: dict[Any, Any] = {
