@@ -44,6 +44,9 @@ __all__ = [
 
 Pair = tuple[int, int]
 
+#: Beyond any number that a network has a use for, and far from float32's overflow.
+_LARGEST = 1e30
+
 
 @dataclass(frozen=True)
 class CodeGrid:
@@ -161,6 +164,8 @@ class Compute(Instruction):
             _require(bool(tensor.isfinite().all()), f"{part} to be finite")
         if len(inputs) == 2:
             _require(inputs[1].shape == shape, "a residual of the result's shape")
+        limits = [limit for limit in (self.low, self.high) if limit is not None]
+        _require(all(abs(limit) < _LARGEST for limit in limits), "limits below 1e30")
         return shape
 
     def run(
@@ -477,20 +482,17 @@ class IntegerProgram(nn.Module):
         return (images.to(torch.float32) / 255 - mean) / std
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        try:
+            _check_value(self.image)
+            _require(self.image.grid is None and len(self.image.shape) == 3, "floats [C, H, W]")
+            for values in (self.mean, self.std):
+                fits = values is None or len(values) == self.image.shape[0]
+                _require(fits, "as many means and deviations as channels")
+            _require(self.std is None or 0 not in self.std, "deviations other than 0")
+            _require(bool(self.instructions), "at least one instruction")
+        except ValueError as error:
+            raise UsageError(f"IntegerProgram: expected image to have {error}") from None
         known = {self.image.name: self.image}
-        channels = self.image.shape[0]
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and (len(values) != channels or (name == "std" and 0 in values)):
-                raise UsageError(
-                    f"IntegerProgram: expected {name} of {channels} numbers, got {values}"
-                )
-        if not self.instructions:
-            raise UsageError("IntegerProgram: expected at least one instruction, got none")
-        if self.image.grid is not None or len(self.image.shape) != 3:
-            raise UsageError(
-                f"IntegerProgram: expected a float image of shape [C, H, W], got {self.image}"
-            )
-        _check_value(self.image)
         for step in self.instructions:
             name = step.output.name
             kind = type(step).__name__
@@ -524,7 +526,7 @@ def _check_value(value: Value) -> None:
     if grid is not None:
         _require(2 <= grid.bits <= 8, "codes of 2 to 8 bits")
         _require(0 <= grid.zero_point <= grid.quant_max, "a zero point among the codes")
-        _require(math.isfinite(grid.scale) and grid.scale > 1e-30, "a positive, finite scale")
+        _require(1 / _LARGEST < grid.scale < _LARGEST, "a scale between 1e-30 and 1e30")
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:

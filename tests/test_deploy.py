@@ -1,0 +1,371 @@
+"""Integer programs: the same function as the student, and files that cannot do harm."""
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_prepare_zoo import NETWORKS, load, settle
+from test_quantization import small_network, student_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fdda_ext
+from fdda_ext import evaluate, export
+from fdda_ext.data import calibration_set, load_dataset
+from fdda_ext.deploy import IntegerProgram, load_program, lower, save_program
+from fdda_ext.deploy.file import pack_int4, unpack_int4
+from fdda_ext.deploy.program import CodeGrid, Conv, Linear, Value
+from fdda_ext.engine import write_student
+from fdda_ext.engine.checkpoint import digest
+from fdda_ext.errors import UsageError
+from fdda_ext.models import load_model
+from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(24, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def program(images: Tensor) -> IntegerProgram:
+    return lower(student_of(small_network(), images), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+
+
+def assert_same_function(student: nn.Module, images: Tensor) -> IntegerProgram:
+    """The program's logits have the bits of the student's, which lie near those with gradients."""
+    program = lower(student)
+    with torch.no_grad():
+        expected = student(images)
+    assert torch.equal(program(images), expected)
+    return program
+
+
+# ---- the same function ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first_last_bits", [None, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_program_computes_what_the_student_computes(images, bits, first_last_bits):
+    config = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": first_last_bits}
+    student = student_of(small_network(), images, **config)
+    assert_same_function(student, images)
+
+
+@pytest.mark.parametrize("name", ["glyphs_resnet", "glyphs_mobilenet"])
+@pytest.mark.parametrize("first_last_bits", [None, 8])
+def test_shipped_networks_predict_the_same(name, first_last_bits):
+    calibration, _ = calibration_set("glyphs")
+    config = QuantizationConfig(first_last_bits=first_last_bits)
+    student = prepare(load_model(name), config, calibration[:1])
+    calibrate(student, calibration)
+    dataset = load_dataset("glyphs", "test", limit=284)
+    program = assert_same_function(student, dataset.images(range(284))[0])
+    assert len(program.float_values()) == (3 if name == "glyphs_resnet" else 0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_zoo_computes_the_same(name):
+    network = settle(load(NETWORKS[name]))
+    images = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    student = prepare(network, QuantizationConfig(), images[:1])
+    calibrate(student, images)
+    program = assert_same_function(student, images)
+    layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert sum(isinstance(i, (Conv, Linear)) for i in program.instructions) == len(layers)
+
+
+def test_integers_stay_near_the_floats(images):
+    """Without gradients the student sums integers, with them the values they stand for."""
+    student = student_of(small_network(), images)
+    exact = student(images).detach()
+    with torch.no_grad():
+        difference = (student(images) - exact).abs()
+    # A value on the border of two codes may fall either way, and move a logit.
+    assert (difference > 1e-4).float().mean() < 0.05
+
+
+class Unusual(nn.Module):
+    """Normalisation before a layer and after an addition, a shared sum, a mean, padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, groups=2, dilation=2)
+        self.pool = nn.AvgPool2d(2, 1)
+        self.third = nn.Conv2d(8, 8, 1, bias=False)
+        self.fc = nn.Linear(8, 5)
+        self.norm3 = nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.first(x)))
+        y = self.second(F.pad(F.relu(self.norm2(x)), (2, 2, 2, 2)))
+        x = x + y
+        x = self.pool(F.relu(x)) + self.third(self.pool(x))
+        return self.norm3(self.fc(x.mean((2, 3))))
+
+
+def test_unusual_structure(images):
+    torch.manual_seed(0)
+    network = Unusual().train()
+    with torch.no_grad():
+        for _ in range(5):
+            network(images)
+    assert_same_function(student_of(network.eval(), images), images)
+
+
+def test_sums_beyond_float32_are_exact():
+    """8-bit codes and weights over 4608 products reach 2^27."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-128, 128, (3, 4608), generator=generator, dtype=torch.int8)
+    codes = torch.randint(0, 256, (5, 4608), generator=generator, dtype=torch.uint8)
+    weight[0], codes[0] = 127, 255
+    source = Value("x", (4608,), CodeGrid(1.0, 3, 8))
+    layer = Linear(("x",), Value("y", (3,), None), None, None, 8)
+    total = layer.sum(source, codes, {"y.weight": weight})
+    expected = (codes.long() - 3) @ weight.long().T
+    assert expected.abs().max() > 2**24
+    assert torch.equal(total, expected.to(torch.float32))
+
+
+def test_uint8_images_are_normalised(program):
+    raw = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (program.mean, program.std))
+    assert torch.equal(program(raw), program((raw.float() / 255 - mean) / std))
+
+
+def test_wrong_images_are_refused(program, images):
+    with pytest.raises(UsageError, match=r"images \[N, 3, 16, 16\], got \[24, 3, 8, 16\]"):
+        program(images[:, :, :8])
+    with pytest.raises(UsageError, match="float32 or uint8, got torch.float64"):
+        program(images.double())
+    plain = IntegerProgram(program.image, program.instructions, program.tensors)
+    with pytest.raises(UsageError, match="mean and std are unknown"):
+        plain(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8))
+
+
+# ---- what has no program --------------------------------------------------------------------
+
+
+def test_lower_wants_a_calibrated_student(images):
+    student = prepare(small_network(), QuantizationConfig(), images[:1])
+    with pytest.raises(UsageError, match="calibrated, got a quantizer in mode float"):
+        lower(student)
+
+
+def test_paper_grid_names_what_is_not_on_it(images):
+    student = student_of(small_network(), images, grid="paper")
+    with pytest.raises(UsageError, match=r"got \d that are not: x \(into conv1\)") as refusal:
+        lower(student)
+    assert "(into fc)" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda x: torch.sigmoid(x) * x, "mul"),
+        (lambda x: F.avg_pool2d(x, 3, 1, 1), "pooling with padding"),
+        (lambda x: F.pixel_shuffle(x, 2), "reshape that moves values"),
+        (lambda x: torch.chunk(x, 2, 1)[0], "select"),
+        (lambda x: F.relu(x) + 1.0, "addition of a constant"),
+    ],
+    ids=["sigmoid", "padded_pool", "pixel_shuffle", "chunk", "constant"],
+)
+def test_unsupported_operations_are_named(images, change, named):
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+            self.bn = nn.BatchNorm2d(8)
+            self.last = nn.LazyConv2d(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(change(self.bn(self.conv(x)))).mean((2, 3))
+
+    torch.manual_seed(0)
+    network = Network()
+    with torch.no_grad():
+        network(images)
+    with pytest.raises(UsageError, match=f"integer counterpart, got .*{named}"):
+        lower(student_of(network.eval(), images))
+
+
+# ---- the file -------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**31))
+def test_packing_and_back(rows: int, n: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-8, 8, (rows, n), generator=generator, dtype=torch.int8)
+    packed = pack_int4(codes)
+    assert packed.shape == (rows, (n + 1) // 2)
+    assert packed[0, 0] & 15 == codes[0, 0] % 16  # low nibble first
+    assert torch.equal(unpack_int4(packed, n), codes)
+
+
+@pytest.fixture
+def file(program: IntegerProgram, tmp_path: Path) -> Path:
+    path = tmp_path / "model.int4.safetensors"
+    save_program(path, program)
+    return path
+
+
+def test_file_gives_the_program_back(program, file, images):
+    again = fdda_ext.load(file)
+    assert again.instructions == program.instructions
+    assert (again.mean, again.std, again.image) == (program.mean, program.std, program.image)
+    assert torch.equal(again(images), program(images))
+    save_program(file, again)
+    assert torch.equal(load_program(file)(images), program(images))
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_file_of_other_bits(images, tmp_path, bits):
+    program = lower(student_of(small_network(), images, weight_bits=bits))
+    save_program(tmp_path / "p", program)
+    assert torch.equal(load_program(tmp_path / "p")(images), program(images))
+
+
+def test_damaged_files_are_refused(file):
+    whole = file.read_bytes()
+    rng = random.Random(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        if rng.random() < 0.3:
+            del damaged[rng.randrange(len(damaged)) :]
+        else:
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(UsageError, match="whole program file"):
+            load_program(file)
+    with pytest.raises(UsageError, match="whole program file"):
+        load_program(file.with_name("missing"))
+
+
+def rewrite(path: Path, manifest: Any, tensors: dict[str, Tensor]) -> None:
+    """A file with a valid checksum, as an attacker writes it."""
+    text = json.dumps(manifest)
+    metadata = {
+        "format": "fdda_ext.program.1",
+        "manifest": text,
+        "sha256": digest(tensors, text),
+    }
+    save_file(tensors, str(path), metadata=metadata)
+
+
+def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    with safe_open(str(path), framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        return json.loads(stored.metadata()["manifest"]), tensors
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container and key in nested JSON."""
+    keys = value.keys() if isinstance(value, dict) else range(len(value))
+    found = [(value, key) for key in keys]
+    for key in keys:
+        if isinstance(value[key], (dict, list)):
+            found += places(value[key])
+    return found
+
+
+HOSTILE = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    2**70,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "x",
+    "conv1",
+    [],
+    {},
+    [1, 1],
+    [2**30, 2**30, 2**30],
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_hostile_manifests_are_refused_or_run(tmp_path_factory, images, seed: int) -> None:
+    """Any value of the manifest replaced, removed or moved: an error in words, or a program."""
+    path = tmp_path_factory.getbasetemp() / "hostile.safetensors"
+    if not path.exists():
+        torch.manual_seed(0)
+        save_program(path, lower(student_of(small_network(), images)))
+    manifest, tensors = read(path)
+    rng = random.Random(seed)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        container, key = rng.choice(places(manifest))
+        action = rng.randrange(4)
+        if action == 0 and len(container) > 1:
+            del container[key]
+        elif action == 1 and isinstance(container, list):
+            container.insert(0, copy.deepcopy(container[key]))
+        else:
+            container[key] = copy.deepcopy(rng.choice(HOSTILE))
+    if rng.random() < 0.3:
+        name = rng.choice(sorted(tensors))
+        tensors[name] = rng.choice(
+            [torch.zeros(3), torch.zeros(0), tensors[name][..., :1].clone(), torch.full((8,), 127)]
+        )
+    target = path.with_name("changed.safetensors")
+    rewrite(target, manifest, tensors)
+    try:
+        program = load_program(target)
+    except UsageError:
+        return
+    if tuple(program.image.shape) == (3, SIZE, SIZE):
+        assert program(images[:2]).shape[0] == 2
+
+
+# ---- the command line -----------------------------------------------------------------------
+
+
+def test_export_and_evaluate(tmp_path, capsys):
+    calibration, _ = calibration_set("glyphs")
+    config = QuantizationConfig()
+    student = prepare(load_model("glyphs_resnet"), config, calibration[:1])
+    calibrate(student, calibration)
+    recipe = {
+        "model": "glyphs_resnet",
+        "num_classes": 71,
+        "image_size": 32,
+        "data": "glyphs",
+        "quantization": config.__dict__,
+    }
+    write_student(tmp_path / "student.safetensors", student, recipe)
+    export.main([f"--run={tmp_path}"])
+    path = tmp_path / "model.int4.safetensors"
+    output = capsys.readouterr().out
+    assert str(path.stat().st_size) in output
+    assert "blocks.0.conv2" in output
+    assert path.stat().st_size < 0.6 * 260_000
+    results = []
+    for source in (tmp_path, path):
+        evaluate.main([f"--run={source}", "--test_limit=142"])
+        results.append(capsys.readouterr().out.split("top-1")[1].split())
+    assert results[0] == results[1]
+
+
+def test_export_refuses(tmp_path):
+    with pytest.raises(UsageError, match="export: expected run to be a folder with a trained"):
+        export.main([f"--run={tmp_path}"])
+    with pytest.raises(UsageError, match="export: expected a whole student file|student file"):
+        export.main([f"--run={tmp_path}/none"])
