@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UsageError
+from ..ops import int4_conv2d, int4_pack_weight
 from ..quantization.layers import exact_dtype
 
 __all__ = [
@@ -138,7 +139,7 @@ class Quantize(Instruction):
     ) -> Tensor:
         """Rounds to the grid."""
         assert self.output.grid is not None
-        return self.output.grid.quantize(x[0])
+        return self.output.grid.quantize(x[0]).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -193,17 +194,93 @@ class Compute(Instruction):
 
 
 @dataclass(frozen=True)
-class Conv(Compute):
+class Layer(Compute):
+    """What layers with weights share: on the CPU they run on `int4_conv2d`.
+
+    Attributes:
+        weight_bits: 2 to 8.
+    """
+
+    weight_bits: int
+
+    def derive(self, source: Value, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Further tensors that `run` wants, made once: the weight as the kernel reads it."""
+        name = self.output.name
+        weight = tensors[f"{name}.weight"]
+        outputs = weight.shape[0]
+        assert source.grid is not None
+        total = source.grid.zero_point * weight.flatten(1).to(torch.int64).sum(1)
+        planes = weight.view(*weight.shape, *(1,) * (4 - weight.dim()))
+        return {
+            f"{name}.packed": int4_pack_weight(planes.movedim(1, -1).contiguous(), self.groups_()),
+            f"{name}.correction": total.to(torch.int32),
+            f"{name}.scales": tensors[f"{name}.scale"].expand(outputs).contiguous(),
+            f"{name}.shifts": tensors[f"{name}.shift"].expand(outputs).contiguous(),
+        }
+
+    def groups_(self) -> int:
+        """Groups of the convolution."""
+        return 1
+
+    def geometry(self, weight: Tensor) -> dict[str, Pair]:
+        """Window, stride, padding and dilation, where they are not 1 or 0."""
+        return {"kernel": (1, 1)}
+
+    def run(
+        self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
+    ) -> Tensor:
+        """By the kernel on the CPU, by torch's convolutions elsewhere; the bits are the same."""
+        name, grid, out = self.output.name, inputs[0].grid, self.output.grid
+        if not x[0].is_cpu or f"{name}.packed" not in tensors:
+            return super().run(inputs, x, tensors)
+        assert grid is not None
+        options: dict[str, float] = {}
+        if len(inputs) == 2 and inputs[1].grid is not None:
+            options["residual_scale"] = inputs[1].grid.scale
+            options["residual_zero_point"] = inputs[1].grid.zero_point
+        if self.low is not None:
+            options["low"] = self.low
+        if self.high is not None:
+            options["high"] = self.high
+        if out is not None:
+            options |= {"out_scale": out.scale, "out_zero_point": out.zero_point}
+            options["out_bits"] = out.bits
+        y = int4_conv2d(
+            _nhwc(x[0]),
+            *(tensors[f"{name}.{part}"] for part in ("packed", "scales", "shifts", "correction")),
+            **self.geometry(tensors[f"{name}.weight"]),  # type: ignore[arg-type]
+            groups=self.groups_(),
+            zero_point=grid.zero_point,
+            residual=_nhwc(x[1]) if len(x) == 2 else None,
+            **options,  # type: ignore[arg-type]
+        ).permute(0, 3, 1, 2)
+        return y if len(self.output.shape) == 3 else y.flatten(1)
+
+
+@dataclass(frozen=True)
+class Conv(Layer):
     """``sum over c, i, j of (q[c, y + i, x + j] - z) * w[o, c, i, j]``; outside the image lies z.
 
     The tensor ``<output>.weight`` is int8 ``[O, C / groups, kh, kw]``.
     """
 
-    weight_bits: int
     stride: Pair
     padding: Pair
     dilation: Pair
     groups: int
+
+    def groups_(self) -> int:
+        """Groups of the convolution."""
+        return self.groups
+
+    def geometry(self, weight: Tensor) -> dict[str, Pair]:
+        """Of the window."""
+        return {
+            "kernel": (weight.shape[2], weight.shape[3]),
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+        }
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
         """``(O, H', W')``."""
@@ -236,10 +313,8 @@ class Conv(Compute):
 
 
 @dataclass(frozen=True)
-class Linear(Compute):
+class Linear(Layer):
     """``sum over c of (q[c] - z) * w[o, c]``; ``<output>.weight`` is int8 ``[O, C]``."""
-
-    weight_bits: int
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
         """``(O,)``."""
@@ -416,15 +491,23 @@ class IntegerProgram(nn.Module):
         self.instructions = tuple(instructions)
         self.mean, self.std = mean, std
         self._check(tensors)
-        self._buffer_names = {name: f"tensor{i}" for i, name in enumerate(tensors)}
-        for name, tensor in tensors.items():
+        self._stored = tuple(tensors)
+        known = {value.name: value for value in (image, *(i.output for i in self.instructions))}
+        derived = [
+            step.derive(known[step.inputs[0]], tensors)
+            for step in self.instructions
+            if isinstance(step, Layer)
+        ]
+        everything = [*tensors.items(), *(item for made in derived for item in made.items())]
+        self._buffer_names = {name: f"tensor{i}" for i, (name, _) in enumerate(everything)}
+        for name, tensor in everything:
             self.register_buffer(self._buffer_names[name], tensor)
         self.requires_grad_(False).eval()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Weights, scales and shifts by name."""
-        return {name: self.get_buffer(buffer) for name, buffer in self._buffer_names.items()}
+        return {name: self.get_buffer(self._buffer_names[name]) for name in self._stored}
 
     @property
     def output(self) -> Value:
@@ -451,7 +534,7 @@ class IntegerProgram(nn.Module):
             raise UsageError(
                 f"IntegerProgram: expected images [N, {expected}], got {list(images.shape)}"
             )
-        tensors = self.tensors
+        tensors = {name: self.get_buffer(buffer) for name, buffer in self._buffer_names.items()}
         known = {self.image.name: self.image}
         values = {self.image.name: self._normalised(images)}
         last_use = {name: i for i, step in enumerate(self.instructions) for name in step.inputs}
@@ -512,6 +595,11 @@ class IntegerProgram(nn.Module):
                     f"IntegerProgram: expected {kind} {name} to have {error}"
                 ) from None
             known[name] = step.output
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """``[N, C, H, W]``, best in channels_last, or ``[N, C]``, as ``[N, H, W, C]``."""
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x[:, None, None]
 
 
 def _require(condition: bool, rule: str) -> None:

@@ -24,6 +24,7 @@ namespace avx2 {
 #include "vector_avx2.h"
 #include "generic/streaming.h"
 #include "generic/fake_quantize.h"
+#include "generic/integers.h"
 #include "generic/statistics.h"
 }  // namespace avx2
 

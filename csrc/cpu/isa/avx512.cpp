@@ -29,6 +29,7 @@ namespace avx512 {
 #include "vector_avx512.h"
 #include "generic/streaming.h"
 #include "generic/fake_quantize.h"
+#include "generic/integers.h"
 #include "generic/statistics.h"
 }  // namespace avx512
 

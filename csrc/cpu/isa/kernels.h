@@ -85,6 +85,44 @@ struct StatisticsKernels {
       const A* mean, const A* offset, const A* slope, const T* x, T* grad_x);
 };
 
+// Integer convolution -----------------------------------------------------------------------------
+
+// What becomes of an integer sum; pointers to per-output parameters start at the call's first.
+//   t = float(sum - correction) * scale + shift
+//   t = t + residual                              codes: (q - residual_zero_point) * residual_scale
+//   t = clamp(t, low, high)
+//   q = clamp(round_half_even(t * inverse_scale) + zero_point, 0, quant_max)
+struct IntEpilogue {
+  const float* scale;
+  const float* shift;
+  const int32_t* correction;  // zero point of the input times the sum of the weights
+  float low;
+  float high;
+  const uint8_t* residual_codes;  // at most one of the residuals is not null
+  const float* residual_values;
+  float residual_scale;
+  float residual_zero_point;
+  uint8_t* codes;  // one of the outputs is not null
+  float* values;
+  float inverse_scale;
+  float zero_point;
+  float quant_max;
+  int64_t stride;  // elements from pixel to pixel in outputs and residual
+};
+
+struct IntKernels {
+  // Products of `pixels` rows of 4 * groups codes with weights [panels of 16
+  // outputs][groups][16][4], padded with 0.
+  void (*rows)(
+      int64_t pixels, int64_t groups, const uint8_t* const* rows, const int8_t* weights,
+      int64_t outputs, const IntEpilogue& epilogue);
+  // One weight per channel and tap, [taps][channels]: rows holds the taps of the first pixel, then
+  // of the second.
+  void (*depthwise)(
+      int64_t pixels, int64_t taps, const uint8_t* const* rows, const int8_t* weights,
+      int64_t channels, const IntEpilogue& epilogue);
+};
+
 // -------------------------------------------------------------------------------------------------
 
 struct Kernels {
@@ -99,12 +137,14 @@ struct Kernels {
   void (*merge_channels)(
       int64_t channels, double count_a, double count_b, double* mean_a, double* m2_a,
       const double* mean_b, const double* m2_b);
+  IntKernels integers;
 };
 
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
 #endif
 
 }  // namespace fdda::cpu

@@ -14,6 +14,7 @@ namespace scalar {
 #include "vector_scalar.h"
 #include "generic/streaming.h"
 #include "generic/fake_quantize.h"
+#include "generic/integers.h"
 #include "generic/statistics.h"
 }  // namespace scalar
 

@@ -338,8 +338,14 @@ inline void merge_channels(
 }
 
 constexpr Kernels make_kernels() {
-  return {fake_quantize_kernels<float>(), fake_quantize_kernels<BFloat16>(),
-          fake_quantize_kernels<Half>(),  statistics_kernels<float>(),
-          statistics_kernels<double>(),   statistics_kernels<BFloat16>(),
-          statistics_kernels<Half>(),     merge_channels};
+  return {
+      fake_quantize_kernels<float>(),
+      fake_quantize_kernels<BFloat16>(),
+      fake_quantize_kernels<Half>(),
+      statistics_kernels<float>(),
+      statistics_kernels<double>(),
+      statistics_kernels<BFloat16>(),
+      statistics_kernels<Half>(),
+      merge_channels,
+      kIntKernels};
 }

@@ -1,0 +1,154 @@
+"""Convolution of integer codes with everything that follows it, for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdda_ext.errors import UsageError
+from fdda_ext.ops._native import usage_error
+
+__all__ = ["int4_conv2d", "int4_pack_weight"]
+
+_conv_op = torch.ops.fdda.int4_conv2d.default
+_pack_op = torch.ops.fdda.int4_pack_weight.default
+
+#: Outputs that one vector holds, and weights that one lane multiplies at once.
+_PANEL, _LANE = 16, 4
+_INFINITY = float("inf")
+
+
+def int4_pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
+    """Bring a weight into the order in which `int4_conv2d` reads it; once, when a network is loaded.
+
+    Args:
+        weight: int8 ``[O, kh, kw, C / groups]``.
+        groups: Of the convolution.
+
+    Returns:
+        int8, one-dimensional: ``[groups][ceil(O / groups / 16)][ceil(k / 4)][16][4]`` with
+        ``k = kh kw C / groups``, padded with 0; ``[kh kw][C]`` for a depthwise convolution.
+
+    Raises:
+        UsageError: If dtype, shape or groups are wrong.
+    """
+    try:
+        result: Tensor = _pack_op(weight, groups)
+    except (ValueError, NotImplementedError) as error:
+        raise usage_error(error, "int4_pack_weight", weight) from None
+    return result
+
+
+def int4_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    correction: Tensor,
+    *,
+    kernel: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    zero_point: int = 0,
+    residual: Tensor | None = None,
+    residual_scale: float = 1.0,
+    residual_zero_point: int = 0,
+    low: float = -_INFINITY,
+    high: float = _INFINITY,
+    out_scale: float = 1.0,
+    out_zero_point: int = 0,
+    out_bits: int = 0,
+) -> Tensor:
+    r"""Convolves codes and rounds the result to codes, in one pass.
+
+    With :math:`S = \sum_k (q_k - z) w_k`, exact in int32:
+
+    .. math::
+        t &= \mathrm{clamp}(S \cdot \text{scale} + \text{shift} + r,\ \text{low},\ \text{high}) \\
+        y &= \mathrm{clamp}(\mathrm{round}(t \cdot (1 / \text{out\_scale})) + \text{out\_zero\_point},
+            0, 2^{\text{out\_bits}} - 1)
+
+    in float32, step by step, without fused multiply-add. The result has the same bits on every
+    instruction set and for any number of threads.
+
+    Args:
+        x: Codes, uint8 ``[N, H, W, C]``; CPU.
+        weight: From `int4_pack_weight`.
+        scale: float32 ``[O]``.
+        shift: float32 ``[O]``.
+        correction: int32 ``[O]``: ``zero_point`` times the sum of the output's weights.
+        kernel: Height and width of the window.
+        stride: Of the window.
+        padding: Rows and columns of zeros (codes ``zero_point``) on every side.
+        dilation: Steps between the window's taps.
+        groups: Channels and outputs fall into so many groups.
+        zero_point: The code of 0, in [0, 255].
+        residual: Added before the clamp: float32, or uint8 codes; of the result's shape.
+        residual_scale: Of a residual in codes.
+        residual_zero_point: Likewise.
+        low: Of the clamp.
+        high: Of the clamp.
+        out_scale: Of the result's codes, positive.
+        out_zero_point: Likewise.
+        out_bits: 2 to 8; 0 for a result in float32.
+
+    Returns:
+        ``[N, H', W', O]``, uint8 or float32.
+
+    Raises:
+        UsageError: If an argument has the wrong dtype or shape, or a number is out of range.
+    """
+    try:
+        result: Tensor = _conv_op(
+            x, weight, scale, shift, correction, residual, kernel, stride, padding, dilation,
+            groups, zero_point, low, high, residual_scale, residual_zero_point, out_scale,
+            out_zero_point, out_bits,
+        )  # fmt: skip
+    except (ValueError, NotImplementedError) as error:
+        raise usage_error(error, "int4_conv2d", x) from None
+    return result
+
+
+@torch.library.register_fake("fdda::int4_pack_weight")
+def _fake_pack(weight: Tensor, groups: int) -> Tensor:
+    outputs, height, width, own = weight.shape
+    taps = height * width
+    if own == 1 and outputs == groups:
+        return weight.new_empty(taps * outputs)
+    panels = -(-(outputs // groups) // _PANEL)
+    patch = -(-taps * own // _LANE) * _LANE
+    return weight.new_empty(groups * panels * _PANEL * patch)
+
+
+@torch.library.register_fake("fdda::int4_conv2d")
+def _fake_conv(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    correction: Tensor,
+    residual: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    zero_point: int,
+    low: float,
+    high: float,
+    residual_scale: float,
+    residual_zero_point: int,
+    out_scale: float,
+    out_zero_point: int,
+    out_bits: int,
+) -> Tensor:
+    if x.dim() != 4:
+        raise UsageError(f"int4_conv2d: expected x of shape [N, H, W, C], got {list(x.shape)}")
+    sizes = [
+        (x.shape[1 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    dtype = torch.uint8 if out_bits else torch.float32
+    return x.new_empty((x.shape[0], *sizes, scale.shape[0]), dtype=dtype)
