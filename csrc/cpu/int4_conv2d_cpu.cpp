@@ -40,7 +40,7 @@ struct Geometry {
     return taps() == 1 && pad_y == 0 && pad_x == 0 && group_channels() % 4 == 0;
   }
   int64_t packed_size() const {
-    return is_depthwise() ? taps() * channels
+    return is_depthwise() ? round_up(channels, 64) * round_up(taps(), 4)
                           : groups * round_up(group_outputs(), kPanel) * patch();
   }
 };
@@ -205,7 +205,7 @@ Tensor int4_pack_weight_cpu(const Tensor& weight, int64_t groups) {
         to + (group * round_up(g.group_outputs(), kPanel) + own / kPanel * kPanel) * g.patch();
     for (int64_t k = 0; k < row; ++k) {
       if (g.is_depthwise()) {
-        to[k * g.channels + o] = from[o * row + k];
+        to[depthwise_place(g.taps(), o, k)] = from[o * row + k];
       } else {
         panel[k / 4 * 4 * kPanel + own % kPanel * 4 + k % 4] = from[o * row + k];
       }

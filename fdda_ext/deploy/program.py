@@ -247,7 +247,10 @@ class Layer(Compute):
             options["out_bits"] = out.bits
         y = int4_conv2d(
             _nhwc(x[0]),
-            *(tensors[f"{name}.{part}"] for part in ("packed", "scales", "shifts", "correction")),
+            tensors[f"{name}.packed"],
+            tensors[f"{name}.scales"],
+            tensors[f"{name}.shifts"],
+            tensors[f"{name}.correction"],
             **self.geometry(tensors[f"{name}.weight"]),  # type: ignore[arg-type]
             groups=self.groups_(),
             zero_point=grid.zero_point,

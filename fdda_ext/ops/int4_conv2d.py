@@ -19,7 +19,7 @@ _INFINITY = float("inf")
 
 
 def int4_pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
-    """Bring a weight into the order in which `int4_conv2d` reads it; once, when a network is loaded.
+    """Bring a weight into the order in which `int4_conv2d` reads it; once, as a network is loaded.
 
     Args:
         weight: int8 ``[O, kh, kw, C / groups]``.
@@ -27,7 +27,8 @@ def int4_pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
 
     Returns:
         int8, one-dimensional: ``[groups][ceil(O / groups / 16)][ceil(k / 4)][16][4]`` with
-        ``k = kh kw C / groups``, padded with 0; ``[kh kw][C]`` for a depthwise convolution.
+        ``k = kh kw C / groups``, padded with 0; for a depthwise convolution
+        ``[ceil(C / 64)][ceil(kh kw / 4)][4][64]``.
 
     Raises:
         UsageError: If dtype, shape or groups are wrong.
@@ -66,9 +67,10 @@ def int4_conv2d(
     With :math:`S = \sum_k (q_k - z) w_k`, exact in int32:
 
     .. math::
-        t &= \mathrm{clamp}(S \cdot \text{scale} + \text{shift} + r,\ \text{low},\ \text{high}) \\
-        y &= \mathrm{clamp}(\mathrm{round}(t \cdot (1 / \text{out\_scale})) + \text{out\_zero\_point},
-            0, 2^{\text{out\_bits}} - 1)
+        t &= \mathrm{clamp}(S \cdot \text{scale} + \text{shift} + r,
+            \text{low}, \text{high}) \\
+        y &= \mathrm{clamp}(\mathrm{round}(t \cdot (1 / \text{out\_scale}))
+            + \text{out\_zero\_point}, 0, 2^{\text{out\_bits}} - 1)
 
     in float32, step by step, without fused multiply-add. The result has the same bits on every
     instruction set and for any number of threads.
@@ -116,7 +118,7 @@ def _fake_pack(weight: Tensor, groups: int) -> Tensor:
     outputs, height, width, own = weight.shape
     taps = height * width
     if own == 1 and outputs == groups:
-        return weight.new_empty(taps * outputs)
+        return weight.new_empty(-(-outputs // 64) * 64 * -(-taps // _LANE) * _LANE)
     panels = -(-(outputs // groups) // _PANEL)
     patch = -(-taps * own // _LANE) * _LANE
     return weight.new_empty(groups * panels * _PANEL * patch)

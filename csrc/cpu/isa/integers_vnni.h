@@ -96,4 +96,59 @@ inline void integer_rows_vnni(
   }
 }
 
-constexpr IntKernels kIntKernels = {integer_rows_vnni, integer_depthwise};
+// Four taps of 64 channels, times their weights: the bytes of a channel come together by unpacking,
+// which leaves four channels of every sixteen to each of the sums.
+FDDA_INLINE void add_taps(
+    __m512i a, __m512i b, __m512i c, __m512i d, const int8_t* weights, __m512i (&sums)[4]) {
+  const __m512i ab_low = _mm512_unpacklo_epi8(a, b);
+  const __m512i ab_high = _mm512_unpackhi_epi8(a, b);
+  const __m512i cd_low = _mm512_unpacklo_epi8(c, d);
+  const __m512i cd_high = _mm512_unpackhi_epi8(c, d);
+  add_products(sums[0], _mm512_unpacklo_epi16(ab_low, cd_low), _mm512_loadu_si512(weights));
+  add_products(sums[1], _mm512_unpackhi_epi16(ab_low, cd_low), _mm512_loadu_si512(weights + 64));
+  add_products(sums[2], _mm512_unpacklo_epi16(ab_high, cd_high), _mm512_loadu_si512(weights + 128));
+  add_products(sums[3], _mm512_unpackhi_epi16(ab_high, cd_high), _mm512_loadu_si512(weights + 192));
+}
+
+inline void integer_depthwise_vnni(
+    int64_t pixels, int64_t taps, const uint8_t* const* rows, const int8_t* weights,
+    int64_t channels, const IntEpilogue& e) {
+  const int64_t groups = (taps + 3) / 4;
+  for (int64_t c = 0; c < channels; c += 64) {
+    const int64_t n = channels - c < 64 ? channels - c : 64;
+    const __mmask64 inside = n == 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
+    const int8_t* block = weights + c / 64 * groups * 256;
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      const uint8_t* const* at = rows + pixel * taps;
+      __m512i sums[4] = {
+          _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
+          _mm512_setzero_si512()};
+      const auto load_tap = [&](int64_t tap) __attribute__((always_inline)) {
+        return tap < taps ? _mm512_maskz_loadu_epi8(inside, at[tap] + c) : _mm512_setzero_si512();
+      };
+      for (int64_t g = 0; g < groups; ++g) {
+        add_taps(
+            load_tap(4 * g), load_tap(4 * g + 1), load_tap(4 * g + 2), load_tap(4 * g + 3),
+            block + g * 256, sums);
+      }
+      // Sums j hold channels 16 l + 4 j + i in lane l: transpose, so that each holds sixteen in a
+      // row.
+      const __m512i a = _mm512_shuffle_i32x4(sums[0], sums[1], 0x44);
+      const __m512i b = _mm512_shuffle_i32x4(sums[2], sums[3], 0x44);
+      const __m512i d = _mm512_shuffle_i32x4(sums[0], sums[1], 0xee);
+      const __m512i f = _mm512_shuffle_i32x4(sums[2], sums[3], 0xee);
+      const __m512i ordered[4] = {
+          _mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd),
+          _mm512_shuffle_i32x4(d, f, 0x88), _mm512_shuffle_i32x4(d, f, 0xdd)};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const int64_t left = n - 16 * j;
+        if (left > 0) {
+          finish_vector(ordered[j], first(left < 16 ? left : 16), pixel, c + 16 * j, e);
+        }
+      }
+    }
+  }
+}
+
+constexpr IntKernels kIntKernels = {integer_rows_vnni, integer_depthwise_vnni};

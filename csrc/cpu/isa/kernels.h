@@ -110,14 +110,22 @@ struct IntEpilogue {
   int64_t stride;  // elements from pixel to pixel in outputs and residual
 };
 
+// Where a depthwise weight lies: [blocks of 64 channels][groups of 4 taps][4][64], padded with 0,
+// in the order in which unpacking the bytes of four taps leaves the channels.
+constexpr int64_t depthwise_place(int64_t taps, int64_t channel, int64_t tap) {
+  const int64_t groups = (taps + 3) / 4;
+  const int64_t in_block = channel % 64;
+  return (channel / 64 * groups + tap / 4) * 256 + in_block % 16 / 4 * 64 + in_block / 16 * 16 +
+         in_block % 4 * 4 + tap % 4;
+}
+
 struct IntKernels {
   // Products of `pixels` rows of 4 * groups codes with weights [panels of 16
   // outputs][groups][16][4], padded with 0.
   void (*rows)(
       int64_t pixels, int64_t groups, const uint8_t* const* rows, const int8_t* weights,
       int64_t outputs, const IntEpilogue& epilogue);
-  // One weight per channel and tap, [taps][channels]: rows holds the taps of the first pixel, then
-  // of the second.
+  // One weight per channel and tap; rows holds the taps of the first pixel, then of the second.
   void (*depthwise)(
       int64_t pixels, int64_t taps, const uint8_t* const* rows, const int8_t* weights,
       int64_t channels, const IntEpilogue& epilogue);

@@ -58,12 +58,8 @@ inline void integer_depthwise(
       const int64_t n = channels - c < kPanel ? channels - c : kPanel;
       int32_t sums[kPanel] = {};
       for (int64_t tap = 0; tap < taps; ++tap) {
-        const uint8_t* x = rows[tap] + c;
-        const int8_t* w = weights + tap * channels + c;
-        if (n == kPanel) {
-          for (int64_t i = 0; i < kPanel; ++i) sums[i] += x[i] * w[i];
-        } else {
-          for (int64_t i = 0; i < n; ++i) sums[i] += x[i] * w[i];
+        for (int64_t i = 0; i < n; ++i) {
+          sums[i] += rows[tap][c + i] * weights[depthwise_place(taps, c + i, tap)];
         }
       }
       finish(sums, n, pixel, c, e);
