@@ -395,16 +395,36 @@ class MaxPool(Instruction):
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        """In float32, as torch does not pool uint8 everywhere."""
-        pooled = F.max_pool2d(
-            x[0].to(torch.float32),
-            self.kernel,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.ceil_mode,
-        )
-        return pooled.to(x[0].dtype)
+        """As the maximum of shifted images, since torch does not pool uint8."""
+        (top, left), (height, width) = self.padding, self.output.shape[1:]
+        reach = [
+            (size - 1) * step + d * (k - 1) + 1 - n - p
+            for size, step, d, k, n, p in zip(
+                (height, width),
+                self.stride,
+                self.dilation,
+                self.kernel,
+                x[0].shape[2:],
+                self.padding,
+                strict=True,
+            )
+        ]
+        lowest = 0 if x[0].dtype == torch.uint8 else -math.inf
+        around = (left, max(reach[1], 0), top, max(reach[0], 0))
+        padded = F.pad(x[0], around, value=lowest) if any(around) else x[0]
+        result: Tensor | None = None
+        for i in range(self.kernel[0]):
+            for j in range(self.kernel[1]):
+                y, z = i * self.dilation[0], j * self.dilation[1]
+                shifted = padded[
+                    :,
+                    :,
+                    y : y + (height - 1) * self.stride[0] + 1 : self.stride[0],
+                    z : z + (width - 1) * self.stride[1] + 1 : self.stride[1],
+                ]
+                result = shifted if result is None else torch.maximum(result, shifted)
+        assert result is not None
+        return result
 
 
 @dataclass(frozen=True)

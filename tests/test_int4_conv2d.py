@@ -1,0 +1,249 @@
+"""int4_conv2d against a convolution of integers in float64, on every instruction set."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from fdda_ext import _C
+from fdda_ext.errors import UsageError
+from fdda_ext.ops import int4_conv2d, int4_pack_weight
+
+
+def reference(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """The documented formula, step by step."""
+    integers = (x.double() - options["zero_point"]).permute(0, 3, 1, 2)
+    total = F.conv2d(
+        integers,
+        weight.double().permute(0, 3, 1, 2),
+        None,
+        options["stride"],
+        options["padding"],
+        options["dilation"],
+        options["groups"],
+    )
+    t = total.permute(0, 2, 3, 1).float() * scale + shift
+    residual = options.get("residual")
+    if residual is not None:
+        if residual.dtype == torch.uint8:
+            code = residual.float() - options["residual_zero_point"]
+            residual = code * torch.tensor(options["residual_scale"])
+        t = t + residual
+    t = t.clamp(options["low"], options["high"])
+    bits = options["out_bits"]
+    if bits == 0:
+        return t
+    inverse = torch.ones(()) / torch.tensor(options["out_scale"])
+    codes = torch.round(t * inverse) + options["out_zero_point"]
+    return codes.clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def make_case(
+    shape: tuple[int, int, int, int],
+    outputs: int,
+    seed: int = 0,
+    bits: int = 4,
+    residual: str = "none",
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+    """x, plain weight, scale, shift, options; the result spreads over its codes."""
+    generator = torch.Generator().manual_seed(seed)
+    options = {
+        "kernel": (3, 3),
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "dilation": (1, 1),
+        "groups": 1,
+        "zero_point": 3,
+        "low": 0.0,
+        "high": 6.0,
+        "out_scale": 0.4,
+        "out_zero_point": 2,
+        "out_bits": 4,
+        "residual_scale": 0.3,
+        "residual_zero_point": 5,
+    } | options
+    own = shape[3] // options["groups"]
+    x = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
+    half = 2 ** (bits - 1)
+    sizes = (outputs, *options["kernel"], own)
+    weight = torch.randint(-half, half, sizes, generator=generator, dtype=torch.int8)
+    deviation = (weight[0].numel() ** 0.5) * half * half
+    scale = (0.5 + torch.rand(outputs, generator=generator)) * 3 / deviation
+    shift = torch.randn(outputs, generator=generator)
+    if residual != "none":
+        like = reference(x, weight, scale, shift, {**options, "residual": None, "out_bits": 0})
+        options["residual"] = (
+            torch.randn(like.shape, generator=generator)
+            if residual == "float"
+            else torch.randint(0, 16, like.shape, generator=generator, dtype=torch.uint8)
+        )
+    return x, weight, scale, shift, options
+
+
+def run(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, options: dict[str, Any]) -> Tensor:
+    correction = options["zero_point"] * weight.flatten(1).sum(1, dtype=torch.int32)
+    packed = int4_pack_weight(weight, options["groups"])
+    return int4_conv2d(x, packed, scale, shift, correction.int(), **options)
+
+
+CASES = {
+    "3x3": {"shape": (2, 7, 9, 16), "outputs": 20},
+    "many_outputs": {"shape": (1, 5, 5, 8), "outputs": 150},
+    "many_pixels": {"shape": (3, 17, 13, 4), "outputs": 16},
+    "1x1": {"shape": (2, 6, 6, 32), "outputs": 70, "kernel": (1, 1), "padding": (0, 0)},
+    "1x1_strided": {
+        "shape": (2, 7, 7, 12), "outputs": 33, "kernel": (1, 1), "padding": (0, 0), "stride": (2, 2)
+    },
+    "odd_channels": {"shape": (2, 6, 5, 3), "outputs": 5},
+    "1x1_odd": {"shape": (1, 4, 4, 5), "outputs": 7, "kernel": (1, 1), "padding": (0, 0)},
+    "7x7_stride": {
+        "shape": (1, 20, 18, 3), "outputs": 64, "kernel": (7, 7), "stride": (2, 2),
+        "padding": (3, 3),
+    },
+    "dilated": {
+        "shape": (1, 9, 9, 8), "outputs": 9, "dilation": (2, 3), "padding": (2, 3), "stride": (1, 2)
+    },
+    "grouped": {"shape": (2, 6, 6, 24), "outputs": 48, "groups": 3},
+    "grouped_odd": {"shape": (2, 5, 6, 15), "outputs": 10, "groups": 5},
+    "depthwise": {"shape": (2, 8, 7, 100), "outputs": 100, "groups": 100},
+    "depthwise_5x5": {
+        "shape": (1, 9, 9, 64), "outputs": 64, "groups": 64, "kernel": (5, 5), "padding": (2, 2),
+        "stride": (2, 2),
+    },
+    "depthwise_few": {"shape": (2, 5, 5, 3), "outputs": 3, "groups": 3, "kernel": (1, 2)},
+    "multiplier": {"shape": (1, 5, 5, 6), "outputs": 12, "groups": 6},
+    "8_bits": {"shape": (1, 5, 5, 520), "outputs": 17, "bits": 8, "zero_point": 130},
+    "to_8_bits": {"shape": (1, 5, 5, 8), "outputs": 17, "out_bits": 8, "out_scale": 0.03},
+    "to_float": {"shape": (1, 5, 5, 8), "outputs": 17, "out_bits": 0},
+    "no_limits": {
+        "shape": (1, 5, 5, 8), "outputs": 17, "low": -float("inf"), "high": float("inf")
+    },
+    "residual": {"shape": (2, 6, 6, 8), "outputs": 17, "residual": "codes"},
+    "residual_float": {"shape": (2, 6, 6, 8), "outputs": 17, "residual": "float"},
+    "residual_grouped": {
+        "shape": (2, 6, 6, 40), "outputs": 160, "groups": 2, "residual": "codes", "out_bits": 0
+    },
+    "residual_depthwise": {
+        "shape": (2, 6, 6, 70), "outputs": 70, "groups": 70, "residual": "float"
+    },
+    "no_images": {"shape": (0, 6, 6, 8), "outputs": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference(isa: str, threads: int, case: str) -> None:
+    arguments = make_case(**CASES[case])
+    assert torch.equal(run(*arguments), reference(*arguments))
+
+
+def test_cases_reach_the_whole_grid() -> None:
+    """A result of one code only would agree with much."""
+    result = run(*make_case(**CASES["3x3"]))
+    assert result.unique().numel() > 8
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_matches_reference_on_random_geometry(data: st.DataObject) -> None:
+    def pair(low: int, high: int) -> tuple[int, int]:
+        numbers = st.integers(low, high)
+        return data.draw(st.tuples(numbers, numbers))
+
+    groups = data.draw(st.integers(1, 4))
+    kernel, dilation = pair(1, 4), pair(1, 2)
+    height, width = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+    extra = pair(0, 6)
+    shape = (data.draw(st.integers(1, 2)), height + extra[0], width + extra[1])
+    arguments = make_case(
+        (*shape, groups * data.draw(st.integers(1, 20))),
+        groups * data.draw(st.integers(1, 40)),
+        seed=data.draw(st.integers(0, 2**31)),
+        bits=data.draw(st.sampled_from([2, 4, 8])),
+        residual=data.draw(st.sampled_from(["none", "codes", "float"])),
+        kernel=kernel,
+        dilation=dilation,
+        stride=pair(1, 3),
+        padding=pair(0, 3),
+        groups=groups,
+        zero_point=data.draw(st.integers(0, 3)),
+        out_bits=data.draw(st.sampled_from([0, 3, 4, 8])),
+    )
+    expected = reference(*arguments)
+    before = _C.isa()
+    try:
+        for name in _C.supported_isas():
+            _C.set_isa(name)
+            assert torch.equal(run(*arguments), expected)
+    finally:
+        _C.set_isa(before)
+
+
+def test_memory_format_does_not_matter() -> None:
+    x, *rest = make_case(**CASES["3x3"])
+    strided = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert torch.equal(run(strided, *rest), run(x, *rest))
+
+
+def test_opcheck() -> None:
+    x, weight, scale, shift, options = make_case(**CASES["residual"])
+    torch.library.opcheck(torch.ops.fdda.int4_pack_weight.default, (weight, 1))
+    arguments = (
+        x, int4_pack_weight(weight), scale, shift, torch.zeros(17, dtype=torch.int32),
+        options["residual"], [3, 3], [1, 1], [1, 1], [1, 1], 1, 3, 0.0, 6.0, 0.3, 5, 0.4, 2, 4,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fdda.int4_conv2d.default, arguments)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "dtype": ({"x": torch.zeros(1, 5, 5, 8)}, "x to be uint8, got float32"),
+    "dims": ({"x": torch.zeros(5, 5, 8, dtype=torch.uint8)}, r"x of shape \[N, H, W, C\], got \[5"),
+    "channels": ({"x": torch.zeros(1, 5, 5, 9, dtype=torch.uint8)}, r"weight of shape \[2688\]"),
+    "scale": ({"scale": torch.ones(16)}, r"weight of shape|shift of shape"),
+    "shift": ({"shift": torch.ones(16)}, r"shift of shape \[17\], got \[16\]"),
+    "correction": ({"correction": torch.zeros(17)}, "correction to be int32, got float32"),
+    "stride": ({"stride": (0, 1)}, "stride to be two integers from 1"),
+    "padding": ({"padding": (-1, 1)}, "padding to be two integers from 0"),
+    "kernel": ({"kernel": (3,)}, "kernel to be two integers"),
+    "groups": ({"groups": 3}, "groups to divide"),
+    "zero_point": ({"zero_point": 256}, r"zero_point to lie in \[0, 255\], got 256"),
+    "out_bits": ({"out_bits": 9}, "out_bits to be 0 for float32, or 2 to 8, got 9"),
+    "out_scale": ({"out_scale": float("nan")}, "out_scale to be positive, got nan"),
+    "residual": ({"residual": torch.zeros(1, 5, 5, 3)}, "residual of shape"),
+    "residual_dtype": (
+        {"residual": torch.zeros(1, 5, 5, 17, dtype=torch.float64)},
+        "residual to be float32, got float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_named(case: str) -> None:
+    x, weight, scale, shift, options = make_case((1, 5, 5, 8), 17)
+    arguments: dict[str, Any] = {
+        "x": x,
+        "weight": int4_pack_weight(weight),
+        "scale": scale,
+        "shift": shift,
+        "correction": torch.zeros(17, dtype=torch.int32),
+        **options,
+    }
+    change, message = BAD[case]
+    with pytest.raises(UsageError, match=f"int4_conv2d: expected {message}"):
+        int4_conv2d(**(arguments | change))
+
+
+def test_bad_weights_are_named() -> None:
+    with pytest.raises(UsageError, match="int4_pack_weight: expected weight to be int8, got int32"):
+        int4_pack_weight(torch.zeros(4, 1, 1, 4, dtype=torch.int32))
+    with pytest.raises(
+        UsageError, match=r"weight of shape \[O, kh, kw, C / groups\], got \[4, 4\]"
+    ):
+        int4_pack_weight(torch.zeros(4, 4, dtype=torch.int8))
+    with pytest.raises(UsageError, match="groups to divide the outputs 4, got 3"):
+        int4_pack_weight(torch.zeros(4, 1, 1, 4, dtype=torch.int8), 3)
