@@ -67,18 +67,19 @@ def seconds_per_call(function: Callable[[], Any], calls: int) -> float:
 
 
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[str, Peers, int], None]:
-    """Measures peers in turns, and a copy that moves the bytes they must at least move.
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Measures peers in turns, and, given floor_bytes, a copy that moves so many.
 
     Medians and quartiles of all go to extra_info, in microseconds; pytest-benchmark's own table
     shows fdda_ext alone.
     """
 
-    def run(group: str, peers: Peers, floor_bytes: int) -> None:
+    def run(group: str, peers: Peers, floor_bytes: int | None = None) -> None:
         benchmark.group = group
-        source = torch.empty(floor_bytes // 2, dtype=torch.uint8, device=DEVICE).random_()
-        target = torch.empty_like(source)
-        peers = {**peers, "copy": lambda: target.copy_(source)}
+        if floor_bytes is not None:
+            source = torch.empty(floor_bytes // 2, dtype=torch.uint8, device=DEVICE).random_()
+            target = torch.empty_like(source)
+            peers = {**peers, "copy": lambda: target.copy_(source)}
         calls = {}
         for name, function in peers.items():
             seconds_per_call(function, 2)

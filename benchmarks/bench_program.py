@@ -1,0 +1,90 @@
+"""Whole networks at W4A4 as integer programs, against the float network and, where they are
+installed, OpenVINO and ONNX Runtime with eight bits. Weights are random: only speed is measured."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fdda_ext.deploy import lower
+from fdda_ext.models import load_model
+from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
+
+NETWORKS = ["torchvision:resnet18", "torchvision:mobilenet_v2"]
+
+
+def openvino_int8(network: nn.Module, images: Tensor) -> Callable[[], object]:
+    """NNCF's post-training quantization, run by OpenVINO in its latency mode."""
+    import nncf
+    import openvino
+
+    batches = [image[None].numpy() for image in images[:1]]
+    model = openvino.convert_model(network, example_input=images[:1])
+    model = nncf.quantize(model, nncf.Dataset(batches), subset_size=1)
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.compile_model(model, "CPU", options)
+    array = images.numpy()
+    return lambda: compiled(array)
+
+
+def onnxruntime_int8(network: nn.Module, images: Tensor, folder: Path) -> Callable[[], object]:
+    """ONNX Runtime's static quantization, QDQ with unsigned activations and signed weights."""
+    import onnxruntime
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = [{"x": images[:1].numpy()}]
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return self.left.pop() if self.left else None
+
+    plain, quantized = str(folder / "plain.onnx"), str(folder / "int8.onnx")
+    axes = {"x": {0: "batch"}}
+    torch.onnx.export(
+        network, (images[:1],), plain, input_names=["x"], dynamic_axes=axes, dynamo=False
+    )
+    quantization.quantize_static(plain, quantized, Reader(), per_channel=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on spinning through the turns of the others.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(quantized, options, ["CPUExecutionProvider"])
+    feed = {"x": images.numpy()}
+    return lambda: session.run(None, feed)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("spec", NETWORKS)
+def bench_network(compare, device, tmp_path, spec, batch):
+    torch.manual_seed(0)
+    network = load_model(spec, weights=None, num_classes=1000).eval()
+    images = torch.randn(batch, 3, 224, 224)
+    student = prepare(network, QuantizationConfig(), images[:1])
+    calibrate(student, images[:4])
+    program = lower(student).to(device)
+    with torch.no_grad():
+        assert torch.equal(
+            program(images[:4].to(device)), student.to(device)(images[:4].to(device))
+        )
+    peers: dict[str, Callable[[], object]] = {}
+    if (
+        device == "cpu"
+        and importlib.util.find_spec("openvino")
+        and importlib.util.find_spec("nncf")
+    ):
+        peers["openvino int8"] = openvino_int8(network, images)
+    if device == "cpu" and importlib.util.find_spec("onnxruntime"):
+        peers["onnxruntime int8"] = onnxruntime_int8(network, images, tmp_path)
+    images = images.to(device)
+    network = network.to(device, memory_format=torch.channels_last)
+    last = images.contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(network, dynamic=False)
+    peers |= {"eager float32": lambda: network(last), "compile float32": lambda: compiled(last)}
+    with torch.inference_mode():
+        name = spec.partition(":")[2]
+        compare(f"program, {name}, batch {batch}", {"fdda_ext": lambda: program(images), **peers})
