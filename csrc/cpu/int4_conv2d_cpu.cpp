@@ -57,11 +57,19 @@ class Patches {
         rows_(kItemPixels * (g_.is_depthwise() ? g_.taps() : 1)) {}
 
   const uint8_t* const* gather(int64_t first, int64_t last, int64_t group) {
-    for (int64_t pixel = first; pixel < last; ++pixel) {
-      const int64_t i = pixel - first;
-      const int64_t sample = pixel / (g_.out_height * g_.out_width);
-      const int64_t y = pixel / g_.out_width % g_.out_height * g_.stride_y - g_.pad_y;
-      const int64_t x = pixel % g_.out_width * g_.stride_x - g_.pad_x;
+    int64_t sample = first / (g_.out_height * g_.out_width);
+    int64_t out_y = first / g_.out_width % g_.out_height;
+    int64_t out_x = first % g_.out_width;
+    for (int64_t i = 0; i < last - first; ++i, ++out_x) {
+      if (out_x == g_.out_width) {
+        out_x = 0;
+        if (++out_y == g_.out_height) {
+          out_y = 0;
+          ++sample;
+        }
+      }
+      const int64_t y = out_y * g_.stride_y - g_.pad_y;
+      const int64_t x = out_x * g_.stride_x - g_.pad_x;
       if (g_.is_depthwise()) {
         point_at_taps(sample, y, x, &rows_[i * g_.taps()]);
       } else if (g_.reads_in_place()) {
@@ -83,10 +91,13 @@ class Patches {
   }
 
   void point_at_taps(int64_t sample, int64_t y0, int64_t x0, const uint8_t** rows) const {
-    for (int64_t tap = 0; tap < g_.taps(); ++tap) {
-      const int64_t y = y0 + tap / g_.kernel_x * g_.dilation_y;
-      const int64_t x = x0 + tap % g_.kernel_x * g_.dilation_x;
-      rows[tap] = is_inside(y, x) ? at(sample, y, x) : outside_.data();
+    for (int64_t ky = 0, y = y0; ky < g_.kernel_y; ++ky, y += g_.dilation_y) {
+      const uint8_t* row = at(sample, y, 0);
+      const bool row_inside = y >= 0 && y < g_.height;
+      for (int64_t kx = 0, x = x0; kx < g_.kernel_x; ++kx, x += g_.dilation_x) {
+        const bool inside = row_inside && x >= 0 && x < g_.width;
+        *rows++ = inside ? row + x * g_.channels : outside_.data();
+      }
     }
   }
 

@@ -1,29 +1,58 @@
 // Integer convolution on vpdpbusd: sixteen outputs to a register, four products to a lane.
 
-FDDA_INLINE void finish_vector(
-    __m512i sums, __mmask16 inside, int64_t pixel, int64_t at, const IntEpilogue& e) {
-  const int64_t place = pixel * e.stride + at;
-  const __m512i total = _mm512_sub_epi32(sums, _mm512_maskz_loadu_epi32(inside, e.correction + at));
-  __m512 t = _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_maskz_loadu_ps(inside, e.scale + at));
-  t = _mm512_add_ps(t, _mm512_maskz_loadu_ps(inside, e.shift + at));
+// What all pixels of sixteen outputs share.
+struct Finish {
+  __mmask16 inside;
+  __m512i correction;
+  __m512 scale, shift, low, high, residual_scale, residual_zero_point, inverse_scale;
+  __m512 least, most;  // codes minus the zero point
+  __m512i zero_point;
+};
+
+FDDA_INLINE Finish prepare_finish(const IntEpilogue& e, int64_t at, int64_t n) {
+  const __mmask16 inside = first(n < 16 ? n : 16);
+  // With a monotone rounding the clamp of the value can as well be made on the code.
+  const float inverse = e.inverse_scale;
+  const float bottom = 0.0f - e.zero_point;
+  const float top = e.quant_max - e.zero_point;
+  const float least = rintf(e.low * inverse);
+  const float most = rintf(e.high * inverse);
+  return {
+      inside,
+      _mm512_maskz_loadu_epi32(inside, e.correction + at),
+      _mm512_maskz_loadu_ps(inside, e.scale + at),
+      _mm512_maskz_loadu_ps(inside, e.shift + at),
+      _mm512_set1_ps(e.low),
+      _mm512_set1_ps(e.high),
+      _mm512_set1_ps(e.residual_scale),
+      _mm512_set1_ps(e.residual_zero_point),
+      _mm512_set1_ps(inverse),
+      _mm512_set1_ps(fdda::clamp(least, bottom, top)),
+      _mm512_set1_ps(fdda::clamp(most, bottom, top)),
+      _mm512_set1_epi32(static_cast<int>(e.zero_point))};
+}
+
+FDDA_INLINE void finish_vector(__m512i sums, const Finish& f, int64_t place, const IntEpilogue& e) {
+  __m512 t = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, f.correction)), f.scale);
+  t = _mm512_add_ps(t, f.shift);
   if (e.residual_codes != nullptr) {
-    const __m128i codes = _mm_maskz_loadu_epi8(inside, e.residual_codes + place);
+    const __m128i codes = _mm_maskz_loadu_epi8(f.inside, e.residual_codes + place);
     const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
-    const __m512 integer = _mm512_sub_ps(code, _mm512_set1_ps(e.residual_zero_point));
-    t = _mm512_add_ps(t, _mm512_mul_ps(integer, _mm512_set1_ps(e.residual_scale)));
+    const __m512 integer = _mm512_sub_ps(code, f.residual_zero_point);
+    t = _mm512_add_ps(t, _mm512_mul_ps(integer, f.residual_scale));
   } else if (e.residual_values != nullptr) {
-    t = _mm512_add_ps(t, _mm512_maskz_loadu_ps(inside, e.residual_values + place));
+    t = _mm512_add_ps(t, _mm512_maskz_loadu_ps(f.inside, e.residual_values + place));
   }
-  t = _mm512_min_ps(_mm512_max_ps(t, _mm512_set1_ps(e.low)), _mm512_set1_ps(e.high));
   if (e.values != nullptr) {
-    _mm512_mask_storeu_ps(e.values + place, inside, t);
+    t = _mm512_min_ps(_mm512_max_ps(t, f.low), f.high);
+    _mm512_mask_storeu_ps(e.values + place, f.inside, t);
     return;
   }
-  t = _mm512_mul_ps(t, _mm512_set1_ps(e.inverse_scale));
-  t = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  t = _mm512_add_ps(t, _mm512_set1_ps(e.zero_point));
-  t = _mm512_min_ps(_mm512_max_ps(t, _mm512_setzero_ps()), _mm512_set1_ps(e.quant_max));
-  _mm512_mask_cvtepi32_storeu_epi8(e.codes + place, inside, _mm512_cvtps_epi32(t));
+  // Between integer bounds, rounding after the clamp is rounding before it, and cannot overflow.
+  t = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(t, f.inverse_scale), f.least), f.most);
+  const __m512i codes = _mm512_add_epi32(
+      _mm512_cvt_roundps_epi32(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f.zero_point);
+  _mm512_mask_cvtepi32_storeu_epi8(e.codes + place, f.inside, codes);
 }
 
 // sums += the four products of every lane. Written out, as GCC 12 copies the sums around its
@@ -65,10 +94,10 @@ void tile(
     for (int j = 0; j < n; ++j) _mm512_store_si512(buffer + i * n + j, sums[i][j]);
   }
   for (int j = 0; j < n; ++j) {
-    const int64_t left = outputs - at - 16 * j;
-    const __mmask16 inside = first(left < 16 ? left : 16);
+    const Finish f = prepare_finish(e, at + 16 * j, outputs - at - 16 * j);
     for (int i = 0; i < m; ++i) {
-      finish_vector(_mm512_load_si512(buffer + i * n + j), inside, pixel + i, at + 16 * j, e);
+      const int64_t place = (pixel + i) * e.stride + at + 16 * j;
+      finish_vector(_mm512_load_si512(buffer + i * n + j), f, place, e);
     }
   }
 }
@@ -118,6 +147,10 @@ inline void integer_depthwise_vnni(
     const int64_t n = channels - c < 64 ? channels - c : 64;
     const __mmask64 inside = n == 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
     const int8_t* block = weights + c / 64 * groups * 256;
+    const Finish finishes[4] = {
+        prepare_finish(e, c, n), prepare_finish(e, c + 16, n < 16 ? 0 : n - 16),
+        prepare_finish(e, c + 32, n < 32 ? 0 : n - 32),
+        prepare_finish(e, c + 48, n < 48 ? 0 : n - 48)};
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
       const uint8_t* const* at = rows + pixel * taps;
       __m512i sums[4] = {
@@ -142,9 +175,8 @@ inline void integer_depthwise_vnni(
           _mm512_shuffle_i32x4(d, f, 0x88), _mm512_shuffle_i32x4(d, f, 0xdd)};
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const int64_t left = n - 16 * j;
-        if (left > 0) {
-          finish_vector(ordered[j], first(left < 16 ? left : 16), pixel, c + 16 * j, e);
+        if (n > 16 * j) {
+          finish_vector(ordered[j], finishes[j], pixel * e.stride + c + 16 * j, e);
         }
       }
     }
