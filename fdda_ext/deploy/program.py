@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class CodeGrid:
     def quantize(self, x: Tensor) -> Tensor:
         """Codes, uint8, of float32 ``x``."""
         inverse = torch.ones(()) / torch.tensor(self.scale)  # rounded to float32, as in the kernels
-        codes = torch.round(x * inverse.to(x.device)) + self.zero_point
+        codes = (x * inverse.to(x.device)).round_().add_(self.zero_point)
         return codes.clamp_(0, self.quant_max).to(torch.uint8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -557,7 +558,10 @@ class IntegerProgram(nn.Module):
             raise UsageError(
                 f"IntegerProgram: expected images [N, {expected}], got {list(images.shape)}"
             )
-        tensors = {name: self.get_buffer(buffer) for name, buffer in self._buffer_names.items()}
+        # Not by get_buffer, which for hundreds of tensors takes longer than a small network.
+        tensors = {
+            name: cast(Tensor, self._buffers[buffer]) for name, buffer in self._buffer_names.items()
+        }
         known = {self.image.name: self.image}
         values = {self.image.name: self._normalised(images)}
         last_use = {name: i for i, step in enumerate(self.instructions) for name in step.inputs}
