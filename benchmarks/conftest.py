@@ -11,6 +11,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -24,6 +26,8 @@ ROUNDS = 20
 TURN = 0.004
 
 Peers = dict[str, Callable[[], Any]]
+#: Optional ones.
+PEERS = ("nncf", "openvino", "onnxruntime", "cupy")
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -41,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info["fdda_ext"] = dataclasses.asdict(build_info())
     machine_info["torch"] = torch.__version__
+    machine_info["peers"] = {name: version(name) for name in PEERS if find_spec(name)}
     if DEVICE == "cuda":
         machine_info["gpu"] = torch.cuda.get_device_name()
 

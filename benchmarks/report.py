@@ -39,7 +39,9 @@ def render(report: dict[str, Any]) -> str:
         INTRODUCTION,
         f"Machine: {machine.get('gpu') or machine['cpu']['brand_raw']}; torch {machine['torch']}; "
         f"Python {machine['python_version']}; {machine['fdda_ext']['isa']}, "
-        f"{machine['fdda_ext']['threads']} threads.",
+        f"{machine['fdda_ext']['threads']} threads"
+        + "".join(f"; {name} {number}" for name, number in machine["peers"].items())
+        + ".",
         "",
     ]
     families: dict[str, list[dict[str, Any]]] = {}
