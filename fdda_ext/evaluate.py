@@ -83,6 +83,11 @@ def run(config: EvaluateConfig) -> Accuracy:
     if config.run is not None and is_program(Path(config.run)):
         network = load_program(Path(config.run))
         (classes,), image_size = network.output.shape, network.image.shape[-1]
+        if config.image_size not in (None, image_size):
+            raise UsageError(
+                f"evaluate: expected image_size to be the program's {image_size}, "
+                f"got {config.image_size}"
+            )
         dataset = load_dataset(
             config.data or "glyphs", config.split, image_size=image_size, limit=config.test_limit
         )

@@ -55,8 +55,8 @@ def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
         pass  # the images are elsewhere: the program then takes normalised ones alone
     folder = source if source.is_dir() else source.parent
     path = Path(config.out) if config.out else folder / "model.int4.safetensors"
-    if not path.parent.is_dir():
-        raise UsageError(f"export: expected out in a folder that exists, got {path}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"export: expected out to be a file in a folder that exists, got {path}")
     save_program(path, lower(student, mean, std))
     return path, load_program(path)
 

@@ -36,7 +36,7 @@ def load_student(path: Path, command: str = "evaluate") -> tuple[GraphModule, di
                 "an unfinished run goes on with fdda_ext.train --out ... --resume"
             )
         path = path / "student.safetensors"
-    state, recipe = read_student(path)
+    state, recipe = read_student(path, command)
     try:
         network = load_model(recipe["model"], weights="none", num_classes=recipe["num_classes"])
         example = torch.zeros(1, 3, recipe["image_size"], recipe["image_size"])

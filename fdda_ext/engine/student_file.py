@@ -28,8 +28,8 @@ def write_student(path: Path, student: nn.Module, recipe: dict[str, Any]) -> Non
     temporary.replace(path)
 
 
-def read_student(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_student` wrote.
+def read_student(path: Path, command: str = "evaluate") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_student` wrote; errors name ``command``.
 
     Raises:
         UsageError: If the file is missing, damaged, or no student.
@@ -39,7 +39,7 @@ def read_student(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise UsageError(
-                    f"evaluate: expected a student file ({_FORMAT}), got {path} "
+                    f"{command}: expected a student file ({_FORMAT}), got {path} "
                     f"of format {metadata.get('format', 'unknown')}"
                 )
             recipe = json.loads(metadata["recipe"])
@@ -48,4 +48,6 @@ def read_student(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise OSError("its content was changed after it was written")
             return state, recipe
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise UsageError(f"evaluate: expected a whole student file, got {path} ({error})") from None
+        raise UsageError(
+            f"{command}: expected a whole student file, got {path} ({error})"
+        ) from None
