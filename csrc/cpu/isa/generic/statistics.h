@@ -265,21 +265,83 @@ void column_moments(
   }
 }
 
+// The backward of planes without gaps, past the caches: a cache line in which one plane ends and
+// the next begins is put together before it goes out.
+template <typename T>
+void streamed_planes_backward(
+    int64_t planes, int64_t count, int64_t x_stride, const typename Accumulator<T>::type* mean,
+    const typename Accumulator<T>::type* offset, const typename Accumulator<T>::type* slope,
+    const T* x, T* grad_x) {
+  using V = VectorOf<T>;
+  constexpr int64_t kWidth = V::kWidth;
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  alignas(64) T line[kLine];
+  // Values of the current line that others have written, and that are in `line` up to.
+  int64_t begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(grad_x) % 64 / sizeof(T));
+  int64_t end = begin;
+  const auto flush = [&](T* line_end) __attribute__((always_inline)) {
+    for (int64_t i = begin; i < end; ++i) line_end[i - end] = line[i];
+    begin = 0;
+    end = 0;
+  };
+  for (int64_t plane = 0; plane < planes; ++plane, x += x_stride, grad_x += count) {
+    const StatsGradient<V> p = {V(mean[plane]), V(offset[plane]), V(slope[plane])};
+    const auto collect = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      for (int64_t done = 0; done < n; done += kWidth) {
+        const int64_t some = n - done < kWidth ? n - done : kWidth;
+        const V value = load_some(x + i + done, some, V(0));
+        store_some(line + end + done, some, stats_gradient_value(value, p));
+      }
+      end += n;
+    };
+    int64_t i = 0;
+    if (end > 0) {
+      i = kLine - end < count ? kLine - end : count;
+      collect(0, i);
+      if (end == kLine) {
+        if (begin == 0) {
+          stream_line(line, grad_x + i - kLine);
+          end = 0;
+        } else {
+          flush(grad_x + i);
+        }
+      }
+    }
+    for (; i + kLine <= count; i += kLine) {
+      V a = load(x + i);
+      if (kLine == kWidth) {
+        stream(grad_x + i, stats_gradient_value(a, p));
+      } else {
+        V b;
+        load_pair(x + i, &a, &b);
+        stream_pair(grad_x + i, stats_gradient_value(a, p), stats_gradient_value(b, p));
+      }
+    }
+    if (i < count) {
+      collect(i, count - i);
+    }
+  }
+  flush(grad_x);
+  finish_streaming();
+}
+
 template <typename T>
 void statistics_planes_backward(
     bool streaming, int64_t planes, int64_t count, int64_t x_stride, int64_t grad_x_stride,
     const typename Accumulator<T>::type* mean, const typename Accumulator<T>::type* offset,
     const typename Accumulator<T>::type* slope, const T* x, T* grad_x) {
+  if (streaming && grad_x_stride == count) {
+    return streamed_planes_backward(planes, count, x_stride, mean, offset, slope, x, grad_x);
+  }
   using V = VectorOf<T>;
   constexpr int64_t kWidth = V::kWidth;
   for (int64_t plane = 0; plane < planes; ++plane, x += x_stride, grad_x += grad_x_stride) {
     const StatsGradient<V> p = {V(mean[plane]), V(offset[plane]), V(slope[plane])};
-    const bool past_caches = streaming && begins_line(grad_x);
     V a, b;
     int64_t i = 0;
     for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
       load_pair(x + i, &a, &b);
-      put_pair(past_caches, grad_x + i, stats_gradient_value(a, p), stats_gradient_value(b, p));
+      store_pair(grad_x + i, stats_gradient_value(a, p), stats_gradient_value(b, p));
     }
     if (i + kWidth <= count) {
       store(grad_x + i, stats_gradient_value(load(x + i), p));
@@ -290,7 +352,6 @@ void statistics_planes_backward(
       store_some(grad_x + i, count - i, stats_gradient_value(tail, p));
     }
   }
-  finish_streaming();
 }
 
 template <typename T>
