@@ -33,12 +33,12 @@ STABLE_TORCH_LIBRARY(fdda, m) {
       "-> Tensor[]");
 
   // weight int8 [O, kh, kw, C / groups] -> int8, in the order in which int4_conv2d reads it.
-  m.def("int4_pack_weight(Tensor weight, int groups) -> Tensor");
+  m.def("int4_pack_weight(Tensor weight, int groups, bool winograd=False) -> Tensor");
   // x uint8 [N, H, W, C]; weight packed; scale, shift float32 [O]; correction int32 [O]; residual
   // uint8 or float32, like the result [N, H', W', O]: uint8 codes, or float32 if out_bits is 0.
   m.def(
       "int4_conv2d(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor correction, "
       "Tensor? residual, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
       "int zero_point, float low, float high, float residual_scale, int residual_zero_point, "
-      "float out_scale, int out_zero_point, int out_bits) -> Tensor");
+      "float out_scale, int out_zero_point, int out_bits, bool winograd=False) -> Tensor");
 }

@@ -86,10 +86,17 @@ def make_case(
     return x, weight, scale, shift, options
 
 
-def run(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, options: dict[str, Any]) -> Tensor:
+def run(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    options: dict[str, Any],
+    winograd: bool = False,
+) -> Tensor:
     correction = options["zero_point"] * weight.flatten(1).sum(1, dtype=torch.int32)
-    packed = int4_pack_weight(weight, options["groups"])
-    return int4_conv2d(x, packed, scale, shift, correction.int(), **options)
+    packed = int4_pack_weight(weight, options["groups"], winograd)
+    return int4_conv2d(x, packed, scale, shift, correction.int(), winograd=winograd, **options)
 
 
 CASES = {
@@ -115,6 +122,15 @@ CASES = {
     "depthwise_5x5": {
         "shape": (1, 9, 9, 64), "outputs": 64, "groups": 64, "kernel": (5, 5), "padding": (2, 2),
         "stride": (2, 2),
+    },
+    "depthwise_stride": {
+        "shape": (2, 9, 8, 70), "outputs": 70, "groups": 70, "stride": (2, 2)
+    },
+    "depthwise_far": {
+        "shape": (2, 9, 8, 70), "outputs": 70, "groups": 70, "stride": (1, 3)
+    },
+    "depthwise_dilated": {
+        "shape": (2, 9, 8, 70), "outputs": 70, "groups": 70, "dilation": (2, 2), "padding": (2, 2)
     },
     "depthwise_few": {"shape": (2, 5, 5, 3), "outputs": 3, "groups": 3, "kernel": (1, 2)},
     "multiplier": {"shape": (1, 5, 5, 6), "outputs": 12, "groups": 6},
@@ -142,6 +158,53 @@ def test_matches_reference(isa: str, threads: int, case: str) -> None:
     assert torch.equal(run(*arguments), reference(*arguments))
 
 
+WINOGRAD = {
+    "even": {"shape": (2, 8, 6, 16), "outputs": 16},
+    "odd": {"shape": (2, 7, 9, 16), "outputs": 20},
+    "no_padding": {"shape": (1, 9, 8, 24), "outputs": 64, "padding": (0, 0)},
+    "wide_padding": {"shape": (1, 5, 4, 12), "outputs": 10, "padding": (3, 2)},
+    "odd_channels": {"shape": (2, 6, 5, 3), "outputs": 5},
+    "one_pixel": {"shape": (1, 1, 1, 8), "outputs": 3},
+    "many_outputs": {"shape": (1, 7, 7, 130), "outputs": 150},
+    "many_tiles": {"shape": (2, 33, 40, 70), "outputs": 70},
+    "3_bits": {"shape": (1, 6, 6, 16), "outputs": 16, "bits": 3},
+    "to_float": {"shape": (1, 5, 5, 8), "outputs": 17, "out_bits": 0},
+    "residual": {"shape": (2, 6, 6, 8), "outputs": 80, "residual": "codes"},
+    "residual_float": {"shape": (2, 6, 6, 8), "outputs": 17, "residual": "float"},
+    "no_images": {"shape": (0, 6, 6, 8), "outputs": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WINOGRAD)
+def test_winograd_is_exact(isa: str, threads: int, case: str) -> None:
+    arguments = make_case(**WINOGRAD[case])
+    assert torch.equal(run(*arguments, winograd=True), reference(*arguments))
+
+
+def test_winograd_takes_the_largest_codes_and_weights(isa: str) -> None:
+    """All signs of the transforms, with 5-bit codes of 31 and 0 and weights of -8 and 7."""
+    x, weight, scale, shift, options = make_case((2, 8, 8, 64), 32, zero_point=31)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 2, x.shape, generator=generator, dtype=torch.uint8) * 31
+    weight = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8) * 15 - 8
+    x[0], weight[0], weight[1] = 31, -8, 7
+    arguments = (x, weight, scale / 100, shift, {**options, "out_bits": 0, "high": 1e9})
+    assert torch.equal(run(*arguments, winograd=True), reference(*arguments))
+
+
+def test_winograd_refuses_what_it_cannot_do() -> None:
+    weight = torch.full((4, 3, 3, 4), 15, dtype=torch.int8)
+    with pytest.raises(UsageError, match="weight to stay within int8 under Winograd's transform"):
+        int4_pack_weight(weight, winograd=True)
+    with pytest.raises(UsageError, match="winograd only for an ungrouped 3x3 window"):
+        int4_pack_weight(weight, 2, winograd=True)
+    x, weight, *rest, options = make_case((1, 5, 5, 8), 8, stride=(2, 2))
+    packed = int4_pack_weight(weight, winograd=True)
+    zeros = torch.zeros(8, dtype=torch.int32)
+    with pytest.raises(UsageError, match="int4_conv2d: expected winograd only for ungrouped 3x3"):
+        int4_conv2d(x, packed, *rest, zeros, winograd=True, **options)
+
+
 def test_cases_reach_the_whole_grid() -> None:
     """A result of one code only would agree with much."""
     result = run(*make_case(**CASES["3x3"]))
@@ -156,15 +219,17 @@ def test_matches_reference_on_random_geometry(data: st.DataObject) -> None:
         return data.draw(st.tuples(numbers, numbers))
 
     groups = data.draw(st.integers(1, 4))
-    kernel, dilation = pair(1, 4), pair(1, 2)
+    kernel = data.draw(st.just((3, 3)) | st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    dilation = pair(1, 2)
     height, width = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
     extra = pair(0, 6)
     shape = (data.draw(st.integers(1, 2)), height + extra[0], width + extra[1])
+    bits = data.draw(st.sampled_from([2, 4, 8]))
     arguments = make_case(
         (*shape, groups * data.draw(st.integers(1, 20))),
         groups * data.draw(st.integers(1, 40)),
         seed=data.draw(st.integers(0, 2**31)),
-        bits=data.draw(st.sampled_from([2, 4, 8])),
+        bits=bits,
         residual=data.draw(st.sampled_from(["none", "codes", "float"])),
         kernel=kernel,
         dilation=dilation,
@@ -175,11 +240,18 @@ def test_matches_reference_on_random_geometry(data: st.DataObject) -> None:
         out_bits=data.draw(st.sampled_from([0, 3, 4, 8])),
     )
     expected = reference(*arguments)
+    options = arguments[-1]
+    ones = all(options[name] == (1, 1) for name in ("stride", "dilation"))
+    can_be_winograd = (
+        ones and kernel == (3, 3) and groups == 1 and arguments[0].max() <= 31 and bits <= 4
+    )
     before = _C.isa()
     try:
         for name in _C.supported_isas():
             _C.set_isa(name)
             assert torch.equal(run(*arguments), expected)
+            if can_be_winograd:
+                assert torch.equal(run(*arguments, winograd=True), expected)
     finally:
         _C.set_isa(before)
 
@@ -192,7 +264,8 @@ def test_memory_format_does_not_matter() -> None:
 
 def test_opcheck() -> None:
     x, weight, scale, shift, options = make_case(**CASES["residual"])
-    torch.library.opcheck(torch.ops.fdda.int4_pack_weight.default, (weight, 1))
+    for arguments in ((weight, 1), (weight, 1, True), (weight[..., :1].contiguous(), 17)):
+        torch.library.opcheck(torch.ops.fdda.int4_pack_weight.default, arguments)
     arguments = (
         x, int4_pack_weight(weight), scale, shift, torch.zeros(17, dtype=torch.int32),
         options["residual"], [3, 3], [1, 1], [1, 1], [1, 1], 1, 3, 0.0, 6.0, 0.3, 5, 0.4, 2, 4,
@@ -203,7 +276,7 @@ def test_opcheck() -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"x": torch.zeros(1, 5, 5, 8)}, "x to be uint8, got float32"),
     "dims": ({"x": torch.zeros(5, 5, 8, dtype=torch.uint8)}, r"x of shape \[N, H, W, C\], got \[5"),
-    "channels": ({"x": torch.zeros(1, 5, 5, 9, dtype=torch.uint8)}, r"weight of shape \[2688\]"),
+    "channels": ({"x": torch.zeros(1, 5, 5, 9, dtype=torch.uint8)}, r"weight of shape \[\d+\], got"),
     "scale": ({"scale": torch.ones(16)}, r"weight of shape|shift of shape"),
     "shift": ({"shift": torch.ones(16)}, r"shift of shape \[17\], got \[16\]"),
     "correction": ({"correction": torch.zeros(17)}, "correction to be int32, got float32"),

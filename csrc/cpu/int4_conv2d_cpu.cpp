@@ -1,134 +1,130 @@
-// int4_conv2d on the CPU: from codes, through patches of pixels, to the integer products of isa/.
-//
-// Work is cut into items of a few output pixels times 64 outputs of one group. The patches of the
-// pixels are gathered into a buffer (a 1x1 convolution reads them where they lie); outside the
-// image lies the zero point, so that its correction is the same everywhere. Integer sums do not
-// depend on their order, so neither threads nor instruction sets change a bit of the result.
+#include "int4_conv2d_cpu.h"
 
 #include <cstring>
 #include <memory>
 
 #include "common/checks.h"
-#include "common/layout.h"
 #include "isa/dispatch.h"
 
 namespace fdda::cpu {
 namespace {
 
-constexpr int64_t kPanel = 16;  // outputs to a vector
-// Outputs and pixels of an item: the weights of 64 outputs stay in the L2 cache from item to item.
+// Outputs and pixels of an item of work: the weights of 64 outputs stay in the L2 cache from item
+// to item.
 constexpr int64_t kItemOutputs = 64;
 constexpr int64_t kItemPixels = 24;
+// Bytes of transformed codes at a time; they stay in the L2 cache while all outputs read them.
+constexpr int64_t kWinogradBytes = 256 * 1024;
 
-int64_t round_up(int64_t value, int64_t step) {
-  return (value + step - 1) / step * step;
+// Memory of a thread for one item, which keeps its size from call to call.
+uint8_t* scratch(int64_t bytes) {
+  thread_local std::vector<uint8_t> memory;
+  if (static_cast<int64_t>(memory.size()) < bytes + 64) {
+    memory.resize(bytes + 64);
+  }
+  return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
 }
 
-struct Geometry {
-  int64_t samples, height, width, channels;
-  int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
-  int64_t groups, outputs, out_height, out_width;
+// Where an image's pixels lie, and a pixel's worth of codes for what lies outside.
+class Image {
+ public:
+  Image(const Geometry& geometry, const uint8_t* x, uint8_t outside)
+      : g_(geometry), x_(x), outside_(round_up(g_.kernel_x * g_.channels, 64), outside) {}
 
-  int64_t group_channels() const { return channels / groups; }
-  int64_t group_outputs() const { return outputs / groups; }
-  int64_t taps() const { return kernel_y * kernel_x; }
-  int64_t pixels() const { return samples * out_height * out_width; }
-  bool is_depthwise() const { return groups == channels && groups == outputs; }
-  // Bytes of a patch, in groups of four.
-  int64_t patch() const { return round_up(taps() * group_channels(), 4); }
-  bool reads_in_place() const {
-    return taps() == 1 && pad_y == 0 && pad_x == 0 && group_channels() % 4 == 0;
+  const uint8_t* outside() const { return outside_.data(); }
+  const uint8_t* end() const { return x_ + g_.samples * g_.height * g_.width * g_.channels; }
+  bool has_row(int64_t y) const { return y >= 0 && y < g_.height; }
+  bool has_column(int64_t x) const { return x >= 0 && x < g_.width; }
+  const uint8_t* inside(int64_t sample, int64_t y, int64_t x) const {
+    return x_ + ((sample * g_.height + y) * g_.width + x) * g_.channels;
   }
-  int64_t packed_size() const {
-    return is_depthwise() ? round_up(channels, 64) * round_up(taps(), 4)
-                          : groups * round_up(group_outputs(), kPanel) * patch();
+  const uint8_t* pixel(int64_t sample, int64_t y, int64_t x) const {
+    return has_row(y) && has_column(x) ? inside(sample, y, x) : outside();
   }
+
+ private:
+  const Geometry& g_;
+  const uint8_t* x_;
+  std::vector<uint8_t> outside_;
 };
 
-// The patches of output pixels [first, last) of one group, and where each begins.
-class Patches {
- public:
-  Patches(const Geometry& geometry, const uint8_t* x, uint8_t zero_point)
-      : g_(geometry),
-        x_(x),
-        zero_point_(zero_point),
-        buffer_(g_.reads_in_place() || g_.is_depthwise() ? 0 : kItemPixels * g_.patch()),
-        outside_(g_.is_depthwise() ? g_.channels : 0, zero_point),
-        rows_(kItemPixels * (g_.is_depthwise() ? g_.taps() : 1)) {}
-
-  const uint8_t* const* gather(int64_t first, int64_t last, int64_t group) {
-    int64_t sample = first / (g_.out_height * g_.out_width);
-    int64_t out_y = first / g_.out_width % g_.out_height;
-    int64_t out_x = first % g_.out_width;
-    for (int64_t i = 0; i < last - first; ++i, ++out_x) {
-      if (out_x == g_.out_width) {
-        out_x = 0;
-        if (++out_y == g_.out_height) {
-          out_y = 0;
-          ++sample;
-        }
-      }
-      const int64_t y = out_y * g_.stride_y - g_.pad_y;
-      const int64_t x = out_x * g_.stride_x - g_.pad_x;
-      if (g_.is_depthwise()) {
-        point_at_taps(sample, y, x, &rows_[i * g_.taps()]);
-      } else if (g_.reads_in_place()) {
-        rows_[i] = at(sample, y, x) + group * g_.group_channels();
-      } else {
-        rows_[i] = &buffer_[i * g_.patch()];
-        copy_taps(sample, y, x, group * g_.group_channels(), &buffer_[i * g_.patch()]);
+// Calls body(i, sample, y, x) with the corner of the window of output pixels first + i.
+template <typename Body>
+void for_windows(const Geometry& g, int64_t first, int64_t last, const Body& body) {
+  const int64_t out_height = g.out_height();
+  const int64_t out_width = g.out_width();
+  int64_t sample = first / (out_height * out_width);
+  int64_t out_y = first / out_width % out_height;
+  int64_t out_x = first % out_width;
+  for (int64_t i = 0; i < last - first; ++i, ++out_x) {
+    if (out_x == out_width) {
+      out_x = 0;
+      if (++out_y == out_height) {
+        out_y = 0;
+        ++sample;
       }
     }
+    body(i, sample, out_y * g.stride_y - g.pad_y, out_x * g.stride_x - g.pad_x);
+  }
+}
+
+// The segments of the patches of a few output pixels: pointers into the image where a segment
+// lies within it, and else into a copy.
+class Patches {
+ public:
+  Patches(const Geometry& geometry, const Image& image)
+      : g_(geometry),
+        image_(image),
+        segment_size_(g_.segment_groups() * kGroup),
+        rows_(kItemPixels * g_.segments()),
+        copies_(kItemPixels * g_.segments() * segment_size_) {}
+
+  const uint8_t* const* gather(int64_t first, int64_t last, int64_t group) {
+    const int64_t channel = group * g_.group_channels();
+    const uint8_t** row = rows_.data();
+    uint8_t* copy = copies_.data();
+    for_windows(g_, first, last, [&](int64_t, int64_t sample, int64_t y0, int64_t x0) {
+      for (int64_t ky = 0, y = y0; ky < g_.kernel_y; ++ky, y += g_.dilation_y) {
+        for (int64_t kx = 0; kx < g_.kernel_x; kx += g_.segment_taps()) {
+          const int64_t x = x0 + kx * g_.dilation_x;
+          if (!image_.has_row(y)) {
+            *row++ = image_.outside();
+            continue;
+          }
+          const bool in_one_piece = g_.dilation_x == 1 || g_.segment_taps() == 1;
+          if (in_one_piece && image_.has_column(x) &&
+              image_.has_column(x + g_.segment_taps() - 1)) {
+            const uint8_t* place = image_.inside(sample, y, x) + channel;
+            // The last group of four may reach into the next pixel, but not beyond the image.
+            if (image_.end() - place >= segment_size_) {
+              *row++ = place;
+              continue;
+            }
+          }
+          copy_segment(sample, y, x, channel, copy);
+          *row++ = copy;
+          copy += segment_size_;
+        }
+      }
+    });
     return rows_.data();
   }
 
  private:
-  const uint8_t* at(int64_t sample, int64_t y, int64_t x) const {
-    return x_ + ((sample * g_.height + y) * g_.width + x) * g_.channels;
-  }
-  bool is_inside(int64_t y, int64_t x) const {
-    return y >= 0 && y < g_.height && x >= 0 && x < g_.width;
-  }
-
-  void point_at_taps(int64_t sample, int64_t y0, int64_t x0, const uint8_t** rows) const {
-    for (int64_t ky = 0, y = y0; ky < g_.kernel_y; ++ky, y += g_.dilation_y) {
-      const uint8_t* row = at(sample, y, 0);
-      const bool row_inside = y >= 0 && y < g_.height;
-      for (int64_t kx = 0, x = x0; kx < g_.kernel_x; ++kx, x += g_.dilation_x) {
-        const bool inside = row_inside && x >= 0 && x < g_.width;
-        *rows++ = inside ? row + x * g_.channels : outside_.data();
-      }
-    }
-  }
-
-  void copy_taps(int64_t sample, int64_t y0, int64_t x0, int64_t channel, uint8_t* to) const {
+  void copy_segment(int64_t sample, int64_t y, int64_t x, int64_t channel, uint8_t* to) const {
     const int64_t channels = g_.group_channels();
-    // Neighbours in a row of the image are neighbours in memory.
-    const bool in_one_piece = g_.groups == 1 && g_.dilation_x == 1;
-    for (int64_t ky = 0; ky < g_.kernel_y; ++ky) {
-      const int64_t y = y0 + ky * g_.dilation_y;
-      if (in_one_piece && is_inside(y, x0) && is_inside(y, x0 + g_.kernel_x - 1)) {
-        std::memcpy(to, at(sample, y, x0), g_.kernel_x * channels);
-        to += g_.kernel_x * channels;
-        continue;
-      }
-      for (int64_t kx = 0; kx < g_.kernel_x; ++kx, to += channels) {
-        const int64_t x = x0 + kx * g_.dilation_x;
-        if (is_inside(y, x)) {
-          std::memcpy(to, at(sample, y, x) + channel, channels);
-        } else {
-          std::memset(to, zero_point_, channels);
-        }
-      }
+    for (int64_t tap = 0; tap < g_.segment_taps(); ++tap) {
+      std::memcpy(
+          to + tap * channels, image_.pixel(sample, y, x + tap * g_.dilation_x) + channel,
+          channels);
     }
   }
 
   const Geometry& g_;
-  const uint8_t* x_;
-  uint8_t zero_point_;
-  std::vector<uint8_t> buffer_;
-  std::vector<uint8_t> outside_;
+  const Image& image_;
+  int64_t segment_size_;
   std::vector<const uint8_t*> rows_;
+  std::vector<uint8_t> copies_;
 };
 
 IntEpilogue moved(IntEpilogue e, int64_t pixel, int64_t output) {
@@ -143,37 +139,279 @@ IntEpilogue moved(IntEpilogue e, int64_t pixel, int64_t output) {
   return e;
 }
 
-void convolve(
-    const Geometry& g, const uint8_t* x, uint8_t zero_point, const int8_t* weight,
-    const IntEpilogue& epilogue) {
+template <typename Body>
+void for_items(int64_t items, const Body& body) {
+  torch::stable::parallel_for(0, items, 1, body);
+}
+
+void convolve_dense(
+    const Geometry& g, const Image& image, const int8_t* packed, const IntEpilogue& epilogue) {
   const IntKernels& loop = kernels().integers;
   const int64_t group_outputs = g.group_outputs();
+  const int64_t panel_outputs = round_up(group_outputs, kPanel);
   const int64_t blocks = (g.pixels() + kItemPixels - 1) / kItemPixels;
-  const int64_t parts =
-      g.is_depthwise() ? 1 : g.groups * ((group_outputs + kItemOutputs - 1) / kItemOutputs);
-  torch::stable::parallel_for(0, parts * blocks, 1, [&](int64_t begin, int64_t end) {
-    Patches patches(g, x, zero_point);
+  const int64_t parts = (group_outputs + kItemOutputs - 1) / kItemOutputs;
+  const int64_t output_size = g.segments() * g.segment_groups() * kGroup;
+  for_items(g.groups * parts * blocks, [&](int64_t begin, int64_t end) {
+    Patches patches(g, image);
     for (int64_t item = begin; item < end; ++item) {
+      const int64_t group = item / blocks / parts;
+      const int64_t output = item / blocks % parts * kItemOutputs;
       const int64_t first = item % blocks * kItemPixels;
       const int64_t last = std::min(first + kItemPixels, g.pixels());
-      if (g.is_depthwise()) {
-        loop.depthwise(
-            last - first, g.taps(), patches.gather(first, last, 0), weight, g.channels,
-            moved(epilogue, first, 0));
-        continue;
-      }
-      const int64_t part = item / blocks;
-      const int64_t group = part / (parts / g.groups);
-      const int64_t output = part % (parts / g.groups) * kItemOutputs;
-      const int64_t panel_outputs = round_up(group_outputs, kPanel);
-      loop.rows(
-          last - first, g.patch() / 4, patches.gather(first, last, group),
-          weight + (group * panel_outputs + output) * g.patch(),
+      loop.patches(
+          last - first, g.segments(), g.segment_groups(), patches.gather(first, last, group),
+          packed + (group * panel_outputs + output) * output_size,
           std::min(kItemOutputs, group_outputs - output),
           moved(epilogue, first, group * group_outputs + output));
     }
   });
 }
+
+// Rows of output pixels; body(first pixel, pixels, sample, y, x) with the first one's window.
+template <typename Body>
+void for_rows(const Geometry& g, int64_t begin, int64_t end, const Body& body) {
+  const int64_t out_height = g.out_height();
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t y = row % out_height * g.stride_y - g.pad_y;
+    body(row * g.out_width(), g.out_width(), row / out_height, y, -g.pad_x);
+  }
+}
+
+// Pointers to all taps of the windows in a row of output pixels, pixel by pixel.
+void point_at_taps(
+    const Geometry& g, const Image& image, int64_t pixels, int64_t sample, int64_t y0, int64_t x0,
+    const uint8_t** rows) {
+  for (int64_t i = 0; i < pixels; ++i, x0 += g.stride_x) {
+    for (int64_t ky = 0; ky < g.kernel_y; ++ky) {
+      for (int64_t kx = 0; kx < g.kernel_x; ++kx) {
+        *rows++ = image.pixel(sample, y0 + ky * g.dilation_y, x0 + kx * g.dilation_x);
+      }
+    }
+  }
+}
+
+void convolve_depthwise(
+    const Geometry& g, const Image& image, const int8_t* packed, const IntEpilogue& epilogue) {
+  const IntKernels& loop = kernels().integers;
+  const bool is_3x3 = g.kernel_y == 3 && g.kernel_x == 3;
+  // How many columns further the next pixel's three begin.
+  const int64_t step = g.dilation_x == 1 && g.stride_x <= 2 ? g.stride_x : 3;
+  const int64_t width = g.out_width();
+  for_items(g.samples * g.out_height(), [&](int64_t begin, int64_t end) {
+    std::vector<const uint8_t*> rows(is_3x3 ? 3 * (step * width + 3) : g.taps() * width);
+    for_rows(g, begin, end, [&](int64_t first, int64_t pixels, int64_t n, int64_t y, int64_t x) {
+      const IntEpilogue e = moved(epilogue, first, 0);
+      if (!is_3x3) {
+        point_at_taps(g, image, pixels, n, y, x, rows.data());
+        loop.depthwise(pixels, g.taps(), rows.data(), packed, g.channels, e);
+        return;
+      }
+      const uint8_t** column = rows.data();
+      for (int64_t i = 0; i < (pixels - 1) * step + 3; ++i) {
+        const int64_t at = step == 3 ? x + i / 3 * g.stride_x + i % 3 * g.dilation_x : x + i;
+        for (int64_t ky = 0; ky < 3; ++ky) {
+          *column++ = image.pixel(n, y + ky * g.dilation_y, at);
+        }
+      }
+      loop.depthwise_3x3(pixels, step, rows.data(), packed, g.channels, e);
+    });
+  });
+}
+
+// Tiles of 2x2 outputs, whose windows are tiles of 4x4 pixels.
+void convolve_winograd(
+    const Geometry& g, const Image& image, const int8_t* packed, const IntEpilogue& epilogue) {
+  const IntKernels& loop = kernels().integers;
+  const int64_t height = g.out_height();
+  const int64_t width = g.out_width();
+  const int64_t tiles_x = (width + 1) / 2;
+  const int64_t tiles_y = (height + 1) / 2;
+  const int64_t tiles = g.samples * tiles_y * tiles_x;
+  const int64_t stride = round_up(g.channels, 64);
+  // Blocks of about equal size, as many for every thread.
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t fitting = std::max<int64_t>(6, kWinogradBytes / (kWinogradPositions * stride));
+  const int64_t wanted = (tiles + fitting - 1) / fitting;
+  const int64_t rounded = wanted == 1 ? 1 : round_up(wanted, threads);
+  const int64_t block_tiles = round_up((tiles + rounded - 1) / rounded, 6);
+  const int64_t blocks = (tiles + block_tiles - 1) / block_tiles;
+  const int64_t parts = (g.outputs + kItemOutputs - 1) / kItemOutputs;
+  const int64_t part_size = kItemOutputs / kPanel * winograd_panel_size(g.winograd_groups());
+  const int64_t position_stride = block_tiles * stride;
+  for_items(blocks * parts, [&](int64_t begin, int64_t end) {
+    uint8_t* transformed = scratch(kWinogradPositions * position_stride);
+    std::vector<const uint8_t*> windows(block_tiles * kWinogradPositions);
+    std::vector<int64_t> pixels(block_tiles * 4);
+    int64_t ready = -1;
+    int64_t count = 0;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item / parts;
+      if (block != ready) {
+        ready = block;
+        count = std::min(block_tiles, tiles - block * block_tiles);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t tile = block * block_tiles + i;
+          const int64_t sample = tile / (tiles_y * tiles_x);
+          const int64_t y = tile / tiles_x % tiles_y * 2;
+          const int64_t x = tile % tiles_x * 2;
+          for (int64_t k = 0; k < kWinogradPositions; ++k) {
+            windows[i * kWinogradPositions + k] =
+                image.pixel(sample, y - g.pad_y + k / 4, x - g.pad_x + k % 4);
+          }
+          for (int64_t k = 0; k < 4; ++k) {
+            const bool inside = y + k / 2 < height && x + k % 2 < width;
+            pixels[4 * i + k] = inside ? (sample * height + y + k / 2) * width + x + k % 2 : -1;
+          }
+        }
+        loop.winograd_input(
+            count, g.channels, windows.data(), stride, position_stride, transformed);
+      }
+      const int64_t output = item % parts * kItemOutputs;
+      loop.winograd_output(
+          count, g.winograd_groups(), transformed, stride, position_stride,
+          packed + item % parts * part_size, std::min(kItemOutputs, g.outputs - output),
+          pixels.data(), moved(epilogue, 0, output));
+    }
+  });
+}
+
+// 4 G g G^T of one output and channel; taps of a window are `step` values apart.
+std::array<int32_t, kWinogradPositions> winograd_weight(const int8_t* g, int64_t step) {
+  const auto line = [](int32_t a, int32_t b, int32_t c) {
+    return std::array<int32_t, 4>{2 * a, a + b + c, a - b + c, 2 * c};
+  };
+  std::array<std::array<int32_t, 4>, 3> rows;
+  for (int64_t i = 0; i < 3; ++i) {
+    rows[i] = line(g[3 * i * step], g[(3 * i + 1) * step], g[(3 * i + 2) * step]);
+  }
+  std::array<int32_t, kWinogradPositions> result;
+  for (int64_t j = 0; j < 4; ++j) {
+    const auto column = line(rows[0][j], rows[1][j], rows[2][j]);
+    for (int64_t i = 0; i < 4; ++i) {
+      result[4 * i + j] = column[i];
+    }
+  }
+  return result;
+}
+
+void pack_winograd(const Geometry& g, const int8_t* weight, int8_t* packed) {
+  const int64_t groups = g.winograd_groups();
+  for (int64_t o = 0; o < g.outputs; ++o) {
+    int8_t* panel = packed + o / kPanel * winograd_panel_size(groups);
+    int8_t* products = panel + kWinogradPositions * kPanel * 4;
+    const int64_t lane = o % kPanel;
+    std::array<int32_t, kWinogradPositions> sums = {};
+    for (int64_t c = 0; c < g.channels; ++c) {
+      const auto transformed = winograd_weight(weight + o * 9 * g.channels + c, g.channels);
+      for (int64_t p = 0; p < kWinogradPositions; ++p) {
+        sums[p] += transformed[p];
+        products[((p * groups + c / kGroup) * kPanel + lane) * kGroup + c % kGroup] =
+            static_cast<int8_t>(transformed[p]);
+      }
+    }
+    for (int64_t p = 0; p < kWinogradPositions; ++p) {
+      const int32_t offset = -kWinogradOffset * sums[p];
+      std::memcpy(panel + (p * kPanel + lane) * 4, &offset, sizeof(offset));
+    }
+  }
+}
+
+void pack_depthwise(const Geometry& g, const int8_t* weight, int8_t* packed) {
+  const int64_t slots = depthwise_slots(g.kernel_y, g.kernel_x);
+  for (int64_t c = 0; c < g.channels; ++c) {
+    for (int64_t tap = 0; tap < g.taps(); ++tap) {
+      const int64_t slot = depthwise_slot(g.kernel_y, g.kernel_x, tap);
+      packed[depthwise_place(slots, c, slot)] = weight[c * g.taps() + tap];
+    }
+  }
+}
+
+void pack_dense(const Geometry& g, const int8_t* weight, int8_t* packed) {
+  const int64_t segment = g.segment_taps() * g.group_channels();
+  const int64_t groups = g.segment_groups();
+  const int64_t panel_size = g.segments() * groups * kGroup * kPanel;
+  const int64_t panels = (g.group_outputs() + kPanel - 1) / kPanel;
+  for (int64_t o = 0; o < g.outputs; ++o) {
+    const int64_t own = o % g.group_outputs();
+    int8_t* panel = packed + (o / g.group_outputs() * panels + own / kPanel) * panel_size;
+    for (int64_t s = 0; s < g.segments(); ++s) {
+      for (int64_t k = 0; k < segment; ++k) {
+        panel[((s * groups + k / kGroup) * kPanel + own % kPanel) * kGroup + k % kGroup] =
+            *weight++;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+bool winograd_weight_fits(const Geometry& g, const int8_t* weight) {
+  for (int64_t o = 0; o < g.outputs; ++o) {
+    for (int64_t c = 0; c < g.channels; ++c) {
+      for (const int32_t value : winograd_weight(weight + o * 9 * g.channels + c, g.channels)) {
+        if (value < -128 || value > 127) return false;
+      }
+    }
+  }
+  return true;
+}
+
+void pack_weight(const Geometry& g, bool winograd, const int8_t* weight, int8_t* packed) {
+  if (winograd) {
+    pack_winograd(g, weight, packed);
+  } else if (g.is_depthwise()) {
+    pack_depthwise(g, weight, packed);
+  } else {
+    pack_dense(g, weight, packed);
+  }
+}
+
+void convolve(
+    const Geometry& g, bool winograd, const uint8_t* x, uint8_t zero_point, const int8_t* packed,
+    const IntEpilogue& epilogue) {
+  const Image image(g, x, zero_point);
+  if (winograd) {
+    convolve_winograd(g, image, packed, epilogue);
+  } else if (g.is_depthwise()) {
+    convolve_depthwise(g, image, packed, epilogue);
+  } else {
+    convolve_dense(g, image, packed, epilogue);
+  }
+}
+
+void max_pool(const Geometry& g, const uint8_t* x, uint8_t* out) {
+  const IntKernels& loop = kernels().integers;
+  const Image image(g, x, 0);
+  for_items(g.samples * g.out_height(), [&](int64_t begin, int64_t end) {
+    std::vector<const uint8_t*> rows(g.out_width() * g.taps());
+    for_rows(g, begin, end, [&](int64_t first, int64_t pixels, int64_t n, int64_t y, int64_t x0) {
+      point_at_taps(g, image, pixels, n, y, x0, rows.data());
+      for (int64_t i = 0; i < pixels; ++i) {
+        loop.max_taps(
+            g.taps(), rows.data() + i * g.taps(), g.channels, out + (first + i) * g.channels);
+      }
+    });
+  });
+}
+
+void add_pool(const Geometry& g, const uint8_t* x, const IntEpilogue& epilogue) {
+  const IntKernels& loop = kernels().integers;
+  const Image image(g, x, 0);
+  for_items(g.samples * g.out_height(), [&](int64_t begin, int64_t end) {
+    std::vector<const uint8_t*> rows(g.out_width() * g.taps());
+    std::vector<int32_t> sums(g.channels);
+    for_rows(g, begin, end, [&](int64_t first, int64_t pixels, int64_t n, int64_t y, int64_t x0) {
+      point_at_taps(g, image, pixels, n, y, x0, rows.data());
+      for (int64_t i = 0; i < pixels; ++i) {
+        loop.add_taps(g.taps(), rows.data() + i * g.taps(), g.channels, sums.data());
+        loop.finish(1, g.channels, sums.data(), moved(epilogue, first + i, 0));
+      }
+    });
+  });
+}
+
+namespace {
 
 void check_pair(
     const char* op, const char* argument, const std::vector<int64_t>& pair, int64_t low) {
@@ -184,12 +422,7 @@ void check_pair(
   }
 }
 
-int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  const int64_t room = size + 2 * pad - dilation * (kernel - 1) - 1;
-  return room < 0 ? 0 : room / stride + 1;
-}
-
-Tensor int4_pack_weight_cpu(const Tensor& weight, int64_t groups) {
+Tensor int4_pack_weight_cpu(const Tensor& weight, int64_t groups, bool winograd) {
   const char* op = "int4_pack_weight";
   check_dtype(op, "weight", weight, ScalarType::Char);
   if (weight.dim() != 4 || weight.numel() == 0) {
@@ -205,24 +438,25 @@ Tensor int4_pack_weight_cpu(const Tensor& weight, int64_t groups) {
   g.kernel_x = weight.size(2);
   g.groups = groups;
   g.channels = weight.size(3) * groups;
-  Tensor packed = zeros(weight, {g.packed_size()}, ScalarType::Char);
-  const int8_t* from = const_ptr<int8_t>(dense_weight);
-  int8_t* to = mutable_ptr<int8_t>(packed);
-  const int64_t row = g.taps() * g.group_channels();
-  for (int64_t o = 0; o < g.outputs; ++o) {
-    const int64_t group = o / g.group_outputs();
-    const int64_t own = o % g.group_outputs();
-    int8_t* panel =
-        to + (group * round_up(g.group_outputs(), kPanel) + own / kPanel * kPanel) * g.patch();
-    for (int64_t k = 0; k < row; ++k) {
-      if (g.is_depthwise()) {
-        to[depthwise_place(g.taps(), o, k)] = from[o * row + k];
-      } else {
-        panel[k / 4 * 4 * kPanel + own % kPanel * 4 + k % 4] = from[o * row + k];
-      }
-    }
+  g.stride_y = g.stride_x = g.dilation_y = g.dilation_x = 1;
+  if (winograd && !g.fits_winograd()) {
+    refuse(op, "winograd", "only for an ungrouped 3x3 window", shape_text(weight));
   }
+  if (winograd && !winograd_weight_fits(g, const_ptr<int8_t>(dense_weight))) {
+    refuse(op, "weight", "to stay within int8 under Winograd's transform", "larger values");
+  }
+  Tensor packed = zeros(weight, {g.packed_size(winograd)}, ScalarType::Char);
+  pack_weight(g, winograd, const_ptr<int8_t>(dense_weight), mutable_ptr<int8_t>(packed));
   return packed;
+}
+
+// Per-output parameters, readable up to the next multiple of kPanel.
+template <typename T>
+std::vector<T> padded(const Tensor& values) {
+  const Tensor dense = as_contiguous(values);
+  std::vector<T> result(round_up(values.numel(), kPanel) + kPanel, T(0));
+  std::copy_n(const_ptr<T>(dense), values.numel(), result.data());
+  return result;
 }
 
 Tensor int4_conv2d_cpu(
@@ -230,7 +464,8 @@ Tensor int4_conv2d_cpu(
     const Tensor& correction, const std::optional<Tensor>& residual, std::vector<int64_t> kernel,
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
     int64_t groups, int64_t zero_point, double low, double high, double residual_scale,
-    int64_t residual_zero_point, double out_scale, int64_t out_zero_point, int64_t out_bits) {
+    int64_t residual_zero_point, double out_scale, int64_t out_zero_point, int64_t out_bits,
+    bool winograd) {
   const char* op = "int4_conv2d";
   check_dtype(op, "x", x, ScalarType::Byte);
   if (x.dim() != 4 || x.size(3) == 0) {
@@ -245,13 +480,14 @@ Tensor int4_conv2d_cpu(
       x.size(3) % groups != 0) {
     refuse(op, "groups", "to divide the channels of x and the outputs, one per scale", groups);
   }
-  Geometry g = {x.size(0), x.size(1),     x.size(2),  x.size(3),  kernel[0],   kernel[1],
-                stride[0], stride[1],     padding[0], padding[1], dilation[0], dilation[1],
-                groups,    scale.size(0), 0,          0};
-  g.out_height = out_size(g.height, g.kernel_y, g.stride_y, g.pad_y, g.dilation_y);
-  g.out_width = out_size(g.width, g.kernel_x, g.stride_x, g.pad_x, g.dilation_x);
+  const Geometry g = {x.size(0),   x.size(1),   x.size(2), x.size(3),    kernel[0],
+                      kernel[1],   stride[0],   stride[1], padding[0],   padding[1],
+                      dilation[0], dilation[1], groups,    scale.size(0)};
+  if (winograd && !g.fits_winograd()) {
+    refuse(op, "winograd", "only for ungrouped 3x3 windows of stride and dilation 1", "another");
+  }
   check_dtype(op, "weight", weight, ScalarType::Char);
-  check_shape(op, "weight", weight, {g.packed_size()});
+  check_shape(op, "weight", weight, {g.packed_size(winograd)});
   check_dtype(op, "shift", shift, ScalarType::Float);
   check_shape(op, "shift", shift, {g.outputs});
   check_dtype(op, "correction", correction, ScalarType::Int);
@@ -265,12 +501,15 @@ Tensor int4_conv2d_cpu(
   if (out_bits != 0 && !(out_scale > 0)) {
     refuse(op, "out_scale", "to be positive", out_scale);
   }
-  const std::vector<int64_t> sizes = {g.samples, g.out_height, g.out_width, g.outputs};
+  if (out_bits != 0 && (out_zero_point < 0 || out_zero_point >= 1 << out_bits)) {
+    refuse(op, "out_zero_point", "to be a code of out_bits bits", out_zero_point);
+  }
+  const std::vector<int64_t> sizes = {g.samples, g.out_height(), g.out_width(), g.outputs};
   const Tensor codes = as_contiguous(x);
   const Tensor weights = as_contiguous(weight);
-  const Tensor scales = as_contiguous(scale);
-  const Tensor shifts = as_contiguous(shift);
-  const Tensor corrections = as_contiguous(correction);
+  const std::vector<float> scales = padded<float>(scale);
+  const std::vector<float> shifts = padded<float>(shift);
+  const std::vector<int32_t> corrections = padded<int32_t>(correction);
   std::optional<Tensor> added;
   IntEpilogue e = {};
   if (residual.has_value()) {
@@ -284,9 +523,9 @@ Tensor int4_conv2d_cpu(
     }
   }
   Tensor out = empty(x, sizes, out_bits == 0 ? ScalarType::Float : ScalarType::Byte);
-  e.scale = const_ptr<float>(scales);
-  e.shift = const_ptr<float>(shifts);
-  e.correction = const_ptr<int32_t>(corrections);
+  e.scale = scales.data();
+  e.shift = shifts.data();
+  e.correction = corrections.data();
   e.low = static_cast<float>(low);
   e.high = static_cast<float>(high);
   e.residual_scale = static_cast<float>(residual_scale);
@@ -302,8 +541,8 @@ Tensor int4_conv2d_cpu(
   e.stride = g.outputs;
   if (out.numel() > 0) {
     convolve(
-        g, const_ptr<uint8_t>(codes), static_cast<uint8_t>(zero_point), const_ptr<int8_t>(weights),
-        e);
+        g, winograd, const_ptr<uint8_t>(codes), static_cast<uint8_t>(zero_point),
+        const_ptr<int8_t>(weights), e);
   }
   return out;
 }

@@ -13,28 +13,28 @@ __all__ = ["int4_conv2d", "int4_pack_weight"]
 _conv_op = torch.ops.fdda.int4_conv2d.default
 _pack_op = torch.ops.fdda.int4_pack_weight.default
 
-#: Outputs that one vector holds, and weights that one lane multiplies at once.
-_PANEL, _LANE = 16, 4
+#: Outputs that one vector holds, and products that one of its lanes adds up at once.
+_PANEL, _GROUP = 16, 4
 _INFINITY = float("inf")
 
 
-def int4_pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
+def int4_pack_weight(weight: Tensor, groups: int = 1, winograd: bool = False) -> Tensor:
     """Bring a weight into the order in which `int4_conv2d` reads it; once, as a network is loaded.
 
     Args:
         weight: int8 ``[O, kh, kw, C / groups]``.
         groups: Of the convolution.
+        winograd: For Winograd's algorithm F(2x2, 3x3), in integers: 2.25 times fewer products. The
+            transform of the weight must stay within int8, which 4-bit weights always do.
 
     Returns:
-        int8, one-dimensional: ``[groups][ceil(O / groups / 16)][ceil(k / 4)][16][4]`` with
-        ``k = kh kw C / groups``, padded with 0; for a depthwise convolution
-        ``[ceil(C / 64)][ceil(kh kw / 4)][4][64]``.
+        int8, one-dimensional, in a layout that csrc/cpu/isa/kernels.h describes.
 
     Raises:
-        UsageError: If dtype, shape or groups are wrong.
+        UsageError: If dtype, shape or groups are wrong, or the weight does not suit Winograd.
     """
     try:
-        result: Tensor = _pack_op(weight, groups)
+        result: Tensor = _pack_op(weight, groups, winograd)
     except (ValueError, NotImplementedError) as error:
         raise usage_error(error, "int4_pack_weight", weight) from None
     return result
@@ -61,6 +61,7 @@ def int4_conv2d(
     out_scale: float = 1.0,
     out_zero_point: int = 0,
     out_bits: int = 0,
+    winograd: bool = False,
 ) -> Tensor:
     r"""Convolves codes and rounds the result to codes, in one pass.
 
@@ -95,6 +96,8 @@ def int4_conv2d(
         out_scale: Of the result's codes, positive.
         out_zero_point: Likewise.
         out_bits: 2 to 8; 0 for a result in float32.
+        winograd: Whether `weight` was packed so; for windows of 3x3, stride and dilation 1, no
+            groups, and codes up to 31. The result is the same.
 
     Returns:
         ``[N, H', W', O]``, uint8 or float32.
@@ -106,7 +109,7 @@ def int4_conv2d(
         result: Tensor = _conv_op(
             x, weight, scale, shift, correction, residual, kernel, stride, padding, dilation,
             groups, zero_point, low, high, residual_scale, residual_zero_point, out_scale,
-            out_zero_point, out_bits,
+            out_zero_point, out_bits, winograd,
         )  # fmt: skip
     except (ValueError, NotImplementedError) as error:
         raise usage_error(error, "int4_conv2d", x) from None
@@ -114,14 +117,16 @@ def int4_conv2d(
 
 
 @torch.library.register_fake("fdda::int4_pack_weight")
-def _fake_pack(weight: Tensor, groups: int) -> Tensor:
+def _fake_pack(weight: Tensor, groups: int, winograd: bool = False) -> Tensor:
     outputs, height, width, own = weight.shape
-    taps = height * width
+    panels = groups * -(-(outputs // groups) // _PANEL)
+    if winograd:
+        return weight.new_empty(panels * 16 * _PANEL * (4 + -(-own // _GROUP) * _GROUP))
     if own == 1 and outputs == groups:
-        return weight.new_empty(-(-outputs // 64) * 64 * -(-taps // _LANE) * _LANE)
-    panels = -(-(outputs // groups) // _PANEL)
-    patch = -(-taps * own // _LANE) * _LANE
-    return weight.new_empty(groups * panels * _PANEL * patch)
+        slots = 12 if (height, width) == (3, 3) else -(-height * width // _GROUP) * _GROUP
+        return weight.new_empty(-(-outputs // 64) * 64 * slots)
+    segments, taps = (height, width) if groups == 1 else (height * width, 1)
+    return weight.new_empty(panels * segments * -(-taps * own // _GROUP) * _GROUP * _PANEL)
 
 
 @torch.library.register_fake("fdda::int4_conv2d")
@@ -145,6 +150,7 @@ def _fake_conv(
     out_scale: float,
     out_zero_point: int,
     out_bits: int,
+    winograd: bool = False,
 ) -> Tensor:
     if x.dim() != 4:
         raise UsageError(f"int4_conv2d: expected x of shape [N, H, W, C], got {list(x.shape)}")

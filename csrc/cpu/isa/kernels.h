@@ -87,7 +87,8 @@ struct StatisticsKernels {
 
 // Integer convolution -----------------------------------------------------------------------------
 
-// What becomes of an integer sum; pointers to per-output parameters start at the call's first.
+// What becomes of an integer sum; pointers to per-output parameters start at the call's first, and
+// may be read up to the next multiple of 16 outputs.
 //   t = float(sum - correction) * scale + shift
 //   t = t + residual                              codes: (q - residual_zero_point) * residual_scale
 //   t = clamp(t, low, high)
@@ -110,25 +111,79 @@ struct IntEpilogue {
   int64_t stride;  // elements from pixel to pixel in outputs and residual
 };
 
-// Where a depthwise weight lies: [blocks of 64 channels][groups of 4 taps][4][64], padded with 0,
-// in the order in which unpacking the bytes of four taps leaves the channels.
-constexpr int64_t depthwise_place(int64_t taps, int64_t channel, int64_t tap) {
-  const int64_t groups = (taps + 3) / 4;
+// Layouts of weights. Outputs come in panels of 16, one vector of sums; codes and weights in groups
+// of four, the products that one lane adds up. What is missing is padded with 0.
+//   dense      int8 [panels][segments][groups][16][4]: a patch is a few segments, each of them one
+//              stretch of memory, such as the channels of the pixels that a row of the window sees
+//   Winograd   [panels] of int32 offset [16 positions][16], int8 [16 positions][groups][16][4]
+//   depthwise  int8 [blocks of 64 channels][slots / 4][4][64], see depthwise_place
+constexpr int64_t kPanel = 16;
+constexpr int64_t kGroup = 4;
+
+// The taps of a depthwise weight have slots. In a 3x3 window every column has four of them, of
+// which the last stays empty: neighbouring pixels share columns.
+constexpr int64_t depthwise_slot(int64_t kernel_y, int64_t kernel_x, int64_t tap) {
+  return kernel_y == 3 && kernel_x == 3 ? tap % 3 * 4 + tap / 3 : tap;
+}
+constexpr int64_t depthwise_slots(int64_t kernel_y, int64_t kernel_x) {
+  return kernel_y == 3 && kernel_x == 3 ? 12 : (kernel_y * kernel_x + 3) / 4 * 4;
+}
+// Where the weight of a channel and slot lies, in the order in which unpacking the bytes of four
+// slots leaves the channels.
+constexpr int64_t depthwise_place(int64_t slots, int64_t channel, int64_t slot) {
   const int64_t in_block = channel % 64;
-  return (channel / 64 * groups + tap / 4) * 256 + in_block % 16 / 4 * 64 + in_block / 16 * 16 +
-         in_block % 4 * 4 + tap % 4;
+  return (channel / 64 * slots + slot / 4 * 4) * 64 + in_block % 16 / 4 * 64 + in_block / 16 * 16 +
+         in_block % 4 * 4 + slot % 4;
+}
+
+// Winograd's F(2x2, 3x3) in integers. With B^T d B of a tile d of 4x4 codes up to 31, in
+// [-62, 124], and 4 G g G^T of the weights g, if that fits int8, the sums over the channels of
+// their products are exactly A^T (...) A = 4 y of 2x2 outputs. The products want one side unsigned:
+// kWinogradOffset is added to B^T d B, and the weights' `offset` takes its share away again.
+constexpr int64_t kWinogradPositions = 16;
+constexpr int32_t kWinogradOffset = 64;
+constexpr int64_t kWinogradLargestCode = 31;
+
+constexpr int64_t winograd_panel_size(int64_t groups) {
+  return kWinogradPositions * kPanel * (4 + groups * kGroup);
 }
 
 struct IntKernels {
-  // Products of `pixels` rows of 4 * groups codes with weights [panels of 16
-  // outputs][groups][16][4], padded with 0.
-  void (*rows)(
-      int64_t pixels, int64_t groups, const uint8_t* const* rows, const int8_t* weights,
-      int64_t outputs, const IntEpilogue& epilogue);
+  // Products of `pixels` patches with dense weights; rows holds the segments of the first patch,
+  // then of the second.
+  void (*patches)(
+      int64_t pixels, int64_t segments, int64_t groups, const uint8_t* const* rows,
+      const int8_t* weights, int64_t outputs, const IntEpilogue& epilogue);
   // One weight per channel and tap; rows holds the taps of the first pixel, then of the second.
   void (*depthwise)(
       int64_t pixels, int64_t taps, const uint8_t* const* rows, const int8_t* weights,
       int64_t channels, const IntEpilogue& epilogue);
+  // The same for a 3x3 window; a column is three pointers, and the next pixel's three columns begin
+  // `stride` columns further: 1 or 2, or 3 if they share none.
+  void (*depthwise_3x3)(
+      int64_t pixels, int64_t stride, const uint8_t* const* columns, const int8_t* weights,
+      int64_t channels, const IntEpilogue& epilogue);
+  // B^T d B + kWinogradOffset of tiles whose 16 pixels are in rows, to [position][tile][channel];
+  // `stride` bytes, a multiple of 64 that holds the channels, from tile to tile.
+  void (*winograd_input)(
+      int64_t tiles, int64_t channels, const uint8_t* const* rows, int64_t stride,
+      int64_t position_stride, uint8_t* to);
+  // The outputs of such tiles; pixels holds four indices per tile, -1 where there is no pixel.
+  void (*winograd_output)(
+      int64_t tiles, int64_t groups, const uint8_t* from, int64_t stride, int64_t position_stride,
+      const int8_t* weights, int64_t outputs, const int64_t* pixels, const IntEpilogue& epilogue);
+  // What follows a sum, for [pixels, channels]; floats stand for sums that are no integers.
+  void (*finish)(
+      int64_t pixels, int64_t channels, const int32_t* sums, const IntEpilogue& epilogue);
+  void (*finish_floats)(
+      int64_t pixels, int64_t channels, const float* sums, const IntEpilogue& epilogue);
+  // Sum and maximum over taps, for every channel.
+  void (*add_taps)(int64_t taps, const uint8_t* const* rows, int64_t channels, int32_t* sums);
+  void (*max_taps)(int64_t taps, const uint8_t* const* rows, int64_t channels, uint8_t* largest);
+  // Codes of `count` floats, written `stride` bytes apart.
+  void (*quantize)(
+      int64_t count, const float* x, float inverse_scale, float zero_point, float quant_max,
+      int64_t stride, uint8_t* codes);
 };
 
 // -------------------------------------------------------------------------------------------------

@@ -1,0 +1,74 @@
+// The drivers behind int4_conv2d and the integer program: from codes in memory to the integer
+// products of isa/. Integer sums do not depend on their order, so neither threads, nor instruction
+// sets, nor the choice between direct convolution and Winograd change a bit of the result.
+#pragma once
+
+#include "common/layout.h"
+#include "isa/kernels.h"
+
+namespace fdda::cpu {
+
+constexpr int64_t round_up(int64_t value, int64_t step) {
+  return (value + step - 1) / step * step;
+}
+
+struct Geometry {
+  int64_t samples, height, width, channels;
+  int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
+  int64_t groups, outputs;
+
+  int64_t out_height() const { return out_size(height, kernel_y, stride_y, pad_y, dilation_y); }
+  int64_t out_width() const { return out_size(width, kernel_x, stride_x, pad_x, dilation_x); }
+  int64_t pixels() const { return samples * out_height() * out_width(); }
+  int64_t taps() const { return kernel_y * kernel_x; }
+  int64_t group_channels() const { return channels / groups; }
+  int64_t group_outputs() const { return outputs / groups; }
+  bool is_depthwise() const { return groups == channels && groups == outputs; }
+  bool fits_winograd() const {
+    return kernel_y == 3 && kernel_x == 3 && stride_y == 1 && stride_x == 1 && dilation_y == 1 &&
+           dilation_x == 1 && groups == 1;
+  }
+
+  // Without groups a row of the window is one segment: neighbours in a row of the image are
+  // neighbours in memory.
+  int64_t segments() const { return groups == 1 ? kernel_y : taps(); }
+  int64_t segment_taps() const { return groups == 1 ? kernel_x : 1; }
+  // Of kGroup codes each.
+  int64_t segment_groups() const {
+    return (segment_taps() * group_channels() + kGroup - 1) / kGroup;
+  }
+  int64_t winograd_groups() const { return (channels + kGroup - 1) / kGroup; }
+
+  int64_t packed_size(bool winograd) const {
+    const int64_t panels = (group_outputs() + kPanel - 1) / kPanel;
+    if (winograd) {
+      return panels * winograd_panel_size(winograd_groups());
+    }
+    return is_depthwise() ? round_up(channels, 64) * depthwise_slots(kernel_y, kernel_x)
+                          : groups * panels * segments() * segment_groups() * kGroup * kPanel;
+  }
+
+ private:
+  static int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t step) {
+    const int64_t room = size + 2 * pad - step * (kernel - 1) - 1;
+    return room < 0 ? 0 : room / stride + 1;
+  }
+};
+
+// The weight [O, kh, kw, C / groups] in the layout that the kernels read, into zeros.
+void pack_weight(const Geometry& geometry, bool winograd, const int8_t* weight, int8_t* packed);
+
+// 4 G g G^T of every output and channel lies in int8.
+bool winograd_weight_fits(const Geometry& geometry, const int8_t* weight);
+
+// x has `geometry.samples` images; the epilogue's pointers begin at its first output and pixel.
+void convolve(
+    const Geometry& geometry, bool winograd, const uint8_t* x, uint8_t zero_point,
+    const int8_t* packed, const IntEpilogue& epilogue);
+
+// Windows of every pixel, and what lies outside the image: the largest code of each channel, and
+// the sums, finished. The geometry has groups = channels = outputs.
+void max_pool(const Geometry& geometry, const uint8_t* x, uint8_t* out);
+void add_pool(const Geometry& geometry, const uint8_t* x, const IntEpilogue& epilogue);
+
+}  // namespace fdda::cpu
