@@ -21,7 +21,7 @@ from fdda_ext import evaluate, export
 from fdda_ext.data import calibration_set, load_dataset
 from fdda_ext.deploy import IntegerProgram, load_program, lower, save_program
 from fdda_ext.deploy.file import pack_int4, unpack_int4
-from fdda_ext.deploy.program import CodeGrid, Conv, Linear, Value
+from fdda_ext.deploy.instructions import CodeGrid, Conv, Linear, Value
 from fdda_ext.engine import write_student
 from fdda_ext.engine.checkpoint import digest
 from fdda_ext.errors import UsageError

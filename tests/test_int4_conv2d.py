@@ -276,7 +276,10 @@ def test_opcheck() -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"x": torch.zeros(1, 5, 5, 8)}, "x to be uint8, got float32"),
     "dims": ({"x": torch.zeros(5, 5, 8, dtype=torch.uint8)}, r"x of shape \[N, H, W, C\], got \[5"),
-    "channels": ({"x": torch.zeros(1, 5, 5, 9, dtype=torch.uint8)}, r"weight of shape \[\d+\], got"),
+    "channels": (
+        {"x": torch.zeros(1, 5, 5, 9, dtype=torch.uint8)},
+        r"weight of shape \[\d+\], got",
+    ),
     "scale": ({"scale": torch.ones(16)}, r"weight of shape|shift of shape"),
     "shift": ({"shift": torch.ones(16)}, r"shift of shape \[17\], got \[16\]"),
     "correction": ({"correction": torch.zeros(17)}, "correction to be int32, got float32"),

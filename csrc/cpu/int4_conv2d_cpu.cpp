@@ -35,11 +35,11 @@ class Image {
   const uint8_t* end() const { return x_ + g_.samples * g_.height * g_.width * g_.channels; }
   bool has_row(int64_t y) const { return y >= 0 && y < g_.height; }
   bool has_column(int64_t x) const { return x >= 0 && x < g_.width; }
-  const uint8_t* inside(int64_t sample, int64_t y, int64_t x) const {
-    return x_ + ((sample * g_.height + y) * g_.width + x) * g_.channels;
+  const uint8_t* row(int64_t sample, int64_t y) const {
+    return x_ + (sample * g_.height + y) * g_.width * g_.channels;
   }
   const uint8_t* pixel(int64_t sample, int64_t y, int64_t x) const {
-    return has_row(y) && has_column(x) ? inside(sample, y, x) : outside();
+    return has_row(y) && has_column(x) ? row(sample, y) + x * g_.channels : outside();
   }
 
  private:
@@ -48,7 +48,7 @@ class Image {
   std::vector<uint8_t> outside_;
 };
 
-// Calls body(i, sample, y, x) with the corner of the window of output pixels first + i.
+// Calls body(sample, y, x) with the corner of the window of each output pixel.
 template <typename Body>
 void for_windows(const Geometry& g, int64_t first, int64_t last, const Body& body) {
   const int64_t out_height = g.out_height();
@@ -56,7 +56,7 @@ void for_windows(const Geometry& g, int64_t first, int64_t last, const Body& bod
   int64_t sample = first / (out_height * out_width);
   int64_t out_y = first / out_width % out_height;
   int64_t out_x = first % out_width;
-  for (int64_t i = 0; i < last - first; ++i, ++out_x) {
+  for (int64_t pixel = first; pixel < last; ++pixel, ++out_x) {
     if (out_x == out_width) {
       out_x = 0;
       if (++out_y == out_height) {
@@ -64,12 +64,12 @@ void for_windows(const Geometry& g, int64_t first, int64_t last, const Body& bod
         ++sample;
       }
     }
-    body(i, sample, out_y * g.stride_y - g.pad_y, out_x * g.stride_x - g.pad_x);
+    body(sample, out_y * g.stride_y - g.pad_y, out_x * g.stride_x - g.pad_x);
   }
 }
 
-// The segments of the patches of a few output pixels: pointers into the image where a segment
-// lies within it, and else into a copy.
+// The segments of the patches of a few output pixels: pointers into the image where a patch lies
+// within it, and else to what lies outside or to copies.
 class Patches {
  public:
   Patches(const Geometry& geometry, const Image& image)
@@ -81,29 +81,34 @@ class Patches {
 
   const uint8_t* const* gather(int64_t first, int64_t last, int64_t group) {
     const int64_t channel = group * g_.group_channels();
+    if (g_.reads_every_pixel() && g_.channels % kGroup == 0) {
+      for (int64_t pixel = first; pixel < last; ++pixel) {
+        rows_[pixel - first] = image_.row(0, 0) + pixel * g_.channels + channel;
+      }
+      return rows_.data();
+    }
+    const int64_t segments_x = g_.kernel_x / g_.segment_taps();
+    const int64_t step_y = g_.dilation_y * g_.width * g_.channels;
+    const int64_t step_x = g_.dilation_x * g_.channels;
+    const int64_t last_y = g_.height - (g_.kernel_y - 1) * g_.dilation_y;
+    const int64_t last_x = g_.width - (g_.kernel_x - 1) * g_.dilation_x;
+    const int64_t corner = (g_.kernel_y - 1) * step_y + (segments_x - 1) * step_x;
+    // The last group of four may reach into the next pixel, but not beyond the image.
+    const uint8_t* last_place = image_.end() - segment_size_ - corner;
+    const bool in_one_piece = g_.dilation_x == 1 || g_.segment_taps() == 1;
     const uint8_t** row = rows_.data();
     uint8_t* copy = copies_.data();
-    for_windows(g_, first, last, [&](int64_t, int64_t sample, int64_t y0, int64_t x0) {
-      for (int64_t ky = 0, y = y0; ky < g_.kernel_y; ++ky, y += g_.dilation_y) {
-        for (int64_t kx = 0; kx < g_.kernel_x; kx += g_.segment_taps()) {
-          const int64_t x = x0 + kx * g_.dilation_x;
-          if (!image_.has_row(y)) {
-            *row++ = image_.outside();
-            continue;
-          }
-          const bool in_one_piece = g_.dilation_x == 1 || g_.segment_taps() == 1;
-          if (in_one_piece && image_.has_column(x) &&
-              image_.has_column(x + g_.segment_taps() - 1)) {
-            const uint8_t* place = image_.inside(sample, y, x) + channel;
-            // The last group of four may reach into the next pixel, but not beyond the image.
-            if (image_.end() - place >= segment_size_) {
-              *row++ = place;
-              continue;
-            }
-          }
-          copy_segment(sample, y, x, channel, copy);
-          *row++ = copy;
-          copy += segment_size_;
+    for_windows(g_, first, last, [&](int64_t sample, int64_t y, int64_t x) {
+      const uint8_t* place = image_.row(sample, y) + x * g_.channels + channel;
+      const bool inside = y >= 0 && x >= 0 && y < last_y && x < last_x;
+      if (!inside || !in_one_piece || place > last_place) {
+        copy = copy_patch(sample, y, x, channel, copy, row);
+        row += g_.segments();
+        return;
+      }
+      for (int64_t ky = 0; ky < g_.kernel_y; ++ky, place += step_y) {
+        for (int64_t kx = 0; kx < segments_x; ++kx) {
+          *row++ = place + kx * step_x;
         }
       }
     });
@@ -111,12 +116,26 @@ class Patches {
   }
 
  private:
+  uint8_t* copy_patch(
+      int64_t sample, int64_t y, int64_t x0, int64_t channel, uint8_t* to,
+      const uint8_t** row) const {
+    for (int64_t ky = 0; ky < g_.kernel_y; ++ky, y += g_.dilation_y) {
+      for (int64_t kx = 0; kx < g_.kernel_x; kx += g_.segment_taps()) {
+        *row++ = image_.has_row(y) ? to : image_.outside();
+        if (image_.has_row(y)) {
+          copy_segment(sample, y, x0 + kx * g_.dilation_x, channel, to);
+          to += segment_size_;
+        }
+      }
+    }
+    return to;
+  }
+
   void copy_segment(int64_t sample, int64_t y, int64_t x, int64_t channel, uint8_t* to) const {
     const int64_t channels = g_.group_channels();
     for (int64_t tap = 0; tap < g_.segment_taps(); ++tap) {
-      std::memcpy(
-          to + tap * channels, image_.pixel(sample, y, x + tap * g_.dilation_x) + channel,
-          channels);
+      const uint8_t* from = image_.pixel(sample, y, x + tap * g_.dilation_x) + channel;
+      std::memcpy(to + tap * channels, from, channels);
     }
   }
 
@@ -152,15 +171,19 @@ void convolve_dense(
   const int64_t blocks = (g.pixels() + kItemPixels - 1) / kItemPixels;
   const int64_t parts = (group_outputs + kItemOutputs - 1) / kItemOutputs;
   const int64_t output_size = g.segments() * g.segment_groups() * kGroup;
-  for_items(g.groups * parts * blocks, [&](int64_t begin, int64_t end) {
+  for_items(blocks * g.groups * parts, [&](int64_t begin, int64_t end) {
     Patches patches(g, image);
+    const uint8_t* const* rows = nullptr;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t group = item / blocks / parts;
-      const int64_t output = item / blocks % parts * kItemOutputs;
-      const int64_t first = item % blocks * kItemPixels;
+      const int64_t first = item / (g.groups * parts) * kItemPixels;
       const int64_t last = std::min(first + kItemPixels, g.pixels());
+      const int64_t group = item / parts % g.groups;
+      const int64_t output = item % parts * kItemOutputs;
+      if (output == 0 || item == begin) {
+        rows = patches.gather(first, last, group);
+      }
       loop.patches(
-          last - first, g.segments(), g.segment_groups(), patches.gather(first, last, group),
+          last - first, g.segments(), g.segment_groups(), rows,
           packed + (group * panel_outputs + output) * output_size,
           std::min(kItemOutputs, group_outputs - output),
           moved(epilogue, first, group * group_outputs + output));
@@ -219,15 +242,42 @@ void convolve_depthwise(
   });
 }
 
-// Tiles of 2x2 outputs, whose windows are tiles of 4x4 pixels.
-void convolve_winograd(
-    const Geometry& g, const Image& image, const int8_t* packed, const IntEpilogue& epilogue) {
-  const IntKernels& loop = kernels().integers;
+// Of tiles of 2x2 outputs: the 16 pixels that each sees, and the indices of its outputs.
+void point_at_tiles(
+    const Geometry& g, const Image& image, int64_t first, int64_t count, const uint8_t** windows,
+    int64_t* pixels) {
   const int64_t height = g.out_height();
   const int64_t width = g.out_width();
   const int64_t tiles_x = (width + 1) / 2;
   const int64_t tiles_y = (height + 1) / 2;
-  const int64_t tiles = g.samples * tiles_y * tiles_x;
+  for (int64_t tile = first; tile < first + count; ++tile, windows += 16, pixels += 4) {
+    const int64_t sample = tile / (tiles_y * tiles_x);
+    const int64_t out_y = tile / tiles_x % tiles_y * 2;
+    const int64_t out_x = tile % tiles_x * 2;
+    const int64_t y = out_y - g.pad_y;
+    const int64_t x = out_x - g.pad_x;
+    const bool inside = y >= 0 && x >= 0 && y + 3 < g.height && x + 3 < g.width;
+    const uint8_t* corner = image.row(sample, y) + x * g.channels;
+    for (int64_t i = 0; i < 4; ++i) {
+      for (int64_t j = 0; j < 4; ++j) {
+        windows[4 * i + j] =
+            inside ? corner + (i * g.width + j) * g.channels : image.pixel(sample, y + i, x + j);
+      }
+    }
+    const int64_t pixel = (sample * height + out_y) * width + out_x;
+    const bool has_right = out_x + 1 < width;
+    const bool has_below = out_y + 1 < height;
+    pixels[0] = pixel;
+    pixels[1] = has_right ? pixel + 1 : -1;
+    pixels[2] = has_below ? pixel + width : -1;
+    pixels[3] = has_right && has_below ? pixel + width + 1 : -1;
+  }
+}
+
+void convolve_winograd(
+    const Geometry& g, const Image& image, const int8_t* packed, const IntEpilogue& epilogue) {
+  const IntKernels& loop = kernels().integers;
+  const int64_t tiles = g.samples * ((g.out_height() + 1) / 2) * ((g.out_width() + 1) / 2);
   const int64_t stride = round_up(g.channels, 64);
   // Blocks of about equal size, as many for every thread.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
@@ -250,20 +300,7 @@ void convolve_winograd(
       if (block != ready) {
         ready = block;
         count = std::min(block_tiles, tiles - block * block_tiles);
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t tile = block * block_tiles + i;
-          const int64_t sample = tile / (tiles_y * tiles_x);
-          const int64_t y = tile / tiles_x % tiles_y * 2;
-          const int64_t x = tile % tiles_x * 2;
-          for (int64_t k = 0; k < kWinogradPositions; ++k) {
-            windows[i * kWinogradPositions + k] =
-                image.pixel(sample, y - g.pad_y + k / 4, x - g.pad_x + k % 4);
-          }
-          for (int64_t k = 0; k < 4; ++k) {
-            const bool inside = y + k / 2 < height && x + k % 2 < width;
-            pixels[4 * i + k] = inside ? (sample * height + y + k / 2) * width + x + k % 2 : -1;
-          }
-        }
+        point_at_tiles(g, image, block * block_tiles, count, windows.data(), pixels.data());
         loop.winograd_input(
             count, g.channels, windows.data(), stride, position_stride, transformed);
       }

@@ -24,6 +24,9 @@ struct Geometry {
   int64_t group_channels() const { return channels / groups; }
   int64_t group_outputs() const { return outputs / groups; }
   bool is_depthwise() const { return groups == channels && groups == outputs; }
+  bool reads_every_pixel() const {
+    return taps() == 1 && stride_y == 1 && stride_x == 1 && pad_y == 0 && pad_x == 0;
+  }
   bool fits_winograd() const {
     return kernel_y == 3 && kernel_x == 3 && stride_y == 1 && stride_x == 1 && dilation_y == 1 &&
            dilation_x == 1 && groups == 1;

@@ -1,8 +1,9 @@
 """From a fake-quantized student to a program of integers, and that program as a file."""
 
 from .file import is_program, load_program, save_program, stored_bytes
+from .instructions import CodeGrid, Value
 from .lowering import lower
-from .program import CodeGrid, IntegerProgram, Value
+from .program import IntegerProgram
 from .student import load_student
 
 __all__ = [

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from ..engine.checkpoint import digest
 from ..errors import UsageError
-from .program import (
+from .instructions import (
     AveragePool,
     Concat,
     Conv,
     Instruction,
-    IntegerProgram,
     Linear,
     MaxPool,
     Pad,
@@ -38,6 +37,7 @@ from .program import (
     Reshape,
     Value,
 )
+from .program import IntegerProgram
 
 __all__ = ["is_program", "load_program", "pack_int4", "save_program", "stored_bytes", "unpack_int4"]
 

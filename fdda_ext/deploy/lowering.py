@@ -30,13 +30,12 @@ from ..quantization.quantizer import (
     LearnedActivationQuantizer,
     LearnedWeightQuantizer,
 )
-from .program import (
+from .instructions import (
     AveragePool,
     CodeGrid,
     Concat,
     Conv,
     Instruction,
-    IntegerProgram,
     Linear,
     MaxPool,
     Pad,
@@ -46,6 +45,7 @@ from .program import (
     Reshape,
     Value,
 )
+from .program import IntegerProgram
 
 __all__ = ["lower"]
 

@@ -1,0 +1,410 @@
+"""A program as the CPU runs it: in one call, in one piece of memory.
+
+`encode` writes instructions as the records that csrc/cpu/int4_program_cpu.cpp reads, and the
+weights, in the layouts of the kernels, one behind another. Values share a workspace: one that is
+not read any more makes room for the next.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..errors import UsageError
+from ..ops import int4_pack_weight
+from .instructions import (
+    AveragePool,
+    CodeGrid,
+    Compute,
+    Concat,
+    Conv,
+    Instruction,
+    Layer,
+    MaxPool,
+    Pad,
+    Quantize,
+    Rescale,
+    Reshape,
+    Value,
+)
+
+__all__ = ["NativeProgram"]
+
+_run = torch.ops.fdda._int4_program.default
+
+#: Outputs of a panel, and bytes to a cache line: how per-output parameters and memory are padded.
+_PANEL, _LINE = 16, 64
+#: Codes and weights that Winograd's transform keeps within a byte.
+_WINOGRAD_BITS = 5
+#: Up to so many images a plan is measured; larger batches take that of this size.
+_MEASURED_IMAGES = 16
+#: Workspaces up to so many bytes are kept from call to call.
+_KEPT_BYTES = 64 * 2**20
+_ROUNDS = 3
+
+
+class _Kind(IntEnum):
+    QUANTIZE, LOOK_UP, CONV, ADD_POOL, MAX_POOL, RESCALE, REORDER, COPY = range(8)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A StepRecord of int4_program_cpu.cpp, field by field."""
+
+    kind: _Kind
+    source: int
+    target: int
+    residual: int = -1
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    weight: int = 0
+    winograd_weight: int | None = None
+    parameters: int = 0
+    zero_point: int = 0
+    channel: int = 0
+    low: float = -float("inf")
+    high: float = float("inf")
+    residual_grid: CodeGrid | None = None
+    grid: CodeGrid | None = None
+
+    def pack(self, winograd: bool) -> bytes:
+        integers = [self.kind, self.source, self.residual, self.target]
+        integers += [*self.kernel, *self.stride, *self.padding, *self.dilation, self.groups]
+        weight = self.winograd_weight if winograd else self.weight
+        assert weight is not None
+        integers += [winograd, weight, self.parameters, self.zero_point, self.channel]
+        residual = self.residual_grid or CodeGrid(1.0, 0, 8)
+        grid = self.grid or CodeGrid(1.0, 0, 8)
+        floats = [self.low, self.high, residual.scale, residual.zero_point]
+        floats += [grid.scale, grid.zero_point, grid.quant_max]
+        return struct.pack(f"={len(integers)}q{len(floats)}d", *integers, *floats)
+
+
+class NativeProgram:
+    """What `IntegerProgram` runs on the CPU.
+
+    Args:
+        instructions: Checked, in order.
+        tensors: Their weights, scales and shifts.
+        normalise: From uint8 images to normalised float32, or None.
+    """
+
+    def __init__(
+        self,
+        image: Value,
+        instructions: Sequence[Instruction],
+        tensors: Mapping[str, Tensor],
+        normalise: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self._memory = _Constants()
+        self._values: list[tuple[int, int, int, int, int]] = []
+        self._steps: list[_Step] = []
+        self._of_bytes: list[_Step] = []  # the same for uint8 images
+        self._names: list[str] = []
+        encoder = _Encoder(self, image, instructions, tensors, normalise)
+        self._result, self._bytes_per_image = encoder.encode()
+        self._is_flat = len(instructions[-1].output.shape) == 1
+        self._constants = self._memory.tensor()
+        self._plans: dict[tuple[int, int, str], tuple[bool, ...]] = {}
+        self._records: dict[tuple[bool, tuple[bool, ...]], Tensor] = {}
+        self._local = threading.local()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of float32 or uint8 images ``[N, C, H, W]``."""
+        return self._launch(images, self.plan(images), None)
+
+    def times(self, images: Tensor) -> list[tuple[str, float]]:
+        """Seconds that every step takes, with the name of the value that it makes."""
+        nanoseconds = torch.zeros(len(self._steps), dtype=torch.int64)
+        self._launch(images, self.plan(images), nanoseconds)
+        return list(zip(self._names, (nanoseconds / 1e9).tolist(), strict=True))
+
+    def plan(self, images: Tensor) -> tuple[bool, ...]:
+        """For every step, whether it runs by Winograd's algorithm: whichever measures faster."""
+        eligible = [step.winograd_weight is not None for step in self._steps]
+        if not any(eligible):
+            return tuple(eligible)
+        images = images[:_MEASURED_IMAGES]
+        key = (len(images), torch.get_num_threads(), _C.isa())
+        if key not in self._plans and len(images) > 0:
+            direct = self._measure(images, tuple(False for _ in eligible))
+            winograd = self._measure(images, tuple(eligible))
+            faster = (winograd < direct).tolist()
+            self._plans[key] = tuple(a and b for a, b in zip(eligible, faster, strict=True))
+        return self._plans.get(key, tuple(False for _ in eligible))
+
+    def _measure(self, images: Tensor, plan: tuple[bool, ...]) -> Tensor:
+        """Least time of every step in a few runs."""
+        times = torch.zeros(_ROUNDS, len(self._steps), dtype=torch.int64)
+        for run in times:
+            self._launch(images, plan, run)
+        return times.amin(0)
+
+    def _launch(self, images: Tensor, plan: tuple[bool, ...], times: Tensor | None) -> Tensor:
+        records = self._written(images.dtype == torch.uint8, plan)
+        workspace = self._workspace(len(images))
+        result: Tensor = _run(images, self._constants, records, workspace, times)
+        return result.flatten(1) if self._is_flat else result.permute(0, 3, 1, 2)
+
+    def _workspace(self, images: int) -> Tensor:
+        size = images * self._bytes_per_image + _LINE
+        kept: Tensor | None = getattr(self._local, "workspace", None)
+        if kept is not None and kept.numel() >= size:
+            return kept
+        workspace = torch.empty(size, dtype=torch.uint8)
+        if size <= _KEPT_BYTES:
+            self._local.workspace = workspace
+        return workspace
+
+    def _written(self, of_bytes: bool, plan: tuple[bool, ...]) -> Tensor:
+        key = (of_bytes, plan)
+        if key not in self._records:
+            steps = self._of_bytes if of_bytes else self._steps
+            words = [struct.pack("=3q", len(self._values), len(steps), self._result)]
+            words += [struct.pack("=5q", *value) for value in self._values]
+            words += [step.pack(chosen) for step, chosen in zip(steps, plan, strict=True)]
+            data = torch.frombuffer(bytearray(b"".join(words)), dtype=torch.int64)
+            self._records[key] = data.clone()
+        return self._records[key]
+
+
+class _Constants:
+    """Tensors one behind another, each from the start of a cache line."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._size = 0
+
+    def add(self, tensor: Tensor) -> int:
+        """The offset in bytes."""
+        data = tensor.contiguous().flatten().view(torch.uint8)
+        offset = self._size
+        padded = _lines(data.numel())
+        self._parts.append(torch.nn.functional.pad(data, (0, padded - data.numel())))
+        self._size += padded
+        return offset
+
+    def tensor(self) -> Tensor:
+        # The kernels may read a line past what they use.
+        parts, self._parts = self._parts, []
+        return torch.cat([*parts, torch.zeros(_LINE, dtype=torch.uint8)])
+
+
+@dataclass
+class _Encoder:
+    program: NativeProgram
+    image: Value
+    instructions: Sequence[Instruction]
+    tensors: Mapping[str, Tensor]
+    normalise: Callable[[Tensor], Tensor] | None
+    slots: dict[str, int] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
+    #: Offset and size, per image, of values that are still to be read, by slot.
+    living: dict[int, tuple[int, int]] = field(default_factory=dict)
+    size: int = 0
+
+    def encode(self) -> tuple[int, int]:
+        """Slot of the logits, and bytes of workspace per image."""
+        self.values[self.image.name] = self.image
+        self.slots[self.image.name] = -1
+        last_read = {
+            name: i for i, step in enumerate(self.instructions) for name in step.inputs
+        } | {self.instructions[-1].output.name: len(self.instructions)}
+        for i, step in enumerate(self.instructions):
+            self._encode(step)
+            self.values[step.output.name] = step.output
+            reads = {
+                self.slots[name]
+                for name, last in last_read.items()
+                if last > i and name in self.slots
+            }
+            self.living = {slot: place for slot, place in self.living.items() if slot in reads}
+        return self.slots[self.instructions[-1].output.name], self.size
+
+    def _allocate(self, shape: tuple[int, ...], grid: CodeGrid | None) -> int:
+        """A slot for a value, at the lowest place that is free."""
+        channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
+        element = 4 if grid is None else 1
+        size = _lines(channels * height * width * element)
+        offset = 0
+        for taken, length in sorted(self.living.values()):
+            if offset + size <= taken:
+                break
+            offset = max(offset, taken + length)
+        slot = len(self.program._values)
+        self.program._values.append((offset, height, width, channels, element))
+        self.living[slot] = (offset, size)
+        self.size = max(self.size, offset + size)
+        return slot
+
+    def _emit(self, name: str, step: _Step, of_bytes: _Step | None = None) -> None:
+        self.program._names.append(name)
+        self.program._steps.append(step)
+        self.program._of_bytes.append(of_bytes or step)
+
+    def _encode(self, step: Instruction) -> None:
+        sources = [self.values[name] for name in step.inputs]
+        slots = [self.slots[name] for name in step.inputs]
+        name = step.output.name
+        if isinstance(step, Reshape) and _is_same_order(sources[0].shape, step.output.shape):
+            self._rename(slots[0], step.output)
+            return
+        if isinstance(step, MaxPool):
+            slots[0], sources[0] = self._extended(step, slots[0], sources[0])
+        target = self._allocate(step.output.shape, step.output.grid)
+        self.slots[name] = target
+        if isinstance(step, Quantize):
+            self._quantize(step, target)
+        elif isinstance(step, Compute):
+            self._compute(step, sources, slots, target)
+        elif isinstance(step, MaxPool):
+            channels = step.output.shape[0]
+            self._emit(
+                name,
+                _Step(
+                    _Kind.MAX_POOL, slots[0], target, kernel=step.kernel, stride=step.stride,
+                    padding=step.padding, dilation=step.dilation, groups=channels,
+                ),
+            )  # fmt: skip
+        elif isinstance(step, Reshape):
+            self._emit(name, _Step(_Kind.REORDER, slots[0], target))
+        elif isinstance(step, Pad):
+            zero = sources[0].grid.zero_point if sources[0].grid else 0
+            padding = (step.top, step.left)
+            self._emit(name, _Step(_Kind.COPY, slots[0], target, padding=padding, zero_point=zero))
+        elif isinstance(step, Concat):
+            channel = 0
+            for slot, source in zip(slots, sources, strict=True):
+                self._emit(name, _Step(_Kind.COPY, slot, target, channel=channel))
+                channel += source.shape[0]
+        else:
+            raise NotImplementedError(type(step).__name__)
+
+    def _rename(self, slot: int, output: Value) -> None:
+        """Another shape for the same memory."""
+        offset, height, width, channels, element = self.program._values[slot]
+        channels, height, width = (*output.shape, 1, 1)[:3]
+        again = len(self.program._values)
+        self.program._values.append((offset, height, width, channels, element))
+        self.living[again] = self.living[slot]
+        self.slots[output.name] = again
+
+    def _quantize(self, step: Quantize, target: int) -> None:
+        grid = step.output.grid
+        assert grid is not None
+        quantize = _Step(_Kind.QUANTIZE, -1, target, grid=grid)
+        of_bytes = None
+        if self.normalise is not None:
+            pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256)
+            every = pixels.expand(1, step.output.shape[0], 1, 256)
+            table = self.program._memory.add(grid.quantize(self.normalise(every)))
+            of_bytes = replace(quantize, kind=_Kind.LOOK_UP, parameters=table)
+        self._emit(step.output.name, quantize, of_bytes)
+
+    def _compute(
+        self, step: Compute, sources: Sequence[Value], slots: Sequence[int], target: int
+    ) -> None:
+        name, channels = step.output.name, step.output.shape[0]
+        grid = sources[0].grid
+        zero_point = 0 if grid is None else grid.zero_point
+        common = _Step(
+            _Kind.RESCALE,
+            slots[0],
+            target,
+            residual=slots[1] if len(slots) == 2 else -1,
+            residual_grid=sources[1].grid if len(sources) == 2 else None,
+            zero_point=zero_point,
+            grid=step.output.grid,
+            low=-float("inf") if step.low is None else step.low,
+            high=float("inf") if step.high is None else step.high,
+        )
+        correction = torch.full((channels,), zero_point, dtype=torch.int64)
+        if isinstance(step, Layer):
+            weight = self.tensors[f"{name}.weight"]
+            correction = zero_point * weight.flatten(1).to(torch.int64).sum(1)
+            common = self._layer(step, weight, sources[0], common)
+        elif isinstance(step, AveragePool):
+            correction *= step.kernel[0] * step.kernel[1]
+            common = replace(
+                common,
+                kind=_Kind.ADD_POOL,
+                kernel=step.kernel,
+                stride=step.stride,
+                groups=channels,
+            )
+        else:
+            assert isinstance(step, Rescale)
+        scale, shift = (
+            self.tensors[f"{name}.{part}"].expand(channels) for part in ("scale", "shift")
+        )
+        parts = [
+            torch.nn.functional.pad(part, (0, -channels % _PANEL)).view(torch.uint8)
+            for part in (scale.contiguous(), shift.contiguous(), correction.to(torch.int32))
+        ]
+        self._emit(name, replace(common, parameters=self.program._memory.add(torch.cat(parts))))
+
+    def _layer(self, step: Layer, weight: Tensor, source: Value, common: _Step) -> _Step:
+        """With the weight in the layout of its kernel, or of both."""
+        planes = weight.view(*weight.shape, *(1,) * (4 - weight.dim())).movedim(1, -1).contiguous()
+        groups = step.groups_()
+        winograd = None
+        if _suits_winograd(step, source, planes):
+            try:
+                winograd = self.program._memory.add(int4_pack_weight(planes, 1, winograd=True))
+            except UsageError:  # transformed weights beyond a byte: of five bits, say
+                winograd = None
+        return replace(
+            common,
+            kind=_Kind.CONV,
+            groups=groups,
+            weight=self.program._memory.add(int4_pack_weight(planes, groups)),
+            winograd_weight=winograd,
+            **step.geometry(weight),  # type: ignore[arg-type]
+        )
+
+    def _extended(self, step: MaxPool, slot: int, source: Value) -> tuple[int, Value]:
+        """With rows and columns that ceil_mode adds at the end; code 0 is never the largest."""
+        below, right = (
+            max(0, (size - 1) * s + d * (k - 1) + 1 - n - 2 * p)
+            for size, s, d, k, n, p in zip(
+                step.output.shape[1:], step.stride, step.dilation, step.kernel, source.shape[1:],
+                step.padding, strict=True,
+            )
+        )  # fmt: skip
+        if source.grid is None or not (below or right):
+            return slot, source
+        channels, height, width = source.shape
+        larger = replace(source, shape=(channels, height + below, width + right))
+        target = self._allocate(larger.shape, larger.grid)
+        self._emit(step.output.name, _Step(_Kind.COPY, slot, target))
+        return target, larger
+
+
+def _suits_winograd(step: Layer, source: Value, planes: Tensor) -> bool:
+    return (
+        isinstance(step, Conv)
+        and tuple(planes.shape[1:3]) == (3, 3)
+        and step.stride == step.dilation == (1, 1)
+        and step.groups == 1
+        and source.grid is not None
+        and source.grid.bits <= _WINOGRAD_BITS
+    )
+
+
+def _is_same_order(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether the values of two shapes lie alike: pixel after pixel, with their channels."""
+    return a == b or (a[0] == b[0] and all(size == 1 for size in (*a[1:], *b[1:])))
+
+
+def _lines(size: int) -> int:
+    return -(-size // _LINE) * _LINE
