@@ -25,27 +25,46 @@ uint8_t* scratch(int64_t bytes) {
   return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
 }
 
-// Where an image's pixels lie, and a pixel's worth of codes for what lies outside.
+// Where an image's pixels lie, and a pixel's worth of codes for what lies outside. Vectors of 64
+// channels may be read from where pixel() points to.
 class Image {
  public:
   Image(const Geometry& geometry, const uint8_t* x, uint8_t outside)
-      : g_(geometry), x_(x), outside_(round_up(g_.kernel_x * g_.channels, 64), outside) {}
+      : g_(geometry),
+        x_(x),
+        end_(x + g_.samples * g_.height * g_.width * g_.channels),
+        wide_end_(end_ - round_up(g_.channels, kVector)),
+        outside_(round_up(g_.kernel_x * g_.channels, kVector), outside),
+        last_(g_.channels + 2 * kVector) {
+    // The last pixels once more, with room behind them.
+    std::copy(std::max(x_, end_ - g_.channels - kVector), end_, last_.data());
+  }
 
   const uint8_t* outside() const { return outside_.data(); }
-  const uint8_t* end() const { return x_ + g_.samples * g_.height * g_.width * g_.channels; }
+  const uint8_t* end() const { return end_; }
   bool has_row(int64_t y) const { return y >= 0 && y < g_.height; }
   bool has_column(int64_t x) const { return x >= 0 && x < g_.width; }
   const uint8_t* row(int64_t sample, int64_t y) const {
     return x_ + (sample * g_.height + y) * g_.width * g_.channels;
   }
+  bool is_wide(const uint8_t* place) const { return place <= wide_end_; }
   const uint8_t* pixel(int64_t sample, int64_t y, int64_t x) const {
-    return has_row(y) && has_column(x) ? row(sample, y) + x * g_.channels : outside();
+    if (!has_row(y) || !has_column(x)) {
+      return outside();
+    }
+    const uint8_t* place = row(sample, y) + x * g_.channels;
+    return is_wide(place) ? place
+                          : last_.data() + (place - std::max(x_, end_ - g_.channels - kVector));
   }
 
  private:
+  static constexpr int64_t kVector = 64;
   const Geometry& g_;
   const uint8_t* x_;
+  const uint8_t* end_;
+  const uint8_t* wide_end_;
   std::vector<uint8_t> outside_;
+  std::vector<uint8_t> last_;
 };
 
 // Calls body(sample, y, x) with the corner of the window of each output pixel.
@@ -77,7 +96,14 @@ class Patches {
         image_(image),
         segment_size_(g_.segment_groups() * kGroup),
         rows_(kItemPixels * g_.segments()),
-        copies_(kItemPixels * g_.segments() * segment_size_) {}
+        copies_(kItemPixels * g_.segments() * segment_size_) {
+    for (int64_t ky = 0; ky < g_.kernel_y; ++ky) {
+      for (int64_t kx = 0; kx < g_.kernel_x; kx += g_.segment_taps()) {
+        const int64_t pixels = ky * g_.dilation_y * g_.width + kx * g_.dilation_x;
+        offsets_.push_back(pixels * g_.channels);
+      }
+    }
+  }
 
   const uint8_t* const* gather(int64_t first, int64_t last, int64_t group) {
     const int64_t channel = group * g_.group_channels();
@@ -87,14 +113,12 @@ class Patches {
       }
       return rows_.data();
     }
-    const int64_t segments_x = g_.kernel_x / g_.segment_taps();
-    const int64_t step_y = g_.dilation_y * g_.width * g_.channels;
-    const int64_t step_x = g_.dilation_x * g_.channels;
+    const int64_t segments = g_.segments();
+    const int64_t* offsets = offsets_.data();
     const int64_t last_y = g_.height - (g_.kernel_y - 1) * g_.dilation_y;
     const int64_t last_x = g_.width - (g_.kernel_x - 1) * g_.dilation_x;
-    const int64_t corner = (g_.kernel_y - 1) * step_y + (segments_x - 1) * step_x;
     // The last group of four may reach into the next pixel, but not beyond the image.
-    const uint8_t* last_place = image_.end() - segment_size_ - corner;
+    const uint8_t* last_place = image_.end() - segment_size_ - offsets_.back();
     const bool in_one_piece = g_.dilation_x == 1 || g_.segment_taps() == 1;
     const uint8_t** row = rows_.data();
     uint8_t* copy = copies_.data();
@@ -103,14 +127,13 @@ class Patches {
       const bool inside = y >= 0 && x >= 0 && y < last_y && x < last_x;
       if (!inside || !in_one_piece || place > last_place) {
         copy = copy_patch(sample, y, x, channel, copy, row);
-        row += g_.segments();
+        row += segments;
         return;
       }
-      for (int64_t ky = 0; ky < g_.kernel_y; ++ky, place += step_y) {
-        for (int64_t kx = 0; kx < segments_x; ++kx) {
-          *row++ = place + kx * step_x;
-        }
+      for (int64_t s = 0; s < segments; ++s) {
+        row[s] = place + offsets[s];
       }
+      row += segments;
     });
     return rows_.data();
   }
@@ -142,6 +165,7 @@ class Patches {
   const Geometry& g_;
   const Image& image_;
   int64_t segment_size_;
+  std::vector<int64_t> offsets_;  // of a patch's segments from its corner
   std::vector<const uint8_t*> rows_;
   std::vector<uint8_t> copies_;
 };
@@ -256,8 +280,9 @@ void point_at_tiles(
     const int64_t out_x = tile % tiles_x * 2;
     const int64_t y = out_y - g.pad_y;
     const int64_t x = out_x - g.pad_x;
-    const bool inside = y >= 0 && x >= 0 && y + 3 < g.height && x + 3 < g.width;
     const uint8_t* corner = image.row(sample, y) + x * g.channels;
+    const bool inside = y >= 0 && x >= 0 && y + 3 < g.height && x + 3 < g.width &&
+                        image.is_wide(corner + (3 * g.width + 3) * g.channels);
     for (int64_t i = 0; i < 4; ++i) {
       for (int64_t j = 0; j < 4; ++j) {
         windows[4 * i + j] =

@@ -241,19 +241,20 @@ class Program {
         "to fit the images");
   }
 
-  // body(sample, row, channel, first value, first code) for every row of every plane.
+  // body(planes, codes) with the planes' values and the codes of every row of pixels.
   template <typename T, typename Body>
   void for_image_rows(const ValueRecord& out, const Body& body) const {
     const T* x = const_ptr<T>(images_);
     uint8_t* codes = memory(out);
     torch::stable::parallel_for(0, samples() * out.height, 1, [&](int64_t begin, int64_t end) {
+      std::vector<const T*> planes(out.channels);
       for (int64_t row = begin; row < end; ++row) {
+        const int64_t sample = row / out.height;
         for (int64_t c = 0; c < out.channels; ++c) {
-          const int64_t plane = row / out.height * out.channels + c;
-          body(
-              c, x + (plane * out.height + row % out.height) * out.width,
-              codes + row * out.width * out.channels + c);
+          const int64_t plane = sample * out.channels + c;
+          planes[c] = x + (plane * out.height + row % out.height) * out.width;
         }
+        body(planes.data(), codes + row * out.width * out.channels);
       }
     });
   }
@@ -263,8 +264,9 @@ class Program {
     IntEpilogue e = {};
     set_rounding(s, e);
     const IntKernels& loop = kernels().integers;
-    for_image_rows<float>(out, [&](int64_t, const float* x, uint8_t* codes) {
-      loop.quantize(out.width, x, e.inverse_scale, e.zero_point, e.quant_max, out.channels, codes);
+    for_image_rows<float>(out, [&](const float* const* planes, uint8_t* codes) {
+      loop.quantize(
+          out.width, out.channels, planes, e.inverse_scale, e.zero_point, e.quant_max, codes);
     });
   }
 
@@ -272,9 +274,11 @@ class Program {
   void look_up(const StepRecord& s, const ValueRecord& out) const {
     check_image(out, ScalarType::Byte);
     const uint8_t* table = span(constants_, s.parameters, 256 * out.channels);
-    for_image_rows<uint8_t>(out, [&](int64_t c, const uint8_t* x, uint8_t* codes) {
+    for_image_rows<uint8_t>(out, [&](const uint8_t* const* planes, uint8_t* codes) {
       for (int64_t i = 0; i < out.width; ++i) {
-        codes[i * out.channels] = table[256 * c + x[i]];
+        for (int64_t c = 0; c < out.channels; ++c) {
+          *codes++ = table[256 * c + planes[c][i]];
+        }
       }
     });
   }

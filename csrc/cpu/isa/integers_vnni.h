@@ -256,7 +256,6 @@ FDDA_INLINE Unpacked load_exchanged(const void* values, int64_t n) {
 // What the pixels of 64 channels, beginning with c, share.
 struct DepthwiseBlock {
   int64_t c, n;
-  __mmask64 inside;
   Unpacked start, scale, shift;
   Rounding rounding;
   Way way;
@@ -268,7 +267,6 @@ depthwise_block(int64_t c, int64_t channels, const Rounding& r, const IntEpilogu
   DepthwiseBlock block = {
       c,
       n,
-      n == 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1,
       load_exchanged(e.correction + c, n),
       load_exchanged(e.scale + c, n),
       load_exchanged(e.shift + c, n),
@@ -279,11 +277,6 @@ depthwise_block(int64_t c, int64_t channels, const Rounding& r, const IntEpilogu
     block.start.part[j] = _mm512_sub_epi32(_mm512_setzero_si512(), block.start.part[j]);
   }
   return block;
-}
-
-FDDA_INLINE __m512i load_channels(const DepthwiseBlock& block, const uint8_t* x) {
-  x += block.c;
-  return block.n == 64 ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi8(block.inside, x);
 }
 
 FDDA_INLINE void finish_channels(
@@ -327,7 +320,7 @@ inline void depthwise_vnni(
       const uint8_t* const* x = rows + pixel * taps;
       Unpacked sums = block.start;
       const auto load = [&](int64_t tap) __attribute__((always_inline)) {
-        return tap < taps ? load_channels(block, x[tap]) : _mm512_setzero_si512();
+        return tap < taps ? _mm512_loadu_si512(x[tap] + block.c) : _mm512_setzero_si512();
       };
       for (int64_t t = 0; t < slots; t += 4) {
         add_unpacked(
@@ -346,8 +339,8 @@ void depthwise_3x3_row(
   const auto column = [&](int64_t i) __attribute__((always_inline)) {
     const uint8_t* const* x = columns + 3 * i;
     return unpack(
-        load_channels(block, x[0]), load_channels(block, x[1]), load_channels(block, x[2]),
-        _mm512_setzero_si512());
+        _mm512_loadu_si512(x[0] + block.c), _mm512_loadu_si512(x[1] + block.c),
+        _mm512_loadu_si512(x[2] + block.c), _mm512_setzero_si512());
   };
   Unpacked a = column(0);
   Unpacked b = stride == 1 ? column(1) : a;
@@ -386,15 +379,13 @@ inline void winograd_input_vnni(
   const __m512i offset = _mm512_set1_epi8(kWinogradOffset);
   for (int64_t tile = 0; tile < tiles; ++tile, rows += kWinogradPositions, to += stride) {
     for (int64_t c = 0; c < channels; c += 64) {
-      const int64_t n = channels - c < 64 ? channels - c : 64;
-      const __mmask64 inside = n == 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
       __m512i lines[4][4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         __m512i d[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-          d[j] = _mm512_maskz_loadu_epi8(inside, rows[4 * i + j] + c);
+          d[j] = _mm512_loadu_si512(rows[4 * i + j] + c);
         }
         lines[i][0] = _mm512_sub_epi8(d[0], d[2]);
         lines[i][1] = _mm512_add_epi8(d[1], d[2]);
@@ -523,7 +514,78 @@ inline void winograd_output_vnni(
   }
 }
 
+// Pooling: 64 channels at a time, all taps in registers.
+
+inline void max_taps_vnni(
+    int64_t taps, const uint8_t* const* rows, int64_t channels, uint8_t* largest) {
+  for (int64_t c = 0; c < channels; c += 64) {
+    __m512i most = _mm512_loadu_si512(rows[0] + c);
+    for (int64_t tap = 1; tap < taps; ++tap) {
+      most = _mm512_max_epu8(most, _mm512_loadu_si512(rows[tap] + c));
+    }
+    store_codes(largest + c, most, channels - c);
+  }
+}
+
+// Bytes of three vectors in turn: part k of 3 of the 48.
+template <int k>
+FDDA_INLINE __m128i woven(__m128i a, __m128i b, __m128i c) {
+  alignas(16) static constexpr struct Masks {
+    int8_t of[3][16];
+    constexpr Masks() : of() {
+      for (int channel = 0; channel < 3; ++channel) {
+        for (int i = 0; i < 16; ++i) {
+          const int byte = 16 * k + i;
+          of[channel][i] = byte % 3 == channel ? static_cast<int8_t>(byte / 3) : int8_t{-128};
+        }
+      }
+    }
+  } masks;
+  const auto picked = [](__m128i from, const int8_t* mask) __attribute__((always_inline)) {
+    return _mm_shuffle_epi8(from, _mm_load_si128(reinterpret_cast<const __m128i*>(mask)));
+  };
+  return _mm_or_si128(
+      picked(a, masks.of[0]), _mm_or_si128(picked(b, masks.of[1]), picked(c, masks.of[2])));
+}
+
+inline void quantize_vnni(
+    int64_t count, int64_t channels, const float* const* planes, float inverse_scale,
+    float zero_point, float quant_max, uint8_t* codes) {
+  if (channels != 3) {
+    integer_quantize(count, channels, planes, inverse_scale, zero_point, quant_max, codes);
+    return;
+  }
+  const Rounding r = {
+      inverse_scale, quant_max - zero_point, static_cast<int16_t>(zero_point), uint8_t{0}};
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int64_t start = 0; start < count; start += 64, codes += 192) {
+    const int64_t n = count - start < 64 ? count - start : 64;
+    alignas(64) uint8_t block[3][64];
+    for (int c = 0; c < 3; ++c) {
+      __m512i integers[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const float* from = planes[c] + start + 16 * j;
+        integers[j] = rounded(_mm512_maskz_loadu_ps(lanes(n - 16 * j), from), r);
+      }
+      const __m512i mixed = packed_codes(integers[0], integers[1], integers[2], integers[3], r);
+      _mm512_store_si512(block[c], _mm512_permutexvar_epi32(order, mixed));
+    }
+    alignas(64) uint8_t pixels[192];
+    for (int i = 0; i < 4; ++i) {
+      const auto load = [&](int c) __attribute__((always_inline)) {
+        return _mm_load_si128(reinterpret_cast<const __m128i*>(block[c] + 16 * i));
+      };
+      __m128i* to = reinterpret_cast<__m128i*>(pixels + 48 * i);
+      _mm_store_si128(to, woven<0>(load(0), load(1), load(2)));
+      _mm_store_si128(to + 1, woven<1>(load(0), load(1), load(2)));
+      _mm_store_si128(to + 2, woven<2>(load(0), load(1), load(2)));
+    }
+    __builtin_memcpy(codes, pixels, static_cast<size_t>(3 * n));
+  }
+}
+
 constexpr IntKernels kIntKernels = {
     patches_vnni,         depthwise_vnni,         depthwise_3x3_vnni,   winograd_input_vnni,
     winograd_output_vnni, finish_pixels<int32_t>, finish_pixels<float>, integer_add_taps,
-    integer_max_taps,     integer_quantize};
+    max_taps_vnni,        quantize_vnni};

@@ -148,6 +148,7 @@ constexpr int64_t winograd_panel_size(int64_t groups) {
   return kWinogradPositions * kPanel * (4 + groups * kGroup);
 }
 
+// Of pixels, whole vectors of 64 channels may be read.
 struct IntKernels {
   // Products of `pixels` patches with dense weights; rows holds the segments of the first patch,
   // then of the second.
@@ -180,10 +181,10 @@ struct IntKernels {
   // Sum and maximum over taps, for every channel.
   void (*add_taps)(int64_t taps, const uint8_t* const* rows, int64_t channels, int32_t* sums);
   void (*max_taps)(int64_t taps, const uint8_t* const* rows, int64_t channels, uint8_t* largest);
-  // Codes of `count` floats, written `stride` bytes apart.
+  // Codes of `count` pixels, whose channels lie in planes.
   void (*quantize)(
-      int64_t count, const float* x, float inverse_scale, float zero_point, float quant_max,
-      int64_t stride, uint8_t* codes);
+      int64_t count, int64_t channels, const float* const* planes, float inverse_scale,
+      float zero_point, float quant_max, uint8_t* codes);
 };
 
 // -------------------------------------------------------------------------------------------------

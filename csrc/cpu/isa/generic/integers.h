@@ -189,17 +189,21 @@ inline void integer_max_taps(
 }
 
 inline void integer_quantize(
-    int64_t count, const float* x, float inverse_scale, float zero_point, float quant_max,
-    int64_t stride, uint8_t* codes) {
+    int64_t count, int64_t channels, const float* const* planes, float inverse_scale,
+    float zero_point, float quant_max, uint8_t* codes) {
   constexpr int64_t kBlock = 64;
   for (int64_t start = 0; start < count; start += kBlock) {
-    uint8_t block[kBlock];
     const int64_t n = count - start < kBlock ? count - start : kBlock;
-    for (int64_t i = 0; i < n; ++i) {
-      const float code = fdda::round_half_even(x[start + i] * inverse_scale) + zero_point;
-      block[i] = static_cast<uint8_t>(fdda::clamp(code, 0.0f, quant_max));
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* x = planes[c] + start;
+      uint8_t block[kBlock];
+      for (int64_t i = 0; i < n; ++i) {
+        const float code = fdda::round_half_even(x[i] * inverse_scale) + zero_point;
+        block[i] = static_cast<uint8_t>(fdda::clamp(code, 0.0f, quant_max));
+      }
+      uint8_t* to = codes + start * channels + c;
+      for (int64_t i = 0; i < n; ++i) to[i * channels] = block[i];
     }
-    for (int64_t i = 0; i < n; ++i) codes[(start + i) * stride] = block[i];
   }
 }
 
