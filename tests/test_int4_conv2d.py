@@ -96,7 +96,10 @@ def run(
 ) -> Tensor:
     correction = options["zero_point"] * weight.flatten(1).sum(1, dtype=torch.int32)
     packed = int4_pack_weight(weight, options["groups"], winograd)
-    return int4_conv2d(x, packed, scale, shift, correction.int(), winograd=winograd, **options)
+    bits = max(1, int(x.max()).bit_length()) if x.numel() else 4
+    return int4_conv2d(
+        x, packed, scale, shift, correction.int(), bits=bits, winograd=winograd, **options
+    )
 
 
 CASES = {
@@ -202,6 +205,9 @@ def test_winograd_refuses_what_it_cannot_do() -> None:
     packed = int4_pack_weight(weight, winograd=True)
     zeros = torch.zeros(8, dtype=torch.int32)
     with pytest.raises(UsageError, match="int4_conv2d: expected winograd only for ungrouped 3x3"):
+        int4_conv2d(x, packed, *rest, zeros, bits=4, winograd=True, **options)
+    options["stride"] = (1, 1)
+    with pytest.raises(UsageError, match="and 5 bits"):
         int4_conv2d(x, packed, *rest, zeros, winograd=True, **options)
 
 
@@ -287,6 +293,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "padding": ({"padding": (-1, 1)}, "padding to be two integers from 0"),
     "kernel": ({"kernel": (3,)}, "kernel to be two integers"),
     "groups": ({"groups": 3}, "groups to divide"),
+    "bits": ({"bits": 9}, r"bits to lie in \[1, 8\], got 9"),
     "zero_point": ({"zero_point": 256}, r"zero_point to lie in \[0, 255\], got 256"),
     "out_bits": ({"out_bits": 9}, "out_bits to be 0 for float32, or 2 to 8, got 9"),
     "out_scale": ({"out_scale": float("nan")}, "out_scale to be positive, got nan"),

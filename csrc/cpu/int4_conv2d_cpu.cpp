@@ -207,7 +207,7 @@ void convolve_dense(
         rows = patches.gather(first, last, group);
       }
       loop.patches(
-          last - first, g.segments(), g.segment_groups(), rows,
+          g.bits, last - first, g.segments(), g.segment_groups(), rows,
           packed + (group * panel_outputs + output) * output_size,
           std::min(kItemOutputs, group_outputs - output),
           moved(epilogue, first, group * group_outputs + output));
@@ -527,7 +527,7 @@ Tensor int4_conv2d_cpu(
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
     int64_t groups, int64_t zero_point, double low, double high, double residual_scale,
     int64_t residual_zero_point, double out_scale, int64_t out_zero_point, int64_t out_bits,
-    bool winograd) {
+    int64_t bits, bool winograd) {
   const char* op = "int4_conv2d";
   check_dtype(op, "x", x, ScalarType::Byte);
   if (x.dim() != 4 || x.size(3) == 0) {
@@ -542,11 +542,16 @@ Tensor int4_conv2d_cpu(
       x.size(3) % groups != 0) {
     refuse(op, "groups", "to divide the channels of x and the outputs, one per scale", groups);
   }
-  const Geometry g = {x.size(0),   x.size(1),   x.size(2), x.size(3),    kernel[0],
-                      kernel[1],   stride[0],   stride[1], padding[0],   padding[1],
-                      dilation[0], dilation[1], groups,    scale.size(0)};
+  const Geometry g = {x.size(0),   x.size(1),   x.size(2), x.size(3),     kernel[0],
+                      kernel[1],   stride[0],   stride[1], padding[0],    padding[1],
+                      dilation[0], dilation[1], groups,    scale.size(0), bits};
+  if (bits < 1 || bits > 8) {
+    refuse(op, "bits", "to lie in [1, 8]", bits);
+  }
   if (winograd && !g.fits_winograd()) {
-    refuse(op, "winograd", "only for ungrouped 3x3 windows of stride and dilation 1", "another");
+    refuse(
+        op, "winograd", "only for ungrouped 3x3 windows of stride and dilation 1, and 5 bits",
+        "others");
   }
   check_dtype(op, "weight", weight, ScalarType::Char);
   check_shape(op, "weight", weight, {g.packed_size(winograd)});

@@ -16,6 +16,7 @@ struct Geometry {
   int64_t samples, height, width, channels;
   int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
   int64_t groups, outputs;
+  int64_t bits;  // of the codes
 
   int64_t out_height() const { return out_size(height, kernel_y, stride_y, pad_y, dilation_y); }
   int64_t out_width() const { return out_size(width, kernel_x, stride_x, pad_x, dilation_x); }
@@ -29,7 +30,7 @@ struct Geometry {
   }
   bool fits_winograd() const {
     return kernel_y == 3 && kernel_x == 3 && stride_y == 1 && stride_x == 1 && dilation_y == 1 &&
-           dilation_x == 1 && groups == 1;
+           dilation_x == 1 && groups == 1 && bits <= kWinogradBits;
   }
 
   // Without groups a row of the window is one segment: neighbours in a row of the image are

@@ -44,6 +44,7 @@ struct StepRecord {
   int64_t weight;      // offsets into the constants
   int64_t parameters;  // scale, shift, correction, each for `channels` rounded up to kPanel
   int64_t zero_point;  // of the source
+  int64_t bits;        // of the source
   int64_t channel;     // where a copy begins
   double low, high, residual_scale, residual_zero_point;
   double out_scale, out_zero_point, quant_max;
@@ -139,9 +140,10 @@ class Program {
   }
 
   Geometry geometry(const StepRecord& s, const ValueRecord& in, const ValueRecord& out) const {
-    const Geometry g = {samples(),    in.height,    in.width,   in.channels, s.kernel_y,
-                        s.kernel_x,   s.stride_y,   s.stride_x, s.pad_y,     s.pad_x,
-                        s.dilation_y, s.dilation_x, s.groups,   out.channels};
+    const Geometry g = {samples(),    in.height,    in.width,   in.channels,  s.kernel_y,
+                        s.kernel_x,   s.stride_y,   s.stride_x, s.pad_y,      s.pad_x,
+                        s.dilation_y, s.dilation_x, s.groups,   out.channels, s.bits};
+    require(s.bits >= 1 && s.bits <= 8, "of codes of 1 to 8 bits");
     constexpr int64_t kSize = 32768;
     for (const int64_t size :
          {s.kernel_y, s.kernel_x, s.stride_y, s.stride_x, s.dilation_y, s.dilation_x}) {

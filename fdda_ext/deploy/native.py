@@ -71,6 +71,7 @@ class _Step:
     winograd_weight: int | None = None
     parameters: int = 0
     zero_point: int = 0
+    bits: int = 8
     channel: int = 0
     low: float = -float("inf")
     high: float = float("inf")
@@ -82,7 +83,8 @@ class _Step:
         integers += [*self.kernel, *self.stride, *self.padding, *self.dilation, self.groups]
         weight = self.winograd_weight if winograd else self.weight
         assert weight is not None
-        integers += [winograd, weight, self.parameters, self.zero_point, self.channel]
+        integers += [winograd, weight, self.parameters, self.zero_point, self.bits]
+        integers += [self.channel]
         residual = self.residual_grid or CodeGrid(1.0, 0, 8)
         grid = self.grid or CodeGrid(1.0, 0, 8)
         floats = [self.low, self.high, residual.scale, residual.zero_point]
@@ -324,6 +326,7 @@ class _Encoder:
             residual=slots[1] if len(slots) == 2 else -1,
             residual_grid=sources[1].grid if len(sources) == 2 else None,
             zero_point=zero_point,
+            bits=8 if grid is None else grid.bits,
             grid=step.output.grid,
             low=-float("inf") if step.low is None else step.low,
             high=float("inf") if step.high is None else step.high,

@@ -61,6 +61,7 @@ def int4_conv2d(
     out_scale: float = 1.0,
     out_zero_point: int = 0,
     out_bits: int = 0,
+    bits: int = 8,
     winograd: bool = False,
 ) -> Tensor:
     r"""Convolves codes and rounds the result to codes, in one pass.
@@ -96,8 +97,9 @@ def int4_conv2d(
         out_scale: Of the result's codes, positive.
         out_zero_point: Likewise.
         out_bits: 2 to 8; 0 for a result in float32.
+        bits: ``x`` holds codes below 2^bits: narrow ones can take faster ways.
         winograd: Whether `weight` was packed so; for windows of 3x3, stride and dilation 1, no
-            groups, and codes up to 31. The result is the same.
+            groups, and up to 5 bits. The result is the same.
 
     Returns:
         ``[N, H', W', O]``, uint8 or float32.
@@ -109,7 +111,7 @@ def int4_conv2d(
         result: Tensor = _conv_op(
             x, weight, scale, shift, correction, residual, kernel, stride, padding, dilation,
             groups, zero_point, low, high, residual_scale, residual_zero_point, out_scale,
-            out_zero_point, out_bits, winograd,
+            out_zero_point, out_bits, bits, winograd,
         )  # fmt: skip
     except (ValueError, NotImplementedError) as error:
         raise usage_error(error, "int4_conv2d", x) from None
@@ -150,6 +152,7 @@ def _fake_conv(
     out_scale: float,
     out_zero_point: int,
     out_bits: int,
+    bits: int = 8,
     winograd: bool = False,
 ) -> Tensor:
     if x.dim() != 4:

@@ -197,7 +197,7 @@ constexpr PatchesTile kPatchesTiles[3][kTilePixels][kTilePanels] = {
     FDDA_TILES(patches_tile, Way::kOther)};
 
 inline void patches_vnni(
-    int64_t pixels, int64_t segments, int64_t groups, const uint8_t* const* rows,
+    int64_t /*bits*/, int64_t pixels, int64_t segments, int64_t groups, const uint8_t* const* rows,
     const int8_t* weights, int64_t outputs, const IntEpilogue& e) {
   const Rounding r = rounding_of(e);
   const auto& tiles = kPatchesTiles[static_cast<int>(way_of(e))];

@@ -142,7 +142,7 @@ constexpr int64_t depthwise_place(int64_t slots, int64_t channel, int64_t slot) 
 // kWinogradOffset is added to B^T d B, and the weights' `offset` takes its share away again.
 constexpr int64_t kWinogradPositions = 16;
 constexpr int32_t kWinogradOffset = 64;
-constexpr int64_t kWinogradLargestCode = 31;
+constexpr int64_t kWinogradBits = 5;
 
 constexpr int64_t winograd_panel_size(int64_t groups) {
   return kWinogradPositions * kPanel * (4 + groups * kGroup);
@@ -151,9 +151,9 @@ constexpr int64_t winograd_panel_size(int64_t groups) {
 // Of pixels, whole vectors of 64 channels may be read.
 struct IntKernels {
   // Products of `pixels` patches with dense weights; rows holds the segments of the first patch,
-  // then of the second.
+  // then of the second. Codes lie below 2^bits, which lets narrow ones take faster ways.
   void (*patches)(
-      int64_t pixels, int64_t segments, int64_t groups, const uint8_t* const* rows,
+      int64_t bits, int64_t pixels, int64_t segments, int64_t groups, const uint8_t* const* rows,
       const int8_t* weights, int64_t outputs, const IntEpilogue& epilogue);
   // One weight per channel and tap; rows holds the taps of the first pixel, then of the second.
   void (*depthwise)(

@@ -47,7 +47,7 @@ FDDA_INLINE void add_group(const uint8_t* x, const int8_t* w, int32_t (&sums)[kP
 }
 
 inline void integer_patches(
-    int64_t pixels, int64_t segments, int64_t groups, const uint8_t* const* rows,
+    int64_t /*bits*/, int64_t pixels, int64_t segments, int64_t groups, const uint8_t* const* rows,
     const int8_t* weights, int64_t outputs, const IntEpilogue& e) {
   const int64_t panel_size = segments * groups * kGroup * kPanel;
   for (int64_t o = 0; o < outputs; o += kPanel, weights += panel_size) {
