@@ -1,8 +1,10 @@
 """Integer programs: the same function as the student, and files that cannot do harm."""
 
+import contextlib
 import copy
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from fdda_ext import evaluate, export
 from fdda_ext.data import calibration_set, load_dataset
 from fdda_ext.deploy import IntegerProgram, load_program, lower, save_program
 from fdda_ext.deploy.file import pack_int4, unpack_int4
-from fdda_ext.deploy.instructions import CodeGrid, Conv, Linear, Value
+from fdda_ext.deploy.instructions import CodeGrid, Conv, Linear, Reshape, Value
 from fdda_ext.engine import write_student
 from fdda_ext.engine.checkpoint import digest
 from fdda_ext.errors import UsageError
@@ -47,6 +49,7 @@ def assert_same_function(student: nn.Module, images: Tensor) -> IntegerProgram:
     with torch.no_grad():
         expected = student(images)
     assert torch.equal(program(images), expected)
+    assert torch.equal(program.by_instructions(images), expected)
     return program
 
 
@@ -82,6 +85,56 @@ def test_zoo_computes_the_same(name):
     program = assert_same_function(student, images)
     layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert sum(isinstance(i, (Conv, Linear)) for i in program.instructions) == len(layers)
+
+
+@pytest.mark.parametrize("winograd", [False, True])
+def test_every_algorithm_gives_the_same_bits(isa, threads, program, images, winograd):
+    native = program.native
+    plan = tuple(winograd and can for can in native.eligible())
+    assert any(plan) == winograd
+    for batch in (1, 24):
+        expected = program.by_instructions(images[:batch])
+        assert torch.equal(native.run(images[:batch], plan), expected)
+
+
+def test_times_name_every_step(program, images):
+    times = program.native.times(images)
+    names = {i.output.name for i in program.instructions if not isinstance(i, Reshape)}
+    assert {name for name, _ in times} == names
+    assert all(seconds >= 0 for _, seconds in times)
+
+
+def test_calls_at_once_do_not_disturb_each_other(program, images):
+    expected = program(images)
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(program, [images] * 16):
+            assert torch.equal(result, expected)
+
+
+def test_copies_and_empty_batches(program, images):
+    twin = copy.deepcopy(program)
+    assert torch.equal(twin(images), program(images))
+    assert program(images[:0]).shape == (0, program.output.shape[0])
+    strided = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(program(strided), program(images))
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_hostile_records_are_refused_or_run(program, data):
+    """What the encoder would never write: nothing may be read or written outside."""
+    images = torch.zeros(2, 3, SIZE, SIZE)
+    native = program.native
+    records = native.records(torch.float32, tuple(False for _ in native.eligible())).clone()
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(records) - 1))
+        value = records[at].item()
+        near = st.integers(value - 70, value + 70).filter(lambda n: abs(n) < 2**63)
+        wild = st.sampled_from([0, 1, -1, 2, 7, 64, 2**15, 2**31, 2**40, 2**62, -(2**63)])
+        records[at] = data.draw(near | wild)
+    workspace = native.workspace(len(images))
+    with contextlib.suppress(ValueError):
+        torch.ops.fdda._int4_program(images, native.constants, records, workspace)
 
 
 def test_integers_stay_near_the_floats(images):

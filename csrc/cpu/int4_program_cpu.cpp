@@ -17,6 +17,7 @@ namespace {
 constexpr const char* kOp = "_int4_program";
 // Kernels may read this far past a value, and past per-output parameters.
 constexpr int64_t kSlack = 64;
+constexpr int64_t kMostTaps = 65536;
 
 struct ValueRecord {
   int64_t offset;  // bytes per image
@@ -149,6 +150,7 @@ class Program {
          {s.kernel_y, s.kernel_x, s.stride_y, s.stride_x, s.dilation_y, s.dilation_x}) {
       require(size > 0 && size < kSize, "of windows of reasonable size");
     }
+    require(g.taps() <= kMostTaps, "of windows of reasonable size");
     require(s.pad_y >= 0 && s.pad_x >= 0 && s.pad_y < kSize && s.pad_x < kSize, "of such padding");
     require(
         s.groups > 0 && in.channels % s.groups == 0 && out.channels % s.groups == 0,

@@ -42,6 +42,8 @@ __all__ = [
 
 Pair = tuple[int, int]
 
+#: Of a window: 256 x 256.
+_MOST_TAPS = 2**16
 #: Beyond any number that a network has a use for, and far from float32's overflow.
 _LARGEST = 1e30
 
@@ -476,6 +478,7 @@ def _window(
     ceil_mode: bool = False,
 ) -> Pair:
     """Height and width after sliding a window."""
+    require(math.prod(kernel) <= _MOST_TAPS, "a window of reasonable size")
     sizes = []
     for n, k, s, p, d in zip(shape[1:], kernel, stride, padding, dilation, strict=True):
         require(0 <= p < 2**15 and k < 2**15 and d < 2**15, "a window of reasonable size")

@@ -116,49 +116,54 @@ class NativeProgram:
         encoder = _Encoder(self, image, instructions, tensors, normalise)
         self._result, self._bytes_per_image = encoder.encode()
         self._is_flat = len(instructions[-1].output.shape) == 1
-        self._constants = self._memory.tensor()
+        self.constants = self._memory.tensor()
         self._plans: dict[tuple[int, int, str], tuple[bool, ...]] = {}
-        self._records: dict[tuple[bool, tuple[bool, ...]], Tensor] = {}
+        self._records: dict[tuple[torch.dtype, tuple[bool, ...]], Tensor] = {}
         self._local = threading.local()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of float32 or uint8 images ``[N, C, H, W]``."""
-        return self._launch(images, self.plan(images), None)
+        return self.run(images, self.plan(images))
+
+    def run(self, images: Tensor, plan: tuple[bool, ...], times: Tensor | None = None) -> Tensor:
+        """Logits, by a given plan; nanoseconds of every step go to ``times``, int64 ``[steps]``."""
+        records = self.records(images.dtype, plan)
+        workspace = self.workspace(len(images))
+        result: Tensor = _run(images, self.constants, records, workspace, times)
+        return result.flatten(1) if self._is_flat else result.permute(0, 3, 1, 2)
 
     def times(self, images: Tensor) -> list[tuple[str, float]]:
         """Seconds that every step takes, with the name of the value that it makes."""
         nanoseconds = torch.zeros(len(self._steps), dtype=torch.int64)
-        self._launch(images, self.plan(images), nanoseconds)
+        self.run(images, self.plan(images), nanoseconds)
         return list(zip(self._names, (nanoseconds / 1e9).tolist(), strict=True))
 
+    def eligible(self) -> tuple[bool, ...]:
+        """For every step, whether Winograd's algorithm can run it."""
+        return tuple(step.winograd_weight is not None for step in self._steps)
+
     def plan(self, images: Tensor) -> tuple[bool, ...]:
-        """For every step, whether it runs by Winograd's algorithm: whichever measures faster."""
-        eligible = [step.winograd_weight is not None for step in self._steps]
-        if not any(eligible):
-            return tuple(eligible)
+        """For every step, whether Winograd's algorithm runs it: whichever measures faster."""
+        eligible = self.eligible()
         images = images[:_MEASURED_IMAGES]
+        if not any(eligible) or len(images) == 0:
+            return tuple(False for _ in eligible)
         key = (len(images), torch.get_num_threads(), _C.isa())
-        if key not in self._plans and len(images) > 0:
+        if key not in self._plans:
             direct = self._measure(images, tuple(False for _ in eligible))
-            winograd = self._measure(images, tuple(eligible))
-            faster = (winograd < direct).tolist()
+            faster = (self._measure(images, eligible) < direct).tolist()
             self._plans[key] = tuple(a and b for a, b in zip(eligible, faster, strict=True))
-        return self._plans.get(key, tuple(False for _ in eligible))
+        return self._plans[key]
 
     def _measure(self, images: Tensor, plan: tuple[bool, ...]) -> Tensor:
         """Least time of every step in a few runs."""
         times = torch.zeros(_ROUNDS, len(self._steps), dtype=torch.int64)
-        for run in times:
-            self._launch(images, plan, run)
+        for times_of_run in times:
+            self.run(images, plan, times_of_run)
         return times.amin(0)
 
-    def _launch(self, images: Tensor, plan: tuple[bool, ...], times: Tensor | None) -> Tensor:
-        records = self._written(images.dtype == torch.uint8, plan)
-        workspace = self._workspace(len(images))
-        result: Tensor = _run(images, self._constants, records, workspace, times)
-        return result.flatten(1) if self._is_flat else result.permute(0, 3, 1, 2)
-
-    def _workspace(self, images: int) -> Tensor:
+    def workspace(self, images: int) -> Tensor:
+        """Memory for the values of a batch; every thread has its own."""
         size = images * self._bytes_per_image + _LINE
         kept: Tensor | None = getattr(self._local, "workspace", None)
         if kept is not None and kept.numel() >= size:
@@ -168,10 +173,11 @@ class NativeProgram:
             self._local.workspace = workspace
         return workspace
 
-    def _written(self, of_bytes: bool, plan: tuple[bool, ...]) -> Tensor:
-        key = (of_bytes, plan)
+    def records(self, dtype: torch.dtype, plan: tuple[bool, ...]) -> Tensor:
+        """The program for images of a dtype, int64, as int4_program_cpu.cpp reads it."""
+        key = (dtype, plan)
         if key not in self._records:
-            steps = self._of_bytes if of_bytes else self._steps
+            steps = self._of_bytes if dtype == torch.uint8 else self._steps
             words = [struct.pack("=3q", len(self._values), len(steps), self._result)]
             words += [struct.pack("=5q", *value) for value in self._values]
             words += [step.pack(chosen) for step, chosen in zip(steps, plan, strict=True)]
