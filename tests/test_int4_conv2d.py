@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fdda_ext import _C
 from fdda_ext.errors import UsageError
-from fdda_ext.ops import int4_conv2d, int4_pack_weight
+from fdda_ext.ops import int4_conv2d, int4_linear, int4_pack_weight
 
 
 def reference(
@@ -266,6 +266,23 @@ def test_memory_format_does_not_matter() -> None:
     x, *rest = make_case(**CASES["3x3"])
     strided = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     assert torch.equal(run(strided, *rest), run(x, *rest))
+
+
+def test_linear_is_a_convolution_of_one_pixel() -> None:
+    x, weight, scale, shift, options = make_case((1, 2, 15, 40), 70, kernel=(1, 1), padding=(0, 0))
+    packed, zeros = int4_pack_weight(weight), torch.zeros(70, dtype=torch.int32)
+    numbers = {k: v for k, v in options.items() if k in ("zero_point", "low", "high", "out_scale")}
+    expected = int4_conv2d(
+        x, packed, scale, shift, zeros, kernel=(1, 1), residual=x.new_zeros(1, 2, 15, 70), **numbers
+    )
+    rows = x.view(2, 15, 40)
+    residual = x.new_zeros(2, 15, 70)
+    result = int4_linear(rows, packed, scale, shift, zeros, residual=residual, **numbers)
+    assert torch.equal(result, expected.view(2, 15, 70))
+    one = int4_linear(rows[0, 0], packed, scale, shift, zeros, **numbers)
+    assert torch.equal(one, expected[0, 0, 0])
+    with pytest.raises(UsageError, match=r"int4_linear: expected x of shape \[\.\.\., C\]"):
+        int4_linear(x[0, 0, 0, 0], packed, scale, shift, zeros)
 
 
 def test_opcheck() -> None:

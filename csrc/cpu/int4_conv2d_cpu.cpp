@@ -193,14 +193,15 @@ void convolve_dense(
   const int64_t group_outputs = g.group_outputs();
   const int64_t panel_outputs = round_up(group_outputs, kPanel);
   const int64_t blocks = (g.pixels() + kItemPixels - 1) / kItemPixels;
+  const int64_t block_pixels = (g.pixels() + blocks - 1) / std::max<int64_t>(blocks, 1);
   const int64_t parts = (group_outputs + kItemOutputs - 1) / kItemOutputs;
   const int64_t output_size = g.segments() * g.segment_groups() * kGroup;
   for_items(blocks * g.groups * parts, [&](int64_t begin, int64_t end) {
     Patches patches(g, image);
     const uint8_t* const* rows = nullptr;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item / (g.groups * parts) * kItemPixels;
-      const int64_t last = std::min(first + kItemPixels, g.pixels());
+      const int64_t first = item / (g.groups * parts) * block_pixels;
+      const int64_t last = std::min(first + block_pixels, g.pixels());
       const int64_t group = item / parts % g.groups;
       const int64_t output = item % parts * kItemOutputs;
       if (output == 0 || item == begin) {

@@ -6,7 +6,7 @@ Importing this package registers ``torch.ops.fdda.*`` for the CPU and, where bui
 from fdda_ext.ops.class_batch_stats import class_batch_stats
 from fdda_ext.ops.class_stats_loss import class_stats_loss
 from fdda_ext.ops.fake_quantize import fake_quantize
-from fdda_ext.ops.int4_conv2d import int4_conv2d, int4_pack_weight
+from fdda_ext.ops.int4_conv2d import int4_conv2d, int4_linear, int4_pack_weight
 from fdda_ext.ops.reference import (
     class_batch_stats_reference,
     class_stats_loss_reference,
@@ -21,5 +21,6 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_reference",
     "int4_conv2d",
+    "int4_linear",
     "int4_pack_weight",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from fdda_ext.errors import UsageError
 from fdda_ext.ops._native import usage_error
 
-__all__ = ["int4_conv2d", "int4_pack_weight"]
+__all__ = ["int4_conv2d", "int4_linear", "int4_pack_weight"]
 
 _conv_op = torch.ops.fdda.int4_conv2d.default
 _pack_op = torch.ops.fdda.int4_pack_weight.default
@@ -116,6 +116,47 @@ def int4_conv2d(
     except (ValueError, NotImplementedError) as error:
         raise usage_error(error, "int4_conv2d", x) from None
     return result
+
+
+def int4_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    correction: Tensor,
+    *,
+    residual: Tensor | None = None,
+    **options: float,
+) -> Tensor:
+    """Multiplies codes by a matrix: `int4_conv2d` with a window of one pixel.
+
+    Args:
+        x: Codes, uint8 ``[..., C]``.
+        weight: From `int4_pack_weight` of int8 ``[O, 1, 1, C]``.
+        scale: float32 ``[O]``.
+        shift: float32 ``[O]``.
+        correction: int32 ``[O]``.
+        residual: Of the result's shape.
+        options: The numbers that `int4_conv2d` takes.
+
+    Returns:
+        ``[..., O]``, uint8 or float32.
+
+    Raises:
+        UsageError: If an argument has the wrong dtype or shape, or a number is out of range.
+    """
+    if x.dim() == 0:
+        raise UsageError(f"int4_linear: expected x of shape [..., C], got {list(x.shape)}")
+
+    def as_pixels(rows: Tensor) -> Tensor:
+        return rows.reshape(1, 1, -1, rows.shape[-1])
+
+    added = None if residual is None else as_pixels(residual)
+    y = int4_conv2d(
+        as_pixels(x), weight, scale, shift, correction, kernel=(1, 1), residual=added,
+        **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @torch.library.register_fake("fdda::int4_pack_weight")
