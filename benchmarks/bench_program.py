@@ -4,6 +4,7 @@ installed, OpenVINO and ONNX Runtime with eight bits. Weights are random: only s
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,23 +18,29 @@ from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
 NETWORKS = ["torchvision:resnet18", "torchvision:mobilenet_v2"]
 
 
-def openvino_int8(network: nn.Module, images: Tensor) -> Callable[[], object]:
-    """NNCF's post-training quantization, run by OpenVINO in its latency mode."""
+def openvino_model(network: nn.Module, images: Tensor) -> Any:
+    """NNCF's post-training quantization of an OpenVINO model."""
     import nncf
     import openvino
 
     batches = [image[None].numpy() for image in images[:1]]
     model = openvino.convert_model(network, example_input=images[:1])
-    model = nncf.quantize(model, nncf.Dataset(batches), subset_size=1)
+    return nncf.quantize(model, nncf.Dataset(batches), subset_size=1)
+
+
+def openvino_int8(network: nn.Module, images: Tensor) -> Callable[[], object]:
+    """Run by OpenVINO in its latency mode."""
+    import openvino
+
+    model = openvino_model(network, images)
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     compiled = openvino.compile_model(model, "CPU", options)
     array = images.numpy()
     return lambda: compiled(array)
 
 
-def onnxruntime_int8(network: nn.Module, images: Tensor, folder: Path) -> Callable[[], object]:
+def onnxruntime_files(network: nn.Module, images: Tensor, folder: Path) -> Path:
     """ONNX Runtime's static quantization, QDQ with unsigned activations and signed weights."""
-    import onnxruntime
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -43,12 +50,20 @@ def onnxruntime_int8(network: nn.Module, images: Tensor, folder: Path) -> Callab
         def get_next(self) -> dict[str, np.ndarray] | None:
             return self.left.pop() if self.left else None
 
-    plain, quantized = str(folder / "plain.onnx"), str(folder / "int8.onnx")
+    plain, quantized = str(folder / "plain.onnx"), folder / "int8.onnx"
     axes = {"x": {0: "batch"}}
     torch.onnx.export(
         network, (images[:1],), plain, input_names=["x"], dynamic_axes=axes, dynamo=False
     )
-    quantization.quantize_static(plain, quantized, Reader(), per_channel=True)
+    quantization.quantize_static(plain, str(quantized), Reader(), per_channel=True)
+    return quantized
+
+
+def onnxruntime_int8(network: nn.Module, images: Tensor, folder: Path) -> Callable[[], object]:
+    """Run by ONNX Runtime."""
+    import onnxruntime
+
+    quantized = str(onnxruntime_files(network, images, folder))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Its threads would go on spinning through the turns of the others.

@@ -358,8 +358,10 @@ std::array<int32_t, kWinogradPositions> winograd_weight(const int8_t* g, int64_t
   return result;
 }
 
-void pack_winograd(const Geometry& g, const int8_t* weight, int8_t* packed) {
+// False if a transformed weight does not fit into a byte.
+bool pack_winograd(const Geometry& g, const int8_t* weight, int8_t* packed) {
   const int64_t groups = g.winograd_groups();
+  bool fits = true;
   for (int64_t o = 0; o < g.outputs; ++o) {
     int8_t* panel = packed + o / kPanel * winograd_panel_size(groups);
     int8_t* products = panel + kWinogradPositions * kPanel * 4;
@@ -369,6 +371,7 @@ void pack_winograd(const Geometry& g, const int8_t* weight, int8_t* packed) {
       const auto transformed = winograd_weight(weight + o * 9 * g.channels + c, g.channels);
       for (int64_t p = 0; p < kWinogradPositions; ++p) {
         sums[p] += transformed[p];
+        fits = fits && transformed[p] >= -128 && transformed[p] <= 127;
         products[((p * groups + c / kGroup) * kPanel + lane) * kGroup + c % kGroup] =
             static_cast<int8_t>(transformed[p]);
       }
@@ -378,6 +381,7 @@ void pack_winograd(const Geometry& g, const int8_t* weight, int8_t* packed) {
       std::memcpy(panel + (p * kPanel + lane) * 4, &offset, sizeof(offset));
     }
   }
+  return fits;
 }
 
 void pack_depthwise(const Geometry& g, const int8_t* weight, int8_t* packed) {
@@ -409,25 +413,16 @@ void pack_dense(const Geometry& g, const int8_t* weight, int8_t* packed) {
 
 }  // namespace
 
-bool winograd_weight_fits(const Geometry& g, const int8_t* weight) {
-  for (int64_t o = 0; o < g.outputs; ++o) {
-    for (int64_t c = 0; c < g.channels; ++c) {
-      for (const int32_t value : winograd_weight(weight + o * 9 * g.channels + c, g.channels)) {
-        if (value < -128 || value > 127) return false;
-      }
-    }
-  }
-  return true;
-}
-
-void pack_weight(const Geometry& g, bool winograd, const int8_t* weight, int8_t* packed) {
+bool pack_weight(const Geometry& g, bool winograd, const int8_t* weight, int8_t* packed) {
   if (winograd) {
-    pack_winograd(g, weight, packed);
-  } else if (g.is_depthwise()) {
+    return pack_winograd(g, weight, packed);
+  }
+  if (g.is_depthwise()) {
     pack_depthwise(g, weight, packed);
   } else {
     pack_dense(g, weight, packed);
   }
+  return true;
 }
 
 void convolve(
@@ -505,11 +500,10 @@ Tensor int4_pack_weight_cpu(const Tensor& weight, int64_t groups, bool winograd)
   if (winograd && !g.fits_winograd()) {
     refuse(op, "winograd", "only for an ungrouped 3x3 window", shape_text(weight));
   }
-  if (winograd && !winograd_weight_fits(g, const_ptr<int8_t>(dense_weight))) {
+  Tensor packed = zeros(weight, {g.packed_size(winograd)}, ScalarType::Char);
+  if (!pack_weight(g, winograd, const_ptr<int8_t>(dense_weight), mutable_ptr<int8_t>(packed))) {
     refuse(op, "weight", "to stay within int8 under Winograd's transform", "larger values");
   }
-  Tensor packed = zeros(weight, {g.packed_size(winograd)}, ScalarType::Char);
-  pack_weight(g, winograd, const_ptr<int8_t>(dense_weight), mutable_ptr<int8_t>(packed));
   return packed;
 }
 

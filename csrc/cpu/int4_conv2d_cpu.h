@@ -59,11 +59,9 @@ struct Geometry {
   }
 };
 
-// The weight [O, kh, kw, C / groups] in the layout that the kernels read, into zeros.
-void pack_weight(const Geometry& geometry, bool winograd, const int8_t* weight, int8_t* packed);
-
-// 4 G g G^T of every output and channel lies in int8.
-bool winograd_weight_fits(const Geometry& geometry, const int8_t* weight);
+// The weight [O, kh, kw, C / groups] in the layout that the kernels read, into zeros. False if its
+// transform for Winograd does not fit into int8.
+bool pack_weight(const Geometry& geometry, bool winograd, const int8_t* weight, int8_t* packed);
 
 // x has `geometry.samples` images; the epilogue's pointers begin at its first output and pixel.
 void convolve(

@@ -198,14 +198,23 @@ class _Constants:
         data = tensor.contiguous().flatten().view(torch.uint8)
         offset = self._size
         padded = _lines(data.numel())
-        self._parts.append(torch.nn.functional.pad(data, (0, padded - data.numel())))
+        self._parts.append(data)
+        if padded > data.numel():
+            self._parts.append(data.new_zeros(padded - data.numel()))
         self._size += padded
         return offset
 
     def tensor(self) -> Tensor:
         # The kernels may read a line past what they use.
-        parts, self._parts = self._parts, []
-        return torch.cat([*parts, torch.zeros(_LINE, dtype=torch.uint8)])
+        result = torch.empty(self._size + _LINE, dtype=torch.uint8)
+        result[self._size :] = 0
+        offset = 0
+        self._parts.reverse()
+        while self._parts:  # each is freed as soon as it is copied
+            part = self._parts.pop()
+            result[offset : offset + part.numel()] = part
+            offset += part.numel()
+        return result
 
 
 @dataclass
@@ -340,7 +349,7 @@ class _Encoder:
         correction = torch.full((channels,), zero_point, dtype=torch.int64)
         if isinstance(step, Layer):
             weight = self.tensors[f"{name}.weight"]
-            correction = zero_point * weight.flatten(1).to(torch.int64).sum(1)
+            correction = zero_point * weight.flatten(1).sum(1, dtype=torch.int64)
             common = self._layer(step, weight, sources[0], common)
         elif isinstance(step, AveragePool):
             correction *= step.kernel[0] * step.kernel[1]
