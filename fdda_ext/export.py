@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,7 @@ Write the integer program of a run's student: packed weights, scales and instruc
 examples:
   python -m fdda_ext.export --run runs/a                  writes runs/a/model.int4.safetensors
   python -m fdda_ext.export --run runs/a --out net.safetensors
+  python -m fdda_ext.export --run runs/a --profile 1      also where the time of one image goes
 """
 
 
@@ -32,12 +34,16 @@ class ExportConfig:
     Attributes:
         run: A run folder, or a student.safetensors.
         out: The file to write; None for model.int4.safetensors beside the student.
+        profile: Also measure every layer, at so many images; 0 for not.
     """
 
     run: str
     out: str | None = None
+    profile: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.profile <= 4096:
+            raise UsageError(f"export: expected profile to be 0 to 4096 images, got {self.profile}")
         if "" in (self.run, self.out):
             raise UsageError("export: expected run and out not to be empty")
 
@@ -73,6 +79,19 @@ def render_sizes(program: IntegerProgram, file_bytes: int) -> Table:
     return table
 
 
+def render_times(program: IntegerProgram, images: int) -> Table:
+    """A table of the time of every step on this CPU."""
+    rows = program.native.profile(torch.zeros(images, *program.image.shape))
+    table = Table("step", "by", "microseconds", "GOP/s", title=f"{images} images")
+    for row in rows:
+        rate = 2 * row.products / row.seconds / 1e9 if row.seconds else 0.0
+        table.add_row(
+            row.name, row.algorithm, f"{row.seconds * 1e6:.0f}", f"{rate:.0f}" if rate else ""
+        )
+    table.add_row("all", "", f"{sum(row.seconds for row in rows) * 1e6:.0f}", "")
+    return table
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = build_parser("fdda_ext.export", _DESCRIPTION)
@@ -81,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path, program = run(config)
     console = Console()
     console.print(render_sizes(program, path.stat().st_size))
+    if config.profile:
+        console.print(render_times(program, config.profile))
     left = program.float_values()
     if left:
         names = ", ".join(value.name for value in left)

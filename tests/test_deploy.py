@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,11 +98,15 @@ def test_every_algorithm_gives_the_same_bits(isa, threads, program, images, wino
         assert torch.equal(native.run(images[:batch], plan), expected)
 
 
-def test_times_name_every_step(program, images):
-    times = program.native.times(images)
+def test_profile_names_every_step(program, images):
+    times = program.native.profile(images)
     names = {i.output.name for i in program.instructions if not isinstance(i, Reshape)}
-    assert {name for name, _ in times} == names
-    assert all(seconds >= 0 for _, seconds in times)
+    assert {time.name for time in times} == names
+    assert all(time.seconds >= 0 for time in times)
+    (conv,) = (time for time in times if time.name == "conv1")
+    assert conv.products == 24 * 3 * 9 * math.prod(
+        next(i.output.shape for i in program.instructions if i.output.name == "conv1")
+    )
 
 
 def test_calls_at_once_do_not_disturb_each_other(program, images):
@@ -404,9 +409,10 @@ def test_export_and_evaluate(tmp_path, capsys):
         "quantization": config.__dict__,
     }
     write_student(tmp_path / "student.safetensors", student, recipe)
-    export.main([f"--run={tmp_path}"])
+    export.main([f"--run={tmp_path}", "--profile=2"])
     path = tmp_path / "model.int4.safetensors"
     output = capsys.readouterr().out
+    assert "GOP/s" in output and "2 images" in output
     assert str(path.stat().st_size) in output
     assert "blocks.0.conv2" in output
     assert path.stat().st_size < 0.6 * 260_000
@@ -420,6 +426,8 @@ def test_export_and_evaluate(tmp_path, capsys):
 def test_export_refuses(tmp_path):
     with pytest.raises(UsageError, match="export: expected run to be a folder with a trained"):
         export.main([f"--run={tmp_path}"])
+    with pytest.raises(UsageError, match="export: expected profile to be 0 to 4096 images"):
+        export.main([f"--run={tmp_path}", "--profile=-1"])
     with pytest.raises(UsageError, match="export: expected a whole student file"):
         export.main([f"--run={tmp_path}/none"])
 

@@ -7,6 +7,7 @@ not read any more makes room for the next.
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from .instructions import (
     Value,
 )
 
-__all__ = ["NativeProgram"]
+__all__ = ["NativeProgram", "StepTime"]
 
 _run = torch.ops.fdda._int4_program.default
 
@@ -92,6 +93,23 @@ class _Step:
         return struct.pack(f"={len(integers)}q{len(floats)}d", *integers, *floats)
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """What one step costs.
+
+    Attributes:
+        name: Of the value that it makes.
+        algorithm: What does it.
+        products: Multiplications that the plain formula has, for all images.
+        seconds: How long it took.
+    """
+
+    name: str
+    algorithm: str
+    products: int
+    seconds: float
+
+
 class NativeProgram:
     """What `IntegerProgram` runs on the CPU.
 
@@ -113,6 +131,7 @@ class NativeProgram:
         self._steps: list[_Step] = []
         self._of_bytes: list[_Step] = []  # the same for uint8 images
         self._names: list[str] = []
+        self._products: list[int] = []  # per image
         encoder = _Encoder(self, image, instructions, tensors, normalise)
         self._result, self._bytes_per_image = encoder.encode()
         self._is_flat = len(instructions[-1].output.shape) == 1
@@ -132,11 +151,19 @@ class NativeProgram:
         result: Tensor = _run(images, self.constants, records, workspace, times)
         return result.flatten(1) if self._is_flat else result.permute(0, 3, 1, 2)
 
-    def times(self, images: Tensor) -> list[tuple[str, float]]:
-        """Seconds that every step takes, with the name of the value that it makes."""
-        nanoseconds = torch.zeros(len(self._steps), dtype=torch.int64)
-        self.run(images, self.plan(images), nanoseconds)
-        return list(zip(self._names, (nanoseconds / 1e9).tolist(), strict=True))
+    def profile(self, images: Tensor, rounds: int = 9) -> list[StepTime]:
+        """Where the time goes: of every step, the median of some runs."""
+        plan = self.plan(images)
+        times = torch.zeros(rounds, len(self._steps), dtype=torch.int64)
+        for times_of_run in times:
+            self.run(images, plan, times_of_run)
+        return [
+            StepTime(name, _algorithm(step, chosen), len(images) * products, seconds)
+            for name, step, chosen, products, seconds in zip(
+                self._names, self._steps, plan, self._products,
+                (times.median(0).values / 1e9).tolist(), strict=True,
+            )
+        ]  # fmt: skip
 
     def eligible(self) -> tuple[bool, ...]:
         """For every step, whether Winograd's algorithm can run it."""
@@ -264,8 +291,11 @@ class _Encoder:
         self.size = max(self.size, offset + size)
         return slot
 
-    def _emit(self, name: str, step: _Step, of_bytes: _Step | None = None) -> None:
+    def _emit(
+        self, name: str, step: _Step, of_bytes: _Step | None = None, products: int = 0
+    ) -> None:
         self.program._names.append(name)
+        self.program._products.append(products)
         self.program._steps.append(step)
         self.program._of_bytes.append(of_bytes or step)
 
@@ -369,7 +399,11 @@ class _Encoder:
             torch.nn.functional.pad(part, (0, -channels % _PANEL)).view(torch.uint8)
             for part in (scale.contiguous(), shift.contiguous(), correction.to(torch.int32))
         ]
-        self._emit(name, replace(common, parameters=self.program._memory.add(torch.cat(parts))))
+        products = 0
+        if isinstance(step, Layer):
+            products = self.tensors[f"{name}.weight"][0].numel() * math.prod(step.output.shape)
+        parameters = self.program._memory.add(torch.cat(parts))
+        self._emit(name, replace(common, parameters=parameters), products=products)
 
     def _layer(self, step: Layer, weight: Tensor, source: Value, common: _Step) -> _Step:
         """With the weight in the layout of its kernel, or of both."""
@@ -406,6 +440,14 @@ class _Encoder:
         target = self._allocate(larger.shape, larger.grid)
         self._emit(step.output.name, _Step(_Kind.COPY, slot, target))
         return target, larger
+
+
+def _algorithm(step: _Step, winograd: bool) -> str:
+    if step.kind is not _Kind.CONV:
+        return step.kind.name.lower().replace("_", " ")
+    if step.groups > 1:
+        return f"{step.groups} groups"
+    return "winograd" if winograd else "direct"
 
 
 def _suits_winograd(step: Layer, source: Value, planes: Tensor) -> bool:
