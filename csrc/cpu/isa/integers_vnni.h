@@ -279,18 +279,8 @@ depthwise_block(int64_t c, int64_t channels, const Rounding& r, const IntEpilogu
   return block;
 }
 
-FDDA_INLINE void finish_channels(
-    const DepthwiseBlock& block, const Unpacked& sums, int64_t pixel, const IntEpilogue& e) {
-  const int64_t place = pixel * e.stride + block.c;
+FDDA_INLINE __m512i codes_of(const DepthwiseBlock& block, const Unpacked& sums) {
   const Rounding& r = block.rounding;
-  if (block.way != Way::kCodes) {
-    const Unpacked ordered = exchange(sums);
-    alignas(64) int32_t buffer[64];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) _mm512_store_si512(buffer + 16 * j, ordered.part[j]);
-    finish_some(buffer, place, block.c, block.n, r, e);
-    return;
-  }
   __m512i integers[4];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
@@ -298,8 +288,21 @@ FDDA_INLINE void finish_channels(
     const __m512 shift = _mm512_castsi512_ps(block.shift.part[j]);
     integers[j] = rounded(affine(sums.part[j], scale, shift), r);
   }
-  const __m512i codes = packed_codes(integers[0], integers[1], integers[2], integers[3], r);
-  store_codes(e.codes + place, codes, block.n);
+  return packed_codes(integers[0], integers[1], integers[2], integers[3], r);
+}
+
+FDDA_INLINE void finish_channels(
+    const DepthwiseBlock& block, const Unpacked& sums, int64_t pixel, const IntEpilogue& e) {
+  const int64_t place = pixel * e.stride + block.c;
+  if (block.way != Way::kCodes) {
+    const Unpacked ordered = exchange(sums);
+    alignas(64) int32_t buffer[64];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) _mm512_store_si512(buffer + 16 * j, ordered.part[j]);
+    finish_some(buffer, place, block.c, block.n, block.rounding, e);
+    return;
+  }
+  store_codes(e.codes + place, codes_of(block, sums), block.n);
 }
 
 FDDA_INLINE void add_unpacked(Unpacked& sums, const Unpacked& x, const int8_t* weights) {
@@ -358,12 +361,77 @@ void depthwise_3x3_row(
   }
 }
 
+// Up to 32 channels fill half a register: the other half takes the pixels of the row's second half.
+FDDA_INLINE __m512i both(__m256i low, __m256i high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+FDDA_INLINE __m256i load_half(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+
+FDDA_INLINE void double_half(Unpacked& x) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) x.part[j] = _mm512_shuffle_i64x2(x.part[j], x.part[j], 0x44);
+}
+
+template <int stride>
+void depthwise_3x3_two(
+    int64_t pixels, const uint8_t* const* columns, const int8_t* weights, DepthwiseBlock block,
+    const IntEpilogue& e) {
+  const int64_t half = (pixels + 1) / 2;
+  const int64_t last_column = (pixels - 1) * stride + 2;
+  double_half(block.start);
+  double_half(block.scale);
+  double_half(block.shift);
+  alignas(64) int8_t twice[12 * 64];
+  for (int i = 0; i < 12; ++i) {
+    const __m256i low = load_half(weights + 64 * i);
+    _mm512_store_si512(twice + 64 * i, both(low, low));
+  }
+  const auto column = [&](int64_t i) __attribute__((always_inline)) {
+    const int64_t other = i + half * stride < last_column ? i + half * stride : last_column;
+    const uint8_t* const* x = columns + 3 * i;
+    const uint8_t* const* y = columns + 3 * other;
+    const auto load = [&](int k) __attribute__((always_inline)) {
+      return both(load_half(x[k] + block.c), load_half(y[k] + block.c));
+    };
+    return unpack(load(0), load(1), load(2), _mm512_setzero_si512());
+  };
+  Unpacked a = column(0);
+  Unpacked b = stride == 1 ? column(1) : a;
+  for (int64_t pixel = 0; pixel < half; ++pixel) {
+    if (stride != 1) b = column(pixel * stride + 1);
+    if (stride == 3) a = column(pixel * stride);
+    const Unpacked c = column(pixel * stride + 2);
+    Unpacked sums = block.start;
+    add_unpacked(sums, a, twice);
+    add_unpacked(sums, b, twice + 256);
+    add_unpacked(sums, c, twice + 512);
+    const __m512i codes = codes_of(block, sums);
+    uint8_t* to = e.codes + pixel * e.stride + block.c;
+    store_codes(to, codes, block.n);
+    if (pixel + half < pixels) {
+      store_codes(to + half * e.stride, _mm512_shuffle_i64x2(codes, codes, 0xee), block.n);
+    }
+    a = stride == 1 ? b : c;
+    b = c;
+  }
+}
+
 inline void depthwise_3x3_vnni(
     int64_t pixels, int64_t stride, const uint8_t* const* columns, const int8_t* weights,
     int64_t channels, const IntEpilogue& e) {
   const Rounding r = rounding_of(e);
   for (int64_t c = 0; c < channels; c += 64, weights += 12 * 64) {
     const DepthwiseBlock block = depthwise_block(c, channels, r, e);
+    if (block.n <= 32 && block.way == Way::kCodes) {
+      const auto two = stride == 1   ? depthwise_3x3_two<1>
+                       : stride == 2 ? depthwise_3x3_two<2>
+                                     : depthwise_3x3_two<3>;
+      two(pixels, columns, weights, block, e);
+      continue;
+    }
     const auto row = stride == 1   ? depthwise_3x3_row<1>
                      : stride == 2 ? depthwise_3x3_row<2>
                                    : depthwise_3x3_row<3>;
