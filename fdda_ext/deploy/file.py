@@ -3,7 +3,8 @@
 The metadata holds ``format``, ``manifest`` (JSON: image, normalisation, instructions) and
 ``sha256``. The tensors are weights, scales and shifts by name. Weights lie as in an NHWC kernel,
 one row ``[kh, kw, C / groups]`` per output channel; those of at most 4 bits are packed two to a
-byte, the first in the low nibble, every row padded with 0 to a whole byte. No code is stored, and
+byte, the first in the low nibble, every row padded with 0 to a whole byte. Scales are float16,
+times a power of two in the manifest, where that loses nothing. No code is stored, and
 nothing is used before all of it has been checked.
 """
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ..engine.checkpoint import digest
 from ..errors import UsageError
+from ..quantization.layers import from_sixteen_bits, sixteen_bits
 from .instructions import (
     AveragePool,
     Concat,
@@ -41,7 +43,7 @@ from .program import IntegerProgram
 
 __all__ = ["is_program", "load_program", "pack_int4", "save_program", "stored_bytes", "unpack_int4"]
 
-_FORMAT = "fdda_ext.program.1"
+_FORMAT = "fdda_ext.program.2"
 _KINDS: dict[str, type[Instruction]] = {
     "average_pool": AveragePool,
     "concat": Concat,
@@ -74,6 +76,7 @@ def save_program(path: Path, program: IntegerProgram) -> None:
     """Write ``program`` to ``path``, atomically."""
     tensors = {}
     shapes = {}
+    exponents = {}
     bits = _weight_bits(program.instructions)
     for name, tensor in program.tensors.items():
         tensor = tensor.cpu()
@@ -81,6 +84,9 @@ def save_program(path: Path, program: IntegerProgram) -> None:
             shapes[name] = list(tensor.shape)
             rows = tensor.movedim(1, -1).flatten(1).contiguous()
             tensor = pack_int4(rows) if bits[name] <= 4 else rows
+        elif _fits_sixteen_bits(name, tensor):
+            tensor, exponent = sixteen_bits(tensor)
+            exponents[name] = int(exponent)
         tensors[name] = tensor.contiguous()
     manifest = json.dumps(
         {
@@ -88,6 +94,7 @@ def save_program(path: Path, program: IntegerProgram) -> None:
             "mean": program.mean,
             "std": program.std,
             "weights": shapes,
+            "exponents": exponents,
             "instructions": [{"kind": _NAMES[type(i)], **asdict(i)} for i in program.instructions],
         }
     )
@@ -130,7 +137,7 @@ def load_program(path: Path) -> IntegerProgram:
 
 
 def _build(manifest: Any, tensors: dict[str, Tensor]) -> IntegerProgram:
-    given = _fields(manifest, {"image", "mean", "std", "weights", "instructions"})
+    given = _fields(manifest, {"image", "mean", "std", "weights", "exponents", "instructions"})
     instructions = []
     for item in _parse(given["instructions"], tuple[dict[str, Any], ...], "instructions"):
         kind = _KINDS.get(str(item.pop("kind", None)))
@@ -143,6 +150,10 @@ def _build(manifest: Any, tensors: dict[str, Tensor]) -> IntegerProgram:
         raise ValueError("weights do not belong to the instructions")
     for name, size in shapes.items():
         tensors[name] = _unpacked(tensors[name], size, bits[name], name)
+    for name, exponent in _parse(given["exponents"], dict[str, int], "exponents").items():
+        if tensors[name].dtype != torch.float16 or abs(exponent) > 1000:
+            raise ValueError(f"{name} is stored as {tensors[name].dtype}, exponent {exponent}")
+        tensors[name] = from_sixteen_bits(tensors[name], torch.tensor(exponent))
     image = _parse(given["image"], Value, "image")
     mean, std = (_parse(given[key], tuple[float, ...] | None, key) for key in ("mean", "std"))
     return IntegerProgram(image, instructions, tensors, mean, std)
@@ -159,6 +170,13 @@ def _unpacked(tensor: Tensor, size: tuple[int, ...], bits: int, name: str) -> Te
         raise ValueError(f"{name} is stored as {tensor.dtype} {tuple(tensor.shape)}")
     rows = unpack_int4(tensor, row) if packed else tensor
     return rows.view(size[0], *size[2:], size[1]).movedim(-1, 1).contiguous()
+
+
+def _fits_sixteen_bits(name: str, tensor: Tensor) -> bool:
+    if not name.endswith(".scale"):
+        return False
+    halves, exponent = sixteen_bits(tensor)
+    return torch.equal(from_sixteen_bits(halves, exponent), tensor)
 
 
 def _weight_bits(instructions: Any) -> dict[str, int]:
@@ -217,6 +235,9 @@ def stored_bytes(program: IntegerProgram) -> list[tuple[str, int, int, int]]:
         weight = program.tensors[name]
         row = weight[0].numel()
         size = weight.shape[0] * ((row + 1) // 2 if bits <= 4 else row)
-        size += sum(program.tensors[f"{layer}.{part}"].nbytes for part in ("scale", "shift"))
+        scale, shift = (program.tensors[f"{layer}.{part}"] for part in ("scale", "shift"))
+        size += shift.nbytes + scale.nbytes // (
+            2 if _fits_sixteen_bits(f"{layer}.scale", scale) else 1
+        )
         rows.append((layer, bits, weight.numel(), size))
     return rows
