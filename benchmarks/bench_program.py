@@ -2,6 +2,7 @@
 installed, OpenVINO and ONNX Runtime with eight bits. Weights are random: only speed is measured."""
 
 import importlib.util
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fdda_ext.deploy import lower
 from fdda_ext.models import load_model
+from fdda_ext.ops import int4_linear, int4_pack_weight
 from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
 
 NETWORKS = ["torchvision:resnet18", "torchvision:mobilenet_v2"]
@@ -73,9 +75,23 @@ def onnxruntime_int8(network: nn.Module, images: Tensor, folder: Path) -> Callab
     return lambda: session.run(None, feed)
 
 
+def peak_gops() -> float:
+    """What the product kernel reaches on a matrix that suits it, 10^9 operations a second."""
+    rows, inputs, outputs = 768, 1024, 1024
+    codes = torch.randint(0, 16, (rows, inputs), dtype=torch.uint8)
+    weight = torch.randint(-8, 8, (outputs, 1, 1, inputs), dtype=torch.int8)
+    packed, zeros = int4_pack_weight(weight), torch.zeros(outputs)
+    times = []
+    for _ in range(21):
+        start = time.perf_counter()
+        int4_linear(codes, packed, zeros, zeros, zeros.int(), out_bits=4, bits=4)
+        times.append(time.perf_counter() - start)
+    return 2 * rows * inputs * outputs / min(times) / 1e9
+
+
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("spec", NETWORKS)
-def bench_network(compare, device, tmp_path, spec, batch):
+def bench_network(compare, benchmark, device, tmp_path, spec, batch):
     torch.manual_seed(0)
     network = load_model(spec, weights=None, num_classes=1000).eval()
     images = torch.randn(batch, 3, 224, 224)
@@ -103,3 +119,9 @@ def bench_network(compare, device, tmp_path, spec, batch):
     with torch.inference_mode():
         name = spec.partition(":")[2]
         compare(f"program, {name}, batch {batch}", {"fdda_ext": lambda: program(images), **peers})
+        if device == "cpu":
+            benchmark.extra_info["peak_gops"] = peak_gops()
+            benchmark.extra_info["profile"] = [
+                (step.name, step.algorithm, step.products, step.seconds)
+                for step in program.native.profile(images, rounds=21)
+            ]

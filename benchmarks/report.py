@@ -61,7 +61,35 @@ def render(report: dict[str, Any]) -> str:
             own = f"{ours:.0f} ± {times['fdda_ext']['iqr_us']:.0f}"
             lines.append(f"| {case} | {own} | " + " | ".join(cells) + " |")
         lines.append("")
+    for benchmark in report["benchmarks"]:
+        if "profile" in benchmark["extra_info"] and benchmark["group"].endswith("batch 16"):
+            lines += profile(benchmark)
     return "\n".join(lines)
+
+
+def profile(benchmark: dict[str, Any]) -> list[str]:
+    """A table of where a program's time goes, and how far each step is from its floor."""
+    info = benchmark["extra_info"]
+    lines = [
+        f"## Steps of {benchmark['group']}",
+        "",
+        f"The floor of a layer is its products over {info['peak_gops']:.0f} GOP/s, which the "
+        "product kernel reaches on a large matrix; Winograd's algorithm has 2.25 times fewer. What "
+        "takes less than a hundredth of the whole is left out.",
+        "",
+        "| step | by | microseconds | GOP/s | over the floor |",
+        "|---|---|---|---|---|",
+    ]
+    total = sum(seconds for *_, seconds in info["profile"])
+    for name, algorithm, products, seconds in info["profile"]:
+        if seconds < total / 100:
+            continue
+        rate = f"{2 * products / seconds / 1e9:.0f}" if products else ""
+        share = 2.25 if algorithm == "winograd" else 1
+        floor = 2 * products / share / info["peak_gops"] / 1e9
+        over = f"{seconds / floor:.2f}x" if products and "groups" not in algorithm else ""
+        lines.append(f"| {name} | {algorithm} | {seconds * 1e6:.0f} | {rate} | {over} |")
+    return [*lines, f"| all | | {total * 1e6:.0f} | | |", ""]
 
 
 def main() -> None:
