@@ -148,8 +148,8 @@ def test_integers_stay_near_the_floats(images):
     exact = student(images).detach()
     with torch.no_grad():
         difference = (student(images) - exact).abs()
-    # Scales have 11 bits; a value on the border of two codes may fall either way.
-    assert difference.median() < 2e-3 * (exact.max() - exact.min())
+    # A value on the border of two codes may fall either way, and move a logit.
+    assert (difference > 1e-4).float().mean() < 0.05
 
 
 class Unusual(nn.Module):
@@ -262,12 +262,11 @@ def test_unsupported_operations_are_named(images, change, named):
 # ---- the file -------------------------------------------------------------------------------
 
 
-def test_scales_take_two_bytes(program: IntegerProgram, file: Path) -> None:
+def test_scales_and_shifts_take_three_bytes(program: IntegerProgram, file: Path) -> None:
     """The folding rounds them so that the file loses nothing."""
-    manifest, tensors = read(file)
-    names = {f"{name}.scale" for name, *_ in stored_bytes(program)}
-    assert names <= manifest["exponents"].keys()
-    assert all(tensors[name].dtype == torch.float16 for name in names)
+    _, tensors = read(file)
+    for name, *_ in stored_bytes(program):
+        assert tensors[f"{name}.scale"].shape[1:] == tensors[f"{name}.shift"].shape[1:] == (3,)
     for name, scale in load_program(file).tensors.items():
         assert torch.equal(scale, program.tensors[name])
 

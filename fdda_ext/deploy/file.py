@@ -3,8 +3,8 @@
 The metadata holds ``format``, ``manifest`` (JSON: image, normalisation, instructions) and
 ``sha256``. The tensors are weights, scales and shifts by name. Weights lie as in an NHWC kernel,
 one row ``[kh, kw, C / groups]`` per output channel; those of at most 4 bits are packed two to a
-byte, the first in the low nibble, every row padded with 0 to a whole byte. Scales are float16,
-times a power of two in the manifest, where that loses nothing. No code is stored, and
+byte, the first in the low nibble, every row padded with 0 to a whole byte. Scales and shifts
+are float32 without their lowest byte, uint8 ``[C, 3]``, where that byte is 0. No code is stored, and
 nothing is used before all of it has been checked.
 """
 
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ..engine.checkpoint import digest
 from ..errors import UsageError
-from ..quantization.layers import from_sixteen_bits, sixteen_bits
 from .instructions import (
     AveragePool,
     Concat,
@@ -76,7 +75,6 @@ def save_program(path: Path, program: IntegerProgram) -> None:
     """Write ``program`` to ``path``, atomically."""
     tensors = {}
     shapes = {}
-    exponents = {}
     bits = _weight_bits(program.instructions)
     for name, tensor in program.tensors.items():
         tensor = tensor.cpu()
@@ -84,9 +82,8 @@ def save_program(path: Path, program: IntegerProgram) -> None:
             shapes[name] = list(tensor.shape)
             rows = tensor.movedim(1, -1).flatten(1).contiguous()
             tensor = pack_int4(rows) if bits[name] <= 4 else rows
-        elif _fits_sixteen_bits(name, tensor):
-            tensor, exponent = sixteen_bits(tensor)
-            exponents[name] = int(exponent)
+        elif _ends_in_zero(tensor):
+            tensor = tensor.view(torch.uint8).view(-1, 4)[:, 1:]
         tensors[name] = tensor.contiguous()
     manifest = json.dumps(
         {
@@ -94,7 +91,6 @@ def save_program(path: Path, program: IntegerProgram) -> None:
             "mean": program.mean,
             "std": program.std,
             "weights": shapes,
-            "exponents": exponents,
             "instructions": [{"kind": _NAMES[type(i)], **asdict(i)} for i in program.instructions],
         }
     )
@@ -137,7 +133,7 @@ def load_program(path: Path) -> IntegerProgram:
 
 
 def _build(manifest: Any, tensors: dict[str, Tensor]) -> IntegerProgram:
-    given = _fields(manifest, {"image", "mean", "std", "weights", "exponents", "instructions"})
+    given = _fields(manifest, {"image", "mean", "std", "weights", "instructions"})
     instructions = []
     for item in _parse(given["instructions"], tuple[dict[str, Any], ...], "instructions"):
         kind = _KINDS.get(str(item.pop("kind", None)))
@@ -150,10 +146,12 @@ def _build(manifest: Any, tensors: dict[str, Tensor]) -> IntegerProgram:
         raise ValueError("weights do not belong to the instructions")
     for name, size in shapes.items():
         tensors[name] = _unpacked(tensors[name], size, bits[name], name)
-    for name, exponent in _parse(given["exponents"], dict[str, int], "exponents").items():
-        if tensors[name].dtype != torch.float16 or abs(exponent) > 1000:
-            raise ValueError(f"{name} is stored as {tensors[name].dtype}, exponent {exponent}")
-        tensors[name] = from_sixteen_bits(tensors[name], torch.tensor(exponent))
+    for name, tensor in tensors.items():
+        if name not in shapes and tensor.dtype == torch.uint8:
+            if tensor.dim() != 2 or tensor.shape[1] != 3:
+                raise ValueError(f"{name} is stored as uint8 {tuple(tensor.shape)}")
+            whole = torch.nn.functional.pad(tensor, (1, 0)).view(torch.float32)
+            tensors[name] = whole.flatten()
     image = _parse(given["image"], Value, "image")
     mean, std = (_parse(given[key], tuple[float, ...] | None, key) for key in ("mean", "std"))
     return IntegerProgram(image, instructions, tensors, mean, std)
@@ -172,11 +170,9 @@ def _unpacked(tensor: Tensor, size: tuple[int, ...], bits: int, name: str) -> Te
     return rows.view(size[0], *size[2:], size[1]).movedim(-1, 1).contiguous()
 
 
-def _fits_sixteen_bits(name: str, tensor: Tensor) -> bool:
-    if not name.endswith(".scale"):
-        return False
-    halves, exponent = sixteen_bits(tensor)
-    return torch.equal(from_sixteen_bits(halves, exponent), tensor)
+def _ends_in_zero(tensor: Tensor) -> bool:
+    """Whether float32 numbers can do without their lowest byte."""
+    return not bool((tensor.view(torch.int32) & 0xFF).any())
 
 
 def _weight_bits(instructions: Any) -> dict[str, int]:
@@ -235,9 +231,8 @@ def stored_bytes(program: IntegerProgram) -> list[tuple[str, int, int, int]]:
         weight = program.tensors[name]
         row = weight[0].numel()
         size = weight.shape[0] * ((row + 1) // 2 if bits <= 4 else row)
-        scale, shift = (program.tensors[f"{layer}.{part}"] for part in ("scale", "shift"))
-        size += shift.nbytes + scale.nbytes // (
-            2 if _fits_sixteen_bits(f"{layer}.scale", scale) else 1
-        )
+        for part in ("scale", "shift"):
+            tensor = program.tensors[f"{layer}.{part}"]
+            size += tensor.numel() * (3 if _ends_in_zero(tensor) else 4)
         rows.append((layer, bits, weight.numel(), size))
     return rows

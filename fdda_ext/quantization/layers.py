@@ -83,7 +83,7 @@ def fold(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Tensor]:
     """Scale and shift, float32 ``[C]``, that turn the integer sums of a layer into its results.
 
     The scales of input and weight, the bias and the batch normalisation after the layer are folded
-    in float64 and rounded once; the scale to `sixteen_bits`.
+    in float64 and rounded to `three_bytes`.
     """
     quantizer, weight_quantizer = layer.input_quantizer, layer.weight_quantizer
     assert quantizer is not None
@@ -93,24 +93,13 @@ def fold(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Tensor]:
     if layer.norm is not None:
         norm_scale, norm_shift = layer.norm.affine_map()
         scale, shift = scale * norm_scale, shift * norm_scale + norm_shift
-    halves, exponent = sixteen_bits(scale)
-    return from_sixteen_bits(halves, exponent), shift.to(torch.float32)
+    return three_bytes(scale), three_bytes(shift)
 
 
-def sixteen_bits(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest ``halves * 2^exponent``, with float16 ``halves`` up to 2^15.
-
-    A file stores scales so, in half the bytes: a relative error of 2^-12 is a 270th of a step where
-    a code of 4 bits is largest. Scales that much smaller than the largest that they leave float16's
-    normal range do not occur.
-    """
-    exponent = torch.frexp(scale.double().abs().max()).exponent - 15
-    return torch.ldexp(scale.double(), -exponent).to(torch.float16), exponent
-
-
-def from_sixteen_bits(halves: Tensor, exponent: Tensor) -> Tensor:
-    """The float32 numbers that `sixteen_bits` stands for."""
-    return torch.ldexp(halves.double(), exponent).to(torch.float32)
+def three_bytes(x: Tensor) -> Tensor:
+    """Float32 with 16 bits of significand: the lowest byte is 0, and files omit it."""
+    bits = x.to(torch.float32).view(torch.int32)
+    return ((bits + 0x80) & ~0xFF).view(torch.float32)
 
 
 class QuantizedConv2d(_Exact, nn.Conv2d):
