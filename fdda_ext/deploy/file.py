@@ -4,8 +4,8 @@ The metadata holds ``format``, ``manifest`` (JSON: image, normalisation, instruc
 ``sha256``. The tensors are weights, scales and shifts by name. Weights lie as in an NHWC kernel,
 one row ``[kh, kw, C / groups]`` per output channel; those of at most 4 bits are packed two to a
 byte, the first in the low nibble, every row padded with 0 to a whole byte. Scales and shifts
-are float32 without their lowest byte, uint8 ``[C, 3]``, where that byte is 0. No code is stored, and
-nothing is used before all of it has been checked.
+are float32 without their lowest byte, uint8 ``[C, 3]``, where that byte is 0. No code is stored,
+and nothing is used before all of it has been checked.
 """
 
 from __future__ import annotations
