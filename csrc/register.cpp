@@ -40,10 +40,11 @@ STABLE_TORCH_LIBRARY(fdda, m) {
       "int4_conv2d(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor correction, "
       "Tensor? residual, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
       "int zero_point, float low, float high, float residual_scale, int residual_zero_point, "
-      "float out_scale, int out_zero_point, int out_bits, int bits=8, bool winograd=False) -> Tensor");
+      "float out_scale, int out_zero_point, int out_bits, int bits=8, bool winograd=False) -> "
+      "Tensor");
   // images float32 or uint8 [N, C, H, W]; constants, workspace uint8; records int64 -> the
-  // last value [N, H, W, C]; int4_program_cpu.cpp describes the records. The time of every step is written
-  // to nanoseconds int64.
+  // last value [N, H, W, C]; int4_program_cpu.cpp describes the records. The time of every step is
+  // written to nanoseconds int64.
   m.def(
       "_int4_program(Tensor images, Tensor constants, Tensor records, Tensor(a!) workspace, "
       "Tensor(b!)? nanoseconds=None) -> Tensor");
