@@ -122,6 +122,8 @@ def test_copies_and_empty_batches(program, images):
     assert program(images[:0]).shape == (0, program.output.shape[0])
     strided = images.contiguous(memory_format=torch.channels_last)
     assert torch.equal(program(strided), program(images))
+    for converted in (twin.half(), twin.double(), torch.compile(twin)):
+        assert torch.equal(converted(images), program(images))
 
 
 @settings(max_examples=400, deadline=None)

@@ -140,6 +140,7 @@ class NativeProgram:
         self._records: dict[tuple[torch.dtype, tuple[bool, ...]], Tensor] = {}
         self._local = threading.local()
 
+    @torch.compiler.disable  # it is one operator already, and plans by the clock
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of float32 or uint8 images ``[N, C, H, W]``."""
         return self.run(images, self.plan(images))
