@@ -43,11 +43,12 @@ def test_build_info_tells_the_facts() -> None:
 
 
 def test_every_operator_has_a_cpu_kernel_and_a_fake_one() -> None:
-    for name in ("fake_quantize", "class_batch_stats", "class_stats_loss"):
-        for op in (f"fdda::{name}", f"fdda::_{name}_backward"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU")
-            cuda = torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
-            assert cuda == bool(build_info().cuda_archs)
+    differentiable = ("fake_quantize", "class_batch_stats", "class_stats_loss")
+    names = [*differentiable, *(f"_{name}_backward" for name in differentiable)]
+    for name in [*names, "int4_pack_weight", "int4_conv2d"]:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fdda::{name}", "CPU")
+        cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"fdda::{name}", "CUDA")
+        assert cuda == bool(build_info().cuda_archs)
 
 
 def test_isa_is_forced_by_the_environment() -> None:

@@ -6,12 +6,20 @@ The files of the operators test CUDA too, through their ``device`` fixture. The 
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from test_cuda_host import CONV_CASES
+from test_int4_conv2d import make_case, run
 from torch import Tensor
 
-from fdda_ext.ops import class_batch_stats, class_stats_loss, fake_quantize
+from fdda_ext.data import calibration_set
+from fdda_ext.deploy import IntegerProgram, capture, lower
+from fdda_ext.errors import UsageError
+from fdda_ext.models import load_model
+from fdda_ext.ops import class_batch_stats, class_stats_loss, fake_quantize, int4_pack_weight
+from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
 
 pytestmark = pytest.mark.needs_cuda
 
@@ -126,12 +134,115 @@ def test_sanitized_class_statistics(layout: Callable[[Tensor], Tensor], dtype: t
         torch.testing.assert_close(got.cpu(), wanted, rtol=tolerance, atol=tolerance * scale)
 
 
+def tile_case(name: str) -> dict[str, Any]:
+    """A problem for which this device takes a certain tile of the product of matrices.
+
+    A large device takes the smallest one for all of CONV_CASES.
+    """
+    size = torch.cuda.get_device_properties("cuda").multi_processor_count
+    rows, channels, outputs = {
+        "large": (129, 16, 128),
+        "wide": (129, 48, 64),
+        "wide, bytes": (129, 20, 50),
+        "medium": (70, 32, 64),
+    }[name]
+    case = {"shape": (1, rows, size, channels), "outputs": outputs, "residual": "codes"}
+    return case | {"kernel": (1, 1), "padding": (0, 0), "zero_point": 1}
+
+
+def on_cuda(value: Any) -> Any:
+    return value.cuda() if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("case", [*CONV_CASES, "large", "wide", "wide, bytes", "medium"])
+def test_sanitized_int4_conv2d(case: str) -> None:
+    *tensors, options = make_case(**(CONV_CASES.get(case) or tile_case(case)))
+    expected = run(*tensors, options)
+    moved = {name: on_cuda(value) for name, value in options.items()}
+    assert torch.equal(run(*map(on_cuda, tensors), moved).cpu(), expected)
+
+
+@pytest.mark.parametrize("case", ["large_tile", "24_channels", "depthwise_runs", "grouped_words"])
+def test_sanitized_int4_conv2d_off_the_borders(case: str) -> None:
+    *tensors, options = make_case(**CONV_CASES[case])
+    expected = run(*tensors, options)
+    moved = {n: unaligned(v.cuda()) if isinstance(v, Tensor) else v for n, v in options.items()}
+    actual = run(*(unaligned(tensor.cuda()) for tensor in tensors), moved)
+    assert torch.equal(actual.cpu(), expected)
+
+
+def test_int4_conv2d_passes_opcheck() -> None:
+    x, weight, scale, shift, options = make_case(**CONV_CASES["residual"])
+    for plain, groups in ((weight, 1), (weight[..., :1].contiguous(), 17)):
+        torch.library.opcheck(torch.ops.fdda.int4_pack_weight.default, (plain.cuda(), groups))
+    arguments = (
+        x, int4_pack_weight(weight.cuda()), scale, shift, torch.zeros(17, dtype=torch.int32),
+        options["residual"], [3, 3], [1, 1], [1, 1], [1, 1], 1, 3, 0.0, 6.0, 0.3, 5, 0.4, 2, 4,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fdda.int4_conv2d.default, tuple(map(on_cuda, arguments)))
+
+
+def test_int4_conv2d_refuses_winograd_and_other_devices() -> None:
+    x, weight, scale, shift, options = make_case(**CONV_CASES["3x3"])
+    with pytest.raises(UsageError, match="expected winograd to be False on CUDA, got True"):
+        int4_pack_weight(weight.cuda(), winograd=True)
+    with pytest.raises(UsageError, match="expected weight to be on the device of x, cuda:0"):
+        run(x.cuda(), weight, scale, shift, options)
+
+
+def quantized_network(name: str) -> IntegerProgram:
+    images, _ = calibration_set("glyphs")
+    student = prepare(load_model(name), QuantizationConfig(), images[:1])
+    calibrate(student, images)
+    return lower(student, (0.5, 0.4, 0.3), (0.3, 0.2, 0.25))
+
+
+@pytest.mark.parametrize("network", ["glyphs_resnet", "glyphs_mobilenet"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_programs_have_the_bits_of_the_cpu(network: str, dtype: torch.dtype) -> None:
+    """Whole networks; alone, and in a CUDA graph with other images than those captured."""
+    program = quantized_network(network)
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randint(0, 256, (3, 16, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    batches = raw if dtype == torch.uint8 else raw / 128 - 1
+    expected = [program(images) for images in batches]
+    program.cuda()
+    captured = capture(program, batches[0].cuda())
+    for images, logits in zip(batches, expected, strict=True):
+        assert torch.equal(program(images.cuda()).cpu(), logits)
+        assert torch.equal(captured(images.cuda()).cpu(), logits)
+    with pytest.raises(
+        UsageError, match=r"expected images of shape \[16, 3, 32, 32\], as captured"
+    ):
+        captured(batches[0, :5].cuda())
+
+
+def convolutions(x: Tensor, labels: Tensor) -> list[Tensor]:
+    """Each kernel of int4_conv2d, on codes made of x."""
+    codes = (x * 2 + 8).clamp(0, 15).to(torch.uint8).permute(0, 2, 3, 1)
+    channels = codes.shape[3]
+    signs = torch.where(labels == 1, 1, -1).to(torch.int8).repeat(16 * 9 * channels)
+    results = []
+    for groups in (1, 2, channels):
+        sizes = (16 if groups < channels else channels, 3, 3, channels // groups)
+        weight = signs[: sizes[0] * 9 * sizes[3]].view(sizes)
+        ones = torch.ones(sizes[0], device="cuda")
+        zeros = torch.zeros(sizes[0], dtype=torch.int32, device="cuda")
+        results.append(
+            torch.ops.fdda.int4_conv2d(
+                codes, int4_pack_weight(weight, groups), ones, ones, zeros, None, [3, 3], [1, 1],
+                [1, 1], [1, 1], groups, 0, -1e9, 1e9, 1.0, 0, 1.0, 0, 0,
+            )
+        )  # fmt: skip
+    return results
+
+
 def everything(tensors: list[Tensor]) -> list[Tensor]:
     """All operators and their gradients, from x, grad, scale, zero_point and labels."""
     x, grad, scale, zero_point, labels = tensors
     target = torch.zeros((1, 2, x.shape[1]), device="cuda")
     weight = torch.ones((1, 2), device="cuda")
-    results = quantize(x, grad, scale, zero_point, 1)
+    results = quantize(x, grad, scale, zero_point, 1) + convolutions(x, labels)
     return results + statistics_results(([x], labels, [target], [target], weight))
 
 

@@ -7,16 +7,24 @@ launch.cuh for what that can and cannot show). The operators appear as torch.ops
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from test_int4_conv2d import BAD, CASES, make_case
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
-import fdda_ext.ops  # noqa: F401  registers torch.ops.fdda
+from fdda_ext.data import calibration_set
+from fdda_ext.deploy import IntegerProgram, lower
+from fdda_ext.models import load_model
+from fdda_ext.ops.int4_conv2d import _cuda_packed_size
+from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -278,3 +286,226 @@ def test_class_stats_loss_takes_more_layers_than_a_launch(simt: SimpleNamespace)
     expected_grads = CPU._class_stats_loss_backward(loss, *arguments, saved)
     for grad, expected in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected)
+
+
+# Convolution of codes ----------------------------------------------------------------------------
+
+#: Beside the CPU's cases: every tile and every layout, whole and ragged.
+ONE = {"kernel": (1, 1), "padding": (0, 0)}
+CONV_CASES = CASES | {
+    "large_tile": {"shape": (2, 9, 9, 32), "outputs": 128},
+    "large_tile_ragged": {"shape": (3, 8, 7, 48), "outputs": 120, "stride": (2, 1)},
+    "wide_tile": {"shape": (2, 9, 9, 80), "outputs": 64, "zero_point": 15},
+    "medium_tile": {"shape": (1, 5, 5, 16), "outputs": 48},
+    "slices_to_spare": {"shape": (1, 5, 4, 32), "outputs": 70, **ONE},
+    "ragged_chunk": {"shape": (1, 5, 5, 48), "outputs": 9},
+    "one_pixel": {"shape": (1, 1, 1, 512), "outputs": 100, **ONE},
+    "5x5": {"shape": (1, 8, 9, 16), "outputs": 20, "kernel": (5, 5), "padding": (2, 2)},
+    "more_taps_than_bits": {
+        "shape": (1, 9, 9, 16), "outputs": 8, "kernel": (7, 7), "padding": (3, 3)
+    },
+    "dilated_units": {
+        "shape": (2, 9, 8, 32), "outputs": 40, "dilation": (2, 3), "padding": (3, 3)
+    },
+    "dilated_bytes": {"shape": (1, 9, 8, 10), "outputs": 40, "dilation": (1, 2)},
+    "wide_padding": {"shape": (1, 3, 3, 16), "outputs": 16, "padding": (5, 4)},
+    "24_channels": {"shape": (2, 7, 7, 24), "outputs": 144, **ONE},
+    "grouped_units": {"shape": (2, 6, 5, 64), "outputs": 80, "groups": 2, "residual": "float"},
+    "grouped_bytes": {"shape": (2, 6, 5, 48), "outputs": 48, "groups": 2, "residual": "codes"},
+    "grouped_words": {"shape": (2, 6, 5, 32), "outputs": 32, "groups": 8, "residual": "codes"},
+    "depthwise_runs": {"shape": (2, 7, 9, 24), "outputs": 24, "groups": 24, "residual": "codes"},
+    "depthwise_runs_stride": {
+        "shape": (2, 9, 11, 16), "outputs": 16, "groups": 16, "stride": (2, 2), "bits": 8,
+        "zero_point": 128, "out_bits": 8,
+    },
+    "depthwise_7x7": {
+        "shape": (1, 9, 8, 11), "outputs": 11, "groups": 11, "kernel": (7, 7), "padding": (3, 3)
+    },
+    "2_bits": {"shape": (2, 6, 6, 16), "outputs": 16, "bits": 2, "out_bits": 2},
+    "no_rows": {"shape": (2, 0, 6, 16), "outputs": 16, "padding": (0, 1)},
+}  # fmt: skip
+
+Problem = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
+
+
+def convolve(ops: SimpleNamespace, problem: Problem, **changes: Any) -> Tensor:
+    """By the operator itself, past the Python wrapper."""
+    x, weight, scale, shift, options = problem
+    o = options | changes
+    correction = o["zero_point"] * weight.flatten(1).sum(1, dtype=torch.int32)
+    return ops.int4_conv2d(
+        x, ops.int4_pack_weight(weight, o["groups"]), scale, shift, correction.int(),
+        o.get("residual"), o["kernel"], o["stride"], o["padding"], o["dilation"], o["groups"],
+        o["zero_point"], o["low"], o["high"], o["residual_scale"], o["residual_zero_point"],
+        o["out_scale"], o["out_zero_point"], o["out_bits"],
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["ascending", "descending"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of the threads of a block; with descending, copies also arrive as late as they may."""
+    monkeypatch.setenv("FDDA_SIMT_REVERSED", str(int(request.param == "descending")))
+    return request.param
+
+
+@pytest.fixture(params=["1", "100000"])
+def device_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Multiprocessors: small devices get the largest tiles, large ones the smallest."""
+    monkeypatch.setenv("FDDA_SIMT_MULTIPROCESSORS", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("case", CONV_CASES)
+def test_int4_conv2d(simt: SimpleNamespace, order: str, device_size: str, case: str) -> None:
+    problem = make_case(**CONV_CASES[case])
+    expected = convolve(CPU, problem)
+    assert torch.equal(convolve(simt, problem), expected)
+
+
+@pytest.mark.parametrize("blocks", [3, 6])
+def test_int4_conv2d_in_medium_tiles(
+    simt: SimpleNamespace, order: str, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    """More multiprocessors than wide tiles, but no more than medium ones."""
+    monkeypatch.setenv("FDDA_SIMT_MULTIPROCESSORS", str(blocks))
+    problem = make_case((2, 9, 9, 80), 60 if blocks == 3 else 100, residual="float")
+    assert torch.equal(convolve(simt, problem), convolve(CPU, problem))
+
+
+@pytest.mark.parametrize("case", ["large_tile", "24_channels", "depthwise_runs", "grouped_words"])
+def test_int4_conv2d_off_the_borders(simt: SimpleNamespace, order: str, case: str) -> None:
+    """Nothing lies on a 16-byte border."""
+    x, weight, scale, shift, options = make_case(**CONV_CASES[case])
+    expected = convolve(CPU, (x, weight, scale, shift, options))
+    if "residual" in options:
+        options["residual"] = unaligned(options["residual"])
+    problem = (unaligned(x), unaligned(weight), unaligned(scale), unaligned(shift), options)
+    assert torch.equal(convolve(simt, problem), expected)
+
+
+@pytest.mark.parametrize("out_zero_point", [0, 1, 7])
+@pytest.mark.parametrize("low", [-float("inf"), -1.5, 0.0])
+@pytest.mark.parametrize("high", [float("inf"), 2.5, 6.0])
+def test_int4_conv2d_rounds_half_to_even(
+    simt: SimpleNamespace, out_zero_point: int, low: float, high: float
+) -> None:
+    """Every second result is a tie."""
+    x, weight, scale, shift, options = make_case((1, 8, 8, 1), 8, **ONE)
+    problem = (x, weight, torch.full_like(scale, 0.5), torch.zeros_like(shift), options)
+    for out_scale in (1.0, 0.25, 2.0):
+        changes = {"low": low, "high": high, "out_scale": out_scale}
+        changes |= {"out_zero_point": out_zero_point, "zero_point": 8, "out_bits": 3}
+        expected = convolve(CPU, problem, **changes)
+        assert torch.equal(convolve(simt, problem, **changes), expected)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_int4_conv2d_on_random_geometry(simt: SimpleNamespace, data: st.DataObject) -> None:
+    def pair(low: int, high: int) -> tuple[int, int]:
+        numbers = st.integers(low, high)
+        return data.draw(st.tuples(numbers, numbers))
+
+    os.environ["FDDA_SIMT_MULTIPROCESSORS"] = data.draw(st.sampled_from(["1", "2", "4", "100"]))
+    os.environ["FDDA_SIMT_REVERSED"] = data.draw(st.sampled_from(["0", "1"]))
+    groups = data.draw(st.integers(1, 4))
+    kernel, dilation = pair(1, 4), pair(1, 2)
+    size = [d * (k - 1) + 1 + e for d, k, e in zip(dilation, kernel, pair(0, 8), strict=True)]
+    own = data.draw(st.integers(1, 20) | st.sampled_from([16, 32, 48, 64, 80]))
+    bits = data.draw(st.sampled_from([2, 4, 8]))
+    problem = make_case(
+        (data.draw(st.integers(1, 3)), *size, groups * own),
+        groups * data.draw(st.integers(1, 140)),
+        seed=data.draw(st.integers(0, 2**31)),
+        bits=bits,
+        residual=data.draw(st.sampled_from(["none", "codes", "float"])),
+        kernel=kernel,
+        dilation=dilation,
+        stride=pair(1, 3),
+        padding=pair(0, 3),
+        groups=groups,
+        zero_point=data.draw(st.integers(0, 2**bits - 1)),
+        out_bits=data.draw(st.sampled_from([0, 3, 4, 8])),
+    )
+    try:
+        assert torch.equal(convolve(simt, problem), convolve(CPU, problem))
+    finally:
+        del os.environ["FDDA_SIMT_MULTIPROCESSORS"], os.environ["FDDA_SIMT_REVERSED"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((5, 3, 3, 3), 1), ((64, 7, 7, 3), 1), ((100, 1, 1, 512), 1), ((48, 3, 3, 8), 3),
+        ((10, 3, 3, 3), 5), ((12, 5, 5, 1), 12), ((12, 3, 3, 1), 6), ((1, 2, 3, 1), 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_packed_weights_hold_every_weight_once(
+    simt: SimpleNamespace, shape: tuple[int, ...], groups: int
+) -> None:
+    numbers = torch.randint(1, 128, shape, dtype=torch.int8)
+    packed = simt.int4_pack_weight(numbers, groups)
+    assert packed.numel() == _cuda_packed_size(shape, groups)
+    assert torch.equal(packed[packed != 0].sort().values, numbers.flatten().sort().values)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_int4_conv2d_names_bad_arguments(simt: SimpleNamespace, case: str) -> None:
+    x, weight, scale, shift, options = make_case((1, 5, 5, 8), 17)
+    change, message = BAD[case]
+    if case == "channels":  # so many that the packed weight has another size
+        change = {"x": torch.zeros(1, 5, 5, 30, dtype=torch.uint8)}
+    a: dict[str, Any] = {
+        "x": x, "scale": scale, "shift": shift, "correction": torch.zeros(17, dtype=torch.int32),
+        "residual": None, "bits": 8, **options, **change,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=f"int4_conv2d: expected {message}"):
+        simt.int4_conv2d(
+            a["x"], simt.int4_pack_weight(weight, 1), a["scale"], a["shift"], a["correction"],
+            a["residual"], a["kernel"], a["stride"], a["padding"], a["dilation"], a["groups"],
+            a["zero_point"], a["low"], a["high"], a["residual_scale"], a["residual_zero_point"],
+            a["out_scale"], a["out_zero_point"], a["out_bits"], a["bits"],
+        )  # fmt: skip
+
+
+def test_winograd_is_refused(simt: SimpleNamespace) -> None:
+    weight = torch.zeros(8, 3, 3, 8, dtype=torch.int8)
+    with pytest.raises(ValueError, match="int4_pack_weight: expected winograd to be False on CUDA"):
+        simt.int4_pack_weight(weight, 1, True)
+
+
+@pytest.fixture(scope="module", params=["glyphs_resnet", "glyphs_mobilenet"])
+def program(request: pytest.FixtureRequest) -> IntegerProgram:
+    images, _ = calibration_set("glyphs")
+    student = prepare(load_model(request.param), QuantizationConfig(), images[:1])
+    calibrate(student, images)
+    return lower(student, mean=(0.5, 0.4, 0.3), std=(0.3, 0.2, 0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_whole_programs(
+    simt: SimpleNamespace,
+    program: IntegerProgram,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+) -> None:
+    """As on a CUDA device: layers by its kernels, the rest by torch's operators."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    if dtype == torch.float32:
+        images = images / 128 - 1
+    expected = program(images)
+    module = sys.modules["fdda_ext.ops.int4_conv2d"]
+    calls = []
+
+    def convolution(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return simt.int4_conv2d(*arguments)
+
+    monkeypatch.setattr(module, "_pack_op", simt.int4_pack_weight)
+    monkeypatch.setattr(module, "_conv_op", convolution)
+    assert torch.equal(program.on_device(torch.device("cpu"))(images), expected)
+    assert len(calls) > 8

@@ -22,7 +22,14 @@ from torch.nn import functional as F
 import fdda_ext
 from fdda_ext import evaluate, export
 from fdda_ext.data import calibration_set, load_dataset
-from fdda_ext.deploy import IntegerProgram, load_program, lower, save_program, stored_bytes
+from fdda_ext.deploy import (
+    IntegerProgram,
+    capture,
+    load_program,
+    lower,
+    save_program,
+    stored_bytes,
+)
 from fdda_ext.deploy.file import pack_int4, unpack_int4
 from fdda_ext.deploy.instructions import CodeGrid, Conv, Linear, Reshape, Value
 from fdda_ext.engine import write_student
@@ -51,6 +58,7 @@ def assert_same_function(student: nn.Module, images: Tensor) -> IntegerProgram:
         expected = student(images)
     assert torch.equal(program(images), expected)
     assert torch.equal(program.by_instructions(images), expected)
+    assert torch.equal(program.on_device(images.device)(images), expected)
     return program
 
 
@@ -199,10 +207,18 @@ def test_sums_beyond_float32_are_exact():
     assert torch.equal(total, expected.to(torch.float32))
 
 
+def test_capture_wants_a_cuda_device(program, images):
+    with pytest.raises(UsageError, match="capture: expected example on a CUDA device, got cpu"):
+        capture(program, images)
+    with pytest.raises(UsageError, match=r"expected images \[N, 3, 16, 16\], got \[24, 3, 8, 16\]"):
+        capture(program, images[:, :, :8])
+
+
 def test_uint8_images_are_normalised(program):
     raw = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (program.mean, program.std))
     assert torch.equal(program(raw), program((raw.float() / 255 - mean) / std))
+    assert torch.equal(program.on_device(raw.device)(raw), program(raw))
 
 
 def test_wrong_images_are_refused(program, images):

@@ -9,6 +9,15 @@
 
 namespace fdda::cuda {
 
+// Of the current device.
+inline int multiprocessors(const char* op) {
+  int device = 0;
+  int count = 0;
+  check(cudaGetDevice(&device), op);
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op);
+  return count;
+}
+
 // kernel<<<blocks, threads, 0, stream>>>(arguments...), checked; nothing if there is no work.
 template <typename... Parameters, typename... Arguments>
 void launch(

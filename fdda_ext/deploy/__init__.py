@@ -1,15 +1,18 @@
 """From a fake-quantized student to a program of integers, and that program as a file."""
 
 from .file import is_program, load_program, save_program, stored_bytes
+from .graph import CapturedProgram, capture
 from .instructions import CodeGrid, Value
 from .lowering import lower
 from .program import IntegerProgram
 from .student import load_student
 
 __all__ = [
+    "CapturedProgram",
     "CodeGrid",
     "IntegerProgram",
     "Value",
+    "capture",
     "is_program",
     "load_program",
     "load_student",

@@ -38,6 +38,7 @@ __all__ = [
     "Rescale",
     "Reshape",
     "Value",
+    "run_instructions",
 ]
 
 Pair = tuple[int, int]
@@ -72,15 +73,17 @@ class CodeGrid:
         """Bound of the magnitude of ``code - zero_point``."""
         return max(self.zero_point, self.quant_max - self.zero_point)
 
+    # Scales are numbers, not tensors, so that nothing has to be copied to the device of x.
+
     def quantize(self, x: Tensor) -> Tensor:
         """Codes, uint8, of float32 ``x``."""
-        inverse = torch.ones(()) / torch.tensor(self.scale)  # rounded to float32, as in the kernels
-        codes = (x * inverse.to(x.device)).round_().add_(self.zero_point)
+        inverse = (torch.ones(()) / torch.tensor(self.scale)).item()  # float32, as in the kernels
+        codes = (x * inverse).round_().add_(self.zero_point)
         return codes.clamp_(0, self.quant_max).to(torch.uint8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """The float32 values that ``codes`` stand for."""
-        return self.integers(codes) * torch.tensor(self.scale, device=codes.device)
+        return self.integers(codes) * self.scale
 
     def integers(self, codes: Tensor) -> Tensor:
         """``codes - zero_point`` in float32."""
@@ -467,6 +470,25 @@ def _weight(tensors: Mapping[str, Tensor], name: str, bits: int, dims: int) -> T
     low, high = (int(v) for v in weight.aminmax())
     require(-half <= low and high < half, f"weights within {bits} bits")
     return weight
+
+
+def run_instructions(
+    image: Value,
+    instructions: Sequence[Instruction],
+    tensors: Mapping[str, Tensor],
+    images: Tensor,
+) -> Tensor:
+    """What the last instruction makes; values go as soon as nothing reads them any more."""
+    known, values = {image.name: image}, {image.name: images}
+    last_use = {name: i for i, step in enumerate(instructions) for name in step.inputs}
+    for index, step in enumerate(instructions):
+        inputs = [known[name] for name in step.inputs]
+        values[step.output.name] = step.run(inputs, [values[n] for n in step.inputs], tensors)
+        known[step.output.name] = step.output
+        for name in set(step.inputs):
+            if last_use[name] == index:
+                del values[name]
+    return values[instructions[-1].output.name]
 
 
 def _window(

@@ -8,8 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _C
 from ..errors import UsageError
-from .instructions import Compute, Concat, Instruction, Value, check_value, require
+from .device import DeviceProgram
+from .instructions import (
+    Compute,
+    Concat,
+    Instruction,
+    Value,
+    check_value,
+    require,
+    run_instructions,
+)
 from .native import NativeProgram
 
 __all__ = ["IntegerProgram"]
@@ -46,6 +56,7 @@ class IntegerProgram(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(self._buffer_names[name], tensor)
         self._native: NativeProgram | None = None
+        self._on_device: dict[torch.device, DeviceProgram] = {}
         self.requires_grad_(False).eval()
 
     @property
@@ -73,26 +84,45 @@ class IntegerProgram(nn.Module):
         Raises:
             UsageError: If the images have another shape or dtype, or the program cannot normalise.
         """
+        self.check_images(images)
+        if images.is_cpu:
+            return self.native(images)
+        if images.is_cuda and _C.cuda_archs:
+            return self.on_device(images.device)(images)
+        return self.by_instructions(images)
+
+    def check_images(self, images: Tensor) -> None:
+        """Whether `forward` takes them.
+
+        Raises:
+            UsageError: If it does not.
+        """
         if images.dim() != 4 or tuple(images.shape[1:]) != self.image.shape:
             expected = ", ".join(map(str, self.image.shape))
             raise UsageError(
                 f"IntegerProgram: expected images [N, {expected}], got {list(images.shape)}"
             )
         self._check_dtype(images)
-        return self.native(images) if images.is_cpu else self.by_instructions(images)
 
     @property
     def native(self) -> NativeProgram:
         """The form that runs on the CPU."""
         if self._native is None:
-            can_normalise = self.mean is not None and self.std is not None
-            normalise = self._normalised if can_normalise else None
             tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
-            self._native = NativeProgram(self.image, self.instructions, tensors, normalise)
+            self._native = NativeProgram(self.image, self.instructions, tensors, self._normalise)
         return self._native
 
+    def on_device(self, device: torch.device) -> DeviceProgram:
+        """The form that runs on a CUDA device."""
+        if device not in self._on_device:
+            self._on_device[device] = DeviceProgram(
+                self.image, self.instructions, self.tensors, self._normalise, device
+            )
+        return self._on_device[device]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_native": None}  # made again where it is needed
+        # Made again where they are needed.
+        return {**super().__getstate__(), "_native": None, "_on_device": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerProgram:
         """To another device, but never to another dtype: ``half()`` changes nothing."""
@@ -105,18 +135,9 @@ class IntegerProgram(nn.Module):
 
     def by_instructions(self, images: Tensor) -> Tensor:
         """The same logits, to the bit, by torch's own operators."""
-        tensors = self.tensors
-        known = {self.image.name: self.image}
-        values = {self.image.name: self._normalised(images)}
-        last_use = {name: i for i, step in enumerate(self.instructions) for name in step.inputs}
-        for index, step in enumerate(self.instructions):
-            inputs = [known[name] for name in step.inputs]
-            values[step.output.name] = step.run(inputs, [values[n] for n in step.inputs], tensors)
-            known[step.output.name] = step.output
-            for name in set(step.inputs):
-                if last_use[name] == index:
-                    del values[name]
-        return values[self.output.name]
+        return run_instructions(
+            self.image, self.instructions, self.tensors, self._normalised(images)
+        )
 
     def _check_dtype(self, images: Tensor) -> None:
         if images.dtype not in (torch.float32, torch.uint8):
@@ -128,6 +149,10 @@ class IntegerProgram(nn.Module):
                 "IntegerProgram: expected normalised float32 images, as mean and std are unknown, "
                 "got uint8"
             )
+
+    @property
+    def _normalise(self) -> Callable[[Tensor], Tensor] | None:
+        return self._normalised if self.mean is not None and self.std is not None else None
 
     def _normalised(self, images: Tensor) -> Tensor:
         if images.dtype == torch.float32:

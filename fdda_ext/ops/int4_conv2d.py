@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,11 @@ __all__ = ["int4_conv2d", "int4_linear", "int4_pack_weight"]
 _conv_op = torch.ops.fdda.int4_conv2d.default
 _pack_op = torch.ops.fdda.int4_pack_weight.default
 
-#: Outputs that one vector holds, and products that one of its lanes adds up at once.
+#: On the CPU: outputs that one vector holds, and products that one of its lanes adds up at once.
 _PANEL, _GROUP = 16, 4
+#: On CUDA: outputs of a panel, bytes of a unit and of a chunk, channels of a depthwise block, and
+#: the least channels and outputs of a group for which a product of matrices pays.
+_CUDA_PANEL, _CUDA_UNIT, _CUDA_CHUNK, _CUDA_BLOCK, _CUDA_GROUP_SIZE = 32, 16, 64, 8, 8
 _INFINITY = float("inf")
 
 
@@ -25,10 +30,12 @@ def int4_pack_weight(weight: Tensor, groups: int = 1, winograd: bool = False) ->
         weight: int8 ``[O, kh, kw, C / groups]``.
         groups: Of the convolution.
         winograd: For Winograd's algorithm F(2x2, 3x3), in integers: 2.25 times fewer products. The
-            transform of the weight must stay within int8, which 4-bit weights always do.
+            transform of the weight must stay within int8, which 4-bit weights always do. CPU only.
 
     Returns:
-        int8, one-dimensional, in a layout that csrc/cpu/isa/kernels.h describes.
+        int8, one-dimensional, in a layout of the weight's device, whose size depends on the device
+        too: csrc/cpu/isa/kernels.h and csrc/cuda/int4_layout.cuh describe them. A weight that was
+        packed on one device and moved to another is of no use there.
 
     Raises:
         UsageError: If dtype, shape or groups are wrong, or the weight does not suit Winograd.
@@ -75,11 +82,11 @@ def int4_conv2d(
             + \text{out\_zero\_point}, 0, 2^{\text{out\_bits}} - 1)
 
     in float32, step by step, without fused multiply-add. The result has the same bits on every
-    instruction set and for any number of threads.
+    instruction set, for any number of threads, and on CUDA.
 
     Args:
-        x: Codes, uint8 ``[N, H, W, C]``; CPU.
-        weight: From `int4_pack_weight`.
+        x: Codes, uint8 ``[N, H, W, C]``; CPU or CUDA.
+        weight: From `int4_pack_weight`, packed on the device of ``x``.
         scale: float32 ``[O]``.
         shift: float32 ``[O]``.
         correction: int32 ``[O]``: ``zero_point`` times the sum of the output's weights.
@@ -99,7 +106,7 @@ def int4_conv2d(
         out_bits: 2 to 8; 0 for a result in float32.
         bits: ``x`` holds codes below 2^bits: narrow ones can take faster ways.
         winograd: Whether `weight` was packed so; for windows of 3x3, stride and dilation 1, no
-            groups, and up to 5 bits. The result is the same.
+            groups, and up to 5 bits, on the CPU. The result is the same.
 
     Returns:
         ``[N, H', W', O]``, uint8 or float32.
@@ -161,6 +168,8 @@ def int4_linear(
 
 @torch.library.register_fake("fdda::int4_pack_weight")
 def _fake_pack(weight: Tensor, groups: int, winograd: bool = False) -> Tensor:
+    if weight.device.type == "cuda":
+        return weight.new_empty(_cuda_packed_size(weight.shape, groups))
     outputs, height, width, own = weight.shape
     panels = groups * -(-(outputs // groups) // _PANEL)
     if winograd:
@@ -170,6 +179,22 @@ def _fake_pack(weight: Tensor, groups: int, winograd: bool = False) -> Tensor:
         return weight.new_empty(-(-outputs // 64) * 64 * slots)
     segments, taps = (height, width) if groups == 1 else (height * width, 1)
     return weight.new_empty(panels * segments * -(-taps * own // _GROUP) * _GROUP * _PANEL)
+
+
+def _cuda_packed_size(shape: Sequence[int], groups: int) -> int:
+    """Bytes of a packed weight on CUDA, as csrc/cuda/int4_layout.cuh has it."""
+    outputs, height, width, own = shape
+    group_outputs = outputs // groups
+    if own == 1 and group_outputs == 1:
+        blocks = -(-groups // _CUDA_BLOCK)
+        return blocks * _CUDA_BLOCK * width * -(-height // _GROUP) * _GROUP
+    if groups > 1 and min(own, group_outputs) < _CUDA_GROUP_SIZE:
+        return outputs * height * width * -(-own // _GROUP) * _GROUP
+    segments, taps = (height, width) if groups == 1 else (height * width, 1)
+    padded = segments * -(-taps * own // _CUDA_UNIT) * _CUDA_UNIT
+    chunks = -(-padded // _CUDA_CHUNK)
+    panels = groups * -(-group_outputs // _CUDA_PANEL)
+    return panels * chunks * _CUDA_PANEL * _CUDA_CHUNK
 
 
 @torch.library.register_fake("fdda::int4_conv2d")

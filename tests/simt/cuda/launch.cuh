@@ -2,7 +2,9 @@
 // first on the include path) when the .cu files are compiled as plain C++. Index arithmetic,
 // reductions, shapes and the host's part of each operator are then tested without a GPU. What it
 // cannot show: speed, and races that need real concurrency. To catch missing barriers it runs the
-// threads of a block in ascending or, with FDDA_SIMT_REVERSED=1, in descending order.
+// warps of a block, each as far as it gets without the others, in ascending or, with
+// FDDA_SIMT_REVERSED=1, in descending order. FDDA_SIMT_MULTIPROCESSORS says how large the device
+// is.
 //
 // Each thread is a coroutine that runs until it meets a collective (shuffle, ballot, barrier) and
 // goes on when all threads concerned have arrived. Threads that wait for others that never come are
@@ -43,6 +45,12 @@ struct Index {
   unsigned x;
 };
 
+// 16 bytes on their way to shared memory.
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 // A coroutine that runs `body` once per block. ucontext starts it; after that the jumps, which make
 // no system calls, switch to it and back.
 struct Fiber {
@@ -51,6 +59,7 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(1 << 16);
   bool started = false;
   bool done = false;
+  std::deque<std::vector<Copy>> groups;  // of copies; the last one is open
 };
 
 // Threads that meet: a warp or a block.
@@ -137,6 +146,29 @@ inline void resume(unsigned thread) {
   setcontext(&fiber.context);
 }
 
+inline bool is_reversed() {
+  const char* reversed = std::getenv("FDDA_SIMT_REVERSED");
+  return reversed != nullptr && reversed[0] == '1';
+}
+
+// Runs the threads of a warp until none of them gets any further; true if all are done.
+inline bool run_warp(int warp, int threads, bool reversed) {
+  for (;;) {
+    const unsigned before = events;
+    bool all_done = true;
+    for (int i = 0; i < 32; ++i) {
+      const int thread = warp * 32 + (reversed ? 31 - i : i);
+      if (thread < threads && !fibers[thread].done) {
+        resume(static_cast<unsigned>(thread));
+        all_done = all_done && fibers[thread].done;
+      }
+    }
+    if (all_done || events == before) {
+      return all_done;
+    }
+  }
+}
+
 inline void run_block(int threads, bool reversed) {
   while (static_cast<int>(fibers.size()) < threads) {
     fibers.emplace_back();
@@ -149,19 +181,25 @@ inline void run_block(int threads, bool reversed) {
   block.size = threads;
   for (Fiber& fiber : fibers) {
     fiber.done = false;
+    fiber.groups.assign(1, {});
   }
+  const int count = static_cast<int>(warps.size());
   for (bool all_done = false; !all_done;) {
     all_done = true;
     const unsigned before = events;
-    for (int i = 0; i < threads; ++i) {
-      const int thread = reversed ? threads - 1 - i : i;
-      if (!fibers[thread].done) {
-        resume(static_cast<unsigned>(thread));
-        all_done = all_done && fibers[thread].done;
-      }
+    for (int i = 0; i < count; ++i) {
+      const int warp = reversed ? count - 1 - i : i;
+      all_done = run_warp(warp, threads, reversed) && all_done;
     }
     if (!all_done && events == before) {
       throw std::runtime_error("simt: threads wait for others that never come");
+    }
+  }
+  for (const Fiber& fiber : fibers) {
+    for (const std::vector<Copy>& group : fiber.groups) {
+      if (!group.empty()) {
+        throw std::runtime_error("simt: nobody waited for a copy");
+      }
     }
   }
 }
@@ -196,6 +234,16 @@ inline void __syncthreads() {
   simt::meet(simt::block);
 }
 
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const unsigned long long both = static_cast<unsigned long long>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned byte = selector >> 4 * i & 7;
+    result |= static_cast<unsigned>(both >> 8 * byte & 0xff) << 8 * i;
+  }
+  return result;
+}
+
 inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
 }
@@ -215,15 +263,20 @@ inline cudaStream_t current_stream(const Tensor&) {
   return nullptr;
 }
 
+inline int multiprocessors(const char*) {
+  const char* count = std::getenv("FDDA_SIMT_MULTIPROCESSORS");
+  return count == nullptr ? 1 : std::atoi(count);
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(
     const char*, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t,
     const Arguments&... arguments) {
-  const char* reversed = std::getenv("FDDA_SIMT_REVERSED");
+  const bool reversed = simt::is_reversed();
   simt::body = [&] { kernel(static_cast<Parameters>(arguments)...); };
   for (int64_t i = 0; i < blocks; ++i) {
     blockIdx.x = static_cast<unsigned>(i);
-    simt::run_block(threads, reversed != nullptr && reversed[0] == '1');
+    simt::run_block(threads, reversed);
   }
 }
 

@@ -1,0 +1,83 @@
+"""int4_conv2d on a GPU at the layers of ResNet-18 and MobileNetV2, 224x224 images, codes to codes,
+against torch's convolution with bias and ReLU in float16 and, for 1x1 windows, its product of int8
+matrices (without what follows the sums)."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fdda_ext.ops import int4_conv2d, int4_pack_weight
+
+#: Image size, channels, outputs, window, stride, groups.
+LAYERS = {
+    "7x7, 3 -> 64": (224, 3, 64, 7, 2, 1),
+    "3x3, 64 -> 64 at 56": (56, 64, 64, 3, 1, 1),
+    "3x3, 64 -> 128 at 56, stride 2": (56, 64, 128, 3, 2, 1),
+    "1x1, 64 -> 128 at 56, stride 2": (56, 64, 128, 1, 2, 1),
+    "3x3, 128 -> 128 at 28": (28, 128, 128, 3, 1, 1),
+    "3x3, 256 -> 256 at 14": (14, 256, 256, 3, 1, 1),
+    "3x3, 512 -> 512 at 7": (7, 512, 512, 3, 1, 1),
+    "1x1, 512 -> 1000 at 1": (1, 512, 1000, 1, 1, 1),
+    "1x1, 24 -> 144 at 56": (56, 24, 144, 1, 1, 1),
+    "1x1, 960 -> 320 at 7": (7, 960, 320, 1, 1, 1),
+    "depthwise 3x3, 144 at 56": (56, 144, 144, 3, 1, 144),
+    "depthwise 3x3, 576 at 14, stride 2": (14, 576, 576, 3, 2, 576),
+}
+
+
+SCALE, ZERO_POINT = 0.01, 3
+
+
+def ours(x: Tensor, weight: Tensor, layer: str, out_bits: int = 4) -> Callable[[], Tensor]:
+    """4-bit codes and weights to 4-bit codes."""
+    _, _, outputs, window, stride, groups = LAYERS[layer]
+    ones = torch.ones(outputs, device=x.device)
+    scale, correction = SCALE * ones, (ZERO_POINT * weight.flatten(1).sum(1)).to(torch.int32)
+    packed = int4_pack_weight(weight, groups)
+    return lambda: int4_conv2d(
+        x, packed, scale, ones, correction, kernel=(window, window), stride=(stride, stride),
+        padding=(window // 2, window // 2), groups=groups, zero_point=ZERO_POINT, bits=4, low=0.0,
+        out_scale=0.3, out_bits=out_bits,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("layer", LAYERS)
+def bench_layer(compare, device, layer, batch):
+    if device != "cuda":
+        pytest.skip("on the CPU, whole programs are measured")
+    size, channels, outputs, window, stride, groups = LAYERS[layer]
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, size, size, channels)
+    x = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8)
+    sizes = (outputs, window, window, channels // groups)
+    weight = torch.randint(-8, 8, sizes, generator=generator, dtype=torch.int8)
+    expected = ours(x, weight, layer)()
+    x, weight = x.cuda(), weight.cuda()
+    function = ours(x, weight, layer)
+    assert torch.equal(function().cpu(), expected)
+
+    # channels_last
+    images = (x.float() - ZERO_POINT).half().permute(0, 3, 1, 2)
+    filters = (SCALE * weight.float()).half().permute(0, 3, 1, 2)
+    bias = torch.ones(outputs, device=device, dtype=torch.float16)
+
+    def half() -> Tensor:
+        return F.conv2d(images, filters, bias, stride, window // 2, 1, groups).relu_()
+
+    values = ours(x, weight, layer, out_bits=0)().permute(0, 3, 1, 2)
+    assert (half().float() - values).abs().max() < 0.01 * values.max()
+    peers = {"fdda_ext": function, "float16": half}
+    pixels = batch * size * size
+    if window == stride == 1 and pixels > 16 and channels % 8 == outputs % 8 == 0:
+        rows = x.view(pixels, channels).view(torch.int8)  # codes below 16 read the same
+        columns = weight.view(outputs, channels).t()
+        exact = rows.double() @ columns.double()
+        assert torch.equal(torch._int_mm(rows, columns).double(), exact)
+        peers["_int_mm"] = lambda: torch._int_mm(rows, columns)
+    with torch.inference_mode():
+        moved = x.numel() + weight.numel() + expected.numel()
+        compare(f"int4_conv2d, {layer}, batch {batch}", peers, moved)

@@ -1,0 +1,141 @@
+// How int4_conv2d cuts its work among blocks, warps and threads. Plain arithmetic, the same on host
+// and device. Integer sums do not depend on their order, so the plan may: it looks at the number of
+// multiprocessors.
+#pragma once
+
+#include "cuda/access.cuh"
+#include "cuda/int4_layout.cuh"
+
+namespace fdda::cuda {
+
+// One image, the window, and how many pixels there are. An image has fewer than 2^31 bytes.
+struct ConvShape {
+  int height;
+  int width;
+  int channels;
+  int stride_y;
+  int stride_x;
+  int pad_y;
+  int pad_x;
+  int dilation_y;
+  int dilation_x;
+  int outputs;
+  int out_height;
+  int out_width;
+  int pixels;  // of all results
+  WeightShape weight;
+};
+
+// Where the window of a pixel begins: perhaps outside the image.
+struct WindowPlace {
+  int sample;
+  int y;
+  int x;
+};
+
+FDDA_HOST_DEVICE WindowPlace window_place(const ConvShape& s, int pixel) {
+  const int row = pixel / s.out_width;
+  const int out_x = pixel - row * s.out_width;
+  const int sample = row / s.out_height;
+  const int out_y = row - sample * s.out_height;
+  return {sample, out_y * s.stride_y - s.pad_y, out_x * s.stride_x - s.pad_x};
+}
+
+FDDA_HOST_DEVICE bool is_inside(const ConvShape& s, int y, int x) {
+  return y >= 0 && y < s.height && x >= 0 && x < s.width;
+}
+
+// The number of a pixel's first byte among those of all images; for windows that begin outside
+// the image it means something only together with a step into the image.
+FDDA_HOST_DEVICE int64_t pixel_offset(const ConvShape& s, int sample, int y, int x) {
+  return ((int64_t{sample} * s.height + y) * s.width + x) * s.channels;
+}
+
+// Matrix products -----------------------------------------------------------------------------
+
+// A block multiplies kRows patches by kPanels panels of 32 outputs. Each warp holds sums of
+// kWarpRows patches and one panel. With kSlices > 1 several warps hold the same sums, each over its
+// own share of the chunks, and add them up at the end: small images at batch 1 have too few tiles
+// to keep a GPU busy otherwise. kStages stages of shared memory are filled in turn, so that copies
+// run kStages - 1 steps ahead; together they take at most 48 KB.
+template <int kRows_, int kPanels_, int kWarpRows_, int kSlices_, int kStages_>
+struct MatrixTile {
+  static constexpr int kRows = kRows_;
+  static constexpr int kPanels = kPanels_;
+  static constexpr int kWarpRows = kWarpRows_;
+  static constexpr int kSlices = kSlices_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kRowWarps = kRows / kWarpRows;
+  static constexpr int kWarps = kRowWarps * kPanels * kSlices;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kCodeBytes = kSlices * kRows * kChunkBytes;  // of a stage
+  static constexpr int kWeightBytes = kSlices * kPanels * kPanelBytes;
+  static constexpr int kStageBytes = kCodeBytes + kWeightBytes;
+  static constexpr int kStepUnits = kSlices * kChunkUnits;
+  static constexpr int kCodeCopies = kRows * kStepUnits / kThreads;  // of a thread, per stage
+  static constexpr int kWeightCopies = kWeightBytes / kUnitBytes / kThreads;
+  static constexpr int kSumBytes = kSlices == 1 ? 0 : kWarps * kWarpRows * kPanelOutputs * 4;
+  static_assert(kStages * kStageBytes <= 48 * 1024, "of static shared memory");
+  static_assert(kSumBytes <= kStages * kStageBytes, "sums take the place of the stages");
+  static_assert(kCodeCopies * kThreads == kRows * kStepUnits, "all threads copy alike");
+  static_assert(kWeightCopies * kThreads * kUnitBytes == kWeightBytes, "likewise");
+};
+
+using LargeTile = MatrixTile<128, 4, 64, 1, 3>;
+using WideTile = MatrixTile<128, 2, 64, 1, 4>;
+using MediumTile = MatrixTile<64, 2, 32, 1, 4>;
+using SmallTile = MatrixTile<32, 1, 32, 4, 3>;
+
+enum class TileKind { kLarge, kWide, kMedium, kSmall };
+
+// Blocks of one launch: the panels of a tile of patches are neighbours, which share its codes.
+template <typename Tile>
+FDDA_HOST_DEVICE int64_t matrix_blocks(const ConvShape& s) {
+  const int64_t panels = divide_up(panel_count(s.weight), Tile::kPanels);
+  return ceil_divide(s.pixels, Tile::kRows) * s.weight.groups * panels;
+}
+
+// Taps of a window that fit the bits of a word.
+constexpr int kMaxTaps = 32;
+
+// The largest tile that fills every multiprocessor and is not half empty. `in_units`: each unit of
+// 16 bytes lies on its border in memory.
+FDDA_HOST_DEVICE TileKind matrix_tile(const ConvShape& s, bool in_units, int multiprocessors) {
+  const int panels = panel_count(s.weight);
+  const bool fours = panels > 2 && divide_up(panels, 4) * 2 == divide_up(panels, 2);
+  if (in_units && fours && matrix_blocks<LargeTile>(s) >= multiprocessors) {
+    return TileKind::kLarge;
+  }
+  if (matrix_blocks<WideTile>(s) >= multiprocessors) {
+    return TileKind::kWide;
+  }
+  if (in_units && panels > 1 && matrix_blocks<MediumTile>(s) >= multiprocessors) {
+    return TileKind::kMedium;
+  }
+  return TileKind::kSmall;
+}
+
+// Each thread on its own ------------------------------------------------------------------------
+
+constexpr int kDirectThreads = 128;
+// Neighbours in a row that a thread of the 3x3 depthwise kernel computes: they share columns.
+constexpr int kRowPixels = 4;
+
+FDDA_HOST_DEVICE int channel_runs(const ConvShape& s) {
+  return divide_up(s.channels, kRunChannels);
+}
+
+FDDA_HOST_DEVICE int64_t depthwise_3x3_items(const ConvShape& s) {
+  const int64_t rows = s.pixels / s.out_width;
+  return rows * divide_up(s.out_width, kRowPixels) * channel_runs(s);
+}
+
+FDDA_HOST_DEVICE int64_t depthwise_items(const ConvShape& s) {
+  return int64_t{s.pixels} * channel_runs(s);
+}
+
+FDDA_HOST_DEVICE int64_t direct_items(const ConvShape& s) {
+  return int64_t{s.pixels} * s.outputs;
+}
+
+}  // namespace fdda::cuda
