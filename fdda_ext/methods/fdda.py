@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from ..data import augment
+from ..engine import must_fit
 from ..errors import UsageError
 from ..quantization import calibrate, set_activation_mode
 from ..statistics import (
@@ -99,7 +100,8 @@ class FDDA(Method):
 
     @override
     def step(self, iteration: int) -> Mapping[str, Tensor]:
-        metrics, images, labels = self.generator_step(iteration)
+        with must_fit(settings__fdda__batch=self.config.batch):
+            metrics, images, labels = self.generator_step(iteration)
         if self.config.ranges_from == "generated" and iteration < self.config.range_iterations:
             self.range_step(iteration, images)
         if iteration >= self.config.warmup_iterations:
