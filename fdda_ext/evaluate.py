@@ -20,6 +20,7 @@ from .engine import (
     build_parser,
     check_machine,
     count_outputs,
+    decode_workers,
     evaluate,
     parse_or_refuse,
     preprocessing_of,
@@ -60,7 +61,8 @@ class EvaluateConfig:
         split: "test" or "validation".
         test_limit: So many of its images only; None for all.
         test_batch: Images evaluated together.
-        workers: Processes that decode images; 0 for the main one.
+        workers: Processes that decode images; None for one per core, at most 8, where a GPU waits
+            for images from files, and otherwise the main process alone.
         max_unreadable: So many damaged image files are left out, each named; one more is an error.
     """
 
@@ -74,7 +76,7 @@ class EvaluateConfig:
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
     test_batch: int = 250
-    workers: int = 0
+    workers: int | None = None
     max_unreadable: int = 0
 
     def __post_init__(self) -> None:
@@ -146,7 +148,8 @@ def run(config: EvaluateConfig) -> Accuracy:
             f"evaluate: expected data of the network's {classes} classes, got {dataset.num_classes}"
         )
     network.to(config.device)
-    batches = BatchSource(dataset, config.test_batch, config.workers, config.max_unreadable)
+    workers = decode_workers(config.workers, config.device, dataset.from_files)
+    batches = BatchSource(dataset, config.test_batch, workers, config.max_unreadable)
     return evaluate(network, batches, device=config.device, label="testing")
 
 

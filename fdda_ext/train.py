@@ -32,9 +32,11 @@ from .engine import (
     check_machine,
     count_outputs,
     cpu_state,
+    decode_workers,
     diagnose,
     digest,
     evaluate,
+    must_fit,
     parse_or_refuse,
     run_command,
     train,
@@ -76,8 +78,8 @@ class TrainConfig:
         model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME or pytorchcv:NAME.
         weights: "default" for the trained weights that come with the model, torchvision's name of
             others, a file (safetensors, or a torch file of plain tensors) of this or another
-            library, MODEL=FILE to say which network a file is of, or "none" for random ones, drawn
-            by `seed`.
+            library, MODEL=FILE to say which network a file is of, order=FILE to go by the order of
+            its tensors, or "none" for random ones, drawn by `seed`.
         data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH or imagenet (PATH from the
             environment variable IMAGENET).
         image_size: Height and width; None for the data set's own, or what the weights want.
@@ -100,7 +102,8 @@ class TrainConfig:
         evaluate_limit: On so many images; None for those of the end.
         keep_best: Keep the student that was best in these measurements as best.safetensors. The
             table still has the last one: a choice on the test split flatters.
-        workers: Processes that decode images; 0 for the main one.
+        workers: Processes that decode images; None for one per core, at most 8, where a GPU waits
+            for images from files, and otherwise the main process alone.
         max_unreadable: So many damaged image files are left out, each named; one more is an error.
     """
 
@@ -126,7 +129,7 @@ class TrainConfig:
     evaluate_every: int | None = None
     evaluate_limit: int | None = None
     keep_best: bool = False
-    workers: int = 0
+    workers: int | None = None
     max_unreadable: int = 0
 
     def __post_init__(self) -> None:
@@ -316,7 +319,8 @@ def _train_one(
             raise UsageError(
                 f"train: expected {folder.path / 'summary.json'} as a run writes it, got {error}"
             ) from None
-    method = build_method(name, problem, config.settings)
+    with must_fit(images_per_class=config.images_per_class):
+        method = build_method(name, problem, config.settings)
     recipe = {
         "model": config.model,
         "num_classes": problem.num_classes,
@@ -434,7 +438,8 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
 
 
 def _batches(dataset: ImageDataset, config: TrainConfig) -> BatchSource:
-    return BatchSource(dataset, config.test_batch, config.workers, config.max_unreadable)
+    workers = decode_workers(config.workers, config.device, dataset.from_files)
+    return BatchSource(dataset, config.test_batch, workers, config.max_unreadable)
 
 
 def run(config: TrainConfig, stored_config: str, console: Console | None = None) -> list[Row]:
@@ -454,7 +459,8 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
             build_method(name, None, config.settings)  # type: ignore[arg-type]  # raises
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    problem, opened = build_problem(config)
+    with must_fit(images_per_class=config.images_per_class):
+        problem, opened = build_problem(config)
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
     path = Path(config.out) if config.out else _new_folder(config)
     inputs = digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, stored_config)

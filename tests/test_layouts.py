@@ -177,6 +177,22 @@ def test_what_differs_is_named(change, message):
         twin(**change)
 
 
+def test_a_file_of_unknown_names_goes_by_its_order_if_told_so(tmp_path):
+    state = load_model("torchvision:mobilenet_v2", weights="none").state_dict()
+    path = tmp_path / "weights.pth"
+    renamed = {f"{i}.{k.rpartition('.')[2]}": v for i, (k, v) in enumerate(state.items())}
+    torch.save({k: v for k, v in renamed.items() if "num_batches" not in k}, path)
+    with pytest.raises(UsageError, match="the network's 314 tensors, got"):
+        load_model("torchvision:mobilenet_v2", weights=str(path))
+    loaded = load_model("torchvision:mobilenet_v2", weights=f"order={path}").state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in state.items())
+    with pytest.raises(UsageError, match=r"got 0.weight \(32, 3, 3, 3\) in the place of conv1"):
+        load_model("torchvision:resnet18", weights=f"order={path}")
+    torch.save(dict(list(renamed.items())[:-1]), path)
+    with pytest.raises(UsageError, match="network's 262 tensors, got 261"):
+        load_model("torchvision:mobilenet_v2", weights=f"order={path}")
+
+
 def test_every_family_names_networks_that_exist():
     from pytorchcv.model_provider import _models
     from timm import list_models

@@ -48,6 +48,7 @@ class _Limited(ImageDataset):
         self.image_size = dataset.image_size
         self.augmentation = dataset.augmentation
         self.labels = dataset.labels[self._indices]
+        self.from_files = dataset.from_files
 
     def pixels(self, index: int) -> Tensor:
         """uint8 ``[3, H, W]``."""

@@ -24,6 +24,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         image_size: Height and width.
         augmentation: How images may be varied.
         labels: int64 ``[len]``, known without decoding an image.
+        from_files: Whether images must be decoded.
     """
 
     num_classes: int
@@ -34,6 +35,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     image_size: int
     augmentation: Augmentation
     labels: Tensor
+    from_files = False
 
     def __len__(self) -> int:
         return len(self.labels)

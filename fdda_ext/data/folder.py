@@ -41,6 +41,7 @@ class ImageFiles(ImageDataset):
     """
 
     augmentation = Augmentation()
+    from_files = True
 
     def __init__(self, listing: Listing, preprocessing: Preprocessing) -> None:
         transforms = import_torchvision().transforms

@@ -1,7 +1,14 @@
 """What a run needs whatever its method: a folder, checkpoints, a loop, an evaluation."""
 
 from .checkpoint import cpu_state, digest, load_state, save_state
-from .cli import build_parser, check_machine, parse_or_refuse, run_command, with_underscores
+from .cli import (
+    build_parser,
+    check_machine,
+    decode_workers,
+    parse_or_refuse,
+    run_command,
+    with_underscores,
+)
 from .diagnosis import diagnose
 from .evaluation import Accuracy, BatchSource, count_outputs, evaluate
 from .loop import Progress, Trainable, train
@@ -21,6 +28,7 @@ __all__ = [
     "check_machine",
     "count_outputs",
     "cpu_state",
+    "decode_workers",
     "diagnose",
     "digest",
     "evaluate",

@@ -16,7 +16,14 @@ from safetensors import SafetensorError
 from ..errors import UsageError
 from .memory import is_out_of_memory
 
-__all__ = ["build_parser", "check_machine", "parse_or_refuse", "run_command", "with_underscores"]
+__all__ = [
+    "build_parser",
+    "check_machine",
+    "decode_workers",
+    "parse_or_refuse",
+    "run_command",
+    "with_underscores",
+]
 
 
 _LONGEST_ERROR = 500
@@ -94,6 +101,16 @@ def check_machine(
         raise UsageError(
             f"{command}: expected device to be available, got {device}, which torch cannot use"
         )
+
+
+def decode_workers(workers: int | None, device: str, from_files: bool) -> int:
+    """How many processes decode images, if the user (``workers`` None) has no opinion.
+
+    On a CPU they would take the cores from the network.
+    """
+    if workers is not None:
+        return workers
+    return min(8, os.cpu_count() or 1) if from_files and device.startswith("cuda") else 0
 
 
 def run_command(main: Callable[[], None]) -> None:

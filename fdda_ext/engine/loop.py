@@ -23,6 +23,9 @@ __all__ = ["Evaluation", "Progress", "Trainable", "train"]
 #: Measures what is being trained, shows how far it is, and names what it found.
 Evaluation = Callable[[ProgressBar], Mapping[str, float]]
 
+#: Of the time that checkpoints may take: those of ImageNet's generator have half a gigabyte.
+_SAVING_SHARE = 0.02
+
 
 class Trainable(Protocol):
     """What the loop asks of a method. Everything that decides the next step is in its state."""
@@ -108,7 +111,8 @@ def train(
         description: Shown beside the progress bar.
         max_seconds: Stop after the first iteration that ends later than this, resumptions counted
             together; the state is then stored, so that a later call goes on.
-        checkpoint_seconds: Least time between two checkpoints.
+        checkpoint_seconds: Least time between two checkpoints; more where the writing of one would
+            take more than a fiftieth of it.
         log_every: Metrics of every so manyth iteration are kept (reading them waits for a GPU).
         evaluation: What to measure meanwhile. It must not change what is trained; its time does
             not count as training.
@@ -151,7 +155,7 @@ def _train(
         done, seconds_before = _restore(trainable, folder, device)
     _truncate_metrics(folder, done)
     start = saved = time.monotonic()
-    evaluating = 0.0
+    evaluating = saving = 0.0
 
     def elapsed() -> float:
         return seconds_before + time.monotonic() - start - evaluating
@@ -198,8 +202,10 @@ def _train(
                 note(measured)
             done += 1
             bar.update(task, completed=done)
-            if time.monotonic() - saved >= checkpoint_seconds:
+            if time.monotonic() - saved >= max(checkpoint_seconds, saving / _SAVING_SHARE):
+                begin = time.monotonic()
                 save()
                 saved = time.monotonic()
+                saving = saved - begin
     save()
     return Progress(done, elapsed())

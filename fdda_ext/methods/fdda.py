@@ -78,14 +78,15 @@ class FDDA(Method):
                 "none; check the weights, the class order and the normalisation of the data"
             )
 
-        with torch.random.fork_rng():  # the initial weights depend on the seed alone
-            torch.manual_seed(problem.seed)
-            self.generator = ConditionalGenerator(
-                problem.num_classes, problem.image_size, self.config.generator
-            ).to(problem.device)
-        self.generator_optimizer = torch.optim.Adam(
-            self.generator.parameters(), lr=self.config.lr, betas=(0.5, 0.999)
-        )
+        with must_fit(settings__fdda__generator__channels=self.config.generator.channels):
+            with torch.random.fork_rng():  # the initial weights depend on the seed alone
+                torch.manual_seed(problem.seed)
+                self.generator = ConditionalGenerator(
+                    problem.num_classes, problem.image_size, self.config.generator
+                ).to(problem.device)
+            self.generator_optimizer = torch.optim.Adam(
+                self.generator.parameters(), lr=self.config.lr, betas=(0.5, 0.999)
+            )
 
         self.quantization = problem.quantization
         self.student = problem.student()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import pickle
 import re
@@ -31,8 +32,10 @@ EMBEDDED: dict[str, Callable[[int], nn.Module]] = {
     "glyphs_resnet": GlyphResNet,
     "glyphs_mobilenet": GlyphMobileNet,
 }
+_log = logging.getLogger("fdda_ext")
+
 _SOURCES = ("torchvision", "timm", "pytorchcv")
-_NAMED_FILE = re.compile(rf"((?:{'|'.join(_SOURCES)}):[^=/]+)=(.+)")
+_NAMED_FILE = re.compile(rf"(order|(?:{'|'.join(_SOURCES)}):[^=/]+)=(.+)")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ def open_model(
             "none" or None for random ones; a name such as ``IMAGENET1K_V1`` that torchvision has
             for the network; or a file: safetensors, or a torch file of plain tensors. A file that
             was saved from the same network of another library is recognised by its names; where
-            they leave a choice, ``SPEC=FILE`` names the network it was saved from.
+            they leave a choice, ``SPEC=FILE`` names the network it was saved from. ``order=FILE``
+            is for files of other origin: it goes by the order of the tensors, whatever their
+            names, and the user vouches that the networks compute the same.
         num_classes: Outputs; None for those of the weights.
 
     Raises:
@@ -96,6 +101,10 @@ def open_model(
         raise UsageError(f"model: expected weights to be default, none or a file, got {weights}")
     network = _build(spec, num_classes, None)
     state = _read_weights(path)
+    if named is not None and named[1] == "order":
+        _fill(network, _in_order(network, state, path), path)
+        preprocessing = _preprocessing(spec, network, path.name)
+        return TrainedNetwork(network.eval(), preprocessing, f"{path}, by order")
     if (named is None or named[1] == spec) and _misfit(network, state) is None:
         _fill(network, state, path)
         return TrainedNetwork(network.eval(), _preprocessing(spec, network, path.name), str(path))
@@ -229,6 +238,13 @@ def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preproce
         values: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
         size = int(values["input_size"][-1])
         kind = values["interpolation"]
+        if values.get("crop_mode", "center") != "center":
+            _log.warning(
+                "model: the weights of timm:%s were evaluated on images prepared by %s; here the "
+                "short side is resized and the middle cut out",
+                name,
+                values["crop_mode"],
+            )
         return Preprocessing(
             tuple(values["mean"]),
             tuple(values["std"]),
@@ -273,6 +289,31 @@ def _misfit(network: nn.Module, state: dict[str, Tensor]) -> str | None:
     if missing or unknown:
         return f"no {missing[0]}" if missing else f"the unknown {unknown[0]}"
     return None
+
+
+def _in_order(network: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of ``state`` under the names that ``network`` has at the same places.
+
+    Raises:
+        UsageError: If there are more or less, or one has another shape or another last name.
+    """
+
+    def listed(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+        return [(k, v) for k, v in tensors.items() if not k.endswith("num_batches_tracked")]
+
+    ours, theirs = listed(network.state_dict()), listed(state)
+    for (key, like), (other, tensor) in zip(ours, theirs, strict=False):
+        if other.rpartition(".")[2] != key.rpartition(".")[2] or tensor.shape != like.shape:
+            raise UsageError(
+                f"model: expected tensors in the network's order, got {other} "
+                f"{tuple(tensor.shape)} in the place of {key} {tuple(like.shape)} in {path}; "
+                "safetensors are sorted by name, torch files by the order of saving"
+            )
+    if len(ours) != len(theirs):
+        raise UsageError(
+            f"model: expected the network's {len(ours)} tensors, got {len(theirs)} in {path}"
+        )
+    return {key: tensor for (key, _), (_, tensor) in zip(ours, theirs, strict=True)}
 
 
 def _origin(
