@@ -158,12 +158,12 @@ class TrainConfig:
         self.baselines = [name for name in dict.fromkeys(self.baselines) if name != self.method]
 
 
-#: Where a run is, how long and whether it goes on: not part of what it computes.
+#: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
 _NOT_STORED = ("out", "resume", "max_time", "threads", "workers", "test_batch", "max_unreadable")
-
-
 #: Options that stand for others.
 _EXPANDED = ("preset", "config", "bits")
+#: Shipped configuration files.
+_PRESETS = Path(str(files("fdda_ext") / "presets"))
 
 
 def _expand(arguments: Sequence[str]) -> list[str]:
@@ -184,10 +184,6 @@ def _expand(arguments: Sequence[str]) -> list[str]:
         else:
             others.append(argument)
     return files + others
-
-
-#: Shipped configuration files.
-_PRESETS = Path(str(files("fdda_ext") / "presets"))
 
 
 def _named_preset(arguments: Sequence[str]) -> str | None:
@@ -463,7 +459,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         problem, opened = build_problem(config)
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
     path = Path(config.out) if config.out else _new_folder(config)
-    inputs = digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, stored_config)
+    inputs = digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, "")
     folder = RunFolder(path, stored_config, resume=config.resume, inputs=inputs)
     q = config.quantization
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
@@ -491,6 +487,10 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     if doubt is not None:
         console.print(f"[yellow]warning:[/] {escape(doubt)}", highlight=False)
     accuracy = evaluate(problem.teacher, test, device=problem.device, label="float: testing")
+    console.print(
+        f"float: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, {accuracy.count} images",
+        highlight=False,
+    )
     rows = [_row("float", accuracy, Progress(0, 0.0), 0)]
     left = None if config.max_time is None else 60 * config.max_time
     for name in (*config.baselines, config.method):

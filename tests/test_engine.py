@@ -17,6 +17,7 @@ from fdda_ext.engine import (
     load_state,
     must_fit,
     read_student,
+    restore_random,
     save_state,
     train,
     write_student,
@@ -161,6 +162,25 @@ def test_metrics_after_the_last_checkpoint_are_dropped(tmp_path):
     train(Walk(), folder, description="a", log_every=1)
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(30))
+
+
+def test_a_run_may_go_on_on_another_kind_of_device(tmp_path, caplog):
+    RunFolder(tmp_path / "a", "seed: 0\ndevice: cpu\n", resume=False)
+    folder = RunFolder(tmp_path / "a", "seed: 0\ndevice: cuda\n", resume=True)
+    assert folder.fingerprint == RunFolder(tmp_path / "b", "seed: 0\n", resume=False).fingerprint
+    assert "device: cpu" in (tmp_path / "a" / "config.yaml").read_text()
+    first, second, other = (torch.Generator().manual_seed(i) for i in range(3))
+    restore_random(first, second.get_state())
+    assert torch.equal(torch.rand(3, generator=first), torch.rand(3, generator=second))
+    assert not caplog.records
+    cuda_state = torch.arange(16, dtype=torch.uint8)  # seed and offset
+    restore_random(first, cuda_state)
+    restore_random(second, cuda_state)
+    restore_random(other, cuda_state + 1)
+    assert "another kind of device" in caplog.text
+    numbers = torch.rand(3, generator=first)
+    assert torch.equal(numbers, torch.rand(3, generator=second))
+    assert not torch.equal(numbers, torch.rand(3, generator=other))
 
 
 class Images:

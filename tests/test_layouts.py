@@ -193,6 +193,12 @@ def test_a_file_of_unknown_names_goes_by_its_order_if_told_so(tmp_path):
         load_model("torchvision:mobilenet_v2", weights=f"order={path}")
 
 
+def test_images_that_one_of_the_networks_cannot_take_are_said():
+    source, target = (load_model(f"{x}:resnet18", weights="none") for x in ("timm", "pytorchcv"))
+    with pytest.raises(UsageError, match="same network on images of 96, got RuntimeError"):
+        translate(source.state_dict(), source, target, names=("A", "B"), image_size=96)
+
+
 def test_every_family_names_networks_that_exist():
     from pytorchcv.model_provider import _models
     from timm import list_models

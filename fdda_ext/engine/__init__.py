@@ -1,6 +1,6 @@
 """What a run needs whatever its method: a folder, checkpoints, a loop, an evaluation."""
 
-from .checkpoint import cpu_state, digest, load_state, save_state
+from .checkpoint import cpu_state, digest, load_state, restore_random, save_state
 from .cli import (
     build_parser,
     check_machine,
@@ -38,6 +38,7 @@ __all__ = [
     "preprocessing_of",
     "progress_bar",
     "read_student",
+    "restore_random",
     "run_command",
     "save_state",
     "train",

@@ -113,6 +113,6 @@ def diagnose(
             "is the order of the classes: folders, sorted by name, are not in the weights' order"
         )
     return (
-        f"{found}; the likely cause is the weights: random ones, those of another network, or "
-        "of other classes"
+        f"{found}; the likely cause is the weights: random ones, those of another network, of "
+        "other classes, or for another image_size"
     )

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from ..data import augment
-from ..engine import must_fit
+from ..engine import must_fit, restore_random
 from ..errors import UsageError
 from ..quantization import calibrate, set_activation_mode
 from ..statistics import (
@@ -243,7 +243,7 @@ class FDDA(Method):
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.trainer.load_state_dict(state["trainer"])
         self.images.order = state["images"]
-        self.random.set_state(state["random"].cpu())
+        restore_random(self.random, state["random"])
 
     @override
     def save_artifacts(self, folder: Path) -> None:

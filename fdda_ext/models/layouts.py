@@ -121,7 +121,8 @@ class _Walk:
         finally:
             for handle in handles:
                 handle.remove()
-        assert isinstance(logits, Tensor)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{type(self.network).__name__} gives {type(logits).__name__}")
         return logits
 
     def _note(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -277,7 +278,13 @@ def translate(
         UsageError: If the networks do not compute the same, naming the first difference.
     """
     title = f"model: expected {names[0]} and {names[1]} to be the same network"
-    pairs = _pair_layers(source, target, image_size, title)
+    try:
+        pairs = _pair_layers(source, target, image_size, title)
+    except (RuntimeError, TypeError, AssertionError) as error:  # images of another size, mostly
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{title} on images of {image_size}, got {type(error).__name__} ({reason})"
+        ) from None
     own = target.state_dict()
     result: dict[str, Tensor] = {}
     used: set[str] = set()

@@ -249,7 +249,7 @@ def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preproce
             tuple(values["mean"]),
             tuple(values["std"]),
             size,
-            math.floor(size / values["crop_pct"]),
+            math.floor(size / (values.get("crop_pct") or 0.875)),
             "bilinear" if kind == "random" else kind,
         )
     if library == "pytorchcv":
