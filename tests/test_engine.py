@@ -1,6 +1,7 @@
 """Run folder, checkpoints, loop and evaluation."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from torch import nn
 from fdda_ext.engine import (
     BatchSource,
     RunFolder,
+    decode_workers,
     diagnose,
     evaluate,
     load_state,
@@ -334,6 +336,14 @@ def test_a_float_network_that_guesses_is_diagnosed():
     assert "all get class" in diagnose(constant, source, 20)
     random = Templates(torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
     assert "the likely cause is" in diagnose(random, source, 20)
+
+
+def test_images_are_decoded_beside_a_gpu_alone():
+    assert decode_workers(None, "cuda:0", True) == min(8, os.cpu_count())
+    assert decode_workers(None, "cuda", False) == 0
+    assert decode_workers(None, "cpu", True) == 0
+    assert decode_workers(3, "cpu", False) == 3
+    assert decode_workers(0, "cuda", True) == 0
 
 
 def test_command_line_shows_a_mistake_in_one_line():
