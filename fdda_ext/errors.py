@@ -1,6 +1,6 @@
-"""The one exception that stands for a mistake of the user, and so is shown without a traceback."""
+"""The exceptions that stand for a mistake of the user, and so are shown without a traceback."""
 
-__all__ = ["UsageError"]
+__all__ = ["UnreadableImageError", "UsageError"]
 
 
 class UsageError(ValueError):
@@ -10,3 +10,7 @@ class UsageError(ValueError):
     ``"<where>: expected <argument> <rule>, got <value>[; hint]"``; the command lines print it
     alone and exit with status 2.
     """
+
+
+class UnreadableImageError(UsageError):
+    """A file that should be an image is none, or is damaged: it may be left out, never silently."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 from torch import nn
 
-from .data import load_dataset
+from .data import ImageDataset, load_dataset, takes_preprocessing
 from .deploy import is_program, load_program, load_student
 from .engine import (
     Accuracy,
@@ -19,12 +20,15 @@ from .engine import (
     build_parser,
     check_machine,
     count_outputs,
+    decode_workers,
     evaluate,
     parse_or_refuse,
+    preprocessing_of,
     run_command,
 )
 from .errors import UsageError
-from .models import load_model
+from .models import open_model
+from .preprocessing import Preprocessing, PreprocessingConfig
 
 __all__ = ["EvaluateConfig", "main", "run"]
 
@@ -47,13 +51,19 @@ class EvaluateConfig:
     Attributes:
         run: A run folder, a student.safetensors, or a program that fdda_ext.export wrote.
         model: A float network instead: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, ...
-        weights: Of the float network: "default", a file, or "none" for random ones.
-        data: glyphs, digits, folder:PATH or imagenet:PATH; None for the data the run was made
-            with, or glyphs.
+        weights: Of the float network, as for fdda_ext.train.
+        data: glyphs, digits, folder:PATH, shards:PATH or imagenet:PATH; None for the data the run
+            was made with, or glyphs.
         image_size: Height and width; None for the run's, or the data set's own.
+        preprocessing: How images from files are prepared, other than the weights want, or the run
+            did it. A program knows its normalisation only.
         device: cpu or cuda.
         split: "test" or "validation".
         test_limit: So many of its images only; None for all.
+        test_batch: Images evaluated together.
+        workers: Processes that decode images; None for one per core, at most 8, where a GPU waits
+            for images from files, and otherwise the main process alone.
+        max_unreadable: So many damaged image files are left out, each named; one more is an error.
     """
 
     run: str | None = None
@@ -61,17 +71,44 @@ class EvaluateConfig:
     weights: str = "default"
     data: str | None = None
     image_size: int | None = None
+    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     device: str = "cpu"
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
+    test_batch: int = 250
+    workers: int | None = None
+    max_unreadable: int = 0
 
     def __post_init__(self) -> None:
         check_machine("evaluate", device=self.device)
         for name in ("run", "model", "data", "image_size"):
             if getattr(self, name) in ("", 0):
                 raise UsageError(f"evaluate: expected {name} not to be empty or 0")
-        if self.test_limit is not None and self.test_limit < 1:
-            raise UsageError(f"evaluate: expected test_limit at least 1, got {self.test_limit}")
+        for name, least in (
+            ("test_limit", 1),
+            ("test_batch", 1),
+            ("workers", 0),
+            ("max_unreadable", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"evaluate: expected {name} at least {least}, got {value}")
+
+    def dataset(
+        self, data: str | None, image_size: int | None, default: Preprocessing
+    ) -> ImageDataset:
+        """The images of ``data`` (None: glyphs), from files prepared as ``default`` unless told."""
+        spec = data or "glyphs"
+        how = None
+        if takes_preprocessing(spec):
+            how = self.preprocessing.apply(default, image_size)
+        elif self.preprocessing.given:
+            raise UsageError(
+                f"evaluate: expected preprocessing with images from files only, got data {spec}"
+            )
+        return load_dataset(
+            spec, self.split, image_size=image_size, limit=self.test_limit, preprocessing=how
+        )
 
 
 def run(config: EvaluateConfig) -> Accuracy:
@@ -88,31 +125,32 @@ def run(config: EvaluateConfig) -> Accuracy:
                 f"evaluate: expected image_size to be the program's {image_size}, "
                 f"got {config.image_size}"
             )
-        dataset = load_dataset(
-            config.data or "glyphs", config.split, image_size=image_size, limit=config.test_limit
-        )
+        default = Preprocessing()
+        if network.mean is not None and network.std is not None:
+            default = replace(default, mean=network.mean, std=network.std)
+        dataset = config.dataset(config.data, image_size, default)
     elif config.run is not None:
         network, recipe = load_student(Path(config.run))
-        data = config.data or str(recipe["data"])
         classes = recipe["num_classes"]
         image_size = config.image_size or int(str(recipe["image_size"]))
-        dataset = load_dataset(data, config.split, image_size=image_size, limit=config.test_limit)
+        default = preprocessing_of(recipe)
+        dataset = config.dataset(config.data or str(recipe["data"]), image_size, default)
     else:
         assert config.model is not None
-        dataset = load_dataset(
-            config.data or "glyphs",
-            config.split,
-            image_size=config.image_size,
-            limit=config.test_limit,
-        )
-        network = load_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
-        classes = count_outputs(network, dataset[0][0][None], "evaluate")
+        dataset = config.dataset(config.data, config.image_size, Preprocessing())
+        opened = open_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
+        dataset = config.dataset(config.data, config.image_size, opened.preprocessing)
+        network = opened.network
+        size = dataset.image_size
+        classes = count_outputs(network, torch.zeros(1, 3, size, size), "evaluate")
     if classes != dataset.num_classes:
         raise UsageError(
             f"evaluate: expected data of the network's {classes} classes, got {dataset.num_classes}"
         )
     network.to(config.device)
-    return evaluate(network, BatchSource(dataset), device=config.device, label="testing")
+    workers = decode_workers(config.workers, config.device, dataset.from_files)
+    batches = BatchSource(dataset, config.test_batch, workers, config.max_unreadable)
+    return evaluate(network, batches, device=config.device, label="testing")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

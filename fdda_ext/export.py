@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .data import load_dataset
 from .deploy import IntegerProgram, load_program, load_student, lower, save_program, stored_bytes
-from .engine import build_parser, parse_or_refuse, run_command
+from .engine import build_parser, parse_or_refuse, preprocessing_of, run_command
 from .errors import UsageError
 
 __all__ = ["ExportConfig", "main", "run"]
@@ -55,7 +55,10 @@ def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     try:
-        dataset = load_dataset(str(recipe["data"]), "test", image_size=recipe["image_size"])
+        how = preprocessing_of(recipe, "export")
+        dataset = load_dataset(
+            str(recipe["data"]), "test", image_size=recipe["image_size"], preprocessing=how
+        )
         mean, std = dataset.mean, dataset.std
     except UsageError:
         pass  # the images are elsewhere: the program then takes normalised ones alone

@@ -32,7 +32,8 @@ from .engine import (
     run_command,
 )
 from .errors import UsageError
-from .models import load_model
+from .models import open_model
+from .preprocessing import Preprocessing
 
 __all__ = ["PretrainConfig", "main", "run"]
 
@@ -91,10 +92,15 @@ class PretrainConfig:
             )
 
 
-def _images_in_memory(config: PretrainConfig) -> tuple[Tensor, Tensor]:
+def _images_in_memory(config: PretrainConfig, how: Preprocessing) -> tuple[Tensor, Tensor]:
     """All training images ``[n, 3, H, W]``, as float16 to halve the memory, and their labels."""
     dataset = load_dataset(
-        config.data, "train", image_size=config.image_size, seed=config.seed, limit=config.images
+        config.data,
+        "train",
+        image_size=config.image_size,
+        seed=config.seed,
+        limit=config.images,
+        preprocessing=how,
     )
     size = dataset.image_size
     images = torch.empty((len(dataset), 3, size, size), dtype=torch.float16)
@@ -152,11 +158,13 @@ def run(config: PretrainConfig) -> Accuracy:
         torch.set_num_threads(config.threads)
     test_set = load_dataset(config.data, "test", image_size=config.image_size)
     torch.manual_seed(config.seed)
-    network = load_model(config.model, weights="none", num_classes=test_set.num_classes)
+    opened = open_model(config.model, weights="none", num_classes=test_set.num_classes)
+    network, how = opened.network, opened.preprocessing
+    test_set = load_dataset(config.data, "test", image_size=config.image_size, preprocessing=how)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _check_fit(network, test_set[0][0], config.model)
     folder = _folder(config.out)
-    images, labels = _images_in_memory(config)
+    images, labels = _images_in_memory(config, how)
     steps_per_epoch = len(labels) // config.batch
     if steps_per_epoch == 0:
         raise UsageError(

@@ -7,38 +7,46 @@ residual network, and a table against the float network and three baselines.
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 from jsonargparse import ActionConfigFile
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from .data import calibration_set, load_dataset
+from .data import ImageDataset, calibration_set, load_dataset, takes_preprocessing
 from .engine import (
     Accuracy,
     BatchSource,
     Progress,
+    ProgressBar,
     RunFolder,
     build_parser,
     check_machine,
     count_outputs,
     cpu_state,
+    decode_workers,
+    diagnose,
     digest,
     evaluate,
+    must_fit,
     parse_or_refuse,
     run_command,
     train,
+    with_underscores,
     write_student,
 )
 from .errors import UsageError
 from .methods import METHODS, MethodSettings, Problem, build_method
-from .models import load_model
+from .models import TrainedNetwork, open_model
+from .preprocessing import Preprocessing, PreprocessingConfig
 from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits
 
 __all__ = ["TrainConfig", "main", "parse_arguments", "run"]
@@ -50,11 +58,14 @@ examples:
   python -m fdda_ext.train                                      FDDA, W4A4, embedded data, minutes
   python -m fdda_ext.train --bits W3A3 --model glyphs_mobilenet
   python -m fdda_ext.train --method mse --baselines []          ranges only, nothing to compare with
-  python -m fdda_ext.train --preset paper --data imagenet:PATH --model pytorchcv:resnet18
+  python -m fdda_ext.train --config imagenet/resnet18-w4a4-f4l4 --data imagenet:PATH
   python -m fdda_ext.train --out runs/a --resume                go on with a run that was stopped
   python -m fdda_ext.train --bits W5A5 --print_config > my.yaml, then --config my.yaml
 
-A preset sets every constant of the method; --config FILE overrides it; arguments override both.
+A preset sets every constant of the method; --config FILE overrides it, and may name it (preset:
+paper); arguments override both. The settings of the paper are shipped as
+--config imagenet/NETWORK-BITS with NETWORK resnet18, mobilenetv1, mobilenetv2 or regnetx600mf,
+and BITS w4a4-f4l4, w4a4-f8l8, w5a5-f5l5 or w5a5-f8l8.
 """
 
 
@@ -65,10 +76,14 @@ class TrainConfig:
     Attributes:
         method: fdda, distill (the same without generated images), minmax or mse (ranges only).
         model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME or pytorchcv:NAME.
-        weights: "default" for the trained weights that come with the model, a file (safetensors,
-            or a torch file of plain tensors), or "none" for random ones, drawn by `seed`.
-        data: glyphs, digits, folder:PATH or imagenet:PATH.
-        image_size: Height and width; None for the data set's own.
+        weights: "default" for the trained weights that come with the model, torchvision's name of
+            others, a file (safetensors, or a torch file of plain tensors) of this or another
+            library, MODEL=FILE to say which network a file is of, order=FILE to go by the order of
+            its tensors, or "none" for random ones, drawn by `seed`.
+        data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH or imagenet (PATH from the
+            environment variable IMAGENET).
+        image_size: Height and width; None for the data set's own, or what the weights want.
+        preprocessing: How images from files are prepared, other than the weights want.
         images_per_class: Calibration images of each class.
         quantization: Bits, grid and ranges of every tensor.
         settings: Constants of the methods.
@@ -76,11 +91,20 @@ class TrainConfig:
         seed: Of everything random: same seed and machine, same result.
         out: Run folder; None for a new one below runs/.
         resume: Go on with the run in `out`.
-        max_time: Stop training after so many minutes; --resume goes on later.
+        max_time: Stop after so many minutes of training; --resume goes on later.
         device: cpu or cuda.
         threads: CPU threads; None leaves torch's choice.
         split: Where accuracy is measured: "test", or "validation" while settings are chosen.
         test_limit: Evaluate on so many images of it only; None for all.
+        test_batch: Images evaluated together.
+        evaluate_every: Measure accuracy every so many iterations of training, for metrics.jsonl
+            (the paper's epoch has 200); None for the end only.
+        evaluate_limit: On so many images; None for those of the end.
+        keep_best: Keep the student that was best in these measurements as best.safetensors. The
+            table still has the last one: a choice on the test split flatters.
+        workers: Processes that decode images; None for one per core, at most 8, where a GPU waits
+            for images from files, and otherwise the main process alone.
+        max_unreadable: So many damaged image files are left out, each named; one more is an error.
     """
 
     method: str = "fdda"
@@ -88,6 +112,7 @@ class TrainConfig:
     weights: str = "default"
     data: str = "glyphs"
     image_size: int | None = None
+    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     images_per_class: int = 1
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     settings: MethodSettings = field(default_factory=MethodSettings)
@@ -100,25 +125,45 @@ class TrainConfig:
     threads: int | None = None
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
+    test_batch: int = 250
+    evaluate_every: int | None = None
+    evaluate_limit: int | None = None
+    keep_best: bool = False
+    workers: int | None = None
+    max_unreadable: int = 0
 
     def __post_init__(self) -> None:
         check_machine("train", seed=self.seed, threads=self.threads, device=self.device)
-        for name, least in (("max_time", 0), ("test_limit", 1)):
+        for name, least in (
+            ("max_time", 0),
+            ("test_limit", 1),
+            ("test_batch", 1),
+            ("evaluate_every", 1),
+            ("evaluate_limit", 1),
+            ("workers", 0),
+            ("max_unreadable", 0),
+        ):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"train: expected {name} at least {least}, got {value}")
+        if self.keep_best and self.evaluate_every is None:
+            raise UsageError("train: expected evaluate_every with keep_best, got none")
+        if self.preprocessing.given and not takes_preprocessing(self.data):
+            raise UsageError(
+                f"train: expected preprocessing with images from files only, got data {self.data}"
+            )
         if self.out == "":
             raise UsageError("train: expected out to be a folder, got an empty name")
         # The method is a row of its own.
         self.baselines = [name for name in dict.fromkeys(self.baselines) if name != self.method]
 
 
-#: Where a run is, how long and whether it goes on: not part of what it computes.
-_NOT_STORED = ("out", "resume", "max_time", "threads")
-
-
+#: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
+_NOT_STORED = ("out", "resume", "max_time", "threads", "workers", "test_batch", "max_unreadable")
 #: Options that stand for others.
 _EXPANDED = ("preset", "config", "bits")
+#: Shipped configuration files.
+_PRESETS = Path(str(files("fdda_ext") / "presets"))
 
 
 def _expand(arguments: Sequence[str]) -> list[str]:
@@ -129,7 +174,9 @@ def _expand(arguments: Sequence[str]) -> list[str]:
         name, equals, text = argument.partition("=")
         value = text if equals else next(rest, None) if name in ("--config", "--bits") else None
         if name == "--config" and value is not None:
-            files.append(f"--config={value}")
+            shipped = _PRESETS / f"{value}.yaml"
+            known = not Path(value).exists() and shipped.is_file()
+            files.append(f"--config={shipped if known else value}")
         elif name == "--bits" and value is not None:
             weight_bits, activation_bits = parse_bits(value)
             others.append(f"--quantization.weight_bits={weight_bits}")
@@ -139,16 +186,29 @@ def _expand(arguments: Sequence[str]) -> list[str]:
     return files + others
 
 
+def _named_preset(arguments: Sequence[str]) -> str | None:
+    """The preset that a configuration file builds on, if it says so."""
+    name = None
+    for argument in arguments:
+        path = Path(argument.removeprefix("--config="))
+        if argument.startswith("--config=") and path.is_file():
+            try:
+                content = yaml.safe_load(path.read_bytes())
+            except (OSError, yaml.YAMLError):  # the parser says what is wrong with it
+                continue
+            name = content.get("preset", name) if isinstance(content, dict) else name
+    return name
+
+
 def preset_path(name: str) -> Path:
     """The file of a shipped preset.
 
     Raises:
         UsageError: If there is no such preset.
     """
-    folder = Path(str(files("fdda_ext") / "presets"))
-    path = folder / f"{name}.yaml"
+    path = _PRESETS / f"{name}.yaml"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        names = ", ".join(sorted(p.stem for p in _PRESETS.glob("*.yaml")))
         raise UsageError(f"train: expected preset to be one of {names}, got {name}")
     return path
 
@@ -159,17 +219,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     Returns:
         The configuration, and the part of it that decides the result, as YAML.
     """
-    arguments = _expand(sys.argv[1:] if arguments is None else arguments)
+    arguments = _expand(with_underscores(arguments))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="short", nargs="?")  # the second parser complains
+    first.add_argument("--preset", nargs="?")  # the second parser complains
     first.add_argument("--out", nargs="?")
     first.add_argument("--resume", action="store_true")
     chosen, _ = first.parse_known_args(arguments)
-    defaults = preset_path(chosen.preset or "short")
+    defaults = preset_path(str(chosen.preset or _named_preset(arguments) or "short"))
     if chosen.resume:
         if chosen.out is None:
             raise UsageError("train: expected --out with --resume, the run to go on with, got none")
-        if chosen.preset != "short":
+        if chosen.preset is not None:
             raise UsageError(
                 "train: expected no --preset with --resume, a run keeps its settings, "
                 f"got {chosen.preset}"
@@ -183,7 +243,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")
     parser.add_argument("--bits", help="W4A4 and the like, short for the two quantization.*_bits")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"resume"})
+    parser.add_argument("--keep_best", action="store_true", help="keep best.safetensors, too")
+    parser.add_class_arguments(TrainConfig, as_group=False, skip={"resume", "keep_best"})
     namespace = parse_or_refuse(parser, arguments)
     stored = namespace.clone()
     for name in (*_NOT_STORED, *_EXPANDED):
@@ -240,7 +301,9 @@ def _train_one(
     problem: Problem,
     config: TrainConfig,
     folder: RunFolder,
+    preprocessing: Preprocessing | None,
     test: BatchSource,
+    curve: BatchSource,
     max_seconds: float | None,
 ) -> Row:
     """Train and evaluate one method in ``folder``, or read there what it ended with before."""
@@ -252,28 +315,50 @@ def _train_one(
             raise UsageError(
                 f"train: expected {folder.path / 'summary.json'} as a run writes it, got {error}"
             ) from None
-    method = build_method(name, problem, config.settings)
-    progress = Progress(0, 0.0)
-    if method.iterations:
-        progress = train(
-            method, folder, description=name, max_seconds=max_seconds, device=problem.device
-        )
-    accuracy = evaluate(method.student, test, device=problem.device, label=f"{name}: testing")
-    row = _row(name, accuracy, progress, method.iterations)
+    with must_fit(images_per_class=config.images_per_class):
+        method = build_method(name, problem, config.settings)
     recipe = {
         "model": config.model,
         "num_classes": problem.num_classes,
         "image_size": problem.image_size,
         "data": config.data,
+        "preprocessing": preprocessing.to_dict() if preprocessing else None,
         "method": name,
         "quantization": asdict(method.quantization),
     }
+
+    def measure(bar: ProgressBar) -> dict[str, float]:
+        accuracy = evaluate(method.student, curve, device=problem.device, label="testing", bar=bar)
+        if config.keep_best and accuracy.top1 > _best_top1(folder):
+            kept = {**recipe, "top1": accuracy.top1, "split": config.split, "best": True}
+            write_student(folder.path / "best.safetensors", method.student, kept)
+        return {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.count}
+
+    progress = Progress(0, 0.0)
+    if method.iterations:
+        progress = train(
+            method,
+            folder,
+            description=name,
+            max_seconds=max_seconds,
+            evaluation=measure,
+            evaluate_every=config.evaluate_every,
+            device=problem.device,
+        )
+    accuracy = evaluate(method.student, test, device=problem.device, label=f"{name}: testing")
+    row = _row(name, accuracy, progress, method.iterations)
     write_student(folder.path / "student.safetensors", method.student, recipe)
     (folder.path / "bits.txt").write_text(render_bits(bits_table(method.student)) + "\n")
     method.save_artifacts(folder.path)
     if row.finished:
         folder.finish(asdict(row))
     return row
+
+
+def _best_top1(folder: RunFolder) -> float:
+    """Of the measurements that metrics.jsonl holds; below 0 if there is none."""
+    lines = folder.metrics.read_text().splitlines()
+    return max((json.loads(line).get("top1", -1.0) for line in lines), default=-1.0)
 
 
 def render_rows(rows: list[Row], bits: str, split: str = "test") -> Table:
@@ -307,27 +392,36 @@ def _new_folder(config: TrainConfig) -> Path:
     return candidate
 
 
-def build_problem(config: TrainConfig) -> Problem:
+def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
     """Load the network and the calibration images.
+
+    Returns:
+        Both together, and where the network is from and how images from files are prepared for it.
 
     Raises:
         UsageError: If they do not fit each other.
     """
     device = torch.device(config.device)
-    images, labels = calibration_set(
-        config.data, config.images_per_class, seed=config.seed, image_size=config.image_size
-    )
     dataset = load_dataset(config.data, "calibration", image_size=config.image_size)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # for weights "none"
-        teacher = load_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
-    teacher.to(device).eval().requires_grad_(False)
+        opened = open_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
+    preprocessing = config.preprocessing.apply(opened.preprocessing, config.image_size)
+    images, labels = calibration_set(
+        config.data,
+        config.images_per_class,
+        seed=config.seed,
+        image_size=config.image_size,
+        preprocessing=preprocessing,
+        max_unreadable=config.max_unreadable,
+    )
+    teacher = opened.network.to(device).requires_grad_(False)
     outputs = count_outputs(teacher, images[:1].to(device), "train")
     if outputs != dataset.num_classes:
         raise UsageError(
             f"train: expected model to have the data's {dataset.num_classes} classes, got {outputs}"
         )
-    return Problem(
+    problem = Problem(
         teacher,
         dataset.num_classes,
         images.to(device),
@@ -336,6 +430,12 @@ def build_problem(config: TrainConfig) -> Problem:
         config.quantization,
         config.seed,
     )
+    return problem, replace(opened, preprocessing=preprocessing)
+
+
+def _batches(dataset: ImageDataset, config: TrainConfig) -> BatchSource:
+    workers = decode_workers(config.workers, config.device, dataset.from_files)
+    return BatchSource(dataset, config.test_batch, workers, config.max_unreadable)
 
 
 def run(config: TrainConfig, stored_config: str, console: Console | None = None) -> list[Row]:
@@ -355,28 +455,43 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
             build_method(name, None, config.settings)  # type: ignore[arg-type]  # raises
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    problem = build_problem(config)
+    with must_fit(images_per_class=config.images_per_class):
+        problem, opened = build_problem(config)
+    preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
     path = Path(config.out) if config.out else _new_folder(config)
-    inputs = digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, stored_config)
+    inputs = digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, "")
     folder = RunFolder(path, stored_config, resume=config.resume, inputs=inputs)
     q = config.quantization
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
         f"{q.first_last_bits} bits" if q.first_last_bits else "included"
     )
     console.print(f"{config.model} on {config.data}: {bits}; results in {path}", highlight=False)
+    if preprocessing is not None:
+        console.print(f"weights: {opened.origin}", highlight=False)
+        console.print(f"images: {preprocessing.describe()}", highlight=False)
 
-    test = BatchSource(
-        load_dataset(
-            config.data, config.split, image_size=config.image_size, limit=config.test_limit
+    def images_of(limit: int | None) -> ImageDataset:
+        return load_dataset(
+            config.data,
+            config.split,
+            image_size=config.image_size,
+            limit=limit,
+            preprocessing=preprocessing,
         )
-    )
+
+    test = _batches(images_of(config.test_limit), config)
+    curve = test
+    if config.evaluate_every and config.evaluate_limit:
+        curve = _batches(images_of(config.evaluate_limit), config)
+    doubt = diagnose(problem.teacher, test.dataset, problem.num_classes, problem.device)
+    if doubt is not None:
+        console.print(f"[yellow]warning:[/] {escape(doubt)}", highlight=False)
     accuracy = evaluate(problem.teacher, test, device=problem.device, label="float: testing")
+    console.print(
+        f"float: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, {accuracy.count} images",
+        highlight=False,
+    )
     rows = [_row("float", accuracy, Progress(0, 0.0), 0)]
-    if accuracy.top1 < 2 * 100 / problem.num_classes:
-        console.print(
-            f"[yellow]warning: the float network is near chance ({accuracy.top1:.2f} %); check its "
-            "weights, the normalisation and the order of the classes"
-        )
     left = None if config.max_time is None else 60 * config.max_time
     for name in (*config.baselines, config.method):
         is_main = name == config.method
@@ -385,7 +500,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
             if is_main
             else RunFolder(path / "baselines" / name, stored_config, resume=True, inputs=inputs)
         )
-        row = _train_one(name, problem, config, here, test, left)
+        row = _train_one(name, problem, config, here, preprocessing, test, curve, left)
         rows.append(row)
         if left is not None:
             left = max(left - row.seconds, 0.0)

@@ -125,3 +125,13 @@ def test_source_archive_holds_all_that_a_build_needs(tmp_path: Path) -> None:
             wanted |= {str(path.relative_to(ROOT)) for path in ROOT.glob(f"{folder}/**/*.{ending}")}
     assert wanted - held == set()
     assert not [name for name in held if name.endswith((".so", ".pyc"))]
+
+
+def test_an_installation_holds_presets_and_weights(tmp_path: Path) -> None:
+    done = run_python("setup.py", "-q", "build_py", "--build-lib", str(tmp_path), FDDA_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    for ending in ("py", "pyi", "yaml", "safetensors"):
+        wanted = {path.relative_to(ROOT) for path in ROOT.glob(f"fdda_ext/**/*.{ending}")}
+        held = {path.relative_to(tmp_path) for path in tmp_path.rglob(f"*.{ending}")}
+        assert wanted == held
+    assert len(list(tmp_path.glob("fdda_ext/presets/imagenet/*.yaml"))) == 16

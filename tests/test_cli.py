@@ -209,7 +209,7 @@ def test_an_empty_out_is_refused():
 def test_random_weights_are_those_of_the_seed():
     def weights(seed: int) -> torch.Tensor:
         torch.rand(seed + 1)  # whatever the global generator did before
-        problem = train.build_problem(train.TrainConfig(weights="none", seed=seed))
+        problem = train.build_problem(train.TrainConfig(weights="none", seed=seed))[0]
         return problem.teacher.state_dict()["conv1.weight"]
 
     assert torch.equal(weights(3), weights(3))

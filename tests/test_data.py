@@ -118,7 +118,7 @@ def test_images_of_any_eight_bit_mode_become_rgb(tmp_path, mode):
     image = Image.new("RGB", (20, 20), (255, 255, 255)).convert(mode)
     image.save(path.with_suffix(".tif"))
     white = load_dataset(f"folder:{tmp_path}", "test", image_size=16)
-    index = [name for name, _ in white.folder.samples].index(str(path.with_suffix(".tif")))
+    index = [white.name(i) for i in range(len(white))].index(str(path.with_suffix(".tif")))
     expected = (1 - torch.tensor(white.mean)) / torch.tensor(white.std)
     torch.testing.assert_close(white[index][0], expected[:, None, None].expand(3, 16, 16))
 
@@ -177,7 +177,7 @@ def test_absent_torchvision_is_said_in_words(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nothing", "test"), "glyphs, digits, folder:PATH or imagenet:PATH, got nothing"),
+        (("nothing", "test"), "folder:PATH, shards:PATH or imagenet:PATH, got nothing"),
         (("folder:", "test"), "got folder:"),
         (("glyphs", "tests"), "split to be one of .*'validation', 'test'.*got tests"),
     ],

@@ -1,8 +1,10 @@
 """Run folder, checkpoints, loop and evaluation."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,14 +13,18 @@ from torch import nn
 from fdda_ext.engine import (
     BatchSource,
     RunFolder,
+    decode_workers,
+    diagnose,
     evaluate,
     load_state,
+    must_fit,
     read_student,
+    restore_random,
     save_state,
     train,
     write_student,
 )
-from fdda_ext.errors import UsageError
+from fdda_ext.errors import UnreadableImageError, UsageError
 
 
 def test_state_round_trip_keeps_structure_types_and_bits(tmp_path):
@@ -160,19 +166,184 @@ def test_metrics_after_the_last_checkpoint_are_dropped(tmp_path):
     assert [line["iteration"] for line in lines] == list(range(30))
 
 
+def test_a_run_may_go_on_on_another_kind_of_device(tmp_path, caplog):
+    RunFolder(tmp_path / "a", "seed: 0\ndevice: cpu\n", resume=False)
+    folder = RunFolder(tmp_path / "a", "seed: 0\ndevice: cuda\n", resume=True)
+    assert folder.fingerprint == RunFolder(tmp_path / "b", "seed: 0\n", resume=False).fingerprint
+    assert "device: cpu" in (tmp_path / "a" / "config.yaml").read_text()
+    first, second, other = (torch.Generator().manual_seed(i) for i in range(3))
+    restore_random(first, second.get_state())
+    assert torch.equal(torch.rand(3, generator=first), torch.rand(3, generator=second))
+    assert not caplog.records
+    cuda_state = torch.arange(16, dtype=torch.uint8)  # seed and offset
+    restore_random(first, cuda_state)
+    restore_random(second, cuda_state)
+    restore_random(other, cuda_state + 1)
+    assert "another kind of device" in caplog.text
+    numbers = torch.rand(3, generator=first)
+    assert torch.equal(numbers, torch.rand(3, generator=second))
+    assert not torch.equal(numbers, torch.rand(3, generator=other))
+
+
+class Images:
+    """A source of given images, the damaged ones None."""
+
+    def __init__(self, items):
+        self.items = items
+        self.labels = torch.tensor([label for _, label in items])
+
+    def __len__(self):
+        return len(self.items)
+
+    def pixels(self, index):
+        if self.items[index][0] is None:
+            raise UnreadableImageError(f"image {index} cannot be read")
+        return self.items[index][0]
+
+    def normalise(self, pixels):
+        return pixels.float()
+
+
 def test_evaluate_counts_top1_and_top5():
     logits = torch.eye(10)[torch.tensor([3, 4, 5, 6])] * 5 - torch.arange(10.0) * 0.1
     data = [(logits[0], 3), (logits[1], 0), (logits[2], 9), (logits[3], 6)]
     for _ in range(2):  # the second pass reads the kept batches
-        accuracy = evaluate(nn.Identity(), BatchSource(data, batch_size=3))
+        accuracy = evaluate(nn.Identity(), BatchSource(Images(data), batch_size=3))
         assert (accuracy.top1, accuracy.top5, accuracy.count) == (50.0, 75.0, 4)
 
 
 def test_evaluate_refuses_labels_beyond_the_network_and_empty_data():
     with pytest.raises(UsageError, match="labels below the network's 3 classes, got 7"):
-        evaluate(nn.Identity(), BatchSource([(torch.zeros(3), 7)]))
+        evaluate(nn.Identity(), BatchSource(Images([(torch.zeros(3), 7)])))
     with pytest.raises(UsageError, match="at least one image"):
-        BatchSource([])
+        BatchSource(Images([]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_images_are_named_and_left_out_up_to_the_limit(workers, caplog):
+    good = (torch.tensor([1, 0], dtype=torch.uint8), 0)
+    source = Images([good, (None, 0), (None, 1), good, (None, 1)])
+    batches = BatchSource(source, batch_size=2, workers=workers, max_unreadable=3)
+    accuracy = evaluate(nn.Identity(), batches)
+    assert (accuracy.count, accuracy.top1) == (2, 100.0)
+    assert [r.message for r in caplog.records] == [
+        f"image {i} cannot be read; it is left out" for i in (1, 2, 4)
+    ]
+    with pytest.raises(UsageError, match="^image 2 cannot be read, after 1 others; --max_unread"):
+        evaluate(nn.Identity(), BatchSource(source, 2, workers, max_unreadable=1))
+    with pytest.raises(UsageError, match="^image 1 cannot be read; --max_unreadable lets"):
+        evaluate(nn.Identity(), BatchSource(source, 2, workers))
+    with pytest.raises(UsageError, match="some image that can be read, got 1 that cannot"):
+        evaluate(nn.Identity(), BatchSource(Images([(None, 0)]), max_unreadable=1))
+
+
+def test_accuracy_against_time_is_in_the_metrics(tmp_path):
+    whole, measured = Walk(), Walk()
+    train(whole, RunFolder(tmp_path / "a", "", resume=False), description="a")
+    folder = RunFolder(tmp_path / "b", "", resume=False)
+
+    def measure(bar):
+        time.sleep(0.02)
+        source = Images([(torch.tensor([1.0, 0.0]), 0)])
+        accuracy = evaluate(nn.Identity(), BatchSource(source), label="testing", bar=bar)
+        return {"top1": accuracy.top1}
+
+    options = {"evaluation": measure, "evaluate_every": 7, "log_every": 100}
+    with pytest.raises(KeyboardInterrupt):  # measured again after the last checkpoint
+        train(Walk(stop_at=16), folder, description="b", checkpoint_seconds=1e9, **options)
+    progress = train(measured, folder, description="b", **options)
+    assert progress.seconds < 0.02 * 4, "measuring is no training"
+    assert torch.equal(whole.position, measured.position)
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [x["iteration"] for x in lines if "top1" in x] == [6, 13, 20, 27]
+    seconds = [x["seconds"] for x in lines]
+    assert seconds == sorted(seconds)
+
+
+def test_too_little_memory_is_answered_by_the_setting_to_lower():
+    with (
+        pytest.raises(
+            UsageError,
+            match=r"expected a.b 16 and c 9 to fit the memory, got .*; "
+            "lower a.b from 16 to 8 and c from 9 to 4",
+        ),
+        must_fit(a__b=16, c=9, d=1),
+    ):
+        torch.empty(1 << 60)
+    with pytest.raises(UsageError, match="lower image_size"), must_fit(batch=1):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(RuntimeError, match="other"), must_fit(batch=16):
+        raise RuntimeError("other")
+
+    class Hungry(nn.Module):
+        def forward(self, x):
+            return torch.empty(1 << 60)
+
+    with pytest.raises(UsageError, match="lower test_batch from 3 to 1"):
+        evaluate(Hungry(), BatchSource(Images([(torch.zeros(3), 0)] * 3)))
+
+
+class Templates(nn.Module):
+    """Classifies 8x8 images by the nearest of K templates."""
+
+    def __init__(self, templates):
+        super().__init__()
+        self.templates = templates.flatten(1)
+
+    def forward(self, x):
+        return -torch.cdist(x.flatten(1), self.templates)
+
+
+class Noisy:
+    """Images near a template of their class, normalised with a mean of ImageNet's."""
+
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+    def __init__(self, classes=20):
+        random = torch.Generator().manual_seed(0)
+        self.templates = torch.rand(classes, 3, 8, 8, generator=random)
+        self.templates[:, 1] = 0.5
+        self.templates[:, 2] = 1 - self.templates[:, 0]  # with red and blue exchanged, a negative
+        self.labels = torch.arange(classes).repeat_interleave(10)
+        noise = torch.randn(len(self.labels), 3, 8, 8, generator=random)
+        values = (self.templates[self.labels] + 0.05 * noise).clamp(0, 1)
+        self.stored = (values * 255).to(torch.uint8)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def pixels(self, index):
+        return self.stored[index]
+
+    def normalise(self, pixels):
+        values = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        return (values - self.mean) / self.std
+
+
+def test_a_float_network_that_guesses_is_diagnosed():
+    source = Noisy()
+    right = source.normalise(source.templates)
+    assert diagnose(Templates(right), source, 20) is None
+    offset = Templates(source.normalise(source.templates.roll(1, 0)))
+    assert "the order of the classes" in diagnose(offset, source, 20)
+    flipped = diagnose(Templates(right.flip(1)), source, 20)
+    assert "the order of colours" in flipped
+    raw = diagnose(Templates(source.templates * 255), source, 20)
+    assert "--preprocessing.mean=[0,0,0] --preprocessing.std=[0.003922," in raw
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(192, 20))
+    nn.init.zeros_(constant[1].weight)
+    assert "all get class" in diagnose(constant, source, 20)
+    random = Templates(torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+    assert "the likely cause is" in diagnose(random, source, 20)
+
+
+def test_images_are_decoded_beside_a_gpu_alone():
+    assert decode_workers(None, "cuda:0", True) == min(8, os.cpu_count())
+    assert decode_workers(None, "cuda", False) == 0
+    assert decode_workers(None, "cpu", True) == 0
+    assert decode_workers(3, "cpu", False) == 3
+    assert decode_workers(0, "cuda", True) == 0
 
 
 def test_command_line_shows_a_mistake_in_one_line():

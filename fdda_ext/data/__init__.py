@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UnreadableImageError, UsageError
+from ..preprocessing import Preprocessing
 from .augmentation import Augmentation, augment
 from .dataset import ImageDataset
 from .digits import Digits
 from .folder import ImageFolder
 from .glyphs import Glyphs
+from .shards import Shards
 
 __all__ = [
     "Augmentation",
@@ -22,7 +26,10 @@ __all__ = [
     "augment",
     "calibration_set",
     "load_dataset",
+    "takes_preprocessing",
 ]
+
+_log = logging.getLogger("fdda_ext")
 
 Split = Literal["train", "calibration", "validation", "test"]
 
@@ -41,9 +48,11 @@ class _Limited(ImageDataset):
         self.image_size = dataset.image_size
         self.augmentation = dataset.augmentation
         self.labels = dataset.labels[self._indices]
+        self.from_files = dataset.from_files
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._dataset[int(self._indices[index])]
+    def pixels(self, index: int) -> Tensor:
+        """uint8 ``[3, H, W]``."""
+        return self._dataset.pixels(int(self._indices[index]))
 
 
 def load_dataset(
@@ -53,16 +62,21 @@ def load_dataset(
     image_size: int | None = None,
     seed: int = 0,
     limit: int | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> ImageDataset:
     """Open a data set.
 
     Args:
-        spec: ``glyphs``, ``digits``, ``folder:PATH`` or ``imagenet:PATH``.
+        spec: ``glyphs``, ``digits``, ``folder:PATH``, ``shards:PATH`` or ``imagenet:PATH``, a
+            folder of ImageNet's 1000 classes; ``imagenet`` alone finds PATH in the environment
+            variable IMAGENET.
         split: "train", "calibration", "validation" (to choose settings on) or "test". The last two
             share no image with each other and the rest.
         image_size: Height and width; None for the set's own (32, or 224 for folders).
         seed: Of the images that are rendered.
         limit: At most so many images, spread evenly over the split.
+        preprocessing: Of image files, as the network's weights want them; None for ImageNet's
+            usual one. ``image_size`` overrides its size.
 
     Raises:
         UsageError: If there is no such set, or its folder is missing or not as it should be.
@@ -74,25 +88,48 @@ def load_dataset(
     if limit is not None and limit < 1:
         raise UsageError(f"data: expected limit at least 1, got {limit}")
     source, _, path = spec.partition(":")
+    if spec == "imagenet":
+        path = os.environ.get("IMAGENET", "")
+        if not path:
+            raise UsageError(
+                "data: expected imagenet:PATH, or PATH in the environment variable IMAGENET, got "
+                "imagenet without"
+            )
+    how = (preprocessing or Preprocessing()).for_size(image_size)
     dataset: ImageDataset
     if spec == "glyphs":
         dataset = Glyphs(split, image_size or 32, seed)
     elif spec == "digits":
         dataset = Digits(split, image_size or 32)
+    elif source == "shards" and path:
+        dataset = Shards(Path(path), split, how)
     elif source in ("folder", "imagenet") and path:
-        dataset = ImageFolder(Path(path), split, image_size or 224)
+        dataset = ImageFolder(Path(path), split, how)
         if source == "imagenet" and dataset.num_classes != 1000:
             raise UsageError(
                 f"data: expected {path} to hold ImageNet's 1000 classes, "
                 f"got {dataset.num_classes}; use folder:{path} for other sets"
             )
     else:
-        raise UsageError(f"data: expected glyphs, digits, folder:PATH or imagenet:PATH, got {spec}")
+        raise UsageError(
+            f"data: expected glyphs, digits, folder:PATH, shards:PATH or imagenet:PATH, got {spec}"
+        )
     return dataset if limit is None else _Limited(dataset, limit)
 
 
+def takes_preprocessing(spec: str) -> bool:
+    """Whether the images of ``spec`` come from files, and so can be prepared in several ways."""
+    return spec.partition(":")[0] in ("folder", "shards", "imagenet")
+
+
 def calibration_set(
-    spec: str, images_per_class: int = 1, *, seed: int = 0, image_size: int | None = None
+    spec: str,
+    images_per_class: int = 1,
+    *,
+    seed: int = 0,
+    image_size: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    max_unreadable: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The little real data a method may use: some images of every class, drawn by ``seed``.
 
@@ -101,6 +138,9 @@ def calibration_set(
         images_per_class: How many of each.
         seed: Which ones.
         image_size: Height and width.
+        preprocessing: Of image files.
+        max_unreadable: In place of so many damaged files in all another one of the class is drawn;
+            each is named in a warning of the logger ``fdda_ext``.
 
     Returns:
         float32 images ``[K * images_per_class, 3, H, W]``, normalised, not augmented, sorted by
@@ -108,18 +148,35 @@ def calibration_set(
 
     Raises:
         UsageError: If a class has fewer images.
+        UnreadableImageError: If more files are damaged.
     """
     if images_per_class < 1:
         raise UsageError(f"data: expected images_per_class at least 1, got {images_per_class}")
-    dataset = load_dataset(spec, "calibration", image_size=image_size, seed=seed)
+    dataset = load_dataset(
+        spec, "calibration", image_size=image_size, seed=seed, preprocessing=preprocessing
+    )
     random = torch.Generator().manual_seed(seed)
-    chosen = []
+    chosen: list[Tensor] = []
+    unreadable = 0
     for k in range(dataset.num_classes):
         own = (dataset.labels == k).nonzero().flatten()
-        if own.numel() < images_per_class:
-            raise UsageError(
-                f"data: expected at least {images_per_class} calibration image(s) of every class, "
-                f"got {own.numel()} of class {dataset.class_names[k]}"
-            )
-        chosen.append(own[torch.randperm(own.numel(), generator=random)[:images_per_class]])
-    return dataset.images(torch.cat(chosen))
+        order = own[torch.randperm(own.numel(), generator=random)].tolist()
+        taken = 0
+        while taken < images_per_class:
+            if not order:
+                lost = own.numel() - taken
+                raise UsageError(
+                    f"data: expected at least {images_per_class} calibration image(s) of every "
+                    f"class, got {taken} of class {dataset.class_names[k]}"
+                    + (f" and {lost} that cannot be read" if lost else "")
+                )
+            try:
+                chosen.append(dataset.pixels(order.pop(0)))
+                taken += 1
+            except UnreadableImageError as error:
+                unreadable += 1
+                if unreadable > max_unreadable:
+                    raise
+                _log.warning("%s; another image of its class is taken", error)
+    labels = torch.arange(dataset.num_classes).repeat_interleave(images_per_class)
+    return dataset.normalise(torch.stack(chosen)), labels

@@ -20,10 +20,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         num_classes: Labels lie below it.
         class_names: One for each class.
         channels: Colours.
-        mean, std: What was subtracted, and divided by, per colour.
+        mean, std: What is subtracted, and divided by, per colour, of values from 0 to 1.
         image_size: Height and width.
         augmentation: How images may be varied.
         labels: int64 ``[len]``, known without decoding an image.
+        from_files: Whether images must be decoded.
     """
 
     num_classes: int
@@ -34,15 +35,34 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     image_size: int
     augmentation: Augmentation
     labels: Tensor
+    from_files = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """float32 ``[3, H, W]`` and the label."""
+    def pixels(self, index: int) -> Tensor:
+        """``[3, H, W]`` before `normalise`: uint8, or float32 from 0 to 1 where eight bits lack.
+
+        Raises:
+            UnreadableImageError: If it comes from a file that is no image, or a damaged one.
+        """
         raise NotImplementedError
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """float32 ``[..., 3, H, W]`` of what `pixels` gave, on whatever device that is."""
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.float() / 255
+        mean, std = (
+            torch.tensor(values, device=pixels.device).view(-1, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        return (pixels - mean) / std
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Normalised float32 ``[3, H, W]`` and the class."""
+        return self.normalise(self.pixels(index)), int(self.labels[index])
 
     def images(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """float32 images ``[B, 3, H, W]`` of ``indices``, and their int64 labels ``[B]``."""
         numbers = [int(index) for index in indices]
-        return torch.stack([self[index][0] for index in numbers]), self.labels[numbers]
+        return self.normalise(torch.stack([self.pixels(i) for i in numbers])), self.labels[numbers]

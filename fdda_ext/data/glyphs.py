@@ -6,6 +6,7 @@ workers do not matter. Whole faces are held out for the validation split, others
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -126,8 +127,12 @@ def render(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, in
     """Image ``index``, uint8 ``[size, size, 3]``, and its class: the classes come in turn."""
     rng = np.random.default_rng([seed, _SPLITS[split], index])
     label = index % len(CHARACTERS)
-    faces = faces_of(CHARACTERS[label], split)
-    face = faces[rng.integers(len(faces))]
+    return draw(CHARACTERS[label], faces_of(CHARACTERS[label], split), size, rng), label
+
+
+def draw(text: str, faces: Sequence[str], size: int, rng: np.random.Generator) -> np.ndarray:
+    """``text`` in one of ``faces`` before random colours and clutter: uint8 ``[size, size, 3]``."""
+    face = faces[int(rng.integers(len(faces)))]
 
     ink, paper = rng.uniform(0, 1, 3), rng.uniform(0, 1, 3)
     while abs((ink - paper) @ _LUMINANCE) < _LEAST_CONTRAST:
@@ -152,7 +157,7 @@ def render(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, in
 
     coverage = _place(
         face,
-        CHARACTERS[label],
+        text,
         size,
         extent=rng.uniform(0.45, 0.85),
         centre=(rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)),
@@ -167,7 +172,7 @@ def render(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, in
     if radius > 0.3 * size / 32:
         blurred = blurred.filter(ImageFilter.GaussianBlur(radius))
     noise = rng.normal(0, rng.uniform(2, 36), (size, size, 3))
-    return (np.asarray(blurred) + noise).clip(0, 255).astype(np.uint8), label
+    return (np.asarray(blurred) + noise).clip(0, 255).astype(np.uint8)
 
 
 class Glyphs(ImageDataset):
@@ -192,9 +197,9 @@ class Glyphs(ImageDataset):
         self.seed = 0 if split in ("validation", "test") else seed
         self.labels = torch.arange(_LENGTHS[split]) % self.num_classes
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Normalised float32 ``[3, H, W]`` and the class."""
+    def pixels(self, index: int) -> Tensor:
+        """uint8 ``[3, H, W]``."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        image, label = render(self.split, self.seed, index, self.image_size)
-        return (torch.from_numpy(image).permute(2, 0, 1).float() / 255 - 0.5) / 0.25, label
+        image, _ = render(self.split, self.seed, index, self.image_size)
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous()

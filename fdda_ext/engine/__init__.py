@@ -1,29 +1,47 @@
 """What a run needs whatever its method: a folder, checkpoints, a loop, an evaluation."""
 
-from .checkpoint import cpu_state, digest, load_state, save_state
-from .cli import build_parser, check_machine, parse_or_refuse, run_command
+from .checkpoint import cpu_state, digest, load_state, restore_random, save_state
+from .cli import (
+    build_parser,
+    check_machine,
+    decode_workers,
+    parse_or_refuse,
+    run_command,
+    with_underscores,
+)
+from .diagnosis import diagnose
 from .evaluation import Accuracy, BatchSource, count_outputs, evaluate
 from .loop import Progress, Trainable, train
+from .memory import must_fit
+from .progress import ProgressBar, progress_bar
 from .run_folder import RunFolder
-from .student_file import read_student, write_student
+from .student_file import preprocessing_of, read_student, write_student
 
 __all__ = [
     "Accuracy",
     "BatchSource",
     "Progress",
+    "ProgressBar",
     "RunFolder",
     "Trainable",
     "build_parser",
     "check_machine",
     "count_outputs",
     "cpu_state",
+    "decode_workers",
+    "diagnose",
     "digest",
     "evaluate",
     "load_state",
+    "must_fit",
     "parse_or_refuse",
+    "preprocessing_of",
+    "progress_bar",
     "read_student",
+    "restore_random",
     "run_command",
     "save_state",
     "train",
+    "with_underscores",
     "write_student",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 
-__all__ = ["atomic_write_text", "cpu_state", "digest", "load_state", "save_state"]
+__all__ = [
+    "atomic_write_text",
+    "cpu_state",
+    "digest",
+    "load_state",
+    "restore_random",
+    "save_state",
+]
+
+_log = logging.getLogger("fdda_ext")
 
 _FORMAT = "fdda_ext.state.1"
 
@@ -127,3 +137,20 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     if not isinstance(state, dict):
         raise UsageError(f"load_state: expected path to hold a dictionary, got {path}")
     return state
+
+
+def restore_random(random: torch.Generator, state: Tensor) -> None:
+    """Let ``random`` go on from ``state``, which its like had on this or another kind of device.
+
+    A CPU and a GPU have no random numbers in common: there, a new sequence begins whose seed comes
+    from ``state``, so that the same checkpoint still goes on in the same way.
+    """
+    state = state.cpu()
+    if state.numel() == random.get_state().numel():
+        random.set_state(state)
+        return
+    seed = hashlib.sha256(state.numpy().tobytes()).digest()[:7]
+    random.manual_seed(int.from_bytes(seed, "little"))
+    _log.warning(
+        "run: the checkpoint is from another kind of device; from here on random numbers are others"
+    )

@@ -14,8 +14,16 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from safetensors import SafetensorError
 
 from ..errors import UsageError
+from .memory import is_out_of_memory
 
-__all__ = ["build_parser", "check_machine", "parse_or_refuse", "run_command"]
+__all__ = [
+    "build_parser",
+    "check_machine",
+    "decode_workers",
+    "parse_or_refuse",
+    "run_command",
+    "with_underscores",
+]
 
 
 _LONGEST_ERROR = 500
@@ -47,10 +55,20 @@ def build_parser(command: str, description: str, **options: Any) -> ArgumentPars
     )
 
 
+def with_underscores(arguments: Sequence[str] | None) -> list[str]:
+    """The command line with options as they are declared: ``--max-time`` is ``--max_time``."""
+
+    def declared(argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        return f"--{name[2:].replace('-', '_')}{equals}{value}" if name[:2] == "--" else argument
+
+    return [declared(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+
+
 def parse_or_refuse(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
     """Parse the command line; a mistake is a `UsageError` of one sentence."""
     try:
-        return parser.parse_args(arguments)
+        return parser.parse_args(with_underscores(arguments))
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
         sentence = " ".join(str(error).split())
         if len(sentence) > _LONGEST_ERROR:  # a wrong --config is quoted whole
@@ -85,6 +103,16 @@ def check_machine(
         )
 
 
+def decode_workers(workers: int | None, device: str, from_files: bool) -> int:
+    """How many processes decode images, if the user (``workers`` None) has no opinion.
+
+    On a CPU they would take the cores from the network.
+    """
+    if workers is not None:
+        return workers
+    return min(8, os.cpu_count() or 1) if from_files and device.startswith("cuda") else 0
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run ``main``; leave with 0 when it returns, 2 after a `UsageError`, 130 on Ctrl-C."""
     try:
@@ -98,10 +126,10 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         print(f"error: expected to write and read files, got: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         print(f"error: expected sizes that fit the memory, got {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from ..errors import UsageError
+from ..errors import UnreadableImageError, UsageError
+from .memory import must_fit
+from .progress import ProgressBar, progress_bar
 
 __all__ = ["Accuracy", "BatchSource", "count_outputs", "evaluate"]
+
+_log = logging.getLogger("fdda_ext")
 
 #: Data sets up to this many bytes of images stay in memory between evaluations.
 KEEP_BYTES = 1 << 30
@@ -37,40 +42,124 @@ class Accuracy:
 class ImageSource(Protocol):
     """Images with labels, by number."""
 
+    @property
+    def labels(self) -> Tensor:
+        """int64 ``[n]``."""
+        ...
+
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
-        """Image ``[3, H, W]`` and label."""
+    def pixels(self, index: int, /) -> Tensor:
+        """Image ``[3, H, W]``, uint8, or float32 from 0 to 1."""
+        ...
+
+    def normalise(self, pixels: Tensor, /) -> Tensor:
+        """float32 images for the network, on the device of ``pixels``."""
         ...
 
 
-class BatchSource:
-    """Batches ``(images [B, 3, H, W], labels [B])`` of a data set, any number of times.
+class _Pixels:
+    """The images of a source for a loader; in place of a damaged one stands why it is damaged.
 
-    Small data sets are produced once and kept.
+    An exception that crosses the border of a worker process comes back as a traceback.
     """
 
-    def __init__(self, dataset: ImageSource, batch_size: int = 250, workers: int = 0):
-        self._loader = DataLoader(cast(Any, dataset), batch_size=batch_size, num_workers=workers)
-        self._size = len(dataset)
-        self._kept: list[tuple[Tensor, Tensor]] | None = None
-        if self._size == 0:
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+        try:
+            return self.source.pixels(index), int(self.source.labels[index])
+        except UnreadableImageError as error:
+            return str(error)
+
+
+def _collate(items: list[Any]) -> tuple[list[Tensor], list[str]]:
+    """Pixels and labels of the images that can be read, and what is wrong with the others."""
+    readable = [item for item in items if not isinstance(item, str)]
+    batch = list(default_collate(readable)) if readable else []
+    return batch, [item for item in items if isinstance(item, str)]
+
+
+class BatchSource:
+    """Batches ``(pixels [B, 3, H, W], labels [B])`` of a data set, any number of times.
+
+    Pixels are what the data set stores, uint8 mostly: a quarter of what normalised images would
+    take in memory and on the way to a GPU. `normalise` is done there. Small data sets are produced
+    once and kept.
+
+    Args:
+        dataset: The images.
+        batch_size: B, less for the last batch and where images were left out.
+        workers: Processes that decode images; 0 for this one.
+        max_unreadable: So many damaged files are left out, each named in a warning of the logger
+            ``fdda_ext``; one more is an error.
+
+    Raises:
+        UsageError: If the data set is empty.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSource,
+        batch_size: int = 250,
+        workers: int = 0,
+        max_unreadable: int = 0,
+    ) -> None:
+        if len(dataset) == 0:
             raise UsageError("evaluate: expected dataset to hold at least one image, got none")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.max_unreadable = max_unreadable
+        self._loader = DataLoader(
+            cast(Any, _Pixels(dataset)),
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self._loader)
 
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """float32 images for the network, on the device of ``pixels``."""
+        return self.dataset.normalise(pixels)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches.
+
+        Raises:
+            UsageError: If more files are damaged than may be, or all.
+        """
         if self._kept is not None:
             yield from self._kept
             return
         kept: list[tuple[Tensor, Tensor]] | None = []
-        for images, labels in self._loader:
+        unreadable = 0
+        for batch, damaged in self._loader:
+            for message in damaged:
+                unreadable += 1
+                if unreadable > self.max_unreadable:
+                    more = f", after {unreadable - 1} others" if unreadable > 1 else ""
+                    raise UsageError(f"{message}{more}; --max_unreadable lets some be left out")
+                _log.warning("%s; it is left out", message)
+            if not batch:
+                continue
+            pixels, labels = batch
             if kept is not None:
-                kept.append((images, labels))
-                if images[0].nbytes * self._size > KEEP_BYTES:
+                kept.append((pixels, labels))
+                if pixels[0].nbytes * len(self.dataset) > KEEP_BYTES:
                     kept = None
-            yield images, labels
+            yield pixels, labels
+        if unreadable == len(self.dataset):
+            raise UsageError(
+                f"evaluate: expected some image that can be read, got {unreadable} that cannot"
+            )
         self._kept = kept
 
 
@@ -96,7 +185,12 @@ def count_outputs(network: nn.Module, images: Tensor, command: str) -> int:
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, batches: BatchSource, *, device: torch.device | str = "cpu", label: str = ""
+    network: nn.Module,
+    batches: BatchSource,
+    *,
+    device: torch.device | str = "cpu",
+    label: str = "",
+    bar: ProgressBar | None = None,
 ) -> Accuracy:
     """Accuracy of ``network`` in evaluation mode over all of ``batches``.
 
@@ -105,22 +199,33 @@ def evaluate(
         batches: The data.
         device: Where the network is.
         label: Shown beside the progress bar, which appears when this is not empty.
+        bar: Where to show it; None for a bar of its own.
 
     Raises:
-        UsageError: If a label is not below K.
+        UsageError: If a label is not below K, images cannot be read, or the memory does not
+            suffice for a batch.
     """
     network.eval()
     correct1 = correct5 = count = 0
-    source = track(batches, description=label, transient=True) if label else batches
-    for images, labels in source:
-        logits = network(images.to(device)).cpu()
-        if int(labels.max()) >= logits.shape[1]:
-            raise UsageError(
-                f"evaluate: expected labels below the network's {logits.shape[1]} classes, "
-                f"got {int(labels.max())}"
-            )
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        correct1 += int(best[:, 0].sum())
-        correct5 += int(best.any(1).sum())
-        count += labels.shape[0]
+    own = progress_bar(transient=True) if label and bar is None else None
+    shown = own or bar
+    with own or nullcontext():
+        task = shown.add_task(label, total=len(batches.dataset), shown="") if shown else None
+        for pixels, labels in batches:
+            with must_fit(test_batch=min(batches.batch_size, len(batches.dataset))):
+                images = batches.normalise(pixels.to(device, non_blocking=True))
+                logits = network(images).cpu()
+            if int(labels.max()) >= logits.shape[1]:
+                raise UsageError(
+                    f"evaluate: expected labels below the network's {logits.shape[1]} classes, "
+                    f"got {int(labels.max())}"
+                )
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            correct1 += int(best[:, 0].sum())
+            correct5 += int(best.any(1).sum())
+            count += labels.shape[0]
+            if shown is not None and task is not None:
+                shown.update(task, completed=count, shown=f"top-1 {100 * correct1 / count:.2f} %")
+        if shown is not None and task is not None:
+            shown.remove_task(task)
     return Accuracy(100 * correct1 / count, 100 * correct5 / count, count)

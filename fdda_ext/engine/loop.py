@@ -5,26 +5,26 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress as ProgressBar,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import UsageError
 from .checkpoint import load_state, save_state
+from .progress import ProgressBar, progress_bar
 from .run_folder import RunFolder
 
-__all__ = ["Progress", "Trainable", "train"]
+__all__ = ["Evaluation", "Progress", "Trainable", "train"]
+
+#: Measures what is being trained, shows how far it is, and names what it found.
+Evaluation = Callable[[ProgressBar], Mapping[str, float]]
+
+#: Of the time that checkpoints may take: those of ImageNet's generator have half a gigabyte.
+_SAVING_SHARE = 0.02
 
 
 class Trainable(Protocol):
@@ -99,6 +99,8 @@ def train(
     max_seconds: float | None = None,
     checkpoint_seconds: float = 20.0,
     log_every: int = 10,
+    evaluation: Evaluation | None = None,
+    evaluate_every: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Progress:
     """Run ``trainable`` from the folder's checkpoint, if there is one, to its end.
@@ -109,8 +111,12 @@ def train(
         description: Shown beside the progress bar.
         max_seconds: Stop after the first iteration that ends later than this, resumptions counted
             together; the state is then stored, so that a later call goes on.
-        checkpoint_seconds: Least time between two checkpoints.
+        checkpoint_seconds: Least time between two checkpoints; more where the writing of one would
+            take more than a fiftieth of it.
         log_every: Metrics of every so manyth iteration are kept (reading them waits for a GPU).
+        evaluation: What to measure meanwhile. It must not change what is trained; its time does
+            not count as training.
+        evaluate_every: Iterations between two of them; None for never.
         device: Where a checkpoint's tensors are put.
 
     Returns:
@@ -121,7 +127,15 @@ def train(
     """
     with folder.lock():
         return _train(
-            trainable, folder, description, max_seconds, checkpoint_seconds, log_every, device
+            trainable,
+            folder,
+            description,
+            max_seconds,
+            checkpoint_seconds,
+            log_every,
+            evaluation if evaluate_every else None,
+            evaluate_every or 1,
+            device,
         )
 
 
@@ -132,6 +146,8 @@ def _train(
     max_seconds: float | None,
     checkpoint_seconds: float,
     log_every: int,
+    evaluation: Evaluation | None,
+    evaluate_every: int,
     device: torch.device | str,
 ) -> Progress:
     done, seconds_before = 0, 0.0
@@ -139,9 +155,10 @@ def _train(
         done, seconds_before = _restore(trainable, folder, device)
     _truncate_metrics(folder, done)
     start = saved = time.monotonic()
+    evaluating = saving = 0.0
 
     def elapsed() -> float:
-        return seconds_before + time.monotonic() - start
+        return seconds_before + time.monotonic() - start - evaluating
 
     def save() -> None:
         state = {
@@ -152,15 +169,16 @@ def _train(
         }
         save_state(folder.checkpoint, state)
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
-    )
     writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=done)
-    with writer, folder.metrics.open("a") as metrics_file, ProgressBar(*columns) as bar:
+    with writer, folder.metrics.open("a") as metrics_file, progress_bar() as bar:
+
+        def note(values: Mapping[str, float]) -> None:
+            line = {"iteration": done, "seconds": round(elapsed(), 3), **values}
+            metrics_file.write(json.dumps(line) + "\n")
+            metrics_file.flush()
+            for name, value in values.items():
+                writer.add_scalar(name, value, done)
+
         task = bar.add_task(description, total=trainable.iterations, completed=done, shown="")
         while done < trainable.iterations:
             if max_seconds is not None and elapsed() >= max_seconds:
@@ -174,17 +192,20 @@ def _train(
                             f"{description}: expected a finite loss, got {value} for {name} in "
                             f"iteration {done}; lower the learning rates"
                         )
-                line = {"iteration": done, "seconds": round(elapsed(), 3), **values}
-                metrics_file.write(json.dumps(line) + "\n")
-                metrics_file.flush()
-                for name, value in values.items():
-                    writer.add_scalar(name, value, done)
+                note(values)
                 latest = list(values.items())[-1:]  # one, so that the bar fits a narrow terminal
                 bar.update(task, shown="".join(f"{n} {v:.3g}" for n, v in latest))
+            if evaluation is not None and (done + 1) % evaluate_every == 0:
+                begin = time.monotonic()
+                measured = evaluation(bar)
+                evaluating += time.monotonic() - begin
+                note(measured)
             done += 1
             bar.update(task, completed=done)
-            if time.monotonic() - saved >= checkpoint_seconds:
+            if time.monotonic() - saved >= max(checkpoint_seconds, saving / _SAVING_SHARE):
+                begin = time.monotonic()
                 save()
                 saved = time.monotonic()
+                saving = saved - begin
     save()
     return Progress(done, elapsed())

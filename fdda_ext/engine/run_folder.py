@@ -25,7 +25,8 @@ class RunFolder:
 
     Args:
         path: Created when absent.
-        config: The resolved configuration as YAML text; a resumed run must have the same.
+        config: The resolved configuration as YAML text; a resumed run must have the same, but for
+            the line ``device: ...``.
         resume: Go on with what the folder holds.
         inputs: Digest of the weights and images that the run starts from.
 
@@ -37,7 +38,7 @@ class RunFolder:
     def __init__(self, path: Path, config: str, *, resume: bool, inputs: str = "") -> None:
         self.path = path
         #: Of configuration and inputs, kept beside every result made with them.
-        self.fingerprint = hashlib.sha256((config + inputs).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256((_essence(config) + inputs).encode()).hexdigest()[:16]
         if path.exists() and not path.is_dir():
             raise UsageError(f"run: expected out to be a folder, got the file {path}")
         stored = path / "config.yaml"
@@ -48,7 +49,7 @@ class RunFolder:
                     "give --resume to go on with it, or another --out"
                 )
             before = stored.read_text(errors="replace")
-            if before != config:
+            if _essence(before) != _essence(config):
                 raise UsageError(
                     f"run: expected the configuration of the resumed run {path}, got another: "
                     f"{_first_difference(before, config)}"
@@ -135,8 +136,14 @@ class RunFolder:
         atomic_write_text(self.path / "summary.json", text + "\n")
 
 
+def _essence(config: str) -> str:
+    """What decides the result: a run may go on elsewhere."""
+    return "".join(x for x in config.splitlines(keepends=True) if not x.startswith("device:"))
+
+
 def _first_difference(stored: str, given: str) -> str:
-    for old, new in zip(stored.splitlines(), given.splitlines(), strict=False):
+    pairs = zip(_essence(stored).splitlines(), _essence(given).splitlines(), strict=False)
+    for old, new in pairs:
         if old != new:
             return f"'{new.strip()}' instead of '{old.strip()}'"
     return "one has more settings than the other"

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..preprocessing import Preprocessing
 from .checkpoint import cpu_state, digest
 
-__all__ = ["read_student", "write_student"]
+__all__ = ["preprocessing_of", "read_student", "write_student"]
 
 _FORMAT = "fdda_ext.student.1"
 
@@ -50,4 +51,21 @@ def read_student(path: Path, command: str = "evaluate") -> tuple[dict[str, Tenso
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise UsageError(
             f"{command}: expected a whole student file, got {path} ({error})"
+        ) from None
+
+
+def preprocessing_of(recipe: dict[str, Any], command: str = "evaluate") -> Preprocessing:
+    """How a student's ``recipe`` prepares images from files.
+
+    Raises:
+        UsageError: If what it says of that cannot be understood.
+    """
+    given = recipe.get("preprocessing")
+    if given is None:  # embedded data, or a student from before this was stored
+        return Preprocessing().for_size(int(recipe["image_size"]))
+    try:
+        return Preprocessing.from_dict(given)
+    except (UsageError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{command}: expected a recipe with a preprocessing, got {given} ({error})"
         ) from None

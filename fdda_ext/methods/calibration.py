@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from typing_extensions import override
 
+from ..engine import restore_random
 from ..quantization import calibrate
 from .base import Method, Problem
 from .distillation import ImageSampler, Student
@@ -83,4 +84,4 @@ class CalibrationDistillation(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trainer.load_state_dict(state["trainer"])
         self.images.order = state["images"]
-        self.random.set_state(state["random"].cpu())
+        restore_random(self.random, state["random"])

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..data import augment
+from ..engine import must_fit
 from ..errors import UsageError
 from ..quantization import project_scales_, scale_parameters
 from .base import Problem
@@ -164,12 +165,16 @@ class Student:
         """Distil the teacher into the student on ``images [N, 3, H, W]``; return the loss."""
         for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = rate * self.rate_factor()
-        with torch.no_grad():
-            teacher_logits = self.teacher(images)
-        loss = distillation_loss(self.network(images), teacher_logits, labels, self.config)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        with must_fit(
+            settings__distillation__real_batch=self.config.real_batch,
+            settings__distillation__generated_batch=self.config.generated_batch,
+        ):
+            with torch.no_grad():
+                teacher_logits = self.teacher(images)
+            loss = distillation_loss(self.network(images), teacher_logits, labels, self.config)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
         project_scales_(self.network)
         self.steps_done += 1
         return loss.detach()

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from ..data import augment
+from ..engine import must_fit, restore_random
 from ..errors import UsageError
 from ..quantization import calibrate, set_activation_mode
 from ..statistics import (
@@ -77,14 +78,15 @@ class FDDA(Method):
                 "none; check the weights, the class order and the normalisation of the data"
             )
 
-        with torch.random.fork_rng():  # the initial weights depend on the seed alone
-            torch.manual_seed(problem.seed)
-            self.generator = ConditionalGenerator(
-                problem.num_classes, problem.image_size, self.config.generator
-            ).to(problem.device)
-        self.generator_optimizer = torch.optim.Adam(
-            self.generator.parameters(), lr=self.config.lr, betas=(0.5, 0.999)
-        )
+        with must_fit(settings__fdda__generator__channels=self.config.generator.channels):
+            with torch.random.fork_rng():  # the initial weights depend on the seed alone
+                torch.manual_seed(problem.seed)
+                self.generator = ConditionalGenerator(
+                    problem.num_classes, problem.image_size, self.config.generator
+                ).to(problem.device)
+            self.generator_optimizer = torch.optim.Adam(
+                self.generator.parameters(), lr=self.config.lr, betas=(0.5, 0.999)
+            )
 
         self.quantization = problem.quantization
         self.student = problem.student()
@@ -99,7 +101,8 @@ class FDDA(Method):
 
     @override
     def step(self, iteration: int) -> Mapping[str, Tensor]:
-        metrics, images, labels = self.generator_step(iteration)
+        with must_fit(settings__fdda__batch=self.config.batch):
+            metrics, images, labels = self.generator_step(iteration)
         if self.config.ranges_from == "generated" and iteration < self.config.range_iterations:
             self.range_step(iteration, images)
         if iteration >= self.config.warmup_iterations:
@@ -240,7 +243,7 @@ class FDDA(Method):
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.trainer.load_state_dict(state["trainer"])
         self.images.order = state["images"]
-        self.random.set_state(state["random"].cpu())
+        restore_random(self.random, state["random"])
 
     @override
     def save_artifacts(self, folder: Path) -> None:

@@ -1,5 +1,5 @@
 """Sources of trained networks."""
 
-from .zoo import load_model, load_weights
+from .zoo import TrainedNetwork, load_model, load_weights, open_model
 
-__all__ = ["load_model", "load_weights"]
+__all__ = ["TrainedNetwork", "load_model", "load_weights", "open_model"]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import math
 import pickle
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,52 +21,112 @@ from torch import Tensor, nn
 
 from .._torchvision import import_torchvision
 from ..errors import UsageError
+from ..preprocessing import Preprocessing
 from .glyph_networks import GlyphMobileNet, GlyphResNet
+from .layouts import relatives, translate
 
-__all__ = ["EMBEDDED", "load_model", "load_weights"]
+__all__ = ["EMBEDDED", "TrainedNetwork", "load_model", "load_weights", "open_model"]
 
 #: Networks with weights in this package, trained on ``glyphs``.
 EMBEDDED: dict[str, Callable[[int], nn.Module]] = {
     "glyphs_resnet": GlyphResNet,
     "glyphs_mobilenet": GlyphMobileNet,
 }
+_log = logging.getLogger("fdda_ext")
+
 _SOURCES = ("torchvision", "timm", "pytorchcv")
+_NAMED_FILE = re.compile(rf"(order|(?:{'|'.join(_SOURCES)}):[^=/]+)=(.+)")
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network and what its weights say about themselves.
+
+    Attributes:
+        network: In evaluation mode, from images ``[N, 3, H, W]`` to logits ``[N, K]``.
+        preprocessing: What the weights were trained for, of images from files.
+        origin: Where the weights are from, in words.
+    """
+
+    network: nn.Module
+    preprocessing: Preprocessing
+    origin: str
 
 
 def load_model(
     spec: str, *, weights: str | None = "default", num_classes: int | None = None
 ) -> nn.Module:
-    """Build a network in evaluation mode.
+    """Build a network in evaluation mode; arguments, result and errors are `open_model`'s."""
+    return open_model(spec, weights=weights, num_classes=num_classes).network
+
+
+def open_model(
+    spec: str, *, weights: str | None = "default", num_classes: int | None = None
+) -> TrainedNetwork:
+    """Build a network, fill it with weights, and say how these want their images.
 
     Args:
-        spec: ``glyphs_resnet``, ``glyphs_mobilenet``, ``torchvision:NAME``, ``timm:NAME`` or
-            ``pytorchcv:NAME``.
-        weights: "default" for trained ones (shipped, or the library's own download), "none" or
-            None for random ones, or a file: safetensors, or a torch file of plain tensors.
+        spec: ``glyphs_resnet``, ``glyphs_mobilenet``, ``torchvision:NAME``, ``timm:NAME`` (a tag
+            may follow: ``timm:resnet50.tv_in1k``) or ``pytorchcv:NAME``.
+        weights: "default" for trained ones (shipped, or the library's own download and cache);
+            "none" or None for random ones; a name such as ``IMAGENET1K_V1`` that torchvision has
+            for the network; or a file: safetensors, or a torch file of plain tensors. A file that
+            was saved from the same network of another library is recognised by its names; where
+            they leave a choice, ``SPEC=FILE`` names the network it was saved from. ``order=FILE``
+            is for files of other origin: it goes by the order of the tensors, whatever their
+            names, and the user vouches that the networks compute the same.
         num_classes: Outputs; None for those of the weights.
-
-    Returns:
-        The network, from images ``[N, 3, H, W]`` to logits ``[N, num_classes]``.
 
     Raises:
         UsageError: If there is no such network or file, or they do not fit.
     """
-    path = None if weights in (None, "none", "default") else Path(str(weights))
-    if path is not None and not path.is_file():
-        raise UsageError(f"model: expected weights to be default, none or a file, got {weights}")
-    source, _, name = spec.partition(":")
-    if spec in EMBEDDED:
-        network = _embedded(spec, num_classes, trained=weights == "default")
-    elif source in _SOURCES and name:
-        network = _from_library(source, name, num_classes, trained=weights == "default")
-    else:
-        names = (*EMBEDDED, *(f"{source}:NAME" for source in _SOURCES))
+    library, _, name = spec.partition(":")
+    if spec not in EMBEDDED and (library not in _SOURCES or not name):
+        names = (*EMBEDDED, *(f"{library}:NAME" for library in _SOURCES))
         close = difflib.get_close_matches(spec, EMBEDDED, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(f"model: expected one of {', '.join(names)}, got {spec}{hint}")
-    if path is not None:
-        load_weights(network, path)
-    return network.eval()
+    chosen = "none" if weights is None else weights
+    if chosen == "none" or (chosen == "default" and spec in EMBEDDED):
+        network = _build(spec, num_classes, None if chosen == "none" else chosen)
+        return TrainedNetwork(network.eval(), _preprocessing(spec, network), chosen)
+    if chosen == "default" or _is_torchvision_weights(spec, chosen):
+        network = _build(spec, num_classes, chosen)
+        preprocessing = _preprocessing(spec, network, chosen)
+        return TrainedNetwork(network.eval(), preprocessing, f"{library}'s {chosen}")
+
+    named = _NAMED_FILE.fullmatch(chosen)
+    path = Path(named[2] if named else chosen)
+    if not path.is_file():
+        raise UsageError(f"model: expected weights to be default, none or a file, got {weights}")
+    network = _build(spec, num_classes, None)
+    state = _read_weights(path)
+    if named is not None and named[1] == "order":
+        _fill(network, _in_order(network, state, path), path)
+        preprocessing = _preprocessing(spec, network, path.name)
+        return TrainedNetwork(network.eval(), preprocessing, f"{path}, by order")
+    if (named is None or named[1] == spec) and _misfit(network, state) is None:
+        _fill(network, state, path)
+        return TrainedNetwork(network.eval(), _preprocessing(spec, network, path.name), str(path))
+    origin = named[1] if named else _origin(spec, network, state, num_classes, path)
+    source = _build(origin, num_classes, None)
+    misfit = _misfit(source, state)
+    if misfit is not None:
+        raise UsageError(f"model: expected weights of {origin}, got {path} with {misfit}")
+    preprocessing = _preprocessing(origin, source, path.name)
+    # pytorchcv's networks pool over a fixed window and take images of one size only.
+    size = preprocessing.image_size
+    state = translate(state, source, network, names=(origin, spec), image_size=size)
+    _fill(network, state, path)
+    return TrainedNetwork(network.eval(), preprocessing, f"{path}, saved from {origin}")
+
+
+def _build(spec: str, num_classes: int | None, weights: str | None) -> nn.Module:
+    """The network; ``weights`` None for random ones."""
+    if spec in EMBEDDED:
+        return _embedded(spec, num_classes, trained=weights == "default")
+    library, _, name = spec.partition(":")
+    return _from_library(library, name, num_classes, weights)
 
 
 def _embedded(name: str, num_classes: int | None, *, trained: bool) -> nn.Module:
@@ -91,28 +155,32 @@ def _outputs(state: dict[str, Tensor]) -> int:
     return int(matrix.shape[0])
 
 
-def _from_library(source: str, name: str, num_classes: int | None, *, trained: bool) -> nn.Module:
+def _from_library(
+    library: str, name: str, num_classes: int | None, weights: str | None
+) -> nn.Module:
+    trained = weights is not None
     classes: dict[str, Any] = {}
     if num_classes is not None and not trained:
         classes["num_classes"] = num_classes
     build: Callable[..., nn.Module]
     known: list[str]
-    if source == "torchvision":
+    if library == "torchvision":
         models = import_torchvision().models
         known = models.list_models(module=models)
-        build = lambda: models.get_model(  # noqa: E731
-            name, weights="DEFAULT" if trained else None, **classes
-        )
-    elif find_spec(source) is None:
+        which = "DEFAULT" if weights == "default" else weights
+        build = lambda: models.get_model(name, weights=which, **classes)  # noqa: E731
+    elif find_spec(library) is None:
         raise UsageError(
-            f"model: expected the package {source} to be installed, got none; "
-            f"pip install --no-deps {source}"
+            f"model: expected the package {library} to be installed, got none; "
+            f"pip install --no-deps {library}"
         )
-    elif source == "timm":
+    elif library == "timm":
         import_torchvision()  # timm and pytorchcv import it, and it may need its help
         import timm
 
         known = timm.list_models()
+        if "." in name:
+            known += timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
         build = lambda: timm.create_model(name, pretrained=trained, **classes)  # noqa: E731
     else:
         import_torchvision()
@@ -123,15 +191,71 @@ def _from_library(source: str, name: str, num_classes: int | None, *, trained: b
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"model: expected a network that {source} has, got {name}{hint}")
+        raise UsageError(f"model: expected a network that {library} has, got {name}{hint}")
     try:
         return build()
     except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = f"got {type(error).__name__} ({' '.join(str(error).split())[:200]})"
+        if not trained:
+            raise UsageError(f"model: expected {library}:{name} to be built, {reason}") from None
         raise UsageError(
-            f"model: expected {source}:{name} to be built, got {type(error).__name__} "
-            f"({reason}); without a network connection give --weights FILE"
+            f"model: expected {library} to have or download the weights of {name}, {reason}; "
+            "without a network connection give --weights FILE"
         ) from None
+
+
+def _is_torchvision_weights(spec: str, weights: str) -> bool:
+    library, _, name = spec.partition(":")
+    if library != "torchvision":
+        return False
+    models = import_torchvision().models
+    return name in models.list_models(module=models) and (
+        weights in models.get_model_weights(name).__members__
+    )
+
+
+def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preprocessing:
+    """What the library says of ``weights``: "default", torchvision's name of them, or a file's.
+
+    Of torchvision's networks only the file's name can tell; another file gets the usual values.
+    """
+    library, _, name = spec.partition(":")
+    if library == "torchvision":
+        every = import_torchvision().models.get_model_weights(name)
+        found = [w for w in every if weights in (w.name, Path(w.url).name)]
+        if weights == "default":
+            found = [every.DEFAULT]
+        if found:
+            transform = found[0].transforms()
+            return Preprocessing(
+                tuple(transform.mean),
+                tuple(transform.std),
+                transform.crop_size[0],
+                transform.resize_size[0],
+                transform.interpolation.value,
+            )
+    if library == "timm":
+        values: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+        size = int(values["input_size"][-1])
+        kind = values["interpolation"]
+        if values.get("crop_mode", "center") != "center":
+            _log.warning(
+                "model: the weights of timm:%s were evaluated on images prepared by %s; here the "
+                "short side is resized and the middle cut out",
+                name,
+                values["crop_mode"],
+            )
+        return Preprocessing(
+            tuple(values["mean"]),
+            tuple(values["std"]),
+            size,
+            math.floor(size / (values.get("crop_pct") or 0.875)),
+            "bilinear" if kind == "random" else kind,
+        )
+    if library == "pytorchcv":
+        size = int(network.in_size[0])  # type: ignore[index]
+        return Preprocessing(image_size=size, resize=math.ceil(size / 0.875))
+    return Preprocessing()
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -145,19 +269,105 @@ def load_weights(network: nn.Module, path: Path) -> None:
     Raises:
         UsageError: If the file is damaged, holds other things than tensors, or does not fit.
     """
+    _fill(network, _read_weights(path), path)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError):
         state = _torch_file(path)
-    state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
+
+
+def _misfit(network: nn.Module, state: dict[str, Tensor]) -> str | None:
+    """A tensor that only one of the two has, in words."""
     own = network.state_dict()
     counters = {key for key in own if key.endswith("num_batches_tracked")}
     missing = sorted(own.keys() - state.keys() - counters)
     unknown = sorted(state.keys() - own.keys())
     if missing or unknown:
-        what = f"no {missing[0]}" if missing else f"the unknown {unknown[0]}"
+        return f"no {missing[0]}" if missing else f"the unknown {unknown[0]}"
+    return None
+
+
+def _in_order(network: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of ``state`` under the names that ``network`` has at the same places.
+
+    Raises:
+        UsageError: If there are more or less, or one has another shape or another last name.
+    """
+
+    def listed(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+        return [(k, v) for k, v in tensors.items() if not k.endswith("num_batches_tracked")]
+
+    ours, theirs = listed(network.state_dict()), listed(state)
+    for (key, like), (other, tensor) in zip(ours, theirs, strict=False):
+        if other.rpartition(".")[2] != key.rpartition(".")[2] or tensor.shape != like.shape:
+            raise UsageError(
+                f"model: expected tensors in the network's order, got {other} "
+                f"{tuple(tensor.shape)} in the place of {key} {tuple(like.shape)} in {path}; "
+                "safetensors are sorted by name, torch files by the order of saving"
+            )
+    if len(ours) != len(theirs):
         raise UsageError(
-            f"model: expected weights with the network's {len(own)} tensors, got {path} with {what}"
+            f"model: expected the network's {len(ours)} tensors, got {len(theirs)} in {path}"
+        )
+    return {key: tensor for (key, _), (_, tensor) in zip(ours, theirs, strict=True)}
+
+
+def _origin(
+    spec: str, network: nn.Module, state: dict[str, Tensor], num_classes: int | None, path: Path
+) -> str:
+    """The network of another library that ``state`` was saved from.
+
+    Raises:
+        UsageError: If there is none, or several that compute different things.
+    """
+    shapes = {key: tensor.shape for key, tensor in state.items()}
+    candidates: dict[str, nn.Module] = {}
+    tried = []
+    for other in relatives(spec):
+        if find_spec(other.partition(":")[0]) is None:
+            continue
+        source = _build(other, num_classes, None)
+        own = source.state_dict()
+        tried.append(other)
+        if _misfit(source, state) is None and all(own[k].shape == s for k, s in shapes.items()):
+            candidates[other] = source
+    if not candidates:
+        more = f"; nor are they from {', '.join(tried)}" if tried else ""
+        raise UsageError(
+            f"model: expected weights with the network's {len(network.state_dict())} tensors, "
+            f"got {path} with {_misfit(network, state)}{more}"
+        )
+    equal, refusals = [], []
+    for other, source in candidates.items():
+        size = _preprocessing(other, source).image_size
+        try:
+            translate(state, source, network, names=(other, spec), image_size=size)
+            equal.append(other)
+        except UsageError as error:
+            refusals.append(error)
+    if not equal:
+        raise refusals[0]
+    if refusals:
+        raise UsageError(
+            f"model: expected weights of a known network, got {path}, which may be from any of "
+            f"{', '.join(candidates)}, and these compute different things; "
+            f"give --weights {equal[0]}={path} if it is that one"
+        )
+    return equal[0]
+
+
+def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load ``state``, read from ``path``, after a check of everything in it."""
+    own = network.state_dict()
+    misfit = _misfit(network, state)
+    if misfit is not None:
+        raise UsageError(
+            f"model: expected weights with the network's {len(own)} tensors, "
+            f"got {path} with {misfit}"
         )
     for key, tensor in state.items():
         if tensor.shape != own[key].shape:

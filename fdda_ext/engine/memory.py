@@ -1,0 +1,47 @@
+"""Memory that does not suffice, answered by the setting to lower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import UsageError
+
+__all__ = ["is_out_of_memory", "must_fit"]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, torch on a CPU, or Python itself could not get the memory it asked for."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate" in str(error)
+    )
+
+
+@contextmanager
+def must_fit(**settings: int) -> Iterator[None]:
+    """Say which of ``settings`` to lower, and to what, where the memory does not suffice.
+
+    Half is proposed: the request that failed tells how much was missing then, not how much would
+    have been asked for afterwards.
+
+    Args:
+        settings: Sizes that the memory needed inside grows with; two underscores stand for a dot.
+
+    Raises:
+        UsageError: In place of the error of torch or Python.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        larger = {name.replace("__", "."): size for name, size in settings.items() if size > 1}
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        now = " and ".join(f"{name} {size}" for name, size in larger.items())
+        half = " and ".join(f"{name} from {size} to {size // 2}" for name, size in larger.items())
+        advice = f"lower {half}" if larger else "lower image_size, or take a smaller model"
+        raise UsageError(
+            f"memory: expected {now or 'a single image'} to fit the memory, got {reason}; {advice}"
+        ) from None

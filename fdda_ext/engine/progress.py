@@ -1,0 +1,28 @@
+"""One look for all progress bars: how far, how long still, and a number to watch."""
+
+from __future__ import annotations
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as ProgressBar,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["ProgressBar", "progress_bar"]
+
+
+def progress_bar(*, transient: bool = False) -> ProgressBar:
+    """A bar whose tasks have a field ``shown``, a short text at its end."""
+    return ProgressBar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+        transient=transient,
+    )
