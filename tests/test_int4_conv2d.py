@@ -195,6 +195,20 @@ def test_winograd_takes_the_largest_codes_and_weights(isa: str) -> None:
     assert torch.equal(run(*arguments, winograd=True), reference(*arguments))
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("groups", [1, 70])
+@pytest.mark.parametrize("value", [-128, 127])
+def test_no_sum_saturates(isa: str, bits: int, groups: int, value: int) -> None:
+    """The largest codes and weights, everywhere."""
+    shape = (1, 5, 5, 70)
+    x, weight, scale, shift, options = make_case(shape, 70, groups=groups, zero_point=0)
+    x.fill_(2**bits - 1)
+    weight.fill_(value)
+    options |= {"out_bits": 0, "low": -1e9, "high": 1e9}
+    arguments = (x, weight, scale, shift, options)
+    assert torch.equal(run(*arguments), reference(*arguments))
+
+
 def test_winograd_refuses_what_it_cannot_do() -> None:
     weight = torch.full((4, 3, 3, 4), 15, dtype=torch.int8)
     with pytest.raises(UsageError, match="weight to stay within int8 under Winograd's transform"):

@@ -262,7 +262,7 @@ void convolve_depthwise(
           *column++ = image.pixel(n, y + ky * g.dilation_y, at);
         }
       }
-      loop.depthwise_3x3(pixels, step, rows.data(), packed, g.channels, e);
+      loop.depthwise_3x3(g.bits, pixels, step, rows.data(), packed, g.channels, e);
     });
   });
 }

@@ -16,6 +16,7 @@
 #include "../../common/quantization.h"
 #include "../../common/statistics.h"
 
+#define FDDA_INTEGERS
 #define FDDA_INLINE static inline __attribute__((always_inline))
 
 namespace fdda::cpu {
@@ -25,6 +26,7 @@ namespace avx2 {
 #include "generic/streaming.h"
 #include "generic/fake_quantize.h"
 #include "generic/integers.h"
+#include "integers_avx2.h"
 #include "generic/statistics.h"
 }  // namespace avx2
 

@@ -21,6 +21,7 @@
 #include "../../common/quantization.h"
 #include "../../common/statistics.h"
 
+#define FDDA_INTEGERS
 #define FDDA_INLINE static inline __attribute__((always_inline))
 
 namespace fdda::cpu {
@@ -30,6 +31,7 @@ namespace avx512 {
 #include "generic/streaming.h"
 #include "generic/fake_quantize.h"
 #include "generic/integers.h"
+#include "integers_avx2.h"
 #include "generic/statistics.h"
 }  // namespace avx512
 

@@ -22,7 +22,7 @@
 #include "../../common/quantization.h"
 #include "../../common/statistics.h"
 
-#define FDDA_VNNI
+#define FDDA_INTEGERS
 #define FDDA_INLINE static inline __attribute__((always_inline))
 
 namespace fdda::cpu {

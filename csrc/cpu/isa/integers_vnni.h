@@ -420,8 +420,8 @@ void depthwise_3x3_two(
 }
 
 inline void depthwise_3x3_vnni(
-    int64_t pixels, int64_t stride, const uint8_t* const* columns, const int8_t* weights,
-    int64_t channels, const IntEpilogue& e) {
+    int64_t /*bits*/, int64_t pixels, int64_t stride, const uint8_t* const* columns,
+    const int8_t* weights, int64_t channels, const IntEpilogue& e) {
   const Rounding r = rounding_of(e);
   for (int64_t c = 0; c < channels; c += 64, weights += 12 * 64) {
     const DepthwiseBlock block = depthwise_block(c, channels, r, e);

@@ -162,8 +162,8 @@ struct IntKernels {
   // The same for a 3x3 window; a column is three pointers, and the next pixel's three columns begin
   // `stride` columns further: 1 or 2, or 3 if they share none.
   void (*depthwise_3x3)(
-      int64_t pixels, int64_t stride, const uint8_t* const* columns, const int8_t* weights,
-      int64_t channels, const IntEpilogue& epilogue);
+      int64_t bits, int64_t pixels, int64_t stride, const uint8_t* const* columns,
+      const int8_t* weights, int64_t channels, const IntEpilogue& epilogue);
   // B^T d B + kWinogradOffset of tiles whose 16 pixels are in rows, to [position][tile][channel];
   // `stride` bytes, a multiple of 64 that holds the channels, from tile to tile.
   void (*winograd_input)(

@@ -6,36 +6,31 @@ template <typename Sum>
 FDDA_INLINE void finish(
     const Sum* sums, int64_t n, int64_t pixel, int64_t at, const IntEpilogue& e) {
   const int64_t place = pixel * e.stride + at;
-  float t[kPanel];
   for (int64_t i = 0; i < n; ++i) {
     const Sum sum = sums[i] - static_cast<Sum>(e.correction[at + i]);
-    t[i] = static_cast<float>(sum) * e.scale[at + i] + e.shift[at + i];
-  }
-  if (e.residual_codes != nullptr) {
-    for (int64_t i = 0; i < n; ++i) {
+    float t = static_cast<float>(sum) * e.scale[at + i] + e.shift[at + i];
+    if (e.residual_codes != nullptr) {
       const float code = static_cast<float>(e.residual_codes[place + i]);
-      t[i] = t[i] + (code - e.residual_zero_point) * e.residual_scale;
+      t = t + (code - e.residual_zero_point) * e.residual_scale;
+    } else if (e.residual_values != nullptr) {
+      t = t + e.residual_values[place + i];
     }
-  } else if (e.residual_values != nullptr) {
-    for (int64_t i = 0; i < n; ++i) t[i] = t[i] + e.residual_values[place + i];
-  }
-  for (int64_t i = 0; i < n; ++i) t[i] = fdda::clamp(t[i], e.low, e.high);
-  if (e.values != nullptr) {
-    for (int64_t i = 0; i < n; ++i) e.values[place + i] = t[i];
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    const float code = fdda::round_half_even(t[i] * e.inverse_scale) + e.zero_point;
-    e.codes[place + i] = static_cast<uint8_t>(fdda::clamp(code, 0.0f, e.quant_max));
+    t = fdda::clamp(t, e.low, e.high);
+    if (e.values != nullptr) {
+      e.values[place + i] = t;
+    } else {
+      const float code = fdda::round_half_even(t * e.inverse_scale) + e.zero_point;
+      e.codes[place + i] = static_cast<uint8_t>(fdda::clamp(code, 0.0f, e.quant_max));
+    }
   }
 }
 
 template <typename Sum>
 void finish_pixels(int64_t pixels, int64_t channels, const Sum* sums, const IntEpilogue& e) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel, sums += channels) {
-    int64_t c = 0;
-    for (; c + kPanel <= channels; c += kPanel) finish(sums + c, kPanel, pixel, c, e);
-    if (c < channels) finish(sums + c, channels - c, pixel, c, e);
+    for (int64_t c = 0; c < channels; c += kPanel) {
+      finish(sums + c, channels - c < kPanel ? channels - c : kPanel, pixel, c, e);
+    }
   }
 }
 
@@ -84,8 +79,8 @@ inline void integer_depthwise(
 }
 
 inline void integer_depthwise_3x3(
-    int64_t pixels, int64_t stride, const uint8_t* const* columns, const int8_t* weights,
-    int64_t channels, const IntEpilogue& e) {
+    int64_t /*bits*/, int64_t pixels, int64_t stride, const uint8_t* const* columns,
+    const int8_t* weights, int64_t channels, const IntEpilogue& e) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel, columns += 3 * stride) {
     for (int64_t c = 0; c < channels; c += kPanel) {
       const int64_t n = channels - c < kPanel ? channels - c : kPanel;
@@ -207,7 +202,7 @@ inline void integer_quantize(
   }
 }
 
-#if !defined(FDDA_VNNI)
+#if !defined(FDDA_INTEGERS)
 constexpr IntKernels kIntKernels = {
     integer_patches,         integer_depthwise,      integer_depthwise_3x3, integer_winograd_input,
     integer_winograd_output, finish_pixels<int32_t>, finish_pixels<float>,  integer_add_taps,
