@@ -4,6 +4,8 @@ tests/simt compiles csrc/cuda/*.cu as plain C++ and runs every thread of every b
 launch.cuh for what that can and cannot show). The operators appear as torch.ops.fdda_simt.
 """
 
+import ctypes
+import mmap
 import os
 import shutil
 import subprocess
@@ -381,6 +383,34 @@ def test_int4_conv2d_off_the_borders(simt: SimpleNamespace, order: str, case: st
         options["residual"] = unaligned(options["residual"])
     problem = (unaligned(x), unaligned(weight), unaligned(scale), unaligned(shift), options)
     assert torch.equal(convolve(simt, problem), expected)
+
+
+def guarded(x: Tensor, at_end: bool) -> Tensor:
+    """The same, beside a page that must not be touched: before its first or after its last byte."""
+    page = mmap.PAGESIZE
+    size = -(-x.nbytes // page) * page
+    memory = mmap.mmap(-1, size + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for border in (address, address + page + size):
+        assert libc.mprotect(ctypes.c_void_p(border), page, 0) == 0  # PROT_NONE
+    offset = page + (size - x.nbytes if at_end else 0)
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape)
+    return copy.copy_(x)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    ["odd_channels", "1x1_odd", "7x7_stride", "24_channels", "large_tile", "grouped_odd",
+     "grouped_words", "depthwise_runs", "depthwise_5x5", "depthwise_few"],
+)  # fmt: skip
+def test_int4_conv2d_reads_nothing_outside(simt: SimpleNamespace, case: str, at_end: bool) -> None:
+    """Neighbouring pages are not there; a mistake here ends the process."""
+    x, weight, scale, shift, options = make_case(**CONV_CASES[case])
+    expected = convolve(CPU, (x, weight, scale, shift, options))
+    parts = [guarded(tensor, at_end) for tensor in (x, weight, scale, shift)]
+    assert torch.equal(convolve(simt, (*parts, options)), expected)
 
 
 @pytest.mark.parametrize("out_zero_point", [0, 1, 7])
