@@ -221,7 +221,7 @@ def convolutions(x: Tensor, labels: Tensor) -> list[Tensor]:
     """Each kernel of int4_conv2d, on codes made of x."""
     codes = (x * 2 + 8).clamp(0, 15).to(torch.uint8).permute(0, 2, 3, 1)
     channels = codes.shape[3]
-    signs = torch.where(labels == 1, 1, -1).to(torch.int8).repeat(16 * 9 * channels)
+    signs = (2 * (labels == 1).to(torch.int8) - 1).repeat(16 * 9 * channels)
     results = []
     for groups in (1, 2, channels):
         sizes = (16 if groups < channels else channels, 3, 3, channels // groups)

@@ -4,6 +4,8 @@ tests/simt compiles csrc/cuda/*.cu as plain C++ and runs every thread of every b
 launch.cuh for what that can and cannot show). The operators appear as torch.ops.fdda_simt.
 """
 
+import ctypes
+import mmap
 import os
 import shutil
 import subprocess
@@ -18,12 +20,12 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from test_int4_conv2d import BAD, CASES, make_case
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from fdda_ext.data import calibration_set
 from fdda_ext.deploy import IntegerProgram, lower
 from fdda_ext.models import load_model
-from fdda_ext.ops.int4_conv2d import _cuda_packed_size
 from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -383,6 +385,34 @@ def test_int4_conv2d_off_the_borders(simt: SimpleNamespace, order: str, case: st
     assert torch.equal(convolve(simt, problem), expected)
 
 
+def guarded(x: Tensor, at_end: bool) -> Tensor:
+    """The same, beside a page that must not be touched: before its first or after its last byte."""
+    page = mmap.PAGESIZE
+    size = -(-x.nbytes // page) * page
+    memory = mmap.mmap(-1, size + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for border in (address, address + page + size):
+        assert libc.mprotect(ctypes.c_void_p(border), page, 0) == 0  # PROT_NONE
+    offset = page + (size - x.nbytes if at_end else 0)
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape)
+    return copy.copy_(x)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    ["odd_channels", "1x1_odd", "7x7_stride", "24_channels", "large_tile", "grouped_odd",
+     "grouped_words", "depthwise_runs", "depthwise_5x5", "depthwise_few"],
+)  # fmt: skip
+def test_int4_conv2d_reads_nothing_outside(simt: SimpleNamespace, case: str, at_end: bool) -> None:
+    """Neighbouring pages are not there; a mistake here ends the process."""
+    x, weight, scale, shift, options = make_case(**CONV_CASES[case])
+    expected = convolve(CPU, (x, weight, scale, shift, options))
+    parts = [guarded(tensor, at_end) for tensor in (x, weight, scale, shift)]
+    assert torch.equal(convolve(simt, (*parts, options)), expected)
+
+
 @pytest.mark.parametrize("out_zero_point", [0, 1, 7])
 @pytest.mark.parametrize("low", [-float("inf"), -1.5, 0.0])
 @pytest.mark.parametrize("high", [float("inf"), 2.5, 6.0])
@@ -448,7 +478,9 @@ def test_packed_weights_hold_every_weight_once(
 ) -> None:
     numbers = torch.randint(1, 128, shape, dtype=torch.int8)
     packed = simt.int4_pack_weight(numbers, groups)
-    assert packed.numel() == _cuda_packed_size(shape, groups)
+    with FakeTensorMode():
+        fake = CPU.int4_pack_weight(torch.empty(shape, dtype=torch.int8, device="cuda:0"), groups)
+    assert packed.shape == fake.shape
     assert torch.equal(packed[packed != 0].sort().values, numbers.flatten().sort().values)
 
 

@@ -4,7 +4,7 @@
 // Depthwise, a thread has eight channels. Four bytes of a dp4a are four rows of a column of the
 // window, which lie apart in memory: the bytes of four rows are transposed in registers. In the 3x3
 // kernel the thread also has four neighbouring pixels, which share columns: 4.5 loads of 8 bytes
-// and 18 permutations a pixel instead of 9 and 36. (Sixteen channels a thread would take twice the
+// and 24 permutations a pixel instead of 9 and 48. (Sixteen channels a thread would take twice the
 // registers for sums and weights, so two pixels, and 6 loads of 16 bytes.) Memory is the limit in
 // either case: a depthwise output costs at least two bytes and 9 products.
 #pragma once

@@ -1,4 +1,4 @@
-"""A program as a CUDA device runs it: layers by `int4_conv2d`, the rest by torch's operators.
+"""A program as a CUDA device runs it: integer sums by `int4_conv2d`, the rest by torch's operators.
 
 Nothing waits for the device and nothing is copied to it, so that a CUDA graph can capture a whole
 program (`deploy/graph.py`).
@@ -11,11 +11,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..ops import int4_conv2d, int4_pack_weight
-from .instructions import Instruction, Layer, Quantize, Value, run_instructions
+from .instructions import (
+    AveragePool,
+    Compute,
+    Instruction,
+    Layer,
+    MaxPool,
+    Quantize,
+    Rescale,
+    Value,
+    run_instructions,
+)
 
 __all__ = ["DeviceProgram"]
+
+Pair = tuple[int, int]
 
 
 class DeviceProgram:
@@ -46,11 +59,14 @@ class DeviceProgram:
             name = step.output.name
             known[name] = step.output
             plain = {n: tensors[n] for n in tensors if n.rpartition(".")[0] == name}
-            if isinstance(step, Layer):
-                self._tensors |= _packed(step, known[step.inputs[0]], plain, device)
-                step = _KernelLayer(step.inputs, step.output, step, _geometry(step, plain))
+            window = _window(step, known[step.inputs[0]], plain)
+            if isinstance(step, Compute) and window is not None:
+                self._tensors |= _packed(step, known[step.inputs[0]], window, plain, device)
+                step = _KernelLayer(step.inputs, step.output, step, window.groups, window.geometry)
             else:
                 self._tensors |= {n: tensor.to(device) for n, tensor in plain.items()}
+            if isinstance(step, MaxPool):
+                step = _HalfMaxPool(step.inputs, step.output, step)
             steps.append(step)
             if isinstance(step, Quantize) and normalise is not None:
                 self._tensors |= _table(step, normalise, device)
@@ -63,28 +79,49 @@ class DeviceProgram:
         return run_instructions(self._image, self._steps[images.dtype], self._tensors, images)
 
 
-def _geometry(layer: Layer, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    return layer.geometry(tensors[f"{layer.output.name}.weight"])
+@dataclass(frozen=True)
+class _Window:
+    """An integer sum as a convolution."""
+
+    weight: Tensor  # int8 [O, kh, kw, C / groups]
+    groups: int
+    geometry: dict[str, Pair]
+
+
+def _window(step: Instruction, source: Value, tensors: Mapping[str, Tensor]) -> _Window | None:
+    """Of layers; and of what adds up codes with weights of one: several launches become one."""
+    if isinstance(step, Layer):
+        weight = tensors[f"{step.output.name}.weight"]
+        planes = weight.view(*weight.shape, *(1,) * (4 - weight.dim())).movedim(1, -1)
+        return _Window(planes.contiguous(), step.groups_(), step.geometry(weight))
+    channels = source.shape[0]
+    if isinstance(step, AveragePool):
+        ones = torch.ones(channels, *step.kernel, 1, dtype=torch.int8)
+        return _Window(ones, channels, {"kernel": step.kernel, "stride": step.stride})
+    if isinstance(step, Rescale) and source.grid is not None:
+        ones = torch.ones(channels, 1, 1, 1, dtype=torch.int8)
+        return _Window(ones, channels, {"kernel": (1, 1)})
+    return None
 
 
 def _packed(
-    layer: Layer, source: Value, tensors: Mapping[str, Tensor], device: torch.device
+    step: Compute,
+    source: Value,
+    window: _Window,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """What the kernel reads, on its device."""
-    name, grid = layer.output.name, source.grid
-    assert grid is not None
-    weight = tensors[f"{name}.weight"].to(device)
-    planes = weight.view(*weight.shape, *(1,) * (4 - weight.dim())).movedim(1, -1).contiguous()
-    total = grid.zero_point * weight.flatten(1).to(torch.int64).sum(1)
-    parts = {
-        part: tensors[f"{name}.{part}"].to(device).expand(len(weight)).contiguous()
-        for part in ("scale", "shift")
-    }
+    name = step.output.name
+    assert source.grid is not None
+    weight = window.weight.to(device)
+    total = source.grid.zero_point * weight.flatten(1).to(torch.int64).sum(1)
     return {
-        f"{name}.packed": int4_pack_weight(planes, layer.groups_()),
+        f"{name}.packed": int4_pack_weight(weight, window.groups),
         f"{name}.correction": total.to(torch.int32),
-        f"{name}.scale": parts["scale"],
-        f"{name}.shift": parts["shift"],
+    } | {
+        f"{name}.{part}": tensors[f"{name}.{part}"].to(device).expand(len(weight)).contiguous()
+        for part in ("scale", "shift")
     }
 
 
@@ -96,12 +133,9 @@ def _table(
     channels = step.output.shape[0]
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, channels, 1, 256)
     rows = 256 * torch.arange(channels, dtype=torch.int32)
-    return {
-        f"{step.output.name}.table": step.output.grid.quantize(normalise(every))
-        .flatten()
-        .to(device),
-        f"{step.output.name}.rows": rows.to(device),
-    }
+    table = step.output.grid.quantize(normalise(every)).flatten()
+    name = step.output.name
+    return {f"{name}.table": table.to(device), f"{name}.rows": rows.to(device)}
 
 
 @dataclass(frozen=True)
@@ -119,25 +153,26 @@ class _LookUp(Instruction):
 
 @dataclass(frozen=True)
 class _KernelLayer(Instruction):
-    """A layer by its kernel."""
+    """An integer sum, and what follows it, by `int4_conv2d`."""
 
-    layer: Layer
-    geometry: dict[str, tuple[int, int]]
+    step: Compute
+    groups: int
+    geometry: dict[str, Pair]
 
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        layer, name = self.layer, self.output.name
+        step, name = self.step, self.output.name
         source, out = inputs[0].grid, self.output.grid
         assert source is not None
         options: dict[str, float] = {}
         if len(inputs) == 2 and inputs[1].grid is not None:
             options["residual_scale"] = inputs[1].grid.scale
             options["residual_zero_point"] = inputs[1].grid.zero_point
-        if layer.low is not None:
-            options["low"] = layer.low
-        if layer.high is not None:
-            options["high"] = layer.high
+        if step.low is not None:
+            options["low"] = step.low
+        if step.high is not None:
+            options["high"] = step.high
         if out is not None:
             options |= {"out_scale": out.scale, "out_zero_point": out.zero_point}
             options["out_bits"] = out.bits
@@ -147,13 +182,30 @@ class _KernelLayer(Instruction):
         y = int4_conv2d(
             _pixels(x[0]), packed, scale, shift, correction,
             **self.geometry,  # type: ignore[arg-type]
-            groups=layer.groups_(),
+            groups=self.groups,
             zero_point=source.zero_point,
             bits=source.bits,
             residual=_pixels(x[1]) if len(x) == 2 else None,
             **options,  # type: ignore[arg-type]
         ).permute(0, 3, 1, 2)  # fmt: skip
         return y if len(self.output.shape) == 3 else y.flatten(1)
+
+
+@dataclass(frozen=True)
+class _HalfMaxPool(Instruction):
+    """The largest code of each window, in float16, which holds codes exactly."""
+
+    step: MaxPool
+
+    def run(
+        self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
+    ) -> Tensor:
+        step = self.step
+        codes = x[0] if inputs[0].grid is None else x[0].half()
+        largest = F.max_pool2d(
+            codes, step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode
+        )
+        return largest.to(x[0].dtype)
 
 
 def _pixels(x: Tensor) -> Tensor:
