@@ -471,32 +471,10 @@ void add_pool(const Geometry& g, const uint8_t* x, const IntEpilogue& epilogue) 
 
 namespace {
 
-void check_pair(
-    const char* op, const char* argument, const std::vector<int64_t>& pair, int64_t low) {
-  if (pair.size() != 2 || pair[0] < low || pair[1] < low || pair[0] > 32767 || pair[1] > 32767) {
-    refuse(
-        op, argument, "to be two integers from " + std::to_string(low) + " to 32767", pair.size(),
-        " of them, or others");
-  }
-}
-
 Tensor int4_pack_weight_cpu(const Tensor& weight, int64_t groups, bool winograd) {
   const char* op = "int4_pack_weight";
-  check_dtype(op, "weight", weight, ScalarType::Char);
-  if (weight.dim() != 4 || weight.numel() == 0) {
-    refuse(op, "weight", "of shape [O, kh, kw, C / groups]", shape_text(weight));
-  }
-  if (groups < 1 || weight.size(0) % groups != 0) {
-    refuse(op, "groups", "to divide the outputs " + std::to_string(weight.size(0)), groups);
-  }
+  const Geometry g{check_int4_weight(op, weight, groups)};
   const Tensor dense_weight = as_contiguous(weight);
-  Geometry g = {};
-  g.outputs = weight.size(0);
-  g.kernel_y = weight.size(1);
-  g.kernel_x = weight.size(2);
-  g.groups = groups;
-  g.channels = weight.size(3) * groups;
-  g.stride_y = g.stride_x = g.dilation_y = g.dilation_x = 1;
   if (winograd && !g.fits_winograd()) {
     refuse(op, "winograd", "only for an ungrouped 3x3 window", shape_text(weight));
   }
@@ -524,49 +502,18 @@ Tensor int4_conv2d_cpu(
     int64_t residual_zero_point, double out_scale, int64_t out_zero_point, int64_t out_bits,
     int64_t bits, bool winograd) {
   const char* op = "int4_conv2d";
-  check_dtype(op, "x", x, ScalarType::Byte);
-  if (x.dim() != 4 || x.size(3) == 0) {
-    refuse(op, "x", "of shape [N, H, W, C]", shape_text(x));
-  }
-  check_pair(op, "kernel", kernel, 1);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "padding", padding, 0);
-  check_pair(op, "dilation", dilation, 1);
-  check_dtype(op, "scale", scale, ScalarType::Float);
-  if (scale.dim() != 1 || groups < 1 || scale.size(0) == 0 || scale.size(0) % groups != 0 ||
-      x.size(3) % groups != 0) {
-    refuse(op, "groups", "to divide the channels of x and the outputs, one per scale", groups);
-  }
-  const Geometry g = {x.size(0),   x.size(1),   x.size(2), x.size(3),     kernel[0],
-                      kernel[1],   stride[0],   stride[1], padding[0],    padding[1],
-                      dilation[0], dilation[1], groups,    scale.size(0), bits};
-  if (bits < 1 || bits > 8) {
-    refuse(op, "bits", "to lie in [1, 8]", bits);
-  }
+  const ConvArguments arguments = {x,          weight,         scale,          shift,
+                                   correction, residual,       kernel,         stride,
+                                   padding,    dilation,       groups,         zero_point,
+                                   low,        high,           residual_scale, residual_zero_point,
+                                   out_scale,  out_zero_point, out_bits,       bits};
+  const Geometry g{check_int4_geometry(op, arguments)};
   if (winograd && !g.fits_winograd()) {
     refuse(
         op, "winograd", "only for ungrouped 3x3 windows of stride and dilation 1, and 5 bits",
         "others");
   }
-  check_dtype(op, "weight", weight, ScalarType::Char);
-  check_shape(op, "weight", weight, {g.packed_size(winograd)});
-  check_dtype(op, "shift", shift, ScalarType::Float);
-  check_shape(op, "shift", shift, {g.outputs});
-  check_dtype(op, "correction", correction, ScalarType::Int);
-  check_shape(op, "correction", correction, {g.outputs});
-  if (zero_point < 0 || zero_point > 255) {
-    refuse(op, "zero_point", "to lie in [0, 255]", zero_point);
-  }
-  if (out_bits != 0 && (out_bits < 2 || out_bits > 8)) {
-    refuse(op, "out_bits", "to be 0 for float32, or 2 to 8", out_bits);
-  }
-  if (out_bits != 0 && !(out_scale > 0)) {
-    refuse(op, "out_scale", "to be positive", out_scale);
-  }
-  if (out_bits != 0 && (out_zero_point < 0 || out_zero_point >= 1 << out_bits)) {
-    refuse(op, "out_zero_point", "to be a code of out_bits bits", out_zero_point);
-  }
-  const std::vector<int64_t> sizes = {g.samples, g.out_height(), g.out_width(), g.outputs};
+  check_int4_operands(op, arguments, g, g.packed_size(winograd));
   const Tensor codes = as_contiguous(x);
   const Tensor weights = as_contiguous(weight);
   const std::vector<float> scales = padded<float>(scale);
@@ -575,16 +522,14 @@ Tensor int4_conv2d_cpu(
   std::optional<Tensor> added;
   IntEpilogue e = {};
   if (residual.has_value()) {
-    check_shape(op, "residual", *residual, sizes);
     added = as_contiguous(*residual);
     if (added->scalar_type() == ScalarType::Byte) {
       e.residual_codes = const_ptr<uint8_t>(*added);
     } else {
-      check_dtype(op, "residual", *added, ScalarType::Float);
       e.residual_values = const_ptr<float>(*added);
     }
   }
-  Tensor out = empty(x, sizes, out_bits == 0 ? ScalarType::Float : ScalarType::Byte);
+  Tensor out = empty(x, g.out_sizes(), out_bits == 0 ? ScalarType::Float : ScalarType::Byte);
   e.scale = scales.data();
   e.shift = shifts.data();
   e.correction = corrections.data();

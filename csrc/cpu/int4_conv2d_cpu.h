@@ -3,6 +3,7 @@
 // sets, nor the choice between direct convolution and Winograd change a bit of the result.
 #pragma once
 
+#include "common/int4_conv2d_checks.h"
 #include "common/layout.h"
 #include "isa/kernels.h"
 
@@ -12,19 +13,8 @@ constexpr int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
-struct Geometry {
-  int64_t samples, height, width, channels;
-  int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
-  int64_t groups, outputs;
-  int64_t bits;  // of the codes
-
-  int64_t out_height() const { return out_size(height, kernel_y, stride_y, pad_y, dilation_y); }
-  int64_t out_width() const { return out_size(width, kernel_x, stride_x, pad_x, dilation_x); }
-  int64_t pixels() const { return samples * out_height() * out_width(); }
-  int64_t taps() const { return kernel_y * kernel_x; }
-  int64_t group_channels() const { return channels / groups; }
-  int64_t group_outputs() const { return outputs / groups; }
-  bool is_depthwise() const { return groups == channels && groups == outputs; }
+// The shapes, and how this backend lays out their weights.
+struct Geometry : ConvGeometry {
   bool reads_every_pixel() const {
     return taps() == 1 && stride_y == 1 && stride_x == 1 && pad_y == 0 && pad_x == 0;
   }
@@ -50,12 +40,6 @@ struct Geometry {
     }
     return is_depthwise() ? round_up(channels, 64) * depthwise_slots(kernel_y, kernel_x)
                           : groups * panels * segments() * segment_groups() * kGroup * kPanel;
-  }
-
- private:
-  static int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t step) {
-    const int64_t room = size + 2 * pad - step * (kernel - 1) - 1;
-    return room < 0 ? 0 : room / stride + 1;
   }
 };
 

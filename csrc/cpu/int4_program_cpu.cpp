@@ -141,9 +141,9 @@ class Program {
   }
 
   Geometry geometry(const StepRecord& s, const ValueRecord& in, const ValueRecord& out) const {
-    const Geometry g = {samples(),    in.height,    in.width,   in.channels,  s.kernel_y,
-                        s.kernel_x,   s.stride_y,   s.stride_x, s.pad_y,      s.pad_x,
-                        s.dilation_y, s.dilation_x, s.groups,   out.channels, s.bits};
+    const Geometry g{
+        {samples(), in.height, in.width, in.channels, s.kernel_y, s.kernel_x, s.stride_y,
+         s.stride_x, s.pad_y, s.pad_x, s.dilation_y, s.dilation_x, s.groups, out.channels, s.bits}};
     require(s.bits >= 1 && s.bits <= 8, "of codes of 1 to 8 bits");
     constexpr int64_t kSize = 32768;
     for (const int64_t size :
