@@ -1,6 +1,8 @@
 """Turn the JSON of ``make bench`` into docs/benchmarks.md.
 
-python benchmarks/report.py benchmarks/out/cpu.json docs/benchmarks.md
+python benchmarks/report.py benchmarks/out/cpu.json docs/benchmarks.md [COST.md ...]
+
+Tables that benchmarks/inference_cost.py printed follow at the end.
 """
 
 import argparse
@@ -25,6 +27,16 @@ column "plain Function" (one multiplication forward, nothing backward).
 "program" runs whole networks at 224x224, W4A4 with all layers at 4 bits, from float images to
 logits; the eight-bit peers, OpenVINO with NNCF and ONNX Runtime (QDQ), are measured where they are
 installed.
+"""
+
+
+COST = """\
+## Load time and memory of inference
+
+From a file to the first logits of one image, in a process of its own, and the memory that this took
+beyond the imported libraries (`benchmarks/inference_cost.py`, median and range of five). A program keeps the weights in the
+layouts of both algorithms, and times them when it first sees a batch size.
+
 """
 
 
@@ -92,14 +104,23 @@ def profile(benchmark: dict[str, Any]) -> list[str]:
     return [*lines, f"| all | | {total * 1e6:.0f} | | |", ""]
 
 
+def table(text: str) -> str:
+    """The lines of a Markdown table in what a program printed."""
+    return "".join(f"{line}\n" for line in text.splitlines() if line.startswith("|"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("report", type=Path)
     parser.add_argument("page", type=Path)
+    parser.add_argument("cost", type=Path, nargs="*")
     options = parser.parse_args()
-    options.page.write_text(render(json.loads(options.report.read_text())))
+    page = render(json.loads(options.report.read_text()))
+    if options.cost:
+        page += "\n" + COST + "\n".join(table(path.read_text()) for path in options.cost)
+    options.page.write_text(page)
 
 
 if __name__ == "__main__":
