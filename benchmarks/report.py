@@ -34,8 +34,8 @@ COST = """\
 ## Load time and memory of inference
 
 From a file to the first logits of one image, in a process of its own, and the memory that this took
-beyond the imported libraries (`benchmarks/inference_cost.py`, median and range of five). A program keeps the weights in the
-layouts of both algorithms, and times them when it first sees a batch size.
+beyond the imported libraries (`benchmarks/inference_cost.py`, median and range of five). A program
+keeps the weights in the layouts of both algorithms, and times them when it first sees a batch size.
 
 """
 
