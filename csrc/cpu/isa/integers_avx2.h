@@ -52,11 +52,13 @@ FDDA_INLINE int64_t largest_magnitude(const int8_t* weights, int64_t count) {
     a = _mm256_max_epu8(a, _mm256_abs_epi8(load_32(weights + i)));
     b = _mm256_max_epu8(b, _mm256_abs_epi8(load_32(weights + i + 32)));
   }
-  alignas(32) uint8_t each[32];
-  store_32(each, _mm256_max_epu8(a, b));
-  uint8_t most = 0;
-  for (const uint8_t value : each) most = value > most ? value : most;
-  return most;
+  a = _mm256_max_epu8(a, b);
+  __m128i most = _mm_max_epu8(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  most = _mm_max_epu8(most, _mm_srli_si128(most, 8));
+  most = _mm_max_epu8(most, _mm_srli_si128(most, 4));
+  most = _mm_max_epu8(most, _mm_srli_si128(most, 2));
+  most = _mm_max_epu8(most, _mm_srli_si128(most, 1));
+  return _mm_extract_epi8(most, 0);
 }
 
 // Products of m patches with a panel --------------------------------------------------------------
@@ -131,7 +133,7 @@ FDDA_INLINE __m256i wide_products(const Halves& x, const Halves& w) {
   return _mm256_add_epi32(_mm256_madd_epi16(x.even, w.even), _mm256_madd_epi16(x.odd, w.odd));
 }
 
-// Exact for all codes and weights, and with AVX-VNNI the only tile.
+// Exact for all codes and weights; with AVX-VNNI the only tile.
 template <int m>
 void wide_tile(
     int64_t /*steps*/, int64_t segments, int64_t groups, const uint8_t* const* rows,
@@ -169,28 +171,45 @@ void wide_tile(
   }
 }
 
-// Six pixels by two vectors of sums leave four of sixteen registers to codes, weights, products.
+// Pixels of a tile: six by two vectors of sums leave four of sixteen registers to codes, weights
+// and products; four leave eight, to widened ones.
 constexpr int kTilePixels = 6;
-constexpr int kWidePixels = kDot ? kTilePixels : 3;
+constexpr int kWidePixels = kDot ? kTilePixels : 4;
 // Pixels whose sums are finished together, in the L1 cache.
 constexpr int64_t kBlockPixels = 24;
 
-// The sums of `count` patches; steps = 0 stands for pairs that exceed 16 bits.
+// How many of `left` pixels come next, if all blocks are to be of about equal size.
+FDDA_INLINE int64_t block_of(int64_t left) {
+  const int64_t blocks = (left + kBlockPixels - 1) / kBlockPixels;
+  return (left + blocks - 1) / blocks;
+}
+
+using Tile =
+    void (*)(int64_t, int64_t, int64_t, const uint8_t* const*, const int8_t*, int32_t (*)[kPanel]);
+constexpr Tile kNarrowTiles[kTilePixels] = {narrow_tile<1>, narrow_tile<2>, narrow_tile<3>,
+                                            narrow_tile<4>, narrow_tile<5>, narrow_tile<6>};
+constexpr Tile kWideTiles[kTilePixels] = {
+    wide_tile<1>,
+    wide_tile<2>,
+    wide_tile<3>,
+    wide_tile<4>,
+    wide_tile < kDot ? 5 : 1 >,
+    wide_tile < kDot ? 6 : 1 > };
+
+// The sums of `count` patches, in tiles of about equal size; steps = 0 stands for pairs that exceed
+// 16 bits.
 inline void add_products(
     int64_t steps, int64_t count, int64_t segments, int64_t groups, const uint8_t* const* rows,
     const int8_t* weights, int32_t (*sums)[kPanel]) {
-  using Tile = void (*)(
-      int64_t, int64_t, int64_t, const uint8_t* const*, const int8_t*, int32_t (*)[kPanel]);
-  constexpr Tile narrow[kTilePixels] = {narrow_tile<1>, narrow_tile<2>, narrow_tile<3>,
-                                        narrow_tile<4>, narrow_tile<5>, narrow_tile<6>};
-  constexpr Tile wide[kTilePixels] = {wide_tile<1>, wide_tile<2>, wide_tile<3>,
-                                      wide_tile<4>, wide_tile<5>, wide_tile<6>};
   const bool is_wide = kDot || steps == 0;
-  const Tile* tiles = is_wide ? wide : narrow;
+  const Tile* tiles = is_wide ? kWideTiles : kNarrowTiles;
   const int64_t most = is_wide ? kWidePixels : kTilePixels;
-  for (int64_t i = 0; i < count; i += most) {
-    const int64_t m = count - i < most ? count - i : most;
-    tiles[m - 1](steps, segments, groups, rows + i * segments, weights, sums + i);
+  for (int64_t left = (count + most - 1) / most; left > 0; --left) {
+    const int64_t m = (count + left - 1) / left;
+    tiles[m - 1](steps, segments, groups, rows, weights, sums);
+    count -= m;
+    rows += m * segments;
+    sums += m;
   }
 }
 
@@ -289,7 +308,7 @@ void finish_codes(
 }
 
 // Finishes `count` pixels, given by their indices, of n <= 16 outputs.
-inline void finish_panel(
+__attribute__((noinline)) inline void finish_panel(
     int64_t count, const int32_t (*sums)[kPanel], const int64_t* pixels, int64_t at, int64_t n,
     const Rounding& r, const IntEpilogue& e) {
   switch (way_of(e)) {
@@ -310,13 +329,13 @@ inline void patches_avx2(
   const int64_t panel_size = segments * groups * kGroup * kPanel;
   for (int64_t o = 0; o < outputs; o += kPanel, weights += panel_size) {
     const int64_t n = outputs - o < kPanel ? outputs - o : kPanel;
-    // The search takes the time of a pixel or less.
+    // The search takes the time of a pixel or less, and pays where it saves some widening.
     int64_t steps = exact_groups(code, 128);
-    if (!kDot && (pixels > kTilePixels || steps == 0)) {
+    if (!kDot && (steps == 0 || (pixels > kTilePixels && segments * groups > 3 * steps))) {
       steps = exact_groups(code, largest_magnitude(weights, panel_size));
     }
-    for (int64_t first = 0; first < pixels; first += kBlockPixels) {
-      const int64_t count = pixels - first < kBlockPixels ? pixels - first : kBlockPixels;
+    for (int64_t first = 0, count; first < pixels; first += count) {
+      count = block_of(pixels - first);
       alignas(32) int32_t sums[kBlockPixels][kPanel];
       int64_t indices[kBlockPixels];
       for (int64_t i = 0; i < count; ++i) indices[i] = first + i;
@@ -642,8 +661,8 @@ inline void winograd_output_avx2(
       steps[p] =
           kDot ? 1 : exact_groups(code, largest_magnitude(w + p * position_size, position_size));
     }
-    for (int64_t first = 0; first < tiles; first += kBlockPixels) {
-      const int64_t count = tiles - first < kBlockPixels ? tiles - first : kBlockPixels;
+    for (int64_t first = 0, count; first < tiles; first += count) {
+      count = block_of(tiles - first);
       alignas(32) int32_t products[kWinogradPositions][kBlockPixels][kPanel];
       for (int64_t p = 0; p < kWinogradPositions; ++p) {
         const uint8_t* rows[kBlockPixels];
