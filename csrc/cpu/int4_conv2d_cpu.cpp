@@ -252,7 +252,7 @@ void convolve_depthwise(
       const IntEpilogue e = moved(epilogue, first, 0);
       if (!is_3x3) {
         point_at_taps(g, image, pixels, n, y, x, rows.data());
-        loop.depthwise(pixels, g.taps(), rows.data(), packed, g.channels, e);
+        loop.depthwise(g.bits, pixels, g.taps(), rows.data(), packed, g.channels, e);
         return;
       }
       const uint8_t** column = rows.data();
@@ -328,11 +328,11 @@ void convolve_winograd(
         count = std::min(block_tiles, tiles - block * block_tiles);
         point_at_tiles(g, image, block * block_tiles, count, windows.data(), pixels.data());
         loop.winograd_input(
-            count, g.channels, windows.data(), stride, position_stride, transformed);
+            g.bits, count, g.channels, windows.data(), stride, position_stride, transformed);
       }
       const int64_t output = item % parts * kItemOutputs;
       loop.winograd_output(
-          count, g.winograd_groups(), transformed, stride, position_stride,
+          g.bits, count, g.winograd_groups(), transformed, stride, position_stride,
           packed + item % parts * part_size, std::min(kItemOutputs, g.outputs - output),
           pixels.data(), moved(epilogue, 0, output));
     }

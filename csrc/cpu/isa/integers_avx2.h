@@ -1,215 +1,719 @@
-// Integer convolution on vpmaddubsw: two products to a lane of 16 bits, which saturates. A pair of
-// codes below 2^bits and weights down to -128 reaches (2^bits - 1) * 256, so that codes of up to
-// five bits can be added up for some steps before they are widened; wider ones are split into
-// their low seven bits and the eighth, each exact by itself.
+// Integer convolution on vectors of 32 bytes, two of them to a panel.
+//
+// vpmaddubsw multiplies unsigned bytes by signed ones and adds neighbours to 16 bits, where it
+// saturates. Codes up to `code` and weights of magnitude up to `weight` make at most
+// 2 * code * weight of a pair, and so exact_groups() of them can be added up in 16 bits before
+// vpmaddwd with ones widens the sum: 136 of 4-bit codes and weights, but 8 of 4-bit codes and any
+// weights, which is why panels are searched for their largest weight. Where not even one pair fits,
+// with codes of 8 bits and weights beyond 64, bytes are widened first (wide_tile).
+//
+// AVX-VNNI needs none of this: FDDA_DOT is its vpdpbusd, four products to 32 bits.
 
-constexpr int64_t kNarrowBits = 5;
-
-constexpr int64_t exact_pairs(int64_t bits) {
-  return 32767 / (((int64_t{1} << bits) - 1) * 256);
+constexpr int64_t exact_groups(int64_t code, int64_t weight) {
+  return 32767 / (2 * code * (weight < 1 ? 1 : weight));
 }
+
+constexpr int64_t largest_code(int64_t bits) {
+  return (int64_t{1} << bits) - 1;
+}
+
+#if defined(FDDA_DOT)
+constexpr bool kDot = true;
+
+// sums += the four products of every lane. GCC 12 copies the sums around its intrinsic.
+FDDA_INLINE void dot(__m256i& sums, __m256i x, __m256i w) {
+  asm(FDDA_DOT " %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w));
+}
+#else
+constexpr bool kDot = false;
+FDDA_INLINE void dot(__m256i&, __m256i, __m256i) {}
+#endif
 
 FDDA_INLINE __m256i load_32(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
 
-// Sums of four products to a lane of 32 bits, for codes of eight bits.
-FDDA_INLINE __m256i wide_products(__m256i x, __m256i w) {
-  const __m256i low = _mm256_and_si256(x, _mm256_set1_epi8(0x7f));
-  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 7), _mm256_set1_epi8(1));
-  return _mm256_add_epi32(
-      _mm256_madd_epi16(_mm256_maddubs_epi16(low, w), _mm256_set1_epi16(1)),
-      _mm256_madd_epi16(_mm256_maddubs_epi16(high, w), _mm256_set1_epi16(128)));
+FDDA_INLINE void store_32(void* to, __m256i value) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), value);
 }
 
-// The eight results from output `o` on; `place` is where they belong.
-FDDA_INLINE __m256
-finished_half(const int32_t* sums, int64_t o, int64_t place, const IntEpilogue& e) {
-  const __m256i sum = _mm256_sub_epi32(load_32(sums), load_32(e.correction + o));
-  __m256 t = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(e.scale + o));
-  t = _mm256_add_ps(t, _mm256_loadu_ps(e.shift + o));
-  if (e.residual_codes != nullptr) {
-    int64_t eight;
-    __builtin_memcpy(&eight, e.residual_codes + place, sizeof(eight));
-    const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight)));
-    const __m256 integer = _mm256_sub_ps(code, _mm256_set1_ps(e.residual_zero_point));
-    t = _mm256_add_ps(t, _mm256_mul_ps(integer, _mm256_set1_ps(e.residual_scale)));
-  } else if (e.residual_values != nullptr) {
-    t = _mm256_add_ps(t, _mm256_loadu_ps(e.residual_values + place));
+// One group of codes in every lane.
+FDDA_INLINE __m256i group_of(const uint8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, sizeof(four));
+  return _mm256_set1_epi32(four);
+}
+
+// Of a multiple of 64 weights.
+FDDA_INLINE int64_t largest_magnitude(const int8_t* weights, int64_t count) {
+  __m256i a = _mm256_setzero_si256();
+  __m256i b = a;
+  for (int64_t i = 0; i < count; i += 64) {
+    a = _mm256_max_epu8(a, _mm256_abs_epi8(load_32(weights + i)));
+    b = _mm256_max_epu8(b, _mm256_abs_epi8(load_32(weights + i + 32)));
   }
-  return _mm256_min_ps(_mm256_max_ps(t, _mm256_set1_ps(e.low)), _mm256_set1_ps(e.high));
+  a = _mm256_max_epu8(a, b);
+  __m128i most = _mm_max_epu8(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  most = _mm_max_epu8(most, _mm_srli_si128(most, 8));
+  most = _mm_max_epu8(most, _mm_srli_si128(most, 4));
+  most = _mm_max_epu8(most, _mm_srli_si128(most, 2));
+  most = _mm_max_epu8(most, _mm_srli_si128(most, 1));
+  return _mm_extract_epi8(most, 0);
 }
 
-FDDA_INLINE __m256i code_half(__m256 t, const IntEpilogue& e) {
-  t = _mm256_mul_ps(t, _mm256_set1_ps(e.inverse_scale));
-  t = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  t = _mm256_add_ps(t, _mm256_set1_ps(e.zero_point));
-  t = _mm256_min_ps(_mm256_max_ps(t, _mm256_setzero_ps()), _mm256_set1_ps(e.quant_max));
-  return _mm256_cvtps_epi32(t);
-}
+// Products of m patches with a panel --------------------------------------------------------------
 
-// Finishes the n <= 16 outputs of a panel.
-FDDA_INLINE void finish_panel(
-    const int32_t* sums, int64_t n, int64_t pixel, int64_t at, const IntEpilogue& e) {
-  if (n < kPanel) {
-    finish(sums, n, pixel, at, e);
-    return;
+// Sums of 16 bits stay in registers, and go to those of 32 bits in memory after `steps` groups.
+template <int m>
+void narrow_tile(
+    int64_t steps, int64_t segments, int64_t groups, const uint8_t* const* rows, const int8_t* w,
+    int32_t (*sums)[kPanel]) {
+  const __m256i zero = _mm256_setzero_si256();
+  __m256i part[m][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < m; ++i) {
+    part[i][0] = part[i][1] = zero;
+    store_32(sums[i], zero);
+    store_32(sums[i] + 8, zero);
   }
-  const int64_t place = pixel * e.stride + at;
-  const __m256 low = finished_half(sums, at, place, e);
-  const __m256 high = finished_half(sums + 8, at + 8, place + 8, e);
-  if (e.values != nullptr) {
-    _mm256_storeu_ps(e.values + place, low);
-    _mm256_storeu_ps(e.values + place + 8, high);
-    return;
+  const auto widen = [&]() __attribute__((always_inline)) {
+    const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 8
+    for (int i = 0; i < m; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        int32_t* to = sums[i] + 8 * j;
+        store_32(to, _mm256_add_epi32(load_32(to), _mm256_madd_epi16(part[i][j], ones)));
+        part[i][j] = zero;
+      }
+    }
+  };
+  int64_t left = steps;
+  for (int64_t s = 0; s < segments; ++s) {
+    const uint8_t* x[m];
+#pragma GCC unroll 8
+    for (int i = 0; i < m; ++i) x[i] = rows[i * segments + s];
+    for (int64_t g = 0; g < groups;) {
+      const int64_t stop = left < groups - g ? g + left : groups;
+      left -= stop - g;
+      for (; g < stop; ++g, w += kGroup * kPanel) {
+        const __m256i w0 = load_32(w);
+        const __m256i w1 = load_32(w + 32);
+#pragma GCC unroll 8
+        for (int i = 0; i < m; ++i) {
+          const __m256i codes = group_of(x[i] + kGroup * g);
+          part[i][0] = _mm256_add_epi16(part[i][0], _mm256_maddubs_epi16(codes, w0));
+          part[i][1] = _mm256_add_epi16(part[i][1], _mm256_maddubs_epi16(codes, w1));
+        }
+      }
+      if (left == 0) {
+        widen();
+        left = steps;
+      }
+    }
   }
-  const __m256i words =
-      _mm256_permute4x64_epi64(_mm256_packs_epi32(code_half(low, e), code_half(high, e)), 0xd8);
-  const __m128i codes =
-      _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(e.codes + place), codes);
+  if (left < steps) widen();
 }
 
-// m pixels by one panel, to sums.
-template <bool narrow, int m>
-void patches_tile(
-    int64_t pairs, int64_t segments, int64_t groups, const uint8_t* const* rows,
-    const int8_t* weights, int32_t (*sums)[kPanel]) {
+// Bytes 0 and 2 of every lane of 32 bits, and bytes 1 and 3, as 16 bits.
+struct Halves {
+  __m256i even, odd;
+};
+
+FDDA_INLINE Halves halves_of_codes(__m256i x) {
+  return {_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srli_epi16(x, 8)};
+}
+
+FDDA_INLINE Halves halves_of_weights(__m256i w) {
+  return {_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
+}
+
+// The four products of every lane, for all codes and weights.
+FDDA_INLINE __m256i wide_products(const Halves& x, const Halves& w) {
+  return _mm256_add_epi32(_mm256_madd_epi16(x.even, w.even), _mm256_madd_epi16(x.odd, w.odd));
+}
+
+// Exact for all codes and weights; with AVX-VNNI the only tile.
+template <int m>
+void wide_tile(
+    int64_t /*steps*/, int64_t segments, int64_t groups, const uint8_t* const* rows,
+    const int8_t* w, int32_t (*sums)[kPanel]) {
   __m256i total[m][2];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < m; ++i) total[i][0] = total[i][1] = _mm256_setzero_si256();
   for (int64_t s = 0; s < segments; ++s) {
     const uint8_t* x[m];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < m; ++i) x[i] = rows[i * segments + s];
-    for (int64_t g = 0; g < groups;) {
-      const int64_t stop = g + pairs < groups ? g + pairs : groups;
-      __m256i part[m][2];
-#pragma GCC unroll 4
-      for (int i = 0; i < m; ++i) part[i][0] = part[i][1] = _mm256_setzero_si256();
-      for (; g < stop; ++g, weights += kGroup * kPanel) {
-        const __m256i w0 = load_32(weights);
-        const __m256i w1 = load_32(weights + 32);
-#pragma GCC unroll 4
-        for (int i = 0; i < m; ++i) {
-          int32_t four;
-          __builtin_memcpy(&four, x[i] + kGroup * g, sizeof(four));
-          const __m256i codes = _mm256_set1_epi32(four);
-          if (narrow) {
-            part[i][0] = _mm256_add_epi16(part[i][0], _mm256_maddubs_epi16(codes, w0));
-            part[i][1] = _mm256_add_epi16(part[i][1], _mm256_maddubs_epi16(codes, w1));
-          } else {
-            total[i][0] = _mm256_add_epi32(total[i][0], wide_products(codes, w0));
-            total[i][1] = _mm256_add_epi32(total[i][1], wide_products(codes, w1));
-          }
-        }
-      }
-      if (narrow) {
-        const __m256i ones = _mm256_set1_epi16(1);
-#pragma GCC unroll 4
-        for (int i = 0; i < m; ++i) {
-          total[i][0] = _mm256_add_epi32(total[i][0], _mm256_madd_epi16(part[i][0], ones));
-          total[i][1] = _mm256_add_epi32(total[i][1], _mm256_madd_epi16(part[i][1], ones));
+    for (int64_t g = 0; g < groups; ++g, w += kGroup * kPanel) {
+      const __m256i w0 = load_32(w);
+      const __m256i w1 = load_32(w + 32);
+      const Halves wide_w0 = halves_of_weights(w0);
+      const Halves wide_w1 = halves_of_weights(w1);
+#pragma GCC unroll 8
+      for (int i = 0; i < m; ++i) {
+        const __m256i codes = group_of(x[i] + kGroup * g);
+        if (kDot) {
+          dot(total[i][0], codes, w0);
+          dot(total[i][1], codes, w1);
+        } else {
+          const Halves wide_x = halves_of_codes(codes);
+          total[i][0] = _mm256_add_epi32(total[i][0], wide_products(wide_x, wide_w0));
+          total[i][1] = _mm256_add_epi32(total[i][1], wide_products(wide_x, wide_w1));
         }
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < m; ++i) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums[i]), total[i][0]);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums[i] + 8), total[i][1]);
+    store_32(sums[i], total[i][0]);
+    store_32(sums[i] + 8, total[i][1]);
   }
 }
 
-template <bool narrow>
-void patches_on(
-    int64_t bits, int64_t pixels, int64_t segments, int64_t groups, const uint8_t* const* rows,
-    const int8_t* weights, int64_t outputs, const IntEpilogue& e) {
-  constexpr int64_t kPixels = 3;
-  using Tile = void (*)(
-      int64_t, int64_t, int64_t, const uint8_t* const*, const int8_t*, int32_t (*)[kPanel]);
-  constexpr Tile tiles[kPixels] = {
-      patches_tile<narrow, 1>, patches_tile<narrow, 2>, patches_tile<narrow, 3>};
-  const int64_t pairs = narrow ? exact_pairs(bits) : groups;
-  const int64_t panel_size = segments * groups * kGroup * kPanel;
-  for (int64_t o = 0; o < outputs; o += kPanel, weights += panel_size) {
-    const int64_t n = outputs - o < kPanel ? outputs - o : kPanel;
-    for (int64_t pixel = 0; pixel < pixels; pixel += kPixels) {
-      const int64_t m = pixels - pixel < kPixels ? pixels - pixel : kPixels;
-      int32_t sums[kPixels][kPanel];
-      tiles[m - 1](pairs, segments, groups, rows + pixel * segments, weights, sums);
-      for (int64_t i = 0; i < m; ++i) finish_panel(sums[i], n, pixel + i, o, e);
-    }
+// Pixels of a tile: six by two vectors of sums leave four of sixteen registers to codes, weights
+// and products; four leave eight, to widened ones.
+constexpr int kTilePixels = 6;
+constexpr int kWidePixels = kDot ? kTilePixels : 4;
+// Pixels whose sums are finished together, in the L1 cache.
+constexpr int64_t kBlockPixels = 24;
+
+// How many of `left` pixels come next, if all blocks are to be of about equal size.
+FDDA_INLINE int64_t block_of(int64_t left) {
+  const int64_t blocks = (left + kBlockPixels - 1) / kBlockPixels;
+  return (left + blocks - 1) / blocks;
+}
+
+using Tile =
+    void (*)(int64_t, int64_t, int64_t, const uint8_t* const*, const int8_t*, int32_t (*)[kPanel]);
+constexpr Tile kNarrowTiles[kTilePixels] = {narrow_tile<1>, narrow_tile<2>, narrow_tile<3>,
+                                            narrow_tile<4>, narrow_tile<5>, narrow_tile<6>};
+constexpr Tile kWideTiles[kTilePixels] = {
+    wide_tile<1>,
+    wide_tile<2>,
+    wide_tile<3>,
+    wide_tile<4>,
+    wide_tile < kDot ? 5 : 1 >,
+    wide_tile < kDot ? 6 : 1 > };
+
+// The sums of `count` patches, in tiles of about equal size; steps = 0 stands for pairs that exceed
+// 16 bits.
+inline void add_products(
+    int64_t steps, int64_t count, int64_t segments, int64_t groups, const uint8_t* const* rows,
+    const int8_t* weights, int32_t (*sums)[kPanel]) {
+  const bool is_wide = kDot || steps == 0;
+  const Tile* tiles = is_wide ? kWideTiles : kNarrowTiles;
+  const int64_t most = is_wide ? kWidePixels : kTilePixels;
+  for (int64_t left = (count + most - 1) / most; left > 0; --left) {
+    const int64_t m = (count + left - 1) / left;
+    tiles[m - 1](steps, segments, groups, rows, weights, sums);
+    count -= m;
+    rows += m * segments;
+    sums += m;
   }
 }
+
+// Epilogue ----------------------------------------------------------------------------------------
+
+// Parameters of 16 outputs.
+struct Outputs {
+  __m256 scale[2], shift[2];
+  __m256i correction[2];
+};
+
+FDDA_INLINE Outputs outputs_at(int64_t at, const IntEpilogue& e) {
+  return {
+      {_mm256_loadu_ps(e.scale + at), _mm256_loadu_ps(e.scale + at + 8)},
+      {_mm256_loadu_ps(e.shift + at), _mm256_loadu_ps(e.shift + at + 8)},
+      {load_32(e.correction + at), load_32(e.correction + at + 8)}};
+}
+
+FDDA_INLINE __m256 affine(__m256i sums, __m256i correction, __m256 scale, __m256 shift) {
+  const __m256 value = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, correction));
+  return _mm256_add_ps(_mm256_mul_ps(value, scale), shift);
+}
+
+FDDA_INLINE __m256 residual_of(const uint8_t* codes, const IntEpilogue& e) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+  const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+  return _mm256_mul_ps(
+      _mm256_sub_ps(code, _mm256_set1_ps(e.residual_zero_point)), _mm256_set1_ps(e.residual_scale));
+}
+
+// Codes minus the zero point, but for the lower bound: what overflows there becomes the smallest
+// integer, which packing keeps at the bottom.
+FDDA_INLINE __m256i rounded(__m256 t, const Rounding& r) {
+  t = _mm256_mul_ps(t, _mm256_set1_ps(r.inverse_scale));
+  return _mm256_cvtps_epi32(_mm256_min_ps(t, _mm256_set1_ps(r.most)));
+}
+
+// 16 codes as 16 bits: of every 128 bits, four of each vector.
+FDDA_INLINE __m256i packed(__m256i a, __m256i b, const Rounding& r) {
+  return _mm256_adds_epi16(_mm256_packs_epi32(a, b), _mm256_set1_epi16(r.zero_point));
+}
+
+FDDA_INLINE __m256i to_bytes(__m256i ab, __m256i cd, const Rounding& r) {
+  return _mm256_max_epu8(_mm256_packus_epi16(ab, cd), _mm256_set1_epi8(static_cast<char>(r.least)));
+}
+
+template <bool has_residual>
+FDDA_INLINE __m256i codes_of(
+    const int32_t* sums, const uint8_t* residual, const Outputs& o, const Rounding& r,
+    const IntEpilogue& e) {
+  __m256i half[2];
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    __m256 t = affine(load_32(sums + 8 * j), o.correction[j], o.scale[j], o.shift[j]);
+    if (has_residual) t = _mm256_add_ps(t, residual_of(residual + 8 * j, e));
+    half[j] = rounded(t, r);
+  }
+  return packed(half[0], half[1], r);
+}
+
+FDDA_INLINE void store_bytes(uint8_t* to, __m128i codes, int64_t n) {
+  if (n == kPanel) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
+    return;
+  }
+  alignas(16) uint8_t bytes[kPanel];
+  _mm_store_si128(reinterpret_cast<__m128i*>(bytes), codes);
+  __builtin_memcpy(to, bytes, static_cast<size_t>(n));
+}
+
+template <bool has_residual>
+void finish_codes(
+    int64_t count, const int32_t (*sums)[kPanel], const int64_t* pixels, int64_t at, int64_t n,
+    const Rounding& r, const IntEpilogue& e) {
+  const Outputs o = outputs_at(at, e);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t i = 0; i < count; i += 2) {
+    const int64_t other = i + 1 < count ? i + 1 : i;
+    const int64_t places[2] = {pixels[i] * e.stride + at, pixels[other] * e.stride + at};
+    const uint8_t* residuals[2] = {};
+    uint8_t buffer[2][kPanel];
+    if (has_residual) {
+      for (int k = 0; k < 2; ++k) {
+        residuals[k] = e.residual_codes + places[k];
+        if (n == kPanel) continue;
+        __builtin_memcpy(buffer[k], residuals[k], static_cast<size_t>(n));
+        residuals[k] = buffer[k];
+      }
+    }
+    const __m256i first = codes_of<has_residual>(sums[i], residuals[0], o, r, e);
+    const __m256i second = codes_of<has_residual>(sums[other], residuals[1], o, r, e);
+    const __m256i codes = _mm256_permutevar8x32_epi32(to_bytes(first, second, r), order);
+    store_bytes(e.codes + places[0], _mm256_castsi256_si128(codes), n);
+    store_bytes(e.codes + places[1], _mm256_extracti128_si256(codes, 1), n);
+  }
+}
+
+// Finishes `count` pixels, given by their indices, of n <= 16 outputs.
+__attribute__((noinline)) inline void finish_panel(
+    int64_t count, const int32_t (*sums)[kPanel], const int64_t* pixels, int64_t at, int64_t n,
+    const Rounding& r, const IntEpilogue& e) {
+  switch (way_of(e)) {
+    case Way::kCodes: return finish_codes<false>(count, sums, pixels, at, n, r, e);
+    case Way::kResidual: return finish_codes<true>(count, sums, pixels, at, n, r, e);
+    case Way::kOther: break;
+  }
+  for (int64_t i = 0; i < count; ++i) finish(sums[i], n, pixels[i], at, e);
+}
+
+// Dense -------------------------------------------------------------------------------------------
 
 inline void patches_avx2(
     int64_t bits, int64_t pixels, int64_t segments, int64_t groups, const uint8_t* const* rows,
     const int8_t* weights, int64_t outputs, const IntEpilogue& e) {
-  const auto on = bits <= kNarrowBits ? patches_on<true> : patches_on<false>;
-  on(bits, pixels, segments, groups, rows, weights, outputs, e);
+  const Rounding r = rounding_of(e);
+  const int64_t code = largest_code(bits);
+  const int64_t panel_size = segments * groups * kGroup * kPanel;
+  for (int64_t o = 0; o < outputs; o += kPanel, weights += panel_size) {
+    const int64_t n = outputs - o < kPanel ? outputs - o : kPanel;
+    // The search takes the time of a pixel or less, and pays where it saves some widening.
+    int64_t steps = exact_groups(code, 128);
+    if (!kDot && (steps == 0 || (pixels > kTilePixels && segments * groups > 3 * steps))) {
+      steps = exact_groups(code, largest_magnitude(weights, panel_size));
+    }
+    for (int64_t first = 0, count; first < pixels; first += count) {
+      count = block_of(pixels - first);
+      alignas(32) int32_t sums[kBlockPixels][kPanel];
+      int64_t indices[kBlockPixels];
+      for (int64_t i = 0; i < count; ++i) indices[i] = first + i;
+      add_products(steps, count, segments, groups, rows + first * segments, weights, sums);
+      finish_panel(count, sums, indices, o, n, r, e);
+    }
+  }
 }
 
-// Depthwise: 32 channels at a time, whose bytes come together by unpacking: vector j holds
-// channels 16 l + 4 j + i in lane l.
+// Depthwise ---------------------------------------------------------------------------------------
 
-struct Columns {
+// 32 channels. The bytes of four slots come together by unpacking, which leaves four channels of
+// every sixteen to each of four vectors: vector j holds channels 16 l + 4 j + i in lane l. Packing
+// the codes to bytes brings them back in order.
+struct Channels {
   __m256i part[4];
 };
 
-FDDA_INLINE Columns column_of(const uint8_t* const* x, int64_t c) {
-  const __m256i third = load_32(x[2] + c);
-  const __m256i zero = _mm256_setzero_si256();
-  const __m256i low = _mm256_unpacklo_epi8(load_32(x[0] + c), load_32(x[1] + c));
-  const __m256i high = _mm256_unpackhi_epi8(load_32(x[0] + c), load_32(x[1] + c));
-  const __m256i third_low = _mm256_unpacklo_epi8(third, zero);
-  const __m256i third_high = _mm256_unpackhi_epi8(third, zero);
+FDDA_INLINE Channels unpack(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i ab_low = _mm256_unpacklo_epi8(a, b);
+  const __m256i ab_high = _mm256_unpackhi_epi8(a, b);
+  const __m256i cd_low = _mm256_unpacklo_epi8(c, d);
+  const __m256i cd_high = _mm256_unpackhi_epi8(c, d);
   return {
-      {_mm256_unpacklo_epi16(low, third_low), _mm256_unpackhi_epi16(low, third_low),
-       _mm256_unpacklo_epi16(high, third_high), _mm256_unpackhi_epi16(high, third_high)}};
+      {_mm256_unpacklo_epi16(ab_low, cd_low), _mm256_unpackhi_epi16(ab_low, cd_low),
+       _mm256_unpacklo_epi16(ab_high, cd_high), _mm256_unpackhi_epi16(ab_high, cd_high)}};
+}
+
+// 32 parameters in that order; n <= 32 of them count, and sixteen at a time may be read.
+FDDA_INLINE Channels load_channels(const void* values, int64_t n) {
+  const char* from = static_cast<const char*>(values);
+  const char* second = n > kPanel ? from + 64 : from;
+  Channels x;
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    x.part[j] = _mm256_loadu2_m128i(
+        reinterpret_cast<const __m128i*>(second + 16 * j),
+        reinterpret_cast<const __m128i*>(from + 16 * j));
+  }
+  return x;
+}
+
+// What the pixels of 32 channels, beginning with c, share.
+struct DepthwiseBlock {
+  int64_t c, n;
+  const int8_t* weights;  // vectors of a group's slots are 64 bytes apart
+  Channels correction, scale, shift;
+  Rounding rounding;
+  Way way;
+};
+
+FDDA_INLINE DepthwiseBlock depthwise_block(
+    int64_t c, int64_t channels, int64_t slots, const int8_t* weights, const Rounding& r,
+    const IntEpilogue& e) {
+  const int64_t n = channels - c < 32 ? channels - c : 32;
+  return {
+      c,
+      n,
+      weights + c / 64 * slots * 64 + c % 64,
+      load_channels(e.correction + c, n),
+      load_channels(e.scale + c, n),
+      load_channels(e.shift + c, n),
+      r,
+      way_of(e)};
+}
+
+FDDA_INLINE void finish_channels(
+    const DepthwiseBlock& block, const Channels& sums, int64_t pixel, const IntEpilogue& e) {
+  const Rounding& r = block.rounding;
+  if (block.way != Way::kCodes) {
+    alignas(32) int32_t ordered[2][kPanel];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      __m128i* low = reinterpret_cast<__m128i*>(ordered[0] + 4 * j);
+      __m128i* high = reinterpret_cast<__m128i*>(ordered[1] + 4 * j);
+      _mm_store_si128(low, _mm256_castsi256_si128(sums.part[j]));
+      _mm_store_si128(high, _mm256_extracti128_si256(sums.part[j], 1));
+    }
+    const bool is_one = block.n <= kPanel;
+    finish_panel(1, ordered, &pixel, block.c, is_one ? block.n : kPanel, r, e);
+    if (!is_one) finish_panel(1, ordered + 1, &pixel, block.c + kPanel, block.n - kPanel, r, e);
+    return;
+  }
+  __m256i integers[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m256 scale = _mm256_castsi256_ps(block.scale.part[j]);
+    const __m256 shift = _mm256_castsi256_ps(block.shift.part[j]);
+    integers[j] = rounded(affine(sums.part[j], block.correction.part[j], scale, shift), r);
+  }
+  const __m256i codes =
+      to_bytes(packed(integers[0], integers[1], r), packed(integers[2], integers[3], r), r);
+  uint8_t* to = e.codes + pixel * e.stride + block.c;
+  if (block.n == 32) {
+    store_32(to, codes);
+  } else {
+    alignas(32) uint8_t bytes[32];
+    store_32(bytes, codes);
+    __builtin_memcpy(to, bytes, static_cast<size_t>(block.n));
+  }
 }
 
 template <bool narrow>
-void depthwise_3x3_on(
-    int64_t pixels, int64_t stride, const uint8_t* const* columns, const int8_t* weights,
-    int64_t channels, const IntEpilogue& e) {
-  static_assert(3 <= exact_pairs(kNarrowBits), "the pairs of three columns fit into 16 bits");
-  for (int64_t c = 0; c < channels; c += 32) {
-    const int8_t* w = weights + c / 64 * 12 * 64 + c % 64;
-    const int64_t n = channels - c < 32 ? channels - c : 32;
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-      const uint8_t* const* x = columns + 3 * pixel * stride;
-      const Columns three[3] = {column_of(x, c), column_of(x + 3, c), column_of(x + 6, c)};
-      alignas(32) int32_t sums[32];
+FDDA_INLINE __m256i slot_products(__m256i x, const int8_t* weights) {
+  const __m256i w = load_32(weights);
+  return narrow ? _mm256_maddubs_epi16(x, w)
+                : wide_products(halves_of_codes(x), halves_of_weights(w));
+}
+
+// Taps in fours. Codes of seven bits fit 16 bits with any weight, the narrower the more of them.
+template <bool narrow>
+void depthwise_taps(
+    int64_t steps, int64_t pixels, int64_t taps, const uint8_t* const* rows,
+    const DepthwiseBlock& block, const IntEpilogue& e) {
+  const __m256i zero = _mm256_setzero_si256();
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, rows += taps) {
+    Channels sums = {{zero, zero, zero, zero}};
+    const auto load = [&](int64_t tap) __attribute__((always_inline)) {
+      return tap < taps ? load_32(rows[tap] + block.c) : zero;
+    };
+    for (int64_t t = 0; t < taps;) {
+      Channels part = {{zero, zero, zero, zero}};
+      for (int64_t left = steps; t < taps && left > 0; t += 4, --left) {
+        const Channels x = unpack(load(t), load(t + 1), load(t + 2), load(t + 3));
+        const int8_t* w = block.weights + t * 64;
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          if (kDot) {
+            dot(part.part[j], x.part[j], load_32(w + 64 * j));
+          } else {
+            const __m256i products = slot_products<narrow>(x.part[j], w + 64 * j);
+            part.part[j] = narrow ? _mm256_add_epi16(part.part[j], products)
+                                  : _mm256_add_epi32(part.part[j], products);
+          }
+        }
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        __m256i total = _mm256_setzero_si256();
-#pragma GCC unroll 3
-        for (int k = 0; k < 3; ++k) {
-          const __m256i taps = load_32(w + 256 * k + 64 * j);
-          total = narrow ? _mm256_add_epi16(total, _mm256_maddubs_epi16(three[k].part[j], taps))
-                         : _mm256_add_epi32(total, wide_products(three[k].part[j], taps));
-        }
-        if (narrow) total = _mm256_madd_epi16(total, _mm256_set1_epi16(1));
-        __m128i* to = reinterpret_cast<__m128i*>(sums + 4 * j);
-        _mm_store_si128(to, _mm256_castsi256_si128(total));
-        _mm_store_si128(to + 4, _mm256_extracti128_si256(total, 1));
+        const __m256i wide =
+            narrow && !kDot ? _mm256_madd_epi16(part.part[j], _mm256_set1_epi16(1)) : part.part[j];
+        sums.part[j] = _mm256_add_epi32(sums.part[j], wide);
       }
-      finish_panel(sums, n < kPanel ? n : kPanel, pixel, c, e);
-      if (n > kPanel) finish_panel(sums + kPanel, n - kPanel, pixel, c + kPanel, e);
     }
+    finish_channels(block, sums, pixel, e);
+  }
+}
+
+inline void depthwise_avx2(
+    int64_t bits, int64_t pixels, int64_t taps, const uint8_t* const* rows, const int8_t* weights,
+    int64_t channels, const IntEpilogue& e) {
+  const Rounding r = rounding_of(e);
+  const int64_t slots = (taps + 3) / 4 * 4;
+  const int64_t steps = exact_groups(largest_code(bits), 128);
+  const bool is_narrow = !kDot && steps > 0;
+  for (int64_t c = 0; c < channels; c += 32) {
+    const DepthwiseBlock block = depthwise_block(c, channels, slots, weights, r, e);
+    const auto on = is_narrow ? depthwise_taps<true> : depthwise_taps<false>;
+    on(is_narrow ? steps : taps, pixels, taps, rows, block, e);
+  }
+}
+
+// Neighbours share two columns of three at stride 1, one at stride 2, none at stride 3. The pairs
+// of the three columns fit 16 bits if the codes have up to five bits.
+constexpr int64_t kColumnBits = 5;
+static_assert(exact_groups(largest_code(kColumnBits), 128) >= 3, "three columns fit 16 bits");
+
+template <bool narrow, int stride>
+void depthwise_3x3_row(
+    int64_t pixels, const uint8_t* const* columns, const DepthwiseBlock& block,
+    const IntEpilogue& e) {
+  const auto column = [&](int64_t i) __attribute__((always_inline)) {
+    const uint8_t* const* x = columns + 3 * i;
+    return unpack(
+        load_32(x[0] + block.c), load_32(x[1] + block.c), load_32(x[2] + block.c),
+        _mm256_setzero_si256());
+  };
+  Channels a = column(0);
+  Channels b = stride == 1 ? column(1) : a;
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    if (stride != 1) b = column(pixel * stride + 1);
+    if (stride == 3) a = column(pixel * stride);
+    const Channels c = column(pixel * stride + 2);
+    Channels sums;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const int8_t* w = block.weights + 64 * j;
+      if (kDot) {
+        sums.part[j] = _mm256_setzero_si256();
+        dot(sums.part[j], a.part[j], load_32(w));
+        dot(sums.part[j], b.part[j], load_32(w + 256));
+        dot(sums.part[j], c.part[j], load_32(w + 512));
+        continue;
+      }
+      const __m256i first = slot_products<narrow>(a.part[j], w);
+      const __m256i second = slot_products<narrow>(b.part[j], w + 256);
+      const __m256i third = slot_products<narrow>(c.part[j], w + 512);
+      sums.part[j] = narrow ? _mm256_madd_epi16(
+                                  _mm256_add_epi16(_mm256_add_epi16(first, second), third),
+                                  _mm256_set1_epi16(1))
+                            : _mm256_add_epi32(_mm256_add_epi32(first, second), third);
+    }
+    finish_channels(block, sums, pixel, e);
+    a = stride == 1 ? b : c;
+    b = c;
   }
 }
 
 inline void depthwise_3x3_avx2(
     int64_t bits, int64_t pixels, int64_t stride, const uint8_t* const* columns,
     const int8_t* weights, int64_t channels, const IntEpilogue& e) {
-  const auto on = bits <= kNarrowBits ? depthwise_3x3_on<true> : depthwise_3x3_on<false>;
-  on(pixels, stride, columns, weights, channels, e);
+  using Row = void (*)(int64_t, const uint8_t* const*, const DepthwiseBlock&, const IntEpilogue&);
+  constexpr Row rows[2][3] = {
+      {depthwise_3x3_row<false, 1>, depthwise_3x3_row<false, 2>, depthwise_3x3_row<false, 3>},
+      {depthwise_3x3_row<true, 1>, depthwise_3x3_row<true, 2>, depthwise_3x3_row<true, 3>}};
+  const Rounding r = rounding_of(e);
+  for (int64_t c = 0; c < channels; c += 32) {
+    const DepthwiseBlock block = depthwise_block(c, channels, 12, weights, r, e);
+    rows[!kDot && bits <= kColumnBits][stride - 1](pixels, columns, block, e);
+  }
+}
+
+// Winograd ----------------------------------------------------------------------------------------
+
+// Codes of b bits, up to M, make B^T d B within [-2 M, 2 M], and within [0, 4 M] at position (1,
+// 1), where all four signs are plus. With an offset of 2 M everywhere but there all lie in [0, 4
+// M]: for 4 bits in [0, 60], which lets more of them be added up in 16 bits than kWinogradOffset
+// would. One product pair always fits: 2 * 124 * 128 for 5 bits and any weights.
+constexpr int kUnshifted = 5;
+static_assert(exact_groups(4 * largest_code(kWinogradBits), 128) >= 1, "pairs fit 16 bits");
+
+constexpr int64_t winograd_shift(int64_t bits) {
+  return 2 * largest_code(bits);
+}
+
+inline void winograd_input_avx2(
+    int64_t bits, int64_t tiles, int64_t channels, const uint8_t* const* rows, int64_t stride,
+    int64_t position_stride, uint8_t* to) {
+  const __m256i shift = _mm256_set1_epi8(static_cast<char>(winograd_shift(bits)));
+  for (int64_t tile = 0; tile < tiles; ++tile, rows += kWinogradPositions, to += stride) {
+    for (int64_t c = 0; c < channels; c += 32) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        __m256i line[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const auto d = [&](int k) __attribute__((always_inline)) {
+            return load_32(rows[4 * i + k] + c);
+          };
+          line[i] = j == 0   ? _mm256_sub_epi8(d(0), d(2))
+                    : j == 1 ? _mm256_add_epi8(d(1), d(2))
+                    : j == 2 ? _mm256_sub_epi8(d(2), d(1))
+                             : _mm256_sub_epi8(d(1), d(3));
+        }
+        const __m256i column[4] = {
+            _mm256_sub_epi8(line[0], line[2]), _mm256_add_epi8(line[1], line[2]),
+            _mm256_sub_epi8(line[2], line[1]), _mm256_sub_epi8(line[1], line[3])};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const int position = 4 * i + j;
+          store_32(
+              to + position * position_stride + c,
+              position == kUnshifted ? column[i] : _mm256_add_epi8(column[i], shift));
+        }
+      }
+    }
+  }
+}
+
+// A^T (...) A of 16 vectors, `stride` integers apart: outputs (0, 0), (0, 1), (1, 0), (1, 1).
+FDDA_INLINE void winograd_transform(
+    const int32_t* products, int64_t stride, __m256i (&outputs)[4]) {
+  __m256i lines[2][4];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const __m256i one = load_32(products + (4 + k) * stride);
+    const __m256i two = load_32(products + (8 + k) * stride);
+    const __m256i both = _mm256_add_epi32(one, two);
+    lines[0][k] = _mm256_add_epi32(load_32(products + k * stride), both);
+    lines[1][k] =
+        _mm256_sub_epi32(_mm256_sub_epi32(one, two), load_32(products + (12 + k) * stride));
+  }
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    const __m256i* line = lines[k];
+    outputs[2 * k] = _mm256_add_epi32(line[0], _mm256_add_epi32(line[1], line[2]));
+    outputs[2 * k + 1] = _mm256_sub_epi32(_mm256_sub_epi32(line[1], line[2]), line[3]);
+  }
+}
+
+// What the shifts of all positions have added to four times the outputs, negative.
+FDDA_INLINE void winograd_offset(int64_t shift, const int8_t* panel, int32_t (&offset)[4][kPanel]) {
+  alignas(32) int32_t shares[kWinogradPositions][kPanel];
+  __builtin_memcpy(shares, panel, sizeof(shares));
+  for (int p = 0; p < kWinogradPositions; ++p) {
+    const int32_t factor = p == kUnshifted ? 0 : static_cast<int32_t>(shift);
+    for (int32_t& share : shares[p]) share = share / kWinogradOffset * factor;
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    __m256i outputs[4];
+    winograd_transform(shares[0] + 8 * j, kPanel, outputs);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) store_32(offset[k] + 8 * j, outputs[k]);
+  }
+}
+
+// One position after the other for a block of tiles, whose products stay in the L1 cache as well as
+// the position's weights.
+inline void winograd_output_avx2(
+    int64_t bits, int64_t tiles, int64_t groups, const uint8_t* from, int64_t stride,
+    int64_t position_stride, const int8_t* weights, int64_t outputs, const int64_t* pixels,
+    const IntEpilogue& e) {
+  const Rounding r = rounding_of(e);
+  const int64_t code = 2 * winograd_shift(bits);
+  const int64_t position_size = groups * kGroup * kPanel;
+  for (int64_t o = 0; o < outputs; o += kPanel, weights += winograd_panel_size(groups)) {
+    const int64_t n = outputs - o < kPanel ? outputs - o : kPanel;
+    alignas(32) int32_t offset[4][kPanel];
+    winograd_offset(winograd_shift(bits), weights, offset);
+    const int8_t* w = weights + kWinogradPositions * kPanel * 4;
+    int64_t steps[kWinogradPositions];
+    for (int64_t p = 0; p < kWinogradPositions; ++p) {
+      steps[p] =
+          kDot ? 1 : exact_groups(code, largest_magnitude(w + p * position_size, position_size));
+    }
+    for (int64_t first = 0, count; first < tiles; first += count) {
+      count = block_of(tiles - first);
+      alignas(32) int32_t products[kWinogradPositions][kBlockPixels][kPanel];
+      for (int64_t p = 0; p < kWinogradPositions; ++p) {
+        const uint8_t* rows[kBlockPixels];
+        for (int64_t i = 0; i < count; ++i) {
+          rows[i] = from + p * position_stride + (first + i) * stride;
+        }
+        add_products(steps[p], count, 1, groups, rows, w + p * position_size, products[p]);
+      }
+      alignas(32) int32_t sums[4 * kBlockPixels][kPanel];
+      int64_t places[4 * kBlockPixels];
+      int64_t filled = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t* of_tile = pixels + 4 * (first + i);
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+          __m256i four_times[4];
+          winograd_transform(products[0][i] + 8 * j, kBlockPixels * kPanel, four_times);
+          int64_t at = filled;
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) {
+            const __m256i sum = _mm256_add_epi32(four_times[k], load_32(offset[k] + 8 * j));
+            store_32(sums[at] + 8 * j, _mm256_srai_epi32(sum, 2));
+            places[at] = of_tile[k];
+            at += of_tile[k] >= 0;
+          }
+          if (j == 1) filled = at;
+        }
+      }
+      finish_panel(filled, sums, places, o, n, r, e);
+    }
+  }
+}
+
+// Pooling -----------------------------------------------------------------------------------------
+
+inline void max_taps_avx2(
+    int64_t taps, const uint8_t* const* rows, int64_t channels, uint8_t* largest) {
+  for (int64_t c = 0; c < channels; c += 32) {
+    __m256i most = load_32(rows[0] + c);
+    for (int64_t tap = 1; tap < taps; ++tap) most = _mm256_max_epu8(most, load_32(rows[tap] + c));
+    if (c + 32 <= channels) {
+      store_32(largest + c, most);
+    } else {
+      alignas(32) uint8_t bytes[32];
+      store_32(bytes, most);
+      __builtin_memcpy(largest + c, bytes, static_cast<size_t>(channels - c));
+    }
+  }
 }
 
 constexpr IntKernels kIntKernels = {
-    patches_avx2,           integer_depthwise,       depthwise_3x3_avx2,
-    integer_winograd_input, integer_winograd_output, finish_pixels<int32_t>,
-    finish_pixels<float>,   integer_add_taps,        integer_max_taps,
-    integer_quantize};
+    patches_avx2,         depthwise_avx2,         depthwise_3x3_avx2,   winograd_input_avx2,
+    winograd_output_avx2, finish_pixels<int32_t>, finish_pixels<float>, integer_add_taps,
+    max_taps_avx2,        integer_quantize};

@@ -6,25 +6,6 @@ FDDA_INLINE void add_products(__m512i& sums, __m512i x, __m512i w) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
 }
 
-// Rounding to codes, the same for all outputs. With a monotone rounding the clamp of the value can
-// as well be made on the code.
-struct Rounding {
-  float inverse_scale;
-  float most;  // largest code minus the zero point
-  int16_t zero_point;
-  uint8_t least;  // smallest code
-};
-
-FDDA_INLINE Rounding rounding_of(const IntEpilogue& e) {
-  const float bottom = 0.0f - e.zero_point;
-  const float top = e.quant_max - e.zero_point;
-  const float least = fdda::clamp(rintf(e.low * e.inverse_scale), bottom, top);
-  const float most = fdda::clamp(rintf(e.high * e.inverse_scale), bottom, top);
-  return {
-      e.inverse_scale, most, static_cast<int16_t>(e.zero_point),
-      static_cast<uint8_t>(least + e.zero_point)};
-}
-
 // sum * scale + shift for sixteen outputs.
 FDDA_INLINE __m512 affine(__m512i sums, __m512 scale, __m512 shift) {
   return _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale), shift);
@@ -117,14 +98,6 @@ FDDA_INLINE void finish_some(
       _mm_mask_storeu_epi8(e.codes + place + o, inside, _mm512_castsi512_si128(codes));
     }
   }
-}
-
-// Which way an epilogue goes: from registers for the two usual ones.
-enum class Way { kCodes, kResidual, kOther };
-
-FDDA_INLINE Way way_of(const IntEpilogue& e) {
-  if (e.codes == nullptr || e.residual_values != nullptr) return Way::kOther;
-  return e.residual_codes == nullptr ? Way::kCodes : Way::kResidual;
 }
 
 // m pixels by n panels, all sums in registers.
@@ -313,8 +286,8 @@ FDDA_INLINE void add_unpacked(Unpacked& sums, const Unpacked& x, const int8_t* w
 }
 
 inline void depthwise_vnni(
-    int64_t pixels, int64_t taps, const uint8_t* const* rows, const int8_t* weights,
-    int64_t channels, const IntEpilogue& e) {
+    int64_t /*bits*/, int64_t pixels, int64_t taps, const uint8_t* const* rows,
+    const int8_t* weights, int64_t channels, const IntEpilogue& e) {
   const Rounding r = rounding_of(e);
   const int64_t slots = (taps + 3) / 4 * 4;
   for (int64_t c = 0; c < channels; c += 64, weights += slots * 64) {
@@ -442,7 +415,7 @@ inline void depthwise_3x3_vnni(
 // Winograd.
 
 inline void winograd_input_vnni(
-    int64_t tiles, int64_t channels, const uint8_t* const* rows, int64_t stride,
+    int64_t /*bits*/, int64_t tiles, int64_t channels, const uint8_t* const* rows, int64_t stride,
     int64_t position_stride, uint8_t* to) {
   const __m512i offset = _mm512_set1_epi8(kWinogradOffset);
   for (int64_t tile = 0; tile < tiles; ++tile, rows += kWinogradPositions, to += stride) {
@@ -566,8 +539,9 @@ constexpr WinogradTile kWinogradTiles[3][kTilePixels][kTilePanels] = {
 #undef FDDA_TILES_OF
 
 inline void winograd_output_vnni(
-    int64_t tiles, int64_t groups, const uint8_t* from, int64_t stride, int64_t position_stride,
-    const int8_t* weights, int64_t outputs, const int64_t* pixels, const IntEpilogue& e) {
+    int64_t /*bits*/, int64_t tiles, int64_t groups, const uint8_t* from, int64_t stride,
+    int64_t position_stride, const int8_t* weights, int64_t outputs, const int64_t* pixels,
+    const IntEpilogue& e) {
   const Rounding r = rounding_of(e);
   const auto& functions = kWinogradTiles[static_cast<int>(way_of(e))];
   for (int64_t o = 0; o < outputs; o += kTilePanels * kPanel) {

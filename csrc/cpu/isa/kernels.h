@@ -157,7 +157,7 @@ struct IntKernels {
       const int8_t* weights, int64_t outputs, const IntEpilogue& epilogue);
   // One weight per channel and tap; rows holds the taps of the first pixel, then of the second.
   void (*depthwise)(
-      int64_t pixels, int64_t taps, const uint8_t* const* rows, const int8_t* weights,
+      int64_t bits, int64_t pixels, int64_t taps, const uint8_t* const* rows, const int8_t* weights,
       int64_t channels, const IntEpilogue& epilogue);
   // The same for a 3x3 window; a column is three pointers, and the next pixel's three columns begin
   // `stride` columns further: 1 or 2, or 3 if they share none.
@@ -165,14 +165,16 @@ struct IntKernels {
       int64_t bits, int64_t pixels, int64_t stride, const uint8_t* const* columns,
       const int8_t* weights, int64_t channels, const IntEpilogue& epilogue);
   // B^T d B + kWinogradOffset of tiles whose 16 pixels are in rows, to [position][tile][channel];
-  // `stride` bytes, a multiple of 64 that holds the channels, from tile to tile.
+  // `stride` bytes, a multiple of 64 that holds the channels, from tile to tile. Another offset
+  // will do that winograd_output of the same table knows.
   void (*winograd_input)(
-      int64_t tiles, int64_t channels, const uint8_t* const* rows, int64_t stride,
+      int64_t bits, int64_t tiles, int64_t channels, const uint8_t* const* rows, int64_t stride,
       int64_t position_stride, uint8_t* to);
   // The outputs of such tiles; pixels holds four indices per tile, -1 where there is no pixel.
   void (*winograd_output)(
-      int64_t tiles, int64_t groups, const uint8_t* from, int64_t stride, int64_t position_stride,
-      const int8_t* weights, int64_t outputs, const int64_t* pixels, const IntEpilogue& epilogue);
+      int64_t bits, int64_t tiles, int64_t groups, const uint8_t* from, int64_t stride,
+      int64_t position_stride, const int8_t* weights, int64_t outputs, const int64_t* pixels,
+      const IntEpilogue& epilogue);
   // What follows a sum, for [pixels, channels]; floats stand for sums that are no integers.
   void (*finish)(
       int64_t pixels, int64_t channels, const int32_t* sums, const IntEpilogue& epilogue);

@@ -34,6 +34,35 @@ void finish_pixels(int64_t pixels, int64_t channels, const Sum* sums, const IntE
   }
 }
 
+// For kernels that round in vectors.
+
+// Rounding to codes, the same for all outputs. With a monotone rounding the clamp of the value can
+// as well be made on the code.
+struct Rounding {
+  float inverse_scale;
+  float most;  // largest code minus the zero point
+  int16_t zero_point;
+  uint8_t least;  // smallest code
+};
+
+FDDA_INLINE Rounding rounding_of(const IntEpilogue& e) {
+  const float bottom = 0.0f - e.zero_point;
+  const float top = e.quant_max - e.zero_point;
+  const float least = fdda::clamp(rintf(e.low * e.inverse_scale), bottom, top);
+  const float most = fdda::clamp(rintf(e.high * e.inverse_scale), bottom, top);
+  return {
+      e.inverse_scale, most, static_cast<int16_t>(e.zero_point),
+      static_cast<uint8_t>(least + e.zero_point)};
+}
+
+// Which way an epilogue goes; the first two are the usual ones.
+enum class Way { kCodes, kResidual, kOther };
+
+FDDA_INLINE Way way_of(const IntEpilogue& e) {
+  if (e.codes == nullptr || e.residual_values != nullptr) return Way::kOther;
+  return e.residual_codes == nullptr ? Way::kCodes : Way::kResidual;
+}
+
 // sums += the products of one group of codes with the weights of a panel.
 FDDA_INLINE void add_group(const uint8_t* x, const int8_t* w, int32_t (&sums)[kPanel]) {
   for (int64_t i = 0; i < kPanel; ++i) {
@@ -61,8 +90,8 @@ inline void integer_patches(
 }
 
 inline void integer_depthwise(
-    int64_t pixels, int64_t taps, const uint8_t* const* rows, const int8_t* weights,
-    int64_t channels, const IntEpilogue& e) {
+    int64_t /*bits*/, int64_t pixels, int64_t taps, const uint8_t* const* rows,
+    const int8_t* weights, int64_t channels, const IntEpilogue& e) {
   const int64_t slots = (taps + 3) / 4 * 4;
   for (int64_t pixel = 0; pixel < pixels; ++pixel, rows += taps) {
     for (int64_t c = 0; c < channels; c += kPanel) {
@@ -107,7 +136,7 @@ FDDA_INLINE void winograd_input_line(T a, T b, T c, T d, T (&to)[4]) {
 }
 
 inline void integer_winograd_input(
-    int64_t tiles, int64_t channels, const uint8_t* const* rows, int64_t stride,
+    int64_t /*bits*/, int64_t tiles, int64_t channels, const uint8_t* const* rows, int64_t stride,
     int64_t position_stride, uint8_t* to) {
   for (int64_t tile = 0; tile < tiles; ++tile, rows += kWinogradPositions, to += stride) {
     for (int64_t c = 0; c < channels; ++c) {
@@ -128,8 +157,9 @@ inline void integer_winograd_input(
 }
 
 inline void integer_winograd_output(
-    int64_t tiles, int64_t groups, const uint8_t* from, int64_t stride, int64_t position_stride,
-    const int8_t* weights, int64_t outputs, const int64_t* pixels, const IntEpilogue& e) {
+    int64_t /*bits*/, int64_t tiles, int64_t groups, const uint8_t* from, int64_t stride,
+    int64_t position_stride, const int8_t* weights, int64_t outputs, const int64_t* pixels,
+    const IntEpilogue& e) {
   for (int64_t o = 0; o < outputs; o += kPanel, weights += winograd_panel_size(groups)) {
     const int32_t* offset = reinterpret_cast<const int32_t*>(weights);
     const int8_t* products_of = weights + kWinogradPositions * kPanel * 4;
