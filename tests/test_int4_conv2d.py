@@ -195,17 +195,59 @@ def test_winograd_takes_the_largest_codes_and_weights(isa: str) -> None:
     assert torch.equal(run(*arguments, winograd=True), reference(*arguments))
 
 
+@pytest.mark.parametrize("bits", range(1, 6))
+@pytest.mark.parametrize("corner", [-32, 31])
+@pytest.mark.parametrize("value", [-14, 14])
+def test_no_sum_saturates_under_winograd(isa: str, bits: int, corner: int, value: int) -> None:
+    """Transformed weights at the ends of int8, the largest codes, and enough channels."""
+    x, weight, scale, shift, options = make_case((1, 6, 6, 600), 20, zero_point=0, bits=bits)
+    x[x > 0] = 2**bits - 1
+    x[0, :4] = 2**bits - 1
+    weight.fill_(0)
+    weight[:10, 0, 0] = corner
+    weight[10:] = value
+    options |= {"out_bits": 0, "low": -1e9, "high": 1e9}
+    arguments = (x, weight, scale, shift, options)
+    assert torch.equal(run(*arguments, winograd=True), reference(*arguments))
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("groups", [1, 70])
-@pytest.mark.parametrize("value", [-128, 127])
-def test_no_sum_saturates(isa: str, bits: int, groups: int, value: int) -> None:
-    """The largest codes and weights, everywhere."""
-    shape = (1, 5, 5, 70)
+@pytest.mark.parametrize("value", [-128, -65, -64, -8, 7, 64, 127])
+@pytest.mark.parametrize("size", [2, 5])
+def test_no_sum_saturates(isa: str, bits: int, groups: int, value: int, size: int) -> None:
+    """The largest codes, with weights whose pairs of products just fit 16 bits or do not."""
+    shape = (1, size, size, 70)
     x, weight, scale, shift, options = make_case(shape, 70, groups=groups, zero_point=0)
     x.fill_(2**bits - 1)
     weight.fill_(value)
+    weight[1::2, 0] = -weight[1::2, 0].clamp(min=-127)
     options |= {"out_bits": 0, "low": -1e9, "high": 1e9}
     arguments = (x, weight, scale, shift, options)
+    assert torch.equal(run(*arguments), reference(*arguments))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 8])
+@pytest.mark.parametrize("value", [-128, -8, 7, 127])
+def test_long_sums_do_not_saturate(isa: str, bits: int, value: int) -> None:
+    """More groups than 16 bits hold, whatever the weights; in the second image half as much."""
+    options = {"kernel": (1, 1), "padding": (0, 0), "zero_point": 0}
+    x, weight, scale, shift, options = make_case((2, 1, 7, 4100), 33, bits=bits, **options)
+    x[0] = 2**bits - 1
+    weight[:16] = value
+    weight[16:32] = torch.where(weight[16:32] < 0, weight.new_tensor(value), weight[16:32])
+    options |= {"out_bits": 0, "low": -1e9, "high": 1e9}
+    arguments = (x, weight, scale, shift, options)
+    assert torch.equal(run(*arguments), reference(*arguments))
+
+
+@pytest.mark.parametrize("groups", [1, 40])
+def test_zero_point_may_exceed_the_codes(isa: str, groups: int) -> None:
+    """What lies around the image then has more bits than the image."""
+    arguments = make_case((1, 6, 6, 40), 40, groups=groups, zero_point=255)
+    x, weight, *_ = arguments
+    weight.fill_(127)
+    assert x.max() < 16
     assert torch.equal(run(*arguments), reference(*arguments))
 
 
@@ -223,6 +265,9 @@ def test_winograd_refuses_what_it_cannot_do() -> None:
     options["stride"] = (1, 1)
     with pytest.raises(UsageError, match="and 5 bits"):
         int4_conv2d(x, packed, *rest, zeros, winograd=True, **options)
+    options["zero_point"] = 32
+    with pytest.raises(UsageError, match="and 5 bits"):
+        int4_conv2d(x, packed, *rest, zeros, bits=4, winograd=True, **options)
 
 
 def test_cases_reach_the_whole_grid() -> None:

@@ -507,13 +507,14 @@ Tensor int4_conv2d_cpu(
                                    padding,    dilation,       groups,         zero_point,
                                    low,        high,           residual_scale, residual_zero_point,
                                    out_scale,  out_zero_point, out_bits,       bits};
-  const Geometry g{check_int4_geometry(op, arguments)};
+  Geometry g{check_int4_geometry(op, arguments)};
+  check_int4_operands(op, arguments, g, g.packed_size(winograd));
+  g.bits = bits_beside(zero_point, bits);
   if (winograd && !g.fits_winograd()) {
     refuse(
         op, "winograd", "only for ungrouped 3x3 windows of stride and dilation 1, and 5 bits",
         "others");
   }
-  check_int4_operands(op, arguments, g, g.packed_size(winograd));
   const Tensor codes = as_contiguous(x);
   const Tensor weights = as_contiguous(weight);
   const std::vector<float> scales = padded<float>(scale);

@@ -13,6 +13,12 @@ constexpr int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
+// How many bits codes have that share an image with the zero point around it.
+constexpr int64_t bits_beside(int64_t zero_point, int64_t bits) {
+  while (zero_point >> bits != 0) ++bits;
+  return bits;
+}
+
 // The shapes, and how this backend lays out their weights.
 struct Geometry : ConvGeometry {
   bool reads_every_pixel() const {

@@ -228,10 +228,11 @@ class Program {
   }
 
   void conv(const StepRecord& s, const ValueRecord& in, const ValueRecord& out) const {
-    const Geometry g = geometry(s, in, out);
+    Geometry g = geometry(s, in, out);
     const bool winograd = s.winograd == 1;
-    require(!winograd || g.fits_winograd(), "of Winograd for 3x3 windows only");
     require(s.zero_point >= 0 && s.zero_point <= 255, "of zero points among the codes");
+    g.bits = bits_beside(s.zero_point, g.bits);
+    require(!winograd || g.fits_winograd(), "of Winograd for 3x3 windows only");
     const uint8_t* weight = span(constants_, s.weight, g.packed_size(winograd));
     convolve(
         g, winograd, memory(in), static_cast<uint8_t>(s.zero_point),

@@ -9,7 +9,7 @@
 
 namespace fdda::cpu {
 
-// Names, worst to best: "scalar", "avx2", "avx512", "avx512vnni".
+// Names, worst to best: "scalar", "avx2", "avxvnni", "avx512", "avx512vnni".
 std::vector<std::string> compiled_isas();
 std::vector<std::string> supported_isas();
 

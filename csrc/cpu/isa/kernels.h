@@ -151,7 +151,8 @@ constexpr int64_t winograd_panel_size(int64_t groups) {
 // Of pixels, whole vectors of 64 channels may be read.
 struct IntKernels {
   // Products of `pixels` patches with dense weights; rows holds the segments of the first patch,
-  // then of the second. Codes lie below 2^bits, which lets narrow ones take faster ways.
+  // then of the second. Codes, here and below, are less than 2^bits, which lets narrow ones take
+  // faster ways.
   void (*patches)(
       int64_t bits, int64_t pixels, int64_t segments, int64_t groups, const uint8_t* const* rows,
       const int8_t* weights, int64_t outputs, const IntEpilogue& epilogue);
@@ -209,6 +210,7 @@ struct Kernels {
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;
 #endif
