@@ -44,7 +44,7 @@ from .engine import (
     write_student,
 )
 from .errors import UsageError
-from .methods import METHODS, MethodSettings, Problem, build_method
+from .methods import MethodSettings, Problem, build_method, method_class
 from .models import TrainedNetwork, open_model
 from .preprocessing import Preprocessing, PreprocessingConfig
 from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits
@@ -186,9 +186,9 @@ def _expand(arguments: Sequence[str]) -> list[str]:
     return files + others
 
 
-def _named_preset(arguments: Sequence[str]) -> str | None:
-    """The preset that a configuration file builds on, if it says so."""
-    name = None
+def _named(key: str, arguments: Sequence[str]) -> str | None:
+    """What the configuration files among ``arguments`` give for ``key``, if they do."""
+    value = None
     for argument in arguments:
         path = Path(argument.removeprefix("--config="))
         if argument.startswith("--config=") and path.is_file():
@@ -196,19 +196,20 @@ def _named_preset(arguments: Sequence[str]) -> str | None:
                 content = yaml.safe_load(path.read_bytes())
             except (OSError, yaml.YAMLError):  # the parser says what is wrong with it
                 continue
-            name = content.get("preset", name) if isinstance(content, dict) else name
-    return name
+            value = content.get(key, value) if isinstance(content, dict) else value
+    return value
 
 
-def preset_path(name: str) -> Path:
-    """The file of a shipped preset.
+def preset_path(name: str, method: str) -> Path:
+    """The file of a shipped preset: the constants that ``method`` has in it.
 
     Raises:
-        UsageError: If there is no such preset.
+        UsageError: If there is no such preset, or no such method.
     """
-    path = _PRESETS / f"{name}.yaml"
+    folder = _PRESETS / method_class(method).presets
+    path = folder / f"{name}.yaml"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in _PRESETS.glob("*.yaml")))
+        names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise UsageError(f"train: expected preset to be one of {names}, got {name}")
     return path
 
@@ -222,10 +223,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     arguments = _expand(with_underscores(arguments))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", nargs="?")  # the second parser complains
+    first.add_argument("--method", nargs="?")
     first.add_argument("--out", nargs="?")
     first.add_argument("--resume", action="store_true")
     chosen, _ = first.parse_known_args(arguments)
-    defaults = preset_path(str(chosen.preset or _named_preset(arguments) or "short"))
+    defaults = preset_path(
+        str(chosen.preset or _named("preset", arguments) or "short"),
+        str(chosen.method or _named("method", arguments) or "fdda"),
+    )
     if chosen.resume:
         if chosen.out is None:
             raise UsageError("train: expected --out with --resume, the run to go on with, got none")
@@ -451,8 +456,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     """
     console = console or Console()
     for name in (*config.baselines, config.method):
-        if name not in METHODS:
-            build_method(name, None, config.settings)  # type: ignore[arg-type]  # raises
+        method_class(name)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with must_fit(images_per_class=config.images_per_class):

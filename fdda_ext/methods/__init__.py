@@ -1,14 +1,13 @@
 """The systems, one file each, behind one interface."""
 
 import difflib
-from collections.abc import Callable
 
 from ..errors import UsageError
 from .base import Method, Problem
 from .calibration import MSE, CalibrationDistillation, MinMax
 from .distillation import DistillationConfig, distillation_loss
-from .fdda import FDDA
-from .settings import FDDAConfig, MethodSettings
+from .fdda import FDDA, FDDAConfig
+from .settings import MethodSettings
 
 __all__ = [
     "FDDA",
@@ -23,10 +22,11 @@ __all__ = [
     "Problem",
     "build_method",
     "distillation_loss",
+    "method_class",
 ]
 
 #: Every method by the name that the command line takes.
-METHODS: dict[str, Callable[[Problem, MethodSettings], Method]] = {
+METHODS: dict[str, type[Method]] = {
     "fdda": FDDA,
     "distill": CalibrationDistillation,
     "minmax": MinMax,
@@ -40,10 +40,19 @@ def build_method(name: str, problem: Problem, settings: MethodSettings) -> Metho
     Raises:
         UsageError: If there is no such method.
     """
+    return method_class(name)(problem, settings)
+
+
+def method_class(name: str) -> type[Method]:
+    """The method called ``name``.
+
+    Raises:
+        UsageError: If there is no such method.
+    """
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(
             f"train: expected method to be one of {', '.join(METHODS)}, got {name}{hint}"
         )
-    return METHODS[name](problem, settings)
+    return METHODS[name]

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch.fx import GraphModule
 
 from ..data import Augmentation
 from ..quantization import QuantizationConfig, prepare
+
+if TYPE_CHECKING:
+    from .settings import MethodSettings
 
 __all__ = ["Method", "Problem"]
 
@@ -69,10 +72,18 @@ class Method(ABC):
 
     #: One line for ``--help`` and for tables.
     summary: ClassVar[str]
+    #: Folder of its presets: whose constants it takes.
+    presets: ClassVar[str] = "fdda"
+    #: Whether it looks at the calibration images; if not, nothing but their shape is used.
+    real_images: ClassVar[bool] = True
 
     student: GraphModule
     quantization: QuantizationConfig
     iterations: int = 0
+
+    @abstractmethod
+    def __init__(self, problem: Problem, settings: MethodSettings) -> None:
+        """Build the student of ``problem``; ``settings`` holds a section for every method."""
 
     def step(self, iteration: int) -> Mapping[str, Tensor]:
         """Do iteration ``iteration``; return scalar metrics."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -78,6 +78,15 @@ class DistillationConfig:
                 "distillation: expected cosine_half_period at least 1, "
                 f"got {self.cosine_half_period}"
             )
+
+    def scaled(self, share: float) -> DistillationConfig:
+        """The same schedule in ``share`` of its steps."""
+        period = self.cosine_half_period
+        return replace(
+            self,
+            steps=round(self.steps * share),
+            cosine_half_period=None if period is None else max(round(period * share), 1),
+        )
 
 
 def distillation_loss(
