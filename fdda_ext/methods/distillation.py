@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..data import augment
-from ..engine import must_fit
+from ..engine import must_fit, stage
 from ..errors import UsageError
 from ..quantization import project_scales_, scale_parameters
 from .base import Problem
@@ -142,11 +142,9 @@ class ImageSampler:
 class Student:
     """The fake-quantized network with its optimizer: one distillation step at a time."""
 
-    def __init__(
-        self, network: GraphModule, teacher: nn.Module, config: DistillationConfig
-    ) -> None:
+    def __init__(self, network: GraphModule, problem: Problem, config: DistillationConfig) -> None:
         self.network = network.eval()
-        self.teacher = teacher
+        self.problem = problem
         self.config = config
         self.steps_done = 0
         scales = scale_parameters(network)
@@ -178,13 +176,16 @@ class Student:
             settings__distillation__real_batch=self.config.real_batch,
             settings__distillation__generated_batch=self.config.generated_batch,
         ):
-            with torch.no_grad():
-                teacher_logits = self.teacher(images)
-            loss = distillation_loss(self.network(images), teacher_logits, labels, self.config)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-        project_scales_(self.network)
+            with torch.no_grad(), self.problem.autocast(), stage("student: teacher"):
+                teacher_logits = self.problem.teacher(images).float()
+            with stage("student: forward"):
+                loss = distillation_loss(self.network(images), teacher_logits, labels, self.config)
+            with stage("student: backward"):
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            with stage("student: optimizer"):
+                self.optimizer.step()
+                project_scales_(self.network)
         self.steps_done += 1
         return loss.detach()
 

@@ -17,7 +17,7 @@ One iteration, ``FDDA.step``:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from ..data import augment
-from ..engine import must_fit, restore_random
+from ..engine import must_fit, restore_random, stage
 from ..errors import UsageError
 from ..quantization import calibrate, set_activation_mode
 from ..statistics import (
@@ -189,7 +189,7 @@ class FDDA(Method):
 
         self.quantization = problem.quantization
         self.student = problem.student()
-        self.trainer = Student(self.student, problem.teacher, self.distillation)
+        self.trainer = Student(self.student, problem, self.distillation)
         self.images = ImageSampler(problem, self.distillation.real_batch, self.random)
         least, most = problem.augmentation.crop_scale
         self.generated_augmentation = replace(
@@ -225,30 +225,32 @@ class FDDA(Method):
             group["lr"] = config.lr * 0.1 ** sum(iteration >= m for m in config.lr_milestones)
 
         labels_a = self.draw_labels(config.batch)
-        images_a = self.generator.sample(labels_a, self.random)
-        seen_a = capture(self.problem.teacher, images_a)
-        loss_bns = bns_loss(seen_a.inputs, self.running)
-
         classes = self.draw_classes(iteration)  # [P]
         index_b = torch.arange(config.batch, device=classes.device) % classes.shape[0]
-        labels_b = classes[index_b]
-        seen_b = capture(self.problem.teacher, self.generator.sample(labels_b, self.random))
-        loss_centralised, loss_distorted = self.class_losses(
-            iteration, seen_b.inputs, classes, index_b
-        )
-
-        loss_class = 0.5 * (
-            F.cross_entropy(seen_a.logits, labels_a) + F.cross_entropy(seen_b.logits, labels_b)
-        )
-        loss = (
-            config.classification_weight * loss_class
-            + config.bns_weight * loss_bns
-            + config.distorted_weight * loss_distorted
-            + config.centralised_weight * loss_centralised
-        )
-        self.generator_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.generator_optimizer.step()
+        labels = torch.cat([labels_a, classes[index_b]])
+        with self.problem.autocast():
+            with stage("generator: images"):
+                images = self.generator.sample(labels, self.random, num_batches=2)
+            with stage("generator: teacher"):
+                seen = capture(self.problem.teacher, images)
+        with stage("generator: losses"):
+            inputs_a, inputs_b = zip(*(x.split(config.batch) for x in seen.inputs), strict=True)
+            loss_bns = bns_loss(inputs_a, self.running)
+            loss_centralised, loss_distorted = self.class_losses(
+                iteration, inputs_b, classes, index_b
+            )
+            loss_class = F.cross_entropy(seen.logits.float(), labels)  # A and B are of one size
+            loss = (
+                config.classification_weight * loss_class
+                + config.bns_weight * loss_bns
+                + config.distorted_weight * loss_distorted
+                + config.centralised_weight * loss_centralised
+            )
+        with stage("generator: backward"):
+            self.generator_optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        with stage("generator: optimizer"):
+            self.generator_optimizer.step()
         metrics = {
             "generator": loss,
             "classification": loss_class,
@@ -256,10 +258,14 @@ class FDDA(Method):
             "centralised": loss_centralised,
             "distorted": loss_distorted,
         }
-        return {k: v.detach() for k, v in metrics.items()}, images_a.detach(), labels_a
+        return (
+            {k: v.detach() for k, v in metrics.items()},
+            images[: config.batch].detach(),
+            labels_a,
+        )
 
     def class_losses(
-        self, iteration: int, inputs: list[Tensor], classes: Tensor, class_index: Tensor
+        self, iteration: int, inputs: Sequence[Tensor], classes: Tensor, class_index: Tensor
     ) -> tuple[Tensor, Tensor]:
         """L_C and L_D of batch B, means over its classes; noise for classes of no good centre."""
         share = torch.full_like(classes, 1 / classes.shape[0], dtype=torch.float32)
@@ -308,21 +314,23 @@ class FDDA(Method):
 
     def student_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Distil on calibration images and on batch A under one random crop and flip."""
-        real_images, real_labels = self.images.next()
-        count = self.distillation.generated_batch
-        # The published code passes this tensor through NumPy, which fails; the tensor is meant.
-        generated = augment(
-            images[:count], self.generated_augmentation, self.random, same_for_batch=True
-        )
-        return self.trainer.step(
-            torch.cat([real_images, generated]), torch.cat([real_labels, labels[:count]])
-        )
+        with stage("student: images"):
+            real_images, real_labels = self.images.next()
+            count = self.distillation.generated_batch
+            # The published code passes this tensor through NumPy, which fails; the tensor is meant.
+            generated = augment(
+                images[:count], self.generated_augmentation, self.random, same_for_batch=True
+            )
+            images = torch.cat([real_images, generated])
+            labels = torch.cat([real_labels, labels[:count]])
+        return self.trainer.step(images, labels)
 
     @torch.no_grad()
     def generate(self, count: int) -> tuple[Tensor, Tensor]:
         """Images ``[count, 3, H, W]`` of random labels ``[count]``, without a generator step."""
         labels = self.draw_labels(count)
-        return self.generator.sample(labels, self.random), labels
+        with self.problem.autocast(), stage("student: images"):
+            return self.generator.sample(labels, self.random), labels
 
     # ---- state ------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ losses are means over the classes. One class per batch is the paper's case.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ def _noise_like(tensors: list[Tensor], std: float, generator: torch.Generator) -
     return list((noise * std).split(channels, dim=1))
 
 
-def bns_loss(inputs: list[Tensor], running: LayerStatistics) -> Tensor:
+def bns_loss(inputs: Sequence[Tensor], running: LayerStatistics) -> Tensor:
     """L_BNS: distance of the whole batch's statistics to the teacher's running statistics.
 
     Args:
@@ -115,7 +116,7 @@ def bns_loss(inputs: list[Tensor], running: LayerStatistics) -> Tensor:
 
 
 def centralised_and_distorted_loss(
-    inputs: list[Tensor],
+    inputs: Sequence[Tensor],
     class_index: Tensor,
     centres: LayerStatistics,
     class_weight: Tensor,
@@ -164,7 +165,7 @@ def centralised_and_distorted_loss(
 
 
 def noise_pull_loss(
-    inputs: list[Tensor], class_index: Tensor, class_weight: Tensor, generator: torch.Generator
+    inputs: Sequence[Tensor], class_index: Tensor, class_weight: Tensor, generator: torch.Generator
 ) -> Tensor:
     """What replaces L_D, early on, for classes that the teacher gets wrong on their own image.
 
