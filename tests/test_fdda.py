@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdda_ext.data import Augmentation
 from fdda_ext.errors import UsageError
@@ -214,6 +216,51 @@ def test_student_learns_and_stays_on_its_statistics():
     for name, buffer in method.student.named_buffers():
         if name in before:
             assert torch.equal(buffer, before[name])
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would have to wait for a GPU: values read, shapes that depend on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if any(waiting in name for waiting in self.WAITING):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_iteration_waits_for_nothing():
+    method = FDDA(problem(right=True), settings({"optimizer": "adam"}))
+    with Reads() as reads:
+        for iteration in range(method.iterations):
+            # Neither the end of the range phase, once in a run, is meant, nor Adam's count of
+            # steps, which a CPU keeps as a tensor.
+            with (
+                mock.patch("fdda_ext.methods.fdda.set_activation_mode"),
+                mock.patch.object(torch.optim.Adam, "step"),
+            ):
+                method.step(iteration)
+        assert reads.found == []
+        method.centres.correct.sum().item()
+        assert reads.found == ["_local_scalar_dense"], "the test sees what it looks for"
+
+
+def test_bfloat16_is_close_and_leaves_what_is_trained_in_float32():
+    exact = FDDA(problem(right=True), settings())
+    rough = FDDA(replace(problem(right=True), precision=torch.bfloat16), settings())
+    for iteration in range(exact.iterations):
+        expected, found = exact.step(iteration), rough.step(iteration)
+        for name, value in expected.items():
+            assert found[name].dtype == torch.float32
+            torch.testing.assert_close(found[name], value, rtol=0.1, atol=0.05)
+    assert not torch.equal(expected["generator"], found["generator"])
+    parameters = [*rough.generator.parameters(), *rough.student.parameters()]
+    assert {p.dtype for p in parameters} == {torch.float32}
 
 
 def test_learning_rate_follows_the_published_half_periods():

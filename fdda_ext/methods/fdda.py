@@ -299,7 +299,9 @@ class FDDA(Method):
         if iteration >= self.config.misclassified_iterations:
             allowed, available = self.centres.correct, self.num_correct
         count = min(self.config.classes_per_batch, available)
-        return torch.multinomial(allowed.float(), count, generator=self.random)
+        # By lot; torch.multinomial would wait for the device to look at the weights.
+        lots = torch.rand(allowed.shape, generator=self.random, device=allowed.device)
+        return lots.masked_fill(~allowed, -1.0).topk(count).indices
 
     # ---- the student ------------------------------------------------------------------------
 
