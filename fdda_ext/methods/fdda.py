@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from ..data import augment
+from ..distribution import gather, shard, share_of, shares, sum_gradients_, total
 from ..engine import must_fit, restore_random
 from ..errors import UsageError
 from ..quantization import calibrate, set_activation_mode
@@ -153,6 +154,7 @@ class FDDA(Method):
     """The method of the paper; every constant is a setting, with the paper's as default."""
 
     summary = "generator aligned with per-class BN statistics, distillation on real and generated"
+    distributed = True
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.problem = problem
@@ -219,7 +221,10 @@ class FDDA(Method):
     # ---- the generator ----------------------------------------------------------------------
 
     def generator_step(self, iteration: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """One Adam step on L_G; returns the losses, and batch A without its graph."""
+        """One Adam step on L_G; returns the losses, and batch A without its graph.
+
+        Of several processes, each returns the labels of all images and its share of the images.
+        """
         config = self.config
         for group in self.generator_optimizer.param_groups:
             group["lr"] = config.lr * 0.1 ** sum(iteration >= m for m in config.lr_milestones)
@@ -234,11 +239,12 @@ class FDDA(Method):
         labels_b = classes[index_b]
         seen_b = capture(self.problem.teacher, self.generator.sample(labels_b, self.random))
         loss_centralised, loss_distorted = self.class_losses(
-            iteration, seen_b.inputs, classes, index_b
+            iteration, seen_b.inputs, classes, shard(index_b)
         )
 
-        loss_class = 0.5 * (
-            F.cross_entropy(seen_a.logits, labels_a) + F.cross_entropy(seen_b.logits, labels_b)
+        loss_class = (0.5 * share_of(config.batch)) * (
+            F.cross_entropy(seen_a.logits, shard(labels_a))
+            + F.cross_entropy(seen_b.logits, shard(labels_b))
         )
         loss = (
             config.classification_weight * loss_class
@@ -248,6 +254,7 @@ class FDDA(Method):
         )
         self.generator_optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        sum_gradients_(self.generator.parameters())
         self.generator_optimizer.step()
         metrics = {
             "generator": loss,
@@ -256,7 +263,7 @@ class FDDA(Method):
             "centralised": loss_centralised,
             "distorted": loss_distorted,
         }
-        return {k: v.detach() for k, v in metrics.items()}, images_a.detach(), labels_a
+        return total(metrics), images_a.detach(), labels_a
 
     def class_losses(
         self, iteration: int, inputs: list[Tensor], classes: Tensor, class_index: Tensor
@@ -312,7 +319,10 @@ class FDDA(Method):
         count = self.distillation.generated_batch
         # The published code passes this tensor through NumPy, which fails; the tensor is meant.
         generated = augment(
-            images[:count], self.generated_augmentation, self.random, same_for_batch=True
+            gather(images, shares(len(labels)))[:count],
+            self.generated_augmentation,
+            self.random,
+            same_for_batch=True,
         )
         return self.trainer.step(
             torch.cat([real_images, generated]), torch.cat([real_labels, labels[:count]])

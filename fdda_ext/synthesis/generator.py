@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..distribution import pooled_moments, shard, world_size
 from ..errors import UsageError
+from ..ops import class_batch_stats
 
 __all__ = ["ConditionalGenerator", "GeneratorConfig"]
 
@@ -42,6 +44,17 @@ class GeneratorConfig:
             raise UsageError(f"generator: expected hidden_eps above 0, got {self.hidden_eps}")
 
 
+def normalise(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """``x [N, C, H, W]``, every channel with mean 0 and variance 1 over the whole batch."""
+    if world_size() == 1:
+        return F.batch_norm(x, None, None, training=True, eps=eps)
+    one_class = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    count, mean, variance = class_batch_stats(x, one_class, 1)
+    _, (mean,), (variance,) = pooled_moments(count, [mean], [variance])
+    scale = (variance + eps).rsqrt()
+    return ((x - mean[..., None, None]) * scale[..., None, None]).to(x.dtype)
+
+
 class ConditionalBatchNorm(nn.Module):
     """Batch statistics of the whole batch, then a scale and a shift of each image's own class."""
 
@@ -54,7 +67,7 @@ class ConditionalBatchNorm(nn.Module):
         nn.init.zeros_(self.shift.weight)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        normalised = F.batch_norm(x, None, None, training=True, eps=self.eps)
+        normalised = normalise(x, self.eps)
         scale = self.scale(labels)[:, :, None, None]
         shift = self.shift(labels)[:, :, None, None]
         return torch.addcmul(shift, normalised, scale)
@@ -120,11 +133,15 @@ class ConditionalGenerator(nn.Module):
         x = torch.tanh(self.to_image(x))
         border = (x.shape[-1] - self.image_size) // 2
         x = x[:, :, border : border + self.image_size, border : border + self.image_size]
-        return F.batch_norm(x, None, None, training=True)
+        return normalise(x)
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Make one image for every label ``[N]``, with noise drawn from ``generator``."""
+        """Make one image for every label ``[N]``, with noise drawn from ``generator``.
+
+        Returns:
+            Images ``[N, 3, image_size, image_size]``; of several processes, each makes its share.
+        """
         noise = torch.randn(
             (labels.shape[0], self.latent_dim), generator=generator, device=labels.device
         )
-        return self(noise, labels)
+        return self(shard(noise), shard(labels))
