@@ -13,6 +13,7 @@ from torch import nn
 
 from .data import ImageDataset, load_dataset, takes_preprocessing
 from .deploy import is_program, load_program, load_student
+from .distribution import is_first, joined, local_device
 from .engine import (
     Accuracy,
     BatchSource,
@@ -158,7 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser("fdda_ext.evaluate", _DESCRIPTION)
     parser.add_class_arguments(EvaluateConfig, as_group=False)
     config = EvaluateConfig(**vars(parser.instantiate(parse_or_refuse(parser, arguments))))
-    accuracy = run(config)
+    with joined(config.device):
+        accuracy = run(replace(config, device=local_device(config.device)))
+        if is_first():
+            _print(config, accuracy)
+
+
+def _print(config: EvaluateConfig, accuracy: Accuracy) -> None:
     console = Console()
     if config.run and Path(config.run).is_dir() and not RunFolder.is_finished(Path(config.run)):
         console.print(

@@ -22,6 +22,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from .data import ImageDataset, calibration_set, load_dataset, takes_preprocessing
+from .distribution import (
+    first_on_machine,
+    from_first,
+    is_first,
+    joined,
+    local_device,
+    signature,
+    world_size,
+)
 from .engine import (
     Accuracy,
     BatchSource,
@@ -63,6 +72,7 @@ examples:
   python -m fdda_ext.train --method mse --baselines []          ranges only, nothing to compare with
   python -m fdda_ext.train --config imagenet/resnet18-w4a4-f4l4 --data imagenet:PATH
   python -m fdda_ext.train --out runs/a --resume                go on with a run that was stopped
+  torchrun --nproc-per-node 8 -m fdda_ext.train --device cuda ...    eight GPUs; batches are shared
   python -m fdda_ext.train --bits W5A5 --print_config > my.yaml, then --config my.yaml
 
 A preset sets every constant of the method; --config FILE overrides it, and may name it (preset:
@@ -327,7 +337,7 @@ def _train_one(
     max_seconds: float | None,
 ) -> Row:
     """Train and evaluate one method in ``folder``, or read there what it ended with before."""
-    summary = folder.summary()
+    summary = from_first(folder.summary)
     if summary is not None:
         try:
             return Row(**summary)
@@ -349,7 +359,7 @@ def _train_one(
 
     def measure(bar: ProgressBar) -> dict[str, float]:
         accuracy = evaluate(method.student, curve, device=problem.device, label="testing", bar=bar)
-        if config.keep_best and accuracy.top1 > _best_top1(folder):
+        if config.keep_best and is_first() and accuracy.top1 > _best_top1(folder):
             kept = {**recipe, "top1": accuracy.top1, "split": config.split, "best": True}
             write_student(folder.path / "best.safetensors", method.student, kept)
         return {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.count}
@@ -367,6 +377,8 @@ def _train_one(
         )
     accuracy = evaluate(method.student, test, device=problem.device, label=f"{name}: testing")
     row = _row(name, accuracy, progress, method.iterations)
+    if not is_first():
+        return row
     write_student(folder.path / "student.safetensors", method.student, recipe)
     (folder.path / "bits.txt").write_text(render_bits(bits_table(method.student)) + "\n")
     method.save_artifacts(folder.path)
@@ -441,6 +453,26 @@ def render_rows(rows: list[Row], bits: str, split: str = "test") -> Table:
     return table
 
 
+def _open_folder(path: Path, config: str, resume: bool, inputs: str) -> RunFolder:
+    """The run folder, which the first of several processes makes.
+
+    Raises:
+        UsageError: See `RunFolder`; or if another process has other weights or images.
+    """
+
+    def make() -> str:
+        return RunFolder(path, config, resume=resume, inputs=inputs).fingerprint
+
+    expected = from_first(make)
+    folder = RunFolder(path, config, resume=True, inputs=inputs)
+    if folder.fingerprint != expected:
+        raise UsageError(
+            "distributed: expected the configuration, weights and images of the first process on "
+            f"all, got others{signature()}"
+        )
+    return folder
+
+
 def _new_folder(config: TrainConfig) -> Path:
     """The first free of runs/NAME, runs/NAME-2, ..."""
     q = config.quantization
@@ -462,7 +494,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
     Raises:
         UsageError: If they do not fit each other.
     """
-    device = torch.device(config.device)
+    device = torch.device(local_device(config.device))
     dataset = load_dataset(config.data, "calibration", image_size=config.image_size)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # for weights "none"
@@ -513,23 +545,26 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     Returns:
         The rows: float, the baselines, the method.
     """
-    console = console or Console()
+    console = console or Console(quiet=not is_first())
     for name in (*config.baselines, config.method):
         method_class(name)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
-    with must_fit(images_per_class=config.images_per_class):
+    with must_fit(images_per_class=config.images_per_class), first_on_machine():
         problem, opened = build_problem(config)
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
-    path = Path(config.out) if config.out else _new_folder(config)
+    path = Path(config.out or from_first(lambda: str(_new_folder(config))))
     inputs = digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, "")
-    folder = RunFolder(path, stored_config, resume=config.resume, inputs=inputs)
+    folder = _open_folder(path, stored_config, config.resume, inputs)
     q = config.quantization
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
         f"{q.first_last_bits} bits" if q.first_last_bits else "included"
     )
-    console.print(f"{config.model} on {config.data}: {bits}; results in {path}", highlight=False)
+    together = f"; {world_size()} processes" if world_size() > 1 else ""
+    console.print(
+        f"{config.model} on {config.data}: {bits}; results in {path}{together}", highlight=False
+    )
     if preprocessing is not None:
         console.print(f"weights: {opened.origin}", highlight=False)
         console.print(f"images: {preprocessing.describe()}", highlight=False)
@@ -566,7 +601,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         here = (
             folder
             if is_main
-            else RunFolder(path / "baselines" / name, stored_config, resume=True, inputs=inputs)
+            else _open_folder(path / "baselines" / name, stored_config, True, inputs)
         )
         row = _train_one(name, problem, config, here, preprocessing, test, curve, left)
         rows.append(row)
@@ -574,8 +609,9 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
             left = max(left - row.seconds, 0.0)
     table = render_rows(rows, bits, config.split)
     console.print(table)
-    with (path / "table.txt").open("w") as file:
-        Console(file=file, width=100).print(table)
+    if is_first():
+        with (path / "table.txt").open("w") as file:
+            Console(file=file, width=100).print(table)
     if not all(row.finished for row in rows):
         console.print(f"stopped by --max-time; go on with --out {path} --resume", highlight=False)
     return rows
@@ -584,7 +620,8 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     config, text = parse_arguments(arguments)
-    run(config, text)
+    with joined(config.device):
+        run(config, text)
 
 
 if __name__ == "__main__":

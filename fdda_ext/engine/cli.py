@@ -7,12 +7,13 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from safetensors import SafetensorError
 
+from ..distribution import signature, world_size
 from ..errors import UsageError
 from .memory import is_out_of_memory
 
@@ -118,20 +119,24 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"error{signature()}: {error}", 2)
     except (OSError, SafetensorError) as error:
         # A bug of ours would be another error; a full disk comes from safetensors as a text.
         if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
             raise
-        print(f"error: expected to write and read files, got: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"error{signature()}: expected to write and read files, got: {error}", 2)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        print(f"error: expected sizes that fit the memory, got {reason}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"error{signature()}: expected sizes that fit the memory, got {reason}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave("interrupted", 130)
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    if world_size() > 1:  # on its way out NCCL would wait for processes that no longer answer
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

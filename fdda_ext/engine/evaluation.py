@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+from ..distribution import rank, total_counts, world_size
 from ..errors import UnreadableImageError, UsageError
 from .memory import must_fit
 from .progress import ProgressBar, progress_bar
@@ -91,6 +92,8 @@ class BatchSource:
     take in memory and on the way to a GPU. `normalise` is done there. Small data sets are produced
     once and kept.
 
+    Several processes have turns at the batches: each gets its own.
+
     Args:
         dataset: The images.
         batch_size: B, less for the last batch and where images were left out.
@@ -114,9 +117,12 @@ class BatchSource:
         self.dataset = dataset
         self.batch_size = batch_size
         self.max_unreadable = max_unreadable
+        self.unreadable = 0
+        indices = range(len(dataset))
+        batches = [indices[i : i + batch_size] for i in indices[::batch_size]]
         self._loader = DataLoader(
             cast(Any, _Pixels(dataset)),
-            batch_size=batch_size,
+            batch_sampler=cast(Any, batches[rank() :: world_size()]),
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
@@ -134,18 +140,18 @@ class BatchSource:
         """The batches.
 
         Raises:
-            UsageError: If more files are damaged than may be, or all.
+            UsageError: If more files are damaged than may be.
         """
         if self._kept is not None:
             yield from self._kept
             return
         kept: list[tuple[Tensor, Tensor]] | None = []
-        unreadable = 0
+        self.unreadable = 0
         for batch, damaged in self._loader:
             for message in damaged:
-                unreadable += 1
-                if unreadable > self.max_unreadable:
-                    more = f", after {unreadable - 1} others" if unreadable > 1 else ""
+                self.unreadable += 1
+                if self.unreadable > self.max_unreadable:
+                    more = f", after {self.unreadable - 1} others" if self.unreadable > 1 else ""
                     raise UsageError(f"{message}{more}; --max_unreadable lets some be left out")
                 _log.warning("%s; it is left out", message)
             if not batch:
@@ -156,10 +162,6 @@ class BatchSource:
                 if pixels[0].nbytes * len(self.dataset) > KEEP_BYTES:
                     kept = None
             yield pixels, labels
-        if unreadable == len(self.dataset):
-            raise UsageError(
-                f"evaluate: expected some image that can be read, got {unreadable} that cannot"
-            )
         self._kept = kept
 
 
@@ -192,7 +194,7 @@ def evaluate(
     label: str = "",
     bar: ProgressBar | None = None,
 ) -> Accuracy:
-    """Accuracy of ``network`` in evaluation mode over all of ``batches``.
+    """Accuracy of ``network`` in evaluation mode over all of ``batches``, those of all processes.
 
     Args:
         network: From images ``[B, 3, H, W]`` to logits ``[B, K]``.
@@ -225,7 +227,20 @@ def evaluate(
             correct5 += int(best.any(1).sum())
             count += labels.shape[0]
             if shown is not None and task is not None:
-                shown.update(task, completed=count, shown=f"top-1 {100 * correct1 / count:.2f} %")
+                done = min(count * world_size(), len(batches.dataset))
+                shown.update(task, completed=done, shown=f"top-1 {100 * correct1 / count:.2f} %")
         if shown is not None and task is not None:
             shown.remove_task(task)
+    correct1, correct5, count, unreadable = total_counts(
+        correct1, correct5, count, batches.unreadable
+    )
+    if unreadable > batches.max_unreadable:  # which no process saw alone
+        raise UsageError(
+            f"evaluate: expected at most {batches.max_unreadable} damaged images, "
+            f"got {unreadable}; --max_unreadable lets more be left out"
+        )
+    if not count:
+        raise UsageError(
+            f"evaluate: expected some image that can be read, got {unreadable} that cannot"
+        )
     return Accuracy(100 * correct1 / count, 100 * correct5 / count, count)

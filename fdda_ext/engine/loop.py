@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ..distribution import from_first, is_first
 from ..errors import UsageError
 from .checkpoint import load_state, save_state
 from .progress import ProgressBar, progress_bar
@@ -105,6 +107,8 @@ def train(
 ) -> Progress:
     """Run ``trainable`` from the folder's checkpoint, if there is one, to its end.
 
+    Of several processes, all read the checkpoint and take the steps; the first writes.
+
     Args:
         trainable: What to train, freshly built; its state is replaced by the checkpoint's.
         folder: Where metrics and checkpoints go.
@@ -124,8 +128,9 @@ def train(
 
     Raises:
         UsageError: If the checkpoint is not this run's, or a metric is no longer finite.
+        LostProcessError: If another process of the run has ended.
     """
-    with folder.lock():
+    with folder.lock() if is_first() else nullcontext():
         return _train(
             trainable,
             folder,
@@ -151,9 +156,10 @@ def _train(
     device: torch.device | str,
 ) -> Progress:
     done, seconds_before = 0, 0.0
-    if folder.checkpoint.exists():
+    if from_first(folder.checkpoint.exists):
         done, seconds_before = _restore(trainable, folder, device)
-    _truncate_metrics(folder, done)
+    if is_first():
+        _truncate_metrics(folder, done)
     start = saved = time.monotonic()
     evaluating = saving = 0.0
 
@@ -161,6 +167,8 @@ def _train(
         return seconds_before + time.monotonic() - start - evaluating
 
     def save() -> None:
+        if not is_first():
+            return
         state = {
             "config": folder.fingerprint,
             "trainable": trainable.state_dict(),
@@ -169,10 +177,16 @@ def _train(
         }
         save_state(folder.checkpoint, state)
 
-    writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=done)
-    with writer, folder.metrics.open("a") as metrics_file, progress_bar() as bar:
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar())
+        if is_first():
+            writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=done)
+            stack.enter_context(writer)
+            metrics_file = stack.enter_context(folder.metrics.open("a"))
 
         def note(values: Mapping[str, float]) -> None:
+            if not is_first():
+                return
             line = {"iteration": done, "seconds": round(elapsed(), 3), **values}
             metrics_file.write(json.dumps(line) + "\n")
             metrics_file.flush()
@@ -181,7 +195,8 @@ def _train(
 
         task = bar.add_task(description, total=trainable.iterations, completed=done, shown="")
         while done < trainable.iterations:
-            if max_seconds is not None and elapsed() >= max_seconds:
+            # Also how a process notices, before it waits for ever on a GPU, that another is lost.
+            if from_first(lambda: max_seconds is not None and elapsed() >= max_seconds):
                 break
             metrics = trainable.step(done)
             if done % log_every == 0 or done + 1 == trainable.iterations:

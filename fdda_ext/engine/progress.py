@@ -11,11 +11,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..distribution import is_first
+
 __all__ = ["ProgressBar", "progress_bar"]
 
 
 def progress_bar(*, transient: bool = False) -> ProgressBar:
-    """A bar whose tasks have a field ``shown``, a short text at its end."""
+    """A bar whose tasks have a field ``shown``, a short text at its end.
+
+    Of several processes, the first alone shows it.
+    """
     return ProgressBar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -25,4 +30,5 @@ def progress_bar(*, transient: bool = False) -> ProgressBar:
         TimeRemainingColumn(),
         TextColumn("{task.fields[shown]}"),
         transient=transient,
+        disable=not is_first(),
     )

@@ -2,6 +2,7 @@
 
 import difflib
 
+from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
 from .base import Method, Problem
 from .calibration import MSE, CalibrationDistillation, MinMax
@@ -37,22 +38,34 @@ METHODS: dict[str, type[Method]] = {
 def build_method(name: str, problem: Problem, settings: MethodSettings) -> Method:
     """Build the method called ``name``: its student is calibrated, its first step can be taken.
 
+    Of several processes, all begin with the state of the first.
+
     Raises:
         UsageError: If there is no such method.
     """
-    return method_class(name)(problem, settings)
+    method = method_class(name)(problem, settings)
+    if world_size() > 1:
+        state = method.state_dict()
+        begin_alike(state)
+        method.load_state_dict(state)
+    return method
 
 
 def method_class(name: str) -> type[Method]:
     """The method called ``name``.
 
     Raises:
-        UsageError: If there is no such method.
+        UsageError: If there is no such method, or several processes were started and it is for one.
     """
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(
             f"train: expected method to be one of {', '.join(METHODS)}, got {name}{hint}"
+        )
+    if is_launched() and not METHODS[name].distributed:
+        together = ", ".join(n for n, method in METHODS.items() if method.distributed)
+        raise UsageError(
+            f"train: expected a method that several processes can run ({together}), got {name}"
         )
     return METHODS[name]

@@ -84,6 +84,8 @@ class Method(ABC):
     presets: ClassVar[str] = "fdda"
     #: Whether it looks at the calibration images; if not, nothing but their shape is used.
     real_images: ClassVar[bool] = True
+    #: Whether several processes may run it together, see `fdda_ext.distribution`.
+    distributed: ClassVar[bool] = False
 
     student: GraphModule
     quantization: QuantizationConfig

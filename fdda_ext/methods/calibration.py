@@ -22,6 +22,7 @@ class _Ranges(Method):
     """Ranges of weights and activations set once, from the calibration images."""
 
     rule: ClassVar[Literal["minmax", "mse"]]
+    distributed = True
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.quantization = replace(
@@ -57,6 +58,7 @@ class CalibrationDistillation(Method):
     """The student step of FDDA on as many images, all of them real: FDDA without its generator."""
 
     summary = "distillation on the calibration images alone"
+    distributed = True
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         config = settings.distillation

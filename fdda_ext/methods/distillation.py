@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..data import augment
+from ..distribution import shard, share_of, sum_gradients_, total
 from ..engine import must_fit, stage
 from ..errors import UsageError
 from ..quantization import project_scales_, scale_parameters
@@ -169,7 +170,12 @@ class Student:
         return 0.5 * (1 + math.cos(math.pi * self.steps_done / half_period))
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Distil the teacher into the student on ``images [N, 3, H, W]``; return the loss."""
+        """Distil the teacher into the student on ``images [N, 3, H, W]``; return the loss.
+
+        Of several processes, which all pass the whole batch, each computes on its share.
+        """
+        share = share_of(len(labels))
+        images, labels = shard(images), shard(labels)
         for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = rate * self.rate_factor()
         with must_fit(
@@ -179,15 +185,17 @@ class Student:
             with torch.no_grad(), self.problem.autocast(), stage("student: teacher"):
                 teacher_logits = self.problem.teacher(images).float()
             with stage("student: forward"):
-                loss = distillation_loss(self.network(images), teacher_logits, labels, self.config)
+                logits = self.network(images)
+                loss = share * distillation_loss(logits, teacher_logits, labels, self.config)
             with stage("student: backward"):
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                sum_gradients_(self.network.parameters())
             with stage("student: optimizer"):
                 self.optimizer.step()
                 project_scales_(self.network)
         self.steps_done += 1
-        return loss.detach()
+        return total({"student": loss})["student"]
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, ranges, optimizer and position in the schedule."""

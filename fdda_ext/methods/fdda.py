@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from ..data import augment
+from ..distribution import gather, shard, share_of, shares, sum_gradients_, total
 from ..engine import must_fit, restore_random, stage
 from ..errors import UsageError
 from ..quantization import calibrate, set_activation_mode
@@ -153,6 +154,7 @@ class FDDA(Method):
     """The method of the paper; every constant is a setting, with the paper's as default."""
 
     summary = "generator aligned with per-class BN statistics, distillation on real and generated"
+    distributed = True
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.problem = problem
@@ -219,7 +221,10 @@ class FDDA(Method):
     # ---- the generator ----------------------------------------------------------------------
 
     def generator_step(self, iteration: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """One Adam step on L_G; returns the losses, and batch A without its graph."""
+        """One Adam step on L_G; returns the losses, and batch A without its graph.
+
+        Of several processes, each returns the labels of all images and its share of the images.
+        """
         config = self.config
         for group in self.generator_optimizer.param_groups:
             group["lr"] = config.lr * 0.1 ** sum(iteration >= m for m in config.lr_milestones)
@@ -234,12 +239,14 @@ class FDDA(Method):
             with stage("generator: teacher"):
                 seen = capture(self.problem.teacher, images)
         with stage("generator: losses"):
-            inputs_a, inputs_b = zip(*(x.split(config.batch) for x in seen.inputs), strict=True)
+            own = images.shape[0] // 2  # of both batches, a process has the same share
+            inputs_a, inputs_b = zip(*(x.split(own) for x in seen.inputs), strict=True)
             loss_bns = bns_loss(inputs_a, self.running)
             loss_centralised, loss_distorted = self.class_losses(
-                iteration, inputs_b, classes, index_b
+                iteration, inputs_b, classes, shard(index_b)
             )
-            loss_class = F.cross_entropy(seen.logits.float(), labels)  # A and B are of one size
+            own_labels = torch.cat([shard(part) for part in labels.chunk(2)])
+            loss_class = share_of(config.batch) * F.cross_entropy(seen.logits.float(), own_labels)
             loss = (
                 config.classification_weight * loss_class
                 + config.bns_weight * loss_bns
@@ -249,6 +256,7 @@ class FDDA(Method):
         with stage("generator: backward"):
             self.generator_optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            sum_gradients_(self.generator.parameters())
         with stage("generator: optimizer"):
             self.generator_optimizer.step()
         metrics = {
@@ -258,11 +266,7 @@ class FDDA(Method):
             "centralised": loss_centralised,
             "distorted": loss_distorted,
         }
-        return (
-            {k: v.detach() for k, v in metrics.items()},
-            images[: config.batch].detach(),
-            labels_a,
-        )
+        return total(metrics), images[:own].detach(), labels_a
 
     def class_losses(
         self, iteration: int, inputs: Sequence[Tensor], classes: Tensor, class_index: Tensor
@@ -321,7 +325,10 @@ class FDDA(Method):
             count = self.distillation.generated_batch
             # The published code passes this tensor through NumPy, which fails; the tensor is meant.
             generated = augment(
-                images[:count], self.generated_augmentation, self.random, same_for_batch=True
+                gather(images, shares(len(labels)))[:count],
+                self.generated_augmentation,
+                self.random,
+                same_for_batch=True,
             )
             images = torch.cat([real_images, generated])
             labels = torch.cat([real_labels, labels[:count]])

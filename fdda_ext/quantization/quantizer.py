@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..distribution import extremes
 from ..ops import fake_quantize
 from .config import QuantizationConfig
 from .grid import Grid, paper_quantize, straight_through
@@ -186,7 +187,7 @@ class ActivationQuantizer(nn.Module):
 
         It starts at 0 without correction of that bias, as in the authors' code.
         """
-        low, high = torch.aminmax(x.detach())
+        low, high = extremes(*torch.aminmax(x.detach()))
         self.low.mul_(self.momentum).add_(low, alpha=1 - self.momentum)
         self.high.mul_(self.momentum).add_(high, alpha=1 - self.momentum)
         self.range_changed()

@@ -7,6 +7,7 @@ and one image per class is enough to see it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..distribution import gather, own_slice, shares
 from ..errors import UsageError
 from ..ops import class_batch_stats
 from .capture import capture
@@ -44,6 +46,8 @@ def compute_centres(
 ) -> BNSCentres:
     """Compute the BNS centres of ``teacher``, which is put in evaluation mode for it.
 
+    Several processes share the passes, and so get the same bits as one.
+
     Args:
         teacher: The trained network.
         images: Calibration images ``[n, 3, H, W]``, normalised, not augmented.
@@ -69,7 +73,9 @@ def compute_centres(
     means: list[list[Tensor]] = []
     variances: list[list[Tensor]] = []
     right = torch.ones(num_classes, dtype=torch.bool, device=labels.device)
-    for first in range(0, num_classes, CLASSES_PER_PASS):
+    passes = range(0, num_classes, CLASSES_PER_PASS)
+    own = passes[own_slice(len(passes))]
+    for first in own or passes[:1]:  # a process without any must know how many channels there are
         last = min(first + CLASSES_PER_PASS, num_classes)
         begin, end = int(images_per_class[:first].sum()), int(images_per_class[:last].sum())
         chosen = order[begin:end]
@@ -83,8 +89,14 @@ def compute_centres(
             _, mean, variance = class_batch_stats(x, chosen_labels - first, last - first)
             means[layer].append(mean)
             variances[layer].append(variance)
-    statistics = LayerStatistics([torch.cat(m) for m in means], [torch.cat(v) for v in variances])
-    return BNSCentres(statistics, right)
+    ends = [min(CLASSES_PER_PASS * n, num_classes) for n in accumulate(shares(len(passes)))]
+    classes = [end - begin for begin, end in pairwise([0, *ends])]
+
+    def of_all(parts: list[Tensor]) -> Tensor:
+        return gather(torch.cat(parts) if own else parts[0][:0], classes)
+
+    statistics = LayerStatistics([of_all(m) for m in means], [of_all(v) for v in variances])
+    return BNSCentres(statistics, gather(right[own.start : own.stop], classes))
 
 
 def save_centres(centres: BNSCentres, path: Path) -> None:

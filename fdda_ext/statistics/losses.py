@@ -17,6 +17,8 @@ With ``x_l [N, C_l, H_l, W_l]`` the input of batch-normalisation layer ``l`` of 
 
 A batch may hold images of several classes; every class then has statistics of its own, and the
 losses are means over the classes. One class per batch is the paper's case.
+
+Of several processes, each passes its share of the images and gets its share of the loss.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distribution import pooled_moments, world_size
 from ..errors import UsageError
-from ..ops import class_stats_loss
+from ..ops import class_batch_stats, class_stats_loss
 
 __all__ = [
     "Distortion",
@@ -94,6 +97,26 @@ def _noise_like(tensors: list[Tensor], std: float, generator: torch.Generator) -
     return list((noise * std).split(channels, dim=1))
 
 
+def _distances(
+    inputs: Sequence[Tensor],
+    class_index: Tensor,
+    means: list[Tensor],
+    variances: list[Tensor],
+    class_weight: Tensor,
+) -> Tensor:
+    """`class_stats_loss` of the batch of all ranks; of several, each gets an equal share of it."""
+    if world_size() == 1:
+        return class_stats_loss(inputs, class_index, means, variances, class_weight)
+    own = [class_batch_stats(x, class_index, class_weight.shape[1]) for x in inputs]
+    count, *seen = pooled_moments(own[0][0], [s[1] for s in own], [s[2] for s in own])
+    weight = class_weight * (count > 0)  # [T, K]
+    losses = [
+        (weight * ((mean - m).square() + (variance - v).square()).mean(2)).sum(1)
+        for mean, variance, m, v in zip(*seen, means, variances, strict=True)
+    ]
+    return torch.stack(losses, 1) / world_size()
+
+
 def bns_loss(inputs: Sequence[Tensor], running: LayerStatistics) -> Tensor:
     """L_BNS: distance of the whole batch's statistics to the teacher's running statistics.
 
@@ -106,7 +129,7 @@ def bns_loss(inputs: Sequence[Tensor], running: LayerStatistics) -> Tensor:
     """
     one_class = torch.zeros(inputs[0].shape[0], dtype=torch.int64, device=inputs[0].device)
     weight = torch.ones((1, 1), device=inputs[0].device)
-    return class_stats_loss(
+    return _distances(
         inputs,
         one_class,
         [mean.unsqueeze(0) for mean in running.means],
@@ -154,7 +177,7 @@ def centralised_and_distorted_loss(
             )
         ],
     )
-    losses = class_stats_loss(
+    losses = _distances(
         inputs,
         class_index,
         [torch.stack(pair) for pair in zip(centres.means, noisy.means, strict=True)],
@@ -188,7 +211,7 @@ def noise_pull_loss(
     variances = _noise_like(shapes, 1.0, generator)
     return (
         2
-        * class_stats_loss(
+        * _distances(
             inputs,
             class_index,
             [mean.unsqueeze(0) for mean in means],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..distribution import pooled_moments, shard
 from ..errors import UsageError
 from ..ops import class_batch_stats
 
@@ -67,7 +68,8 @@ def _normalisation(
     x: Tensor, batches: Tensor, num_batches: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift ``[N, C]`` that give every batch zero mean and unit variance."""
-    _, mean, variance = class_batch_stats(x, batches, num_batches)
+    count, mean, variance = class_batch_stats(x, batches, num_batches)
+    _, (mean,), (variance,) = pooled_moments(count, [mean], [variance])
     scale = (variance + eps).rsqrt()
     return scale[batches], (-mean * scale)[batches]
 
@@ -200,8 +202,16 @@ class ConditionalGenerator(nn.Module):
         return _scale_and_shift(x, *_normalisation(x, batches, num_batches, eps=1e-5))
 
     def sample(self, labels: Tensor, generator: torch.Generator, num_batches: int = 1) -> Tensor:
-        """Make one image for every label ``[N]``, with noise drawn from ``generator``."""
+        """Make one image for every label ``[N]``, with noise drawn from ``generator``.
+
+        Returns:
+            Images ``[N, 3, image_size, image_size]``; of several processes, each makes its share of
+            every batch.
+        """
         noise = torch.randn(
             (labels.shape[0], self.latent_dim), generator=generator, device=labels.device
+        )
+        noise, labels = (
+            torch.cat([shard(batch) for batch in x.chunk(num_batches)]) for x in (noise, labels)
         )
         return self(noise, labels, num_batches)

@@ -1,0 +1,421 @@
+"""Several processes that train one network, with the result of one process.
+
+Every process (rank) holds the same weights and draws the same random numbers, those of the whole
+batch, and computes on its share of the images:
+
+* A loss is the sum of the ranks' *shares* of it. A mean over images is weighted by `share_of`; what
+  is computed from statistics of the whole batch, on all ranks alike, is divided by `world_size`.
+* Statistics of the whole batch, in which the losses are not linear, are pooled before they are
+  used: `pooled_moments`, with gradients, and `extremes`.
+* Gradients are added up in one flat all-reduce for each step of an optimizer, `sum_gradients_`.
+  DistributedDataParallel would overlap it with the backward pass, but expects one forward pass for
+  each backward pass; the generator has two. Wrapped networks have other names in checkpoints, too.
+* What must not depend on a rank (time limits, names of folders) is decided by the first,
+  `from_first`, which alone writes files.
+
+So state holds nothing of a single rank, and any number of them may go on with it. In a single
+process every function here is the identity.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .errors import UsageError
+
+__all__ = [
+    "LostProcessError",
+    "begin_alike",
+    "extremes",
+    "first_on_machine",
+    "from_first",
+    "gather",
+    "is_first",
+    "is_launched",
+    "joined",
+    "local_device",
+    "own_slice",
+    "pooled_moments",
+    "rank",
+    "shard",
+    "share_of",
+    "shares",
+    "signature",
+    "sum_gradients_",
+    "total",
+    "total_counts",
+    "world_size",
+]
+
+T = TypeVar("T")
+Batch = TypeVar("Batch", Tensor, Sequence[Any])
+
+#: A process that ended is noticed at once; this is for one that hangs, or is cut off.
+_TIMEOUT = timedelta(minutes=10)
+
+_GO_ON = "go on with the last checkpoint by --out and --resume, on any number of processes"
+
+
+class LostProcessError(UsageError):
+    """Another process of the run has ended, or does not answer."""
+
+
+# ---- who there is -------------------------------------------------------------------------------
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or its like, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def world_size() -> int:
+    """How many processes have joined, 1 if none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this process shows progress and writes files."""
+    return rank() == 0
+
+
+def signature() -> str:
+    """Which process speaks, for messages; nothing for a single process."""
+    if not is_launched():
+        return ""
+    return f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})"
+
+
+def local_device(device: str) -> str:
+    """This process's own device of the kind ``device``.
+
+    Raises:
+        UsageError: If there is no GPU for each process of this machine, or one was chosen.
+    """
+    kind = torch.device(device)
+    if not is_launched() or kind.type != "cuda":
+        return device
+    if kind.index is not None:
+        raise UsageError(
+            f"distributed: expected device to be cpu or cuda with several processes, got {device}"
+        )
+    here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if here >= gpus:
+        raise UsageError(
+            f"distributed: expected a GPU for every process of a machine, got {gpus} and a "
+            f"process number {here + 1}; lower --nproc-per-node"
+        )
+    return f"cuda:{here}"
+
+
+@contextmanager
+def joined(device: str = "cpu") -> Iterator[None]:
+    """Meet the other processes that torchrun started; part from them at the end.
+
+    NCCL carries what is on GPUs, gloo what is on CPUs. When this is left by an error nobody is
+    waited for: the process is to end.
+
+    Args:
+        device: Kind of device that tensors will be on, "cpu" or "cuda".
+
+    Raises:
+        LostProcessError: If they cannot be met.
+        UsageError: See `local_device`.
+    """
+    if not is_launched():
+        yield
+        return
+    own = torch.device(local_device(device))
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    with _collective():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=_TIMEOUT
+        )
+    with _explained_sigterm():
+        yield
+        _barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _explained_sigterm() -> Iterator[None]:
+    """Say why, and leave, on the SIGTERM by which torchrun ends the others once one was lost.
+
+    A handler in Python would have to wait until the operation that waits for the lost process
+    returns. The number of a signal is written to the pipe at once; a thread waits there.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def wait() -> None:
+        while numbers := os.read(reader, 16):
+            if signal.SIGTERM in numbers:
+                reason = "ended by SIGTERM, as torchrun does after another process was lost"
+                print(f"error{signature()}: distributed: {reason}; {_GO_ON}", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(128 + signal.SIGTERM)
+        os.close(reader)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup_before)
+        signal.signal(signal.SIGTERM, before)
+        os.close(writer)
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """Say in one sentence that another process does not answer.
+
+    Raises:
+        LostProcessError: In place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        reason = " ".join(str(error).split()).rpartition("] ")[2].split(". ")[0][:200]
+        raise LostProcessError(
+            f"distributed: expected all {os.environ.get('WORLD_SIZE', world_size())} processes to "
+            f"stay to the end, got one that does not answer ({reason}); {_GO_ON}"
+        ) from None
+
+
+# ---- what one does for all ----------------------------------------------------------------------
+
+
+def _barrier() -> None:
+    if world_size() > 1:
+        with _collective():  # a barrier of NCCL's would take a GPU
+            dist.all_reduce(torch.zeros(1))
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What ``make`` returns on the first rank, the only one to call it.
+
+    Args:
+        make: Returns what JSON can hold.
+
+    Returns:
+        The same on every rank.
+
+    Raises:
+        UsageError: On every rank, if ``make`` raises it.
+        LostProcessError: If a process was lost.
+    """
+    if world_size() == 1:
+        return make()
+    answer: dict[str, Any] = {}
+    if is_first():
+        try:
+            answer = {"value": make()}
+        except UsageError as error:
+            answer = {"error": str(error)}
+    text = torch.tensor(list(json.dumps(answer).encode()), dtype=torch.uint8)
+    length = torch.tensor([text.numel()])
+    with _collective():
+        dist.broadcast(length, 0)
+        text = text if is_first() else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(text, 0)
+    answer = json.loads(bytes(text.tolist()))
+    if "error" in answer:
+        raise UsageError(answer["error"])
+    value: T = answer["value"]
+    return value
+
+
+@contextmanager
+def first_on_machine() -> Iterator[None]:
+    """The first process of each machine goes through this before the others: it fills caches."""
+    ahead = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if not ahead:
+        _barrier()
+    yield
+    if ahead:
+        _barrier()
+
+
+def begin_alike(state: Any) -> None:
+    """Give all tensors in nested dictionaries and lists the values they have on the first rank."""
+    if isinstance(state, Tensor):
+        if state.numel():
+            with _collective():
+                dist.broadcast(state.detach(), 0)
+    elif isinstance(state, dict):
+        for item in state.values():
+            begin_alike(item)
+    elif isinstance(state, (list, tuple)):
+        for item in state:
+            begin_alike(item)
+
+
+# ---- the shares of a batch ----------------------------------------------------------------------
+
+
+def shares(count: int) -> list[int]:
+    """How many of ``count`` things each rank gets: as alike as can be, the first ones more."""
+    ranks = world_size()
+    return [count // ranks + (r < count % ranks) for r in range(ranks)]
+
+
+def own_slice(count: int) -> slice:
+    """Which of ``count`` things this rank gets, possibly none."""
+    sizes = shares(count)
+    begin = sum(sizes[: rank()])
+    return slice(begin, begin + sizes[rank()])
+
+
+def shard(batch: Batch) -> Batch:
+    """This rank's part of ``batch [N, *]``.
+
+    Raises:
+        UsageError: If there is not one item for every rank.
+    """
+    if len(batch) < world_size():
+        raise UsageError(
+            f"distributed: expected a batch of at least one image for each of the {world_size()} "
+            f"processes, got {len(batch)}; raise the batch size, or start fewer processes"
+        )
+    return batch[own_slice(len(batch))]
+
+
+def share_of(count: int) -> float:
+    """What a mean over this rank's part of ``count`` images counts in the mean over all."""
+    return shares(count)[rank()] / count
+
+
+def gather(part: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The parts ``[sizes[r], *]`` of all ranks r, one after the other; without gradients."""
+    if world_size() == 1:
+        return part
+    kind = part.dtype
+    values = part.detach().to(torch.uint8) if kind == torch.bool else part.detach()
+    padded = values.new_zeros((max(sizes), *part.shape[1:]))
+    padded[: part.shape[0]] = values
+    return torch.cat([p[:size] for p, size in zip(_all(padded), sizes, strict=True)]).to(kind)
+
+
+# ---- sums over the ranks ------------------------------------------------------------------------
+
+
+def _all(x: Tensor) -> Tensor:
+    """``[W, *]``: x of every rank."""
+    result = x.new_empty((world_size(), *x.shape))
+    with _collective():
+        dist.all_gather(list(result.unbind()), x.contiguous())
+    return result
+
+
+def _add_up_(x: Tensor) -> Tensor:
+    with _collective():
+        dist.all_reduce(x)
+    return x
+
+
+class _Everyones(torch.autograd.Function):
+    """`_all` with gradients: a rank's x counts in the shares of the loss that all ranks hold."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return _all(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return _add_up_(grad.clone(memory_format=torch.contiguous_format))[rank()]
+
+
+def pooled_moments(
+    count: Tensor, means: Sequence[Tensor], variances: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Statistics of the whole batch from those of the ranks' parts, in one exchange.
+
+    Chan, Golub and LeVeque (The American Statistician 37, 1983), for any number of parts::
+
+        n = sum_r n_r,  mean = sum_r (n_r / n) mean_r,
+        variance = sum_r (n_r / n) (variance_r + (mean_r - mean)^2)
+
+    Args:
+        count: Values of each class on this rank, ``[K]``; in other layers they may be a constant
+            times as many.
+        means: ``[K, C_l]`` for L layers; 0 where the count is.
+        variances: Biased, likewise.
+
+    Returns:
+        The same of the whole batch, with gradients.
+    """
+    if world_size() == 1:
+        return count, list(means), list(variances)
+    sizes = [mean.numel() for mean in means]
+    own = [t.flatten() for t in (count.to(means[0].dtype), *means, *variances)]
+    every = _Everyones.apply(torch.cat(own))
+    counts, *parts = every.split([count.numel(), *sizes, *sizes], dim=1)
+    count = counts.sum(0)
+    weights = (counts / count.clamp(min=1)).unsqueeze(2)  # [W, K, 1]
+    pooled_means, pooled_variances = [], []
+    for layer, mean in enumerate(means):
+        shape = (-1, *mean.shape)
+        mean_r, variance_r = parts[layer].view(shape), parts[len(means) + layer].view(shape)
+        pooled = (weights * mean_r).sum(0)
+        pooled_means.append(pooled)
+        pooled_variances.append((weights * (variance_r + (mean_r - pooled).square())).sum(0))
+    return count, pooled_means, pooled_variances
+
+
+@torch.no_grad()
+def extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Least ``low`` and largest ``high`` of all ranks."""
+    if world_size() == 1:
+        return low, high
+    ends = torch.stack([-low, high])
+    with _collective():
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return -ends[0], ends[1]
+
+
+@torch.no_grad()
+def sum_gradients_(parameters: Iterable[Tensor]) -> None:
+    """Add up, over the ranks, the gradients of ``parameters``, which have them alike."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = _add_up_(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view(gradient.shape))
+
+
+def total_counts(*counts: int) -> list[int]:
+    """Sums over the ranks of numbers that stand on the CPU."""
+    return [int(n) for n in _add_up_(torch.tensor(counts))] if world_size() > 1 else list(counts)
+
+
+@torch.no_grad()
+def total(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over the ranks of scalars, without gradients."""
+    values = {name: part.detach() for name, part in parts.items()}
+    if world_size() == 1:
+        return values
+    return dict(zip(values, _add_up_(torch.stack(list(values.values()))).unbind(), strict=True))
