@@ -14,7 +14,6 @@ from fdda_ext.data import Augmentation
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import (
     FDDA,
-    METHODS,
     DistillationConfig,
     FDDAConfig,
     MethodSettings,
@@ -241,7 +240,7 @@ def test_an_iteration_waits_for_nothing():
             # Neither the end of the range phase, once in a run, is meant, nor Adam's count of
             # steps, which a CPU keeps as a tensor.
             with (
-                mock.patch("fdda_ext.methods.fdda.set_activation_mode"),
+                mock.patch("fdda_ext.methods.alternating.set_activation_mode"),
                 mock.patch.object(torch.optim.Adam, "step"),
             ):
                 method.step(iteration)
@@ -282,35 +281,6 @@ def test_sampler_shows_every_image_once_a_pass_and_drops_the_rest():
     first = sampler.next()[1]
     second = sampler.next()[1]
     assert first.unique().numel() == second.unique().numel() == 4
-
-
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_same_seed_same_weights_and_state_resumes_exactly(name):
-    task = problem(right=True)
-    chosen = settings(
-        {"optimizer": "adam", "lr": 1e-3, "cosine_half_period": None, "steps": 4},
-        ranges_from="calibration",
-    )
-
-    def build():
-        return build_method(name, task, chosen)
-
-    whole, again = build(), build()
-    for global_seed, method in enumerate((whole, again)):
-        torch.manual_seed(global_seed)  # the global generator must not matter
-        for iteration in range(method.iterations):
-            method.step(iteration)
-    halves = build()
-    half = halves.iterations - 2 if halves.iterations else 0
-    for iteration in range(half):
-        halves.step(iteration)
-    resumed = build()
-    resumed.load_state_dict(halves.state_dict())
-    for iteration in range(half, resumed.iterations):
-        resumed.step(iteration)
-    for key, tensor in whole.student.state_dict().items():
-        assert torch.equal(tensor, again.student.state_dict()[key]), key
-        assert torch.equal(tensor, resumed.student.state_dict()[key]), key
 
 
 def test_unknown_method_names_the_nearest():

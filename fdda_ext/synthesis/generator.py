@@ -14,7 +14,7 @@ from ..distribution import pooled_moments, shard
 from ..errors import UsageError
 from ..ops import class_batch_stats
 
-__all__ = ["ConditionalGenerator", "GeneratorConfig"]
+__all__ = ["ConditionalGenerator", "GeneratorConfig", "SuperposedGenerator"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,13 @@ class ConditionalBatchNorm(nn.Module):
     def forward(self, x: Tensor, labels: Tensor, batches: Tensor, num_batches: int) -> Tensor:
         """Normalise ``x [N, C, H, W]``, every batch by itself (``batches [N]`` numbers them)."""
         scale, shift = _normalisation(x, batches, num_batches, self.eps)
-        scale, shift = scale * self.scale(labels), shift * self.scale(labels) + self.shift(labels)
-        return _scale_and_shift(x, scale, shift)
+        own_scale, own_shift = _rows(self.scale, labels), _rows(self.shift, labels)
+        return _scale_and_shift(x, scale * own_scale, shift * own_scale + own_shift)
+
+
+def _rows(table: nn.Embedding, labels: Tensor) -> Tensor:
+    """Rows of classes ``[N]``, or mixtures of them with the shares ``[N, K]`` that labels have."""
+    return labels.to(table.weight) @ table.weight if labels.dim() == 2 else table(labels)
 
 
 def _normalisation(
@@ -178,7 +183,7 @@ class ConditionalGenerator(nn.Module):
 
         Args:
             noise: Standard normal ``[N, latent_dim]``.
-            labels: Classes, int64 ``[N]``.
+            labels: Classes, int64 ``[N]``, or shares of all classes, float ``[N, K]``.
             num_batches: Make so many batches of N / num_batches images in one pass; each is
                 normalised by itself, as if it were made alone.
 
@@ -190,7 +195,7 @@ class ConditionalGenerator(nn.Module):
         batches = batches.repeat_interleave(count // num_batches, output_size=count)
         x = self.project(noise)
         if self.class_maps is not None:
-            x = x + self.class_maps(labels)
+            x = x + _rows(self.class_maps, labels)
         x = x.unflatten(1, (-1, self.initial_size, self.initial_size))
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.norm_a(x, labels, batches, num_batches)
@@ -215,3 +220,41 @@ class ConditionalGenerator(nn.Module):
             torch.cat([shard(batch) for batch in x.chunk(num_batches)]) for x in (noise, labels)
         )
         return self(noise, labels, num_batches)
+
+
+class SuperposedGenerator(ConditionalGenerator):
+    """A generator whose input is a superposition of class embeddings (Qimera, NeurIPS 2021).
+
+    Images of several classes' embeddings lie between these classes, where a quantized network errs.
+
+    Args:
+        num_classes: K.
+        image_size: As for `ConditionalGenerator`.
+        config: Likewise; ``latent_dim`` is the width that embeddings are mapped to.
+        embeddings: ``[K, D]``, what the trainable embeddings of the classes begin with.
+    """
+
+    def __init__(
+        self, num_classes: int, image_size: int, config: GeneratorConfig, embeddings: Tensor
+    ) -> None:
+        super().__init__(num_classes, image_size, config)
+        self.embedding = nn.Embedding.from_pretrained(embeddings.float().clone(), freeze=False)
+        #: The disentanglement mapping.
+        self.disentangle = nn.Linear(embeddings.shape[1], config.latent_dim)
+
+    def superpose(self, classes: Tensor, weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """``sum_s w_s A norm(E[c_s] + z_s)`` and the share of every class in it.
+
+        Args:
+            classes: int64 ``[N, S]``.
+            weights: w, float ``[N, S]``, each row of sum 1.
+            noise: z, standard normal ``[N, S, D]``.
+
+        Returns:
+            The generator's input ``[N, latent_dim]``, and its soft labels ``[N, K]``.
+        """
+        embedded = self.embedding(classes) + noise
+        mapped = self.disentangle(F.layer_norm(embedded, embedded.shape[-1:]))
+        shares = weights.new_zeros((classes.shape[0], self.num_classes))
+        shares = shares.scatter_add(1, classes, weights)
+        return (weights.unsqueeze(2) * mapped).sum(1), shares
