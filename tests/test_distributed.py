@@ -51,11 +51,11 @@ def stages(tmp_path_factory) -> SimpleNamespace:
     folder = path / "run"
     found = SimpleNamespace(folder=folder)
     pair = start(2, WORKER, str(path / "2.json"), str(folder), "1")
-    found.pair = [(p.communicate(timeout=120), p.returncode) for p in pair]
+    found.pair = [(p.communicate(timeout=300), p.returncode) for p in pair]
     with pytest.raises(KeyboardInterrupt):
         worker.run(folder, worker.Interrupted(14))
     three = start(3, WORKER, str(path / "3.json"), str(folder))
-    found.three = [(p.communicate(timeout=120), p.returncode) for p in three]
+    found.three = [(p.communicate(timeout=300), p.returncode) for p in three]
     found.one = worker.everything()
     assert (path / "2.json").exists(), found.pair
     assert (path / "3.json").exists(), found.three
