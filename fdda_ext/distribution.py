@@ -261,9 +261,11 @@ def first_on_machine() -> Iterator[None]:
 def begin_alike(state: Any) -> None:
     """Give all tensors in nested dictionaries and lists the values they have on the first rank."""
     if isinstance(state, Tensor):
-        if state.numel():
+        if state.numel() and world_size() > 1:
+            values = state.detach().contiguous()
             with _collective():
-                dist.broadcast(state.detach(), 0)
+                dist.broadcast(values, 0)
+            state.detach().copy_(values)
     elif isinstance(state, dict):
         for item in state.values():
             begin_alike(item)

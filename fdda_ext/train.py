@@ -377,11 +377,11 @@ def _train_one(
         )
     accuracy = evaluate(method.student, test, device=problem.device, label=f"{name}: testing")
     row = _row(name, accuracy, progress, method.iterations)
+    method.save_artifacts(folder.path)
     if not is_first():
         return row
     write_student(folder.path / "student.safetensors", method.student, recipe)
     (folder.path / "bits.txt").write_text(render_bits(bits_table(method.student)) + "\n")
-    method.save_artifacts(folder.path)
     if row.finished:
         folder.finish(asdict(row))
     return row
@@ -400,6 +400,10 @@ def measure_stages(
         UsageError: If the method does not train.
     """
     assert config.profile is not None
+    if world_size() > 1:
+        raise UsageError(
+            f"train: expected a single process with profile, got {world_size()} processes"
+        )
     planned = build_method(config.method, problem, config.settings).iterations
     if not planned:
         raise UsageError(

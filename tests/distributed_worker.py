@@ -44,10 +44,11 @@ def training(name: str, quantization: dict[str, Any] | None = None, **fdda: Any)
     method = build(name, quantization or {}, **fdda)
     before = weights(method)
     metrics = [method.step(i) for i in range(method.iterations)]
+    ranges = [b.flatten() for n, b in method.student.named_buffers() if n.endswith("high")]
     return {
         "losses": [{k: float(v) for k, v in values.items()} for values in metrics],
         "moved": (weights(method) - before).tolist(),
-        "ranges": [float(b) for n, b in method.student.named_buffers() if n.endswith("high")],
+        "ranges": torch.cat(ranges).tolist(),
         "alike": alike({"weights": weights(method)}),
     }
 
@@ -159,6 +160,7 @@ class Interrupted:
 
 def run(path: Path, trainable: Interrupted) -> Interrupted:
     """Train in the folder ``path``, with a checkpoint after every iteration."""
+    distribution.from_first(lambda: RunFolder(path, "", resume=True).fingerprint)
     folder = RunFolder(path, "", resume=True)
     train(trainable, folder, description="fdda", checkpoint_seconds=0.0, log_every=1)
     return trainable
@@ -171,7 +173,6 @@ def main() -> None:
         found = everything()
         if distribution.is_first():
             Path(results).write_text(json.dumps(found))
-        distribution.from_first(lambda: Path(folder).mkdir(exist_ok=True))
         kill = killed == [str(distribution.rank())]
         end = run(Path(folder), Interrupted(7 if kill else None, kill))
         if distribution.is_first():

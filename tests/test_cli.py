@@ -329,3 +329,17 @@ def test_evaluate_refuses_what_does_not_fit(tmp_path):
             evaluate.main([f"--run={tmp_path / 'other.safetensors'}"])
         assert len(str(caught.value)) < 500
         assert "\n" not in str(caught.value)
+
+
+def test_runs_killed_at_random_moments_end_like_a_whole_one():
+    """FDDA_KILLS=20 for more of them."""
+    kills = os.environ.get("FDDA_KILLS", "2")
+    script = Path(__file__).parents[1] / "python" / "kill_and_resume.py"
+    done = subprocess.run(
+        [sys.executable, str(script), f"--kills={kills}"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{kills} kills: ")

@@ -102,6 +102,9 @@ def test_run_folder_protects_what_it_holds(tmp_path):
     (tmp_path / "b" / "mine.txt").write_text("keep me")
     with pytest.raises(UsageError, match="holds other files"):
         RunFolder(tmp_path / "b", "seed: 0\n", resume=True)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.yaml.tmp").write_text("se")  # killed while it was written
+    RunFolder(tmp_path / "c", "seed: 0\n", resume=False)
     with pytest.raises(UsageError, match="got the file"):
         RunFolder(tmp_path / "b" / "mine.txt", "seed: 0\n", resume=False)
 

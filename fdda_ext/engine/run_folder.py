@@ -54,7 +54,7 @@ class RunFolder:
                     f"run: expected the configuration of the resumed run {path}, got another: "
                     f"{_first_difference(before, config)}"
                 )
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and any(p.name != "config.yaml.tmp" for p in path.iterdir()):
             raise UsageError(
                 f"run: expected out to be a new or empty folder, got {path} which holds other files"
             )

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import Self, override
 
-from ..distribution import gather, shares, sum_gradients_, total
+from ..distribution import gather, is_first, shares, sum_gradients_, total
 from ..engine import must_fit, restore_random, stage
 from ..errors import UsageError
 from ..quantization import calibrate, set_activation_mode
@@ -217,14 +217,18 @@ class AlternatingTraining(Method):
     def set_ranges(self) -> None:
         """Set the activation ranges from so many generated images as there are classes."""
         batches = math.ceil(self.problem.num_classes / self.student_batch)
-        calibrate(self.student, [self.generate()[0] for _ in range(batches)])
+        calibrate(self.student, [self.all_images(*self.generate()) for _ in range(batches)])
 
     def student_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Distil on generated images, or on what the method makes of them."""
         with stage("student: images"):
-            images = gather(images, shares(len(labels)))[: self.student_batch]
+            images = self.all_images(images, labels)[: self.student_batch]
             images, labels = self.student_images(images, labels[: self.student_batch])
         return self.trainer.step(images, labels)
+
+    def all_images(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Of several processes, everyone's share."""
+        return gather(images, shares(len(labels)))
 
     @torch.no_grad()
     def generate(self) -> tuple[Tensor, Tensor]:
@@ -262,15 +266,15 @@ class AlternatingTraining(Method):
     @override
     def save_artifacts(self, folder: Path) -> None:
         """The generator, and some of its images with their labels, as safetensors."""
-        save_file(
-            {name: tensor.cpu() for name, tensor in self.generator.state_dict().items()},
-            str(folder / "generator.safetensors"),
-        )
         before = self.random.get_state()
         with torch.no_grad():
             images, labels = self.draw(_SHOWN)
+        images = self.all_images(images, labels)
         self.random.set_state(before)
-        save_images(folder / "images.safetensors", images, labels)
+        if is_first():
+            state = {name: tensor.cpu() for name, tensor in self.generator.state_dict().items()}
+            save_file(state, str(folder / "generator.safetensors"))
+            save_images(folder / "images.safetensors", images, labels)
 
 
 def save_images(path: Path, images: Tensor, labels: Tensor) -> None:

@@ -1,0 +1,130 @@
+"""Kill training runs at random moments, resume them, and compare with a run that nobody killed.
+
+A moment is drawn evenly from the length of a whole run: it falls into imports, the float network's
+evaluation, training, the writing of a checkpoint (one after every iteration), the last evaluation
+or the writing of results. Whenever a run comes to its end, its student, generator, centres and
+losses must be those of the whole run, to the bit; the next kill is then of a new run.
+
+    python python/kill_and_resume.py --kills 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+#: Of the package's own command line: seconds of training on the embedded data.
+ARGUMENTS = [
+    "--threads=1",
+    "--test_limit=71",
+    "--baselines=[]",
+    "--settings.distillation.steps=48",
+    "--settings.fdda.warmup_iterations=4",
+    "--settings.fdda.generator.channels=4",
+    "--settings.fdda.batch=8",
+]
+_PROGRAM = """
+import functools, sys
+from fdda_ext import train as command
+from fdda_ext.engine import run_command
+command.train = functools.partial(command.train, checkpoint_seconds=0.0, log_every=1)
+run_command(lambda: command.main(sys.argv[1:]))
+"""
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    """Begin the run in ``folder``, or go on with it."""
+    begun = (folder / "config.yaml").exists()
+    arguments = ["--threads=1", "--resume"] if begun else ARGUMENTS
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, *arguments, f"--out={folder}"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(folder: Path) -> None:
+    """Let the run in ``folder`` come to its end."""
+    process = start(folder)
+    _, message = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"the run in {folder} ended with status {process.returncode}: {message}")
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """What a run found, but for the time it took."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name == "checkpoint.safetensors":
+            continue
+        with safe_open(str(path), framework="np") as file:
+            for name in file.keys():
+                found[f"{path.name} {name}"] = file.get_tensor(name).tobytes()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    for item in (*lines, summary):
+        item.pop("seconds")
+    return {**found, "metrics": lines, "summary": summary}
+
+
+def compare(folder: Path, expected: dict[str, Any]) -> None:
+    """End with a message unless the run in ``folder`` found what is ``expected``."""
+    found = content(folder)
+    others = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if others:
+        raise SystemExit(f"the run in {folder} differs from the whole run in {', '.join(others)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    moments = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        whole, folder = Path(name) / "whole", Path(name) / "killed"
+        begin = time.monotonic()
+        finish(whole)
+        length = time.monotonic() - begin
+        expected = content(whole)
+        kills = compared = 0
+        while kills < options.kills:
+            process = start(folder)
+            try:
+                _, message = process.communicate(timeout=moments.uniform(0, length))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                metrics = folder / "metrics.jsonl"
+                lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+                print(f"kill {kills}: {lines} of {len(expected['metrics'])} iterations logged")
+                continue
+            if process.returncode:
+                raise SystemExit(f"a resumed run ended with {process.returncode}: {message}")
+            compare(folder, expected)
+            compared += 1
+            shutil.rmtree(folder)
+        finish(folder)
+        compare(folder, expected)
+    print(
+        f"{kills} kills: {compared + 1} runs ended like the whole one ({length:.0f} s), to the bit"
+    )
+
+
+if __name__ == "__main__":
+    main()
