@@ -304,6 +304,6 @@ def test_bad_settings_are_refused(change, message):
 
 
 def test_bad_distillation_settings_are_refused():
-    for change in ({"temperature": 0.0}, {"real_batch": 0}, {"cosine_half_period": 0}):
+    for change in ({"temperature": 0.0}, {"real_batch": -1}, {"cosine_half_period": -1}):
         with pytest.raises(UsageError, match=f"distillation: expected {next(iter(change))}"):
             DistillationConfig(**change)

@@ -6,7 +6,7 @@ from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
 from .base import Method, Problem
 from .calibration import MSE, CalibrationDistillation, MinMax
-from .distillation import DistillationConfig, distillation_loss
+from .distillation import DistillationConfig, Student, distillation_loss
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
 from .qimera import Qimera, QimeraConfig
@@ -56,6 +56,8 @@ def build_method(name: str, problem: Problem, settings: MethodSettings) -> Metho
         UsageError: If there is no such method.
     """
     method = method_class(name)(problem, settings)
+    if isinstance(trainer := getattr(method, "trainer", None), Student):
+        trainer.check_objective()
     if world_size() > 1:
         state = method.state_dict()
         begin_alike(state)

@@ -183,6 +183,17 @@ class Student:
         half_period = half_period or max(self.config.steps, 1)
         return factor * 0.5 * (1 + math.cos(math.pi * self.steps_done / half_period))
 
+    def check_objective(self) -> None:
+        """Refuse an objective that the method does not define.
+
+        Raises:
+            UsageError: If it is "discrepancy" and no loss was put in place of `divergence`.
+        """
+        if self.config.objective == "discrepancy" and self.loss == self.divergence:
+            raise UsageError(
+                "distillation: expected objective divergence with this method, got discrepancy"
+            )
+
     def divergence(self, images: Tensor, labels: Tensor) -> Tensor:
         """`distillation_loss` on ``images [N, 3, H, W]``."""
         with torch.no_grad(), self.problem.autocast(), stage("student: teacher"):
