@@ -79,7 +79,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
     shows fdda_ext alone.
     """
 
-    def run(group: str, peers: Peers, floor_bytes: int | None = None) -> None:
+    def run(group: str, peers: Peers, floor_bytes: int | None = None, rounds: int = ROUNDS) -> None:
         benchmark.group = group
         if floor_bytes is not None:
             source = torch.empty(floor_bytes // 2, dtype=torch.uint8, device=DEVICE).random_()
@@ -87,17 +87,23 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             peers = {**peers, "copy": lambda: target.copy_(source)}
         calls = {}
         for name, function in peers.items():
+            if rounds < ROUNDS:  # it takes seconds
+                calls[name] = 1
+                continue
             seconds_per_call(function, 2)
             calls[name] = max(1, min(50, int(TURN / seconds_per_call(function, 2))))
         times: dict[str, list[float]] = {name: [] for name in peers}
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             for name in list(peers) if turn % 2 == 0 else reversed(peers):
                 times[name].append(1e6 * seconds_per_call(peers[name], calls[name]))
         for name, values in times.items():
             low, median, high = statistics.quantiles(values, n=4)
             benchmark.extra_info[name] = {"median_us": median, "iqr_us": high - low}
         benchmark.extra_info["floor_bytes"] = floor_bytes
-        benchmark.pedantic(lambda: seconds_per_call(peers["fdda_ext"], calls["fdda_ext"]), rounds=5)
+        benchmark.pedantic(
+            lambda: seconds_per_call(peers["fdda_ext"], calls["fdda_ext"]),
+            rounds=min(rounds, 5),
+        )
         line = "  ".join(f"{name} {statistics.median(v):.0f}" for name, v in times.items())
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             print(f"\n{group}: {line} us")

@@ -28,6 +28,7 @@ from .engine import (
     build_parser,
     check_machine,
     evaluate,
+    keep_freed_memory,
     parse_or_refuse,
     run_command,
 )
@@ -156,6 +157,7 @@ def run(config: PretrainConfig) -> Accuracy:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     test_set = load_dataset(config.data, "test", image_size=config.image_size)
     torch.manual_seed(config.seed)
     opened = open_model(config.model, weights="none", num_classes=test_set.num_classes)

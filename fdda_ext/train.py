@@ -34,6 +34,7 @@ from .distribution import (
 from .engine import (
     Accuracy,
     BatchSource,
+    Profile,
     Progress,
     ProgressBar,
     RunFolder,
@@ -45,8 +46,10 @@ from .engine import (
     diagnose,
     digest,
     evaluate,
+    keep_freed_memory,
     must_fit,
     parse_or_refuse,
+    profile,
     run_command,
     train,
     with_underscores,
@@ -104,6 +107,12 @@ class TrainConfig:
         max_time: Stop after so many minutes of training; --resume goes on later.
         device: cpu or cuda.
         threads: CPU threads; None leaves torch's choice.
+        precision: Of the float network and the generator while training: float32, or bfloat16
+            (autocast; statistics, losses and the quantized network stay in float32). None for
+            bfloat16 on a GPU and float32 on a CPU.
+        profile: Instead of training, run the whole schedule in this many iterations of the method
+            after a few unmeasured ones, and write where their time goes: profile.txt, and
+            trace.json for chrome://tracing or Perfetto.
         split: Where accuracy is measured: "test", or "validation" while settings are chosen.
         test_limit: Evaluate on so many images of it only; None for all.
         test_batch: Images evaluated together.
@@ -133,6 +142,8 @@ class TrainConfig:
     max_time: float | None = None
     device: str = "cpu"
     threads: int | None = None
+    precision: Literal["float32", "bfloat16"] | None = None
+    profile: int | None = None
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
     test_batch: int = 250
@@ -146,6 +157,7 @@ class TrainConfig:
         check_machine("train", seed=self.seed, threads=self.threads, device=self.device)
         for name, least in (
             ("max_time", 0),
+            ("profile", 1),
             ("test_limit", 1),
             ("test_batch", 1),
             ("evaluate_every", 1),
@@ -169,7 +181,10 @@ class TrainConfig:
 
 
 #: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
-_NOT_STORED = ("out", "resume", "max_time", "threads", "workers", "test_batch", "max_unreadable")
+_NOT_STORED = (
+    *("out", "resume", "max_time", "threads", "profile", "workers", "test_batch"),
+    "max_unreadable",
+)
 #: Options that stand for others.
 _EXPANDED = ("preset", "config", "bits")
 #: Shipped configuration files.
@@ -372,6 +387,47 @@ def _train_one(
     return row
 
 
+#: Iterations before a profile: memory is asked for, kernels are chosen.
+_UNMEASURED = 3
+
+
+def measure_stages(
+    config: TrainConfig, problem: Problem, folder: Path, console: Console
+) -> Profile:
+    """Run the method's schedule, shortened, and write where the time of its iterations goes.
+
+    Raises:
+        UsageError: If the method does not train.
+    """
+    assert config.profile is not None
+    planned = build_method(config.method, problem, config.settings).iterations
+    if not planned:
+        raise UsageError(
+            f"train: expected profile with a method that trains, got method {config.method}"
+        )
+    share = min((config.profile + _UNMEASURED) / planned, 1.0)
+    method = build_method(config.method, problem, config.settings.scaled(share))
+    unmeasured = min(_UNMEASURED, method.iterations - 1)
+    for iteration in range(unmeasured):
+        method.step(iteration)
+    with profile(problem.device, folder / "trace.json") as measured:
+        for iteration in range(unmeasured, method.iterations):
+            begin = measured.now()
+            method.step(iteration)
+            measured.iterations.append(measured.now() - begin)
+    table = measured.table()
+    console.print(table)
+    mean = sum(measured.iterations) / len(measured.iterations)
+    console.print(
+        f"{planned} iterations of the whole schedule: about {mean * planned / 60:.1f} min; "
+        f"trace in {folder / 'trace.json'}",
+        highlight=False,
+    )
+    with (folder / "profile.txt").open("w") as file:
+        Console(file=file, width=100).print(table)
+    return measured
+
+
 def _best_top1(folder: RunFolder) -> float:
     """Of the measurements that metrics.jsonl holds; below 0 if there is none."""
     lines = folder.metrics.read_text().splitlines()
@@ -453,6 +509,8 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         max_unreadable=config.max_unreadable,
     )
     teacher = opened.network.to(device).requires_grad_(False)
+    # Convolutions are fastest so, on CPUs and on GPUs; whatever follows keeps the format.
+    teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     outputs = count_outputs(teacher, images[:1].to(device), "train")
     if outputs != dataset.num_classes:
         raise UsageError(
@@ -461,11 +519,12 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
     problem = Problem(
         teacher,
         dataset.num_classes,
-        images.to(device),
+        images.to(device, memory_format=torch.channels_last),
         labels.to(device),
         dataset.augmentation,
         config.quantization,
         config.seed,
+        getattr(torch, config.precision or ("bfloat16" if device.type == "cuda" else "float32")),
     )
     return problem, replace(opened, preprocessing=preprocessing)
 
@@ -491,6 +550,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         method_class(name)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     with must_fit(images_per_class=config.images_per_class), first_on_machine():
         problem, opened = build_problem(config)
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
@@ -508,6 +568,10 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     if preprocessing is not None:
         console.print(f"weights: {opened.origin}", highlight=False)
         console.print(f"images: {preprocessing.describe()}", highlight=False)
+
+    if config.profile is not None:
+        measure_stages(config, problem, path, console)
+        return []
 
     def images_of(limit: int | None) -> ImageDataset:
         return load_dataset(

@@ -126,6 +126,20 @@ def test_max_time_stops_and_says_how_to_go_on(tmp_path, capsys):
     train.main(["--resume", f"--out={out}", "--threads=1"])
 
 
+def test_profile_names_stages_and_trains_nothing(tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main([*QUICK, "--profile=3", f"--out={out}"])
+    table = (out / "profile.txt").read_text()
+    for stage in ("generator: backward", "student: forward", "anything else"):
+        assert stage in table
+    assert "whole schedule: about" in capsys.readouterr().out
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert any(event.get("name") == "generator: teacher" for event in events)
+    assert not (out / "checkpoint.safetensors").exists()
+    with pytest.raises(UsageError, match="a method that trains, got method mse"):
+        train.main([*QUICK, "--profile=3", "--method=mse", f"--out={tmp_path / 'other'}"])
+
+
 def test_print_config_is_a_config_file(tmp_path):
     printed = call("train", "--preset", "paper", "--print_config")
     assert printed.returncode == 0, printed.stderr

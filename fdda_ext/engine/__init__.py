@@ -12,7 +12,8 @@ from .cli import (
 from .diagnosis import diagnose
 from .evaluation import Accuracy, BatchSource, count_outputs, evaluate
 from .loop import Progress, Trainable, train
-from .memory import must_fit
+from .memory import keep_freed_memory, must_fit
+from .profiling import Profile, profile, stage
 from .progress import ProgressBar, progress_bar
 from .run_folder import RunFolder
 from .student_file import preprocessing_of, read_student, write_student
@@ -20,6 +21,7 @@ from .student_file import preprocessing_of, read_student, write_student
 __all__ = [
     "Accuracy",
     "BatchSource",
+    "Profile",
     "Progress",
     "ProgressBar",
     "RunFolder",
@@ -32,15 +34,18 @@ __all__ = [
     "diagnose",
     "digest",
     "evaluate",
+    "keep_freed_memory",
     "load_state",
     "must_fit",
     "parse_or_refuse",
     "preprocessing_of",
+    "profile",
     "progress_bar",
     "read_student",
     "restore_random",
     "run_command",
     "save_state",
+    "stage",
     "train",
     "with_underscores",
     "write_student",

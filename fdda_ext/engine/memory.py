@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +11,10 @@ import torch
 
 from ..errors import UsageError
 
-__all__ = ["is_out_of_memory", "must_fit"]
+__all__ = ["is_out_of_memory", "keep_freed_memory", "must_fit"]
+
+#: Names that glibc's malloc.h gives to what mallopt sets.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -17,6 +22,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate" in str(error)
     )
+
+
+def keep_freed_memory() -> None:
+    """Let freed memory stay with the process, to be used again.
+
+    By default glibc gives the memory of every large tensor back, and the kernel clears each page
+    again for the next: over a third of the time of a training iteration at 224x224 on a CPU.
+    Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager

@@ -8,19 +8,28 @@ from .base import Method, Problem
 from .calibration import MSE, CalibrationDistillation, MinMax
 from .distillation import DistillationConfig, distillation_loss
 from .fdda import FDDA, FDDAConfig
+from .gdfq import GDFQ, GDFQConfig
+from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
+from .zaq import ZAQ, ZAQConfig
 
 __all__ = [
     "FDDA",
+    "GDFQ",
     "METHODS",
     "MSE",
+    "ZAQ",
     "CalibrationDistillation",
     "DistillationConfig",
     "FDDAConfig",
+    "GDFQConfig",
     "Method",
     "MethodSettings",
     "MinMax",
     "Problem",
+    "Qimera",
+    "QimeraConfig",
+    "ZAQConfig",
     "build_method",
     "distillation_loss",
     "method_class",
@@ -30,6 +39,9 @@ __all__ = [
 METHODS: dict[str, type[Method]] = {
     "fdda": FDDA,
     "distill": CalibrationDistillation,
+    "gdfq": GDFQ,
+    "qimera": Qimera,
+    "zaq": ZAQ,
     "minmax": MinMax,
     "mse": MSE,
 }

@@ -33,6 +33,8 @@ class Problem:
         augmentation: How calibration and generated images may be varied.
         quantization: Bits, grid and ranges of the student.
         seed: Of everything random.
+        precision: Of teacher and generator. With bfloat16 they run under autocast; statistics,
+            losses, the student and all that is trained stay in float32.
     """
 
     teacher: nn.Module
@@ -42,6 +44,12 @@ class Problem:
     augmentation: Augmentation
     quantization: QuantizationConfig
     seed: int
+    precision: torch.dtype = torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """The context in which teacher and generator run."""
+        enabled = self.precision is not torch.float32
+        return torch.autocast(self.device.type, dtype=self.precision, enabled=enabled)
 
     @property
     def image_size(self) -> int:

@@ -67,7 +67,7 @@ class CalibrationDistillation(Method):
         self.quantization = problem.quantization
         self.student = problem.student()
         calibrate(self.student, problem.images)
-        self.trainer = Student(self.student, problem.teacher, config)
+        self.trainer = Student(self.student, problem, config)
         self.images = ImageSampler(problem, config.real_batch + config.generated_batch, self.random)
 
     @override

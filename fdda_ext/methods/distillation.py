@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..data import augment
 from ..distribution import shard, share_of, sum_gradients_, total
-from ..engine import must_fit
+from ..engine import must_fit, stage
 from ..errors import UsageError
 from ..quantization import project_scales_, scale_parameters
 from .base import Problem
@@ -32,8 +33,10 @@ class DistillationConfig:
 
     Attributes:
         steps: Student steps of the whole run.
-        real_batch: Calibration images in each.
+        real_batch: Calibration images in each; of methods that see none, more generated ones.
         generated_batch: Generated images in each; without a generator, more calibration images.
+        objective: What the student learns from: the "divergence" below; or the "discrepancy" of
+            ZAQ, which the constants of the divergence do not concern.
         temperature: T of the softened distributions.
         weight: alpha, of the divergence.
         reduction: Of the divergence over a batch: "batch" sums over classes and averages over
@@ -43,12 +46,15 @@ class DistillationConfig:
         lr: Learning rate of weights, biases and BN's affine parameters.
         scale_lr: Of the quantizers' scales and zero points.
         weight_decay: On everything but scales and zero points.
+        lr_milestones: Steps after which the rates are a tenth of what they were.
         cosine_half_period: Steps from the full rate to zero, after which it rises again (the
-            authors' 20 000 steps do not divide their 70 000); None for the whole run.
+            authors' 20 000 steps do not divide their 70 000); None for the whole run, 0 for no
+            cosine.
         frozen_scales: Leave the quantizers' ranges as they are.
     """
 
     steps: int = 70_000
+    objective: Literal["divergence", "discrepancy"] = "divergence"
     real_batch: int = 16
     generated_batch: int = 16
     temperature: float = 20.0
@@ -59,24 +65,25 @@ class DistillationConfig:
     lr: float = 1e-6
     scale_lr: float = 1e-6
     weight_decay: float = 1e-4
+    lr_milestones: list[int] = field(default_factory=list)
     cosine_half_period: int | None = 20_000
     frozen_scales: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "weight", "cross_entropy_weight", "weight_decay"):
+        for name in ("steps", "real_batch", "weight", "cross_entropy_weight", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(
                     "distillation: expected "
                     f"{name} at least 0 and finite, got {getattr(self, name)}"
                 )
-        for name in ("real_batch", "generated_batch", "temperature", "lr", "scale_lr"):
+        for name in ("generated_batch", "temperature", "lr", "scale_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(
                     f"distillation: expected {name} above 0 and finite, got {getattr(self, name)}"
                 )
-        if self.cosine_half_period is not None and self.cosine_half_period < 1:
+        if self.cosine_half_period is not None and self.cosine_half_period < 0:
             raise UsageError(
-                "distillation: expected cosine_half_period at least 1, "
+                "distillation: expected cosine_half_period at least 0, "
                 f"got {self.cosine_half_period}"
             )
 
@@ -86,7 +93,8 @@ class DistillationConfig:
         return replace(
             self,
             steps=round(self.steps * share),
-            cosine_half_period=None if period is None else max(round(period * share), 1),
+            lr_milestones=[round(m * share) for m in self.lr_milestones],
+            cosine_half_period=max(round(period * share), 1) if period else period,
         )
 
 
@@ -98,7 +106,7 @@ def distillation_loss(
     Args:
         student_logits: ``[N, K]``.
         teacher_logits: ``[N, K]``, without gradient.
-        labels: int64 ``[N]``.
+        labels: int64 ``[N]``, or shares of the classes, float ``[N, K]``.
         config: Weights, temperature and reduction.
 
     Returns:
@@ -143,13 +151,13 @@ class ImageSampler:
 class Student:
     """The fake-quantized network with its optimizer: one distillation step at a time."""
 
-    def __init__(
-        self, network: GraphModule, teacher: nn.Module, config: DistillationConfig
-    ) -> None:
+    def __init__(self, network: GraphModule, problem: Problem, config: DistillationConfig) -> None:
         self.network = network.eval()
-        self.teacher = teacher
+        self.problem = problem
         self.config = config
         self.steps_done = 0
+        #: Of a batch of images and labels, a scalar; a method may put its own in place.
+        self.loss: Callable[[Tensor, Tensor], Tensor] = self.divergence
         scales = scale_parameters(network)
         scale_ids = {id(parameter) for parameter in scales}
         others = [p for p in network.parameters() if id(p) not in scale_ids]
@@ -167,9 +175,20 @@ class Student:
         self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def rate_factor(self) -> float:
-        """Cosine annealing: 1 at the start, 0 after a half period, 1 again after another."""
-        half_period = self.config.cosine_half_period or max(self.config.steps, 1)
-        return 0.5 * (1 + math.cos(math.pi * self.steps_done / half_period))
+        """Cosine annealing: 1 at the start, 0 after a half period, 1 again; and the milestones."""
+        factor = 0.1 ** sum(self.steps_done >= m for m in self.config.lr_milestones)
+        half_period = self.config.cosine_half_period
+        if half_period == 0:
+            return factor
+        half_period = half_period or max(self.config.steps, 1)
+        return factor * 0.5 * (1 + math.cos(math.pi * self.steps_done / half_period))
+
+    def divergence(self, images: Tensor, labels: Tensor) -> Tensor:
+        """`distillation_loss` on ``images [N, 3, H, W]``."""
+        with torch.no_grad(), self.problem.autocast(), stage("student: teacher"):
+            teacher_logits = self.problem.teacher(images).float()
+        with stage("student: forward"):
+            return distillation_loss(self.network(images), teacher_logits, labels, self.config)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Distil the teacher into the student on ``images [N, 3, H, W]``; return the loss.
@@ -184,15 +203,14 @@ class Student:
             settings__distillation__real_batch=self.config.real_batch,
             settings__distillation__generated_batch=self.config.generated_batch,
         ):
-            with torch.no_grad():
-                teacher_logits = self.teacher(images)
-            logits = self.network(images)
-            loss = share * distillation_loss(logits, teacher_logits, labels, self.config)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            sum_gradients_(self.network.parameters())
-            self.optimizer.step()
-        project_scales_(self.network)
+            loss = share * self.loss(images, labels)
+            with stage("student: backward"):
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                sum_gradients_(self.network.parameters())
+            with stage("student: optimizer"):
+                self.optimizer.step()
+                project_scales_(self.network)
         self.steps_done += 1
         return total({"student": loss})["student"]
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field, fields
 
 from .distillation import DistillationConfig
 from .fdda import FDDAConfig
+from .gdfq import GDFQConfig
+from .qimera import QimeraConfig
+from .zaq import ZAQConfig
 
 __all__ = ["MethodSettings"]
 
@@ -17,10 +20,16 @@ class MethodSettings:
     Attributes:
         distillation: The student step.
         fdda: The generator of FDDA.
+        gdfq: The generator of GDFQ.
+        qimera: The generator of Qimera.
+        zaq: The generator of ZAQ.
     """
 
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     fdda: FDDAConfig = field(default_factory=FDDAConfig)
+    gdfq: GDFQConfig = field(default_factory=GDFQConfig)
+    qimera: QimeraConfig = field(default_factory=QimeraConfig)
+    zaq: ZAQConfig = field(default_factory=ZAQConfig)
 
     def scaled(self, share: float) -> MethodSettings:
         """Every schedule in ``share`` of its iterations, milestones and phases with it."""

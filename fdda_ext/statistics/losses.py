@@ -24,6 +24,7 @@ Of several processes, each passes its share of the images and gets its share of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def _noise_like(tensors: list[Tensor], std: float, generator: torch.Generator) -
 
 
 def _distances(
-    inputs: list[Tensor],
+    inputs: Sequence[Tensor],
     class_index: Tensor,
     means: list[Tensor],
     variances: list[Tensor],
@@ -116,7 +117,7 @@ def _distances(
     return torch.stack(losses, 1) / world_size()
 
 
-def bns_loss(inputs: list[Tensor], running: LayerStatistics) -> Tensor:
+def bns_loss(inputs: Sequence[Tensor], running: LayerStatistics) -> Tensor:
     """L_BNS: distance of the whole batch's statistics to the teacher's running statistics.
 
     Args:
@@ -138,7 +139,7 @@ def bns_loss(inputs: list[Tensor], running: LayerStatistics) -> Tensor:
 
 
 def centralised_and_distorted_loss(
-    inputs: list[Tensor],
+    inputs: Sequence[Tensor],
     class_index: Tensor,
     centres: LayerStatistics,
     class_weight: Tensor,
@@ -187,7 +188,7 @@ def centralised_and_distorted_loss(
 
 
 def noise_pull_loss(
-    inputs: list[Tensor], class_index: Tensor, class_weight: Tensor, generator: torch.Generator
+    inputs: Sequence[Tensor], class_index: Tensor, class_weight: Tensor, generator: torch.Generator
 ) -> Tensor:
     """What replaces L_D, early on, for classes that the teacher gets wrong on their own image.
 

@@ -1,5 +1,5 @@
 """Images from nothing but labels and a trained network."""
 
-from .generator import ConditionalGenerator, GeneratorConfig
+from .generator import ConditionalGenerator, GeneratorConfig, SuperposedGenerator
 
-__all__ = ["ConditionalGenerator", "GeneratorConfig"]
+__all__ = ["ConditionalGenerator", "GeneratorConfig", "SuperposedGenerator"]

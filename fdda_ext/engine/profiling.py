@@ -1,0 +1,88 @@
+"""Where the time of an iteration goes, by stage."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+__all__ = ["Profile", "profile", "stage"]
+
+
+class Profile:
+    """Seconds spent in each stage, and in all.
+
+    Attributes:
+        seconds: By stage, in order of first appearance, over all iterations.
+        iterations: Seconds of each iteration.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.iterations: list[float] = []
+
+    def now(self) -> float:
+        """The time when all work given so far is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def table(self) -> Table:
+        """Milliseconds and share of every stage in the mean iteration."""
+        count, total = len(self.iterations), sum(self.iterations)
+        table = Table(title=f"mean of {count} iterations: {1e3 * total / count:.1f} ms")
+        table.add_column("stage")
+        table.add_column("ms", justify="right")
+        table.add_column("%", justify="right")
+        rest = total - sum(self.seconds.values())
+        for name, seconds in [*self.seconds.items(), ("anything else", rest)]:
+            table.add_row(name, f"{1e3 * seconds / count:.2f}", f"{100 * seconds / total:.1f}")
+        return table
+
+
+_active: Profile | None = None
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Name what happens inside, for `profile`; stages do not nest. Costs nothing otherwise."""
+    if _active is None:
+        yield
+        return
+    with torch.profiler.record_function(name):
+        begin = _active.now()
+        yield
+        _active.seconds[name] += _active.now() - begin
+
+
+@contextmanager
+def profile(device: torch.device, trace: Path | None = None) -> Iterator[Profile]:
+    """Measure the stages that run inside; the caller adds to `Profile.iterations`.
+
+    On a GPU every stage waits for its work, so that none is charged with another's; without that,
+    stages would overlap a little.
+
+    Args:
+        device: Where the work is done.
+        trace: File for a trace in Chrome's format, which chrome://tracing and Perfetto show.
+    """
+    global _active
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    _active = Profile(device)
+    try:
+        if trace is None:
+            yield _active
+        else:
+            with torch.profiler.profile(activities=activities) as recorded:
+                yield _active
+            recorded.export_chrome_trace(str(trace))
+    finally:
+        _active = None

@@ -1,0 +1,279 @@
+"""What the methods share that train a generator and the student in turn.
+
+An iteration is one step of the generator on the method's loss and, once the generator is warm, one
+or more steps of the student on its images. Activation ranges are found on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import Self, override
+
+from ..distribution import gather, shares, sum_gradients_, total
+from ..engine import must_fit, restore_random, stage
+from ..errors import UsageError
+from ..quantization import calibrate, set_activation_mode
+from ..statistics import capture, running_statistics
+from ..synthesis import ConditionalGenerator, GeneratorConfig
+from .base import Method, Problem
+from .distillation import DistillationConfig, Student
+
+__all__ = ["AlternatingConfig", "AlternatingTraining", "save_images"]
+
+#: Images that a run folder keeps to be looked at.
+_SHOWN = 64
+
+
+@dataclass(frozen=True)
+class AlternatingConfig:
+    """The generator and the schedule of its training.
+
+    Attributes:
+        generator: Size of the generator.
+        batch: Images in a generator step.
+        lr: Of Adam, betas (0.5, 0.999).
+        lr_milestones: Iterations after which the rate is a tenth of what it was.
+        warmup_iterations: Generator steps before the first student step.
+        student_steps_per_iteration: Student steps after each generator step once the warm-up is
+            over, all but the first on images of their own.
+        ranges_from: Where activation ranges come from: "generated", a moving average over the
+            first `range_iterations` generated batches; "sampled", generated images when the warm-up
+            ends, by the quantization's own rule; "calibration", the real images likewise.
+        range_iterations: Length of the phase of "generated".
+    """
+
+    #: The method's name in messages.
+    name: ClassVar[str]
+
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    batch: int = 16
+    lr: float = 1e-3
+    lr_milestones: list[int] = field(default_factory=lambda: [20_000, 40_000, 60_000])
+    warmup_iterations: int = 10_000
+    student_steps_per_iteration: int = 1
+    ranges_from: Literal["generated", "sampled", "calibration"] = "generated"
+    range_iterations: int = 800
+
+    def __post_init__(self) -> None:
+        if self.batch < 2:
+            raise UsageError(f"{self.name}: expected batch at least 2, got {self.batch}")
+        if self.student_steps_per_iteration < 1:
+            raise UsageError(
+                f"{self.name}: expected student_steps_per_iteration at least 1, "
+                f"got {self.student_steps_per_iteration}"
+            )
+        self.check_not_negative("warmup_iterations")
+        if not 0 < self.lr < math.inf:
+            raise UsageError(f"{self.name}: expected lr above 0 and finite, got {self.lr}")
+        if self.ranges_from == "generated" and not (
+            1 <= self.range_iterations <= self.warmup_iterations
+        ):
+            raise UsageError(
+                f"{self.name}: expected range_iterations between 1 and warmup_iterations "
+                f"({self.warmup_iterations}), got {self.range_iterations}"
+            )
+
+    def check_not_negative(self, *names: str) -> None:
+        """Refuse settings that are negative or not finite."""
+        for name in names:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(
+                    f"{self.name}: expected {name} at least 0 and finite, got {getattr(self, name)}"
+                )
+
+    def scaled(self, share: float) -> Self:
+        """The same schedule in ``share`` of its iterations."""
+        return replace(
+            self,
+            lr_milestones=[round(m * share) for m in self.lr_milestones],
+            warmup_iterations=max(round(self.warmup_iterations * share), 1),
+            range_iterations=max(round(self.range_iterations * share), 1),
+        )
+
+
+class AlternatingTraining(Method):
+    """Generator steps and student steps in turn; a method says what their losses and images are."""
+
+    def __init__(
+        self, problem: Problem, config: AlternatingConfig, distillation: DistillationConfig
+    ) -> None:
+        self.problem = problem
+        self.schedule = config
+        self.distillation = distillation
+        self.iterations = config.warmup_iterations + math.ceil(
+            distillation.steps / config.student_steps_per_iteration
+        )
+        self.random = problem.random()
+        with torch.no_grad():
+            layers = capture(problem.teacher, problem.images[:1]).layers
+        self.running = running_statistics(layers)
+        with must_fit(
+            **{f"settings__{config.name}__generator__channels": config.generator.channels}
+        ):
+            with torch.random.fork_rng():  # the initial weights depend on the seed alone
+                torch.manual_seed(problem.seed)
+                self.generator = self.build_generator().to(problem.device)
+            self.generator_optimizer = torch.optim.Adam(
+                self.generator.parameters(), lr=config.lr, betas=(0.5, 0.999)
+            )
+        self.quantization = problem.quantization
+        self.student = problem.student()
+        self.trainer = Student(self.student, problem, distillation)
+        #: Generated images in a student step.
+        self.student_batch = distillation.real_batch + distillation.generated_batch
+        if config.ranges_from == "calibration":
+            if not self.real_images:
+                raise UsageError(
+                    f"{config.name}: expected ranges_from generated or sampled, as it may not see "
+                    "real images, got calibration"
+                )
+            calibrate(self.student, problem.images)
+
+    # ---- what a method defines --------------------------------------------------------------
+
+    def build_generator(self) -> ConditionalGenerator:
+        """The generator, on the CPU."""
+        return ConditionalGenerator(
+            self.problem.num_classes, self.problem.image_size, self.schedule.generator
+        )
+
+    @abstractmethod
+    def generator_loss(self, iteration: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """One forward pass.
+
+        Returns:
+            The terms of the loss and, as "generator", their sum, which the step is taken on; images
+            for the student; their labels. Of several processes, each returns the labels of all
+            images and its share of the images.
+        """
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Images ``[count, 3, H, W]`` of random labels ``[count]``, as the generator makes them."""
+        labels = self.draw_labels(count)
+        return self.generator.sample(labels, self.random), labels
+
+    def student_images(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the student is shown, of generated images ``[student_batch, 3, H, W]``."""
+        return images, labels
+
+    # ---- the steps --------------------------------------------------------------------------
+
+    @override
+    def step(self, iteration: int) -> Mapping[str, Tensor]:
+        schedule = self.schedule
+        with must_fit(**{f"settings__{schedule.name}__batch": schedule.batch}):
+            metrics, images, labels = self.generator_step(iteration)
+        if schedule.ranges_from == "generated" and iteration < schedule.range_iterations:
+            self.range_step(iteration, images)
+        if schedule.ranges_from == "sampled" and iteration + 1 == max(
+            schedule.warmup_iterations, 1
+        ):
+            self.set_ranges()
+        if iteration >= schedule.warmup_iterations:
+            if self.student_batch > schedule.batch:
+                images, labels = self.generate()
+            metrics["student"] = self.student_step(images, labels)
+            more = min(
+                schedule.student_steps_per_iteration - 1,
+                self.distillation.steps - self.trainer.steps_done,
+            )
+            for _ in range(more):
+                self.student_step(*self.generate())
+        return metrics
+
+    def generator_step(self, iteration: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """One Adam step on `generator_loss`; its result without the graph."""
+        for group in self.generator_optimizer.param_groups:
+            decays = sum(iteration >= m for m in self.schedule.lr_milestones)
+            group["lr"] = self.schedule.lr * 0.1**decays
+        losses, images, labels = self.generator_loss(iteration)
+        with stage("generator: backward"):
+            self.generator_optimizer.zero_grad(set_to_none=True)
+            losses["generator"].backward()
+            sum_gradients_(self.generator.parameters())
+        with stage("generator: optimizer"):
+            self.generator_optimizer.step()
+        return total(losses), images.detach(), labels
+
+    @torch.no_grad()
+    def range_step(self, iteration: int, images: Tensor) -> None:
+        """Move the activation ranges with one generated batch; fix them after the last."""
+        if iteration == 0:
+            set_activation_mode(self.student, "observe")
+        self.student(images)
+        if iteration + 1 == self.schedule.range_iterations:
+            set_activation_mode(self.student, "quantize")
+
+    @torch.no_grad()
+    def set_ranges(self) -> None:
+        """Set the activation ranges from so many generated images as there are classes."""
+        batches = math.ceil(self.problem.num_classes / self.student_batch)
+        calibrate(self.student, [self.generate()[0] for _ in range(batches)])
+
+    def student_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Distil on generated images, or on what the method makes of them."""
+        with stage("student: images"):
+            images = gather(images, shares(len(labels)))[: self.student_batch]
+            images, labels = self.student_images(images, labels[: self.student_batch])
+        return self.trainer.step(images, labels)
+
+    @torch.no_grad()
+    def generate(self) -> tuple[Tensor, Tensor]:
+        """`student_batch` images with their labels, without a generator step."""
+        with self.problem.autocast(), stage("student: images"):
+            return self.draw(self.student_batch)
+
+    def draw_labels(self, count: int) -> Tensor:
+        """Uniformly random labels ``[count]``."""
+        return torch.randint(
+            self.problem.num_classes,
+            (count,),
+            generator=self.random,
+            device=self.problem.device,
+        )
+
+    # ---- state ------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator": self.generator.state_dict(),
+            "generator_optimizer": self.generator_optimizer.state_dict(),
+            "trainer": self.trainer.state_dict(),
+            "random": self.random.get_state(),
+        }
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.load_state_dict(state["generator"])
+        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        self.trainer.load_state_dict(state["trainer"])
+        restore_random(self.random, state["random"])
+
+    @override
+    def save_artifacts(self, folder: Path) -> None:
+        """The generator, and some of its images with their labels, as safetensors."""
+        save_file(
+            {name: tensor.cpu() for name, tensor in self.generator.state_dict().items()},
+            str(folder / "generator.safetensors"),
+        )
+        before = self.random.get_state()
+        with torch.no_grad():
+            images, labels = self.draw(_SHOWN)
+        self.random.set_state(before)
+        save_images(folder / "images.safetensors", images, labels)
+
+
+def save_images(path: Path, images: Tensor, labels: Tensor) -> None:
+    """Keep images ``[n, 3, H, W]``, normalised, and their labels ``[n]`` or ``[n, K]``."""
+    labels = labels if labels.dim() == 1 else labels.argmax(1)
+    save_file({"images": images.float().cpu().contiguous(), "labels": labels.cpu()}, str(path))
