@@ -23,6 +23,7 @@ from rich.table import Table
 
 from .data import ImageDataset, calibration_set, load_dataset, takes_preprocessing
 from .distribution import (
+    alone,
     first_on_machine,
     from_first,
     is_first,
@@ -381,7 +382,8 @@ def _train_one(
         return row
     write_student(folder.path / "student.safetensors", method.student, recipe)
     (folder.path / "bits.txt").write_text(render_bits(bits_table(method.student)) + "\n")
-    method.save_artifacts(folder.path)
+    with alone():
+        method.save_artifacts(folder.path)
     if row.finished:
         folder.finish(asdict(row))
     return row
@@ -410,7 +412,7 @@ def measure_stages(
     unmeasured = min(_UNMEASURED, method.iterations - 1)
     for iteration in range(unmeasured):
         method.step(iteration)
-    with profile(problem.device, folder / "trace.json") as measured:
+    with profile(problem.device, folder / "trace.json" if is_first() else None) as measured:
         for iteration in range(unmeasured, method.iterations):
             begin = measured.now()
             method.step(iteration)
@@ -423,8 +425,9 @@ def measure_stages(
         f"trace in {folder / 'trace.json'}",
         highlight=False,
     )
-    with (folder / "profile.txt").open("w") as file:
-        Console(file=file, width=100).print(table)
+    if is_first():
+        with (folder / "profile.txt").open("w") as file:
+            Console(file=file, width=100).print(table)
     return measured
 
 

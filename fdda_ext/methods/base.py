@@ -108,4 +108,4 @@ class Method(ABC):
         """Take back what `state_dict` gave."""
 
     def save_artifacts(self, folder: Path) -> None:  # noqa: B027  (optional for a method)
-        """Write what is worth keeping besides the student."""
+        """Write what is worth keeping besides the student; of several processes, the first does."""
