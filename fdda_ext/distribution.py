@@ -26,6 +26,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ from .errors import UsageError
 
 __all__ = [
     "LostProcessError",
+    "alone",
     "begin_alike",
     "extremes",
     "first_on_machine",
@@ -66,6 +68,8 @@ Batch = TypeVar("Batch", Tensor, Sequence[Any])
 #: A process that ended is noticed at once; this is for one that hangs, or is cut off.
 _TIMEOUT = timedelta(minutes=10)
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
 _GO_ON = "go on with the last checkpoint by --out and --resume, on any number of processes"
 
 
@@ -83,7 +87,8 @@ def is_launched() -> bool:
 
 def world_size() -> int:
     """How many processes have joined, 1 if none."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    together = dist.is_available() and dist.is_initialized() and not _alone.get()
+    return dist.get_world_size() if together else 1
 
 
 def rank() -> int:
@@ -94,6 +99,16 @@ def rank() -> int:
 def is_first() -> bool:
     """Whether this process shows progress and writes files."""
     return rank() == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is a single one: what the first does after all others went on."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def signature() -> str:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from .data import ImageDataset, calibration_set, load_dataset, takes_preprocessing
 from .distribution import (
+    alone,
     first_on_machine,
     from_first,
     is_first,
@@ -377,11 +378,12 @@ def _train_one(
         )
     accuracy = evaluate(method.student, test, device=problem.device, label=f"{name}: testing")
     row = _row(name, accuracy, progress, method.iterations)
-    method.save_artifacts(folder.path)
     if not is_first():
         return row
     write_student(folder.path / "student.safetensors", method.student, recipe)
     (folder.path / "bits.txt").write_text(render_bits(bits_table(method.student)) + "\n")
+    with alone():
+        method.save_artifacts(folder.path)
     if row.finished:
         folder.finish(asdict(row))
     return row
@@ -400,10 +402,6 @@ def measure_stages(
         UsageError: If the method does not train.
     """
     assert config.profile is not None
-    if world_size() > 1:
-        raise UsageError(
-            f"train: expected a single process with profile, got {world_size()} processes"
-        )
     planned = build_method(config.method, problem, config.settings).iterations
     if not planned:
         raise UsageError(
@@ -414,7 +412,7 @@ def measure_stages(
     unmeasured = min(_UNMEASURED, method.iterations - 1)
     for iteration in range(unmeasured):
         method.step(iteration)
-    with profile(problem.device, folder / "trace.json") as measured:
+    with profile(problem.device, folder / "trace.json" if is_first() else None) as measured:
         for iteration in range(unmeasured, method.iterations):
             begin = measured.now()
             method.step(iteration)
@@ -427,8 +425,9 @@ def measure_stages(
         f"trace in {folder / 'trace.json'}",
         highlight=False,
     )
-    with (folder / "profile.txt").open("w") as file:
-        Console(file=file, width=100).print(table)
+    if is_first():
+        with (folder / "profile.txt").open("w") as file:
+            Console(file=file, width=100).print(table)
     return measured
 
 

@@ -2,8 +2,8 @@
 
 A moment is drawn evenly from the length of a whole run: it falls into imports, the float network's
 evaluation, training, the writing of a checkpoint (one after every iteration), the last evaluation
-or the writing of results. Whenever a run comes to its end, its student, generator, centres and
-losses must be those of the whole run, to the bit; the next kill is then of a new run.
+or the writing of results. The end must have the student, generator, centres and losses of the
+whole run, to the bit.
 
     python python/kill_and_resume.py --kills 20
 """
@@ -101,29 +101,22 @@ def main() -> None:
         finish(whole)
         length = time.monotonic() - begin
         expected = content(whole)
-        kills = compared = 0
+        kills = 0
         while kills < options.kills:
             process = start(folder)
             try:
-                _, message = process.communicate(timeout=moments.uniform(0, length))
+                process.communicate(timeout=moments.uniform(0, length))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 kills += 1
                 metrics = folder / "metrics.jsonl"
-                lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-                print(f"kill {kills}: {lines} of {len(expected['metrics'])} iterations logged")
-                continue
-            if process.returncode:
-                raise SystemExit(f"a resumed run ended with {process.returncode}: {message}")
+                done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+                print(f"kill {kills}: after {done} of {len(expected['metrics'])} iterations")
+            finish(folder)
             compare(folder, expected)
-            compared += 1
             shutil.rmtree(folder)
-        finish(folder)
-        compare(folder, expected)
-    print(
-        f"{kills} kills: {compared + 1} runs ended like the whole one ({length:.0f} s), to the bit"
-    )
+    print(f"{kills} kills: every run ended like the whole one ({length:.0f} s), to the bit")
 
 
 if __name__ == "__main__":

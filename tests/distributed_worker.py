@@ -125,6 +125,9 @@ def refusal() -> str:
     except UsageError as error:
         message = str(error)
     assert distribution.total_counts(1) == [distribution.world_size()], "all got here"
+    if distribution.is_first():
+        with distribution.alone():  # or it would wait for the others
+            assert distribution.total_counts(1) == [1]
     return message
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import Self, override
 
-from ..distribution import gather, is_first, shares, sum_gradients_, total
+from ..distribution import gather, shares, sum_gradients_, total
 from ..engine import must_fit, restore_random, stage
 from ..errors import UsageError
 from ..quantization import calibrate, set_activation_mode
@@ -269,12 +269,10 @@ class AlternatingTraining(Method):
         before = self.random.get_state()
         with torch.no_grad():
             images, labels = self.draw(_SHOWN)
-        images = self.all_images(images, labels)
         self.random.set_state(before)
-        if is_first():
-            state = {name: tensor.cpu() for name, tensor in self.generator.state_dict().items()}
-            save_file(state, str(folder / "generator.safetensors"))
-            save_images(folder / "images.safetensors", images, labels)
+        state = {name: tensor.cpu() for name, tensor in self.generator.state_dict().items()}
+        save_file(state, str(folder / "generator.safetensors"))
+        save_images(folder / "images.safetensors", images, labels)
 
 
 def save_images(path: Path, images: Tensor, labels: Tensor) -> None:

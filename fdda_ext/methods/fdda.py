@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from typing_extensions import Self, override
 
 from ..data import augment
-from ..distribution import is_first, shard, share_of
+from ..distribution import shard, share_of
 from ..engine import stage
 from ..errors import UsageError
 from ..statistics import (
@@ -228,5 +228,4 @@ class FDDA(AlternatingTraining):
     def save_artifacts(self, folder: Path) -> None:
         """What every generator leaves, and the centres."""
         super().save_artifacts(folder)
-        if is_first():
-            save_centres(self.centres, folder / "centres.safetensors")
+        save_centres(self.centres, folder / "centres.safetensors")
