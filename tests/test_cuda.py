@@ -5,10 +5,12 @@ The files of the operators test CUDA too, through their ``device`` fixture. The 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
+import test_fdda as fdda
 import torch
 from test_cuda_host import CONV_CASES
 from test_int4_conv2d import make_case, run
@@ -17,6 +19,7 @@ from torch import Tensor
 from fdda_ext.data import calibration_set
 from fdda_ext.deploy import IntegerProgram, capture, lower
 from fdda_ext.errors import UsageError
+from fdda_ext.methods import FDDA
 from fdda_ext.models import load_model
 from fdda_ext.ops import class_batch_stats, class_stats_loss, fake_quantize, int4_pack_weight
 from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
@@ -299,3 +302,26 @@ def test_leaves_the_current_device_alone() -> None:
     one = torch.ones([], device=x.device)
     y = fake_quantize(x, one, one, 0, 15)
     assert y.device == x.device and torch.cuda.current_device() == before
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_fdda_iterations_wait_for_nothing_and_lower_to_a_program(precision: torch.dtype) -> None:
+    task = fdda.problem(right=True)
+    task = replace(
+        task,
+        teacher=task.teacher.cuda(),
+        images=task.images.cuda(),
+        labels=task.labels.cuda(),
+        precision=precision,
+    )
+    method = FDDA(task, fdda.settings())
+    for iteration in range(method.iterations - 1):
+        losses = method.step(iteration)
+        assert all(bool(loss.isfinite()) for loss in losses.values()), losses
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        method.step(method.iterations - 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.no_grad():
+        torch.testing.assert_close(lower(method.student)(task.images), method.student(task.images))
