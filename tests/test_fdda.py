@@ -303,6 +303,16 @@ def test_bad_settings_are_refused(change, message):
         settings(**change)
 
 
+def test_the_student_may_see_generated_images_alone():
+    method = FDDA(problem(right=True), settings({"real_batch": 0}))
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    shown, shown_labels = method.student_images(images, labels)
+    assert shown.shape == images.shape and torch.equal(shown_labels, labels)
+    method = FDDA(problem(right=True), settings({"real_batch": 2}))
+    shown, shown_labels = method.student_images(images, labels)
+    assert shown.shape[0] == 6 and torch.equal(shown_labels[2:], labels)
+
+
 def test_bad_distillation_settings_are_refused():
     for change in ({"temperature": 0.0}, {"real_batch": -1}, {"cosine_half_period": -1}):
         with pytest.raises(UsageError, match=f"distillation: expected {next(iter(change))}"):

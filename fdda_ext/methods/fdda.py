@@ -208,10 +208,12 @@ class FDDA(AlternatingTraining):
     @override
     def student_images(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Calibration images, and batch A under one random crop and flip."""
-        real_images, real_labels = self.images.next()
         # The published code passes this tensor through NumPy, which fails; the tensor is meant.
-        generated = augment(images, self.generated_augmentation, self.random, same_for_batch=True)
-        return torch.cat([real_images, generated]), torch.cat([real_labels, labels])
+        images = augment(images, self.generated_augmentation, self.random, same_for_batch=True)
+        if self.distillation.real_batch == 0:
+            return images, labels
+        real_images, real_labels = self.images.next()
+        return torch.cat([real_images, images]), torch.cat([real_labels, labels])
 
     # ---- state ------------------------------------------------------------------------------
 
