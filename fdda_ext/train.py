@@ -519,6 +519,8 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         raise UsageError(
             f"train: expected model to have the data's {dataset.num_classes} classes, got {outputs}"
         )
+    how = preprocessing if takes_preprocessing(config.data) else dataset
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (how.mean, how.std))
     problem = Problem(
         teacher,
         dataset.num_classes,
@@ -528,6 +530,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         config.quantization,
         config.seed,
         getattr(torch, config.precision or ("bfloat16" if device.type == "cuda" else "float32")),
+        pixel_range=(-mean / std, (1 - mean) / std),
     )
     return problem, replace(opened, preprocessing=preprocessing)
 
