@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -348,20 +348,23 @@ def _train_one(
             ) from None
     with must_fit(images_per_class=config.images_per_class):
         method = build_method(name, problem, config.settings)
-    recipe = {
-        "model": config.model,
-        "num_classes": problem.num_classes,
-        "image_size": problem.image_size,
-        "data": config.data,
-        "preprocessing": preprocessing.to_dict() if preprocessing else None,
-        "method": name,
-        "quantization": asdict(method.quantization),
-    }
+
+    def recipe() -> dict[str, Any]:
+        return {
+            "model": config.model,
+            "num_classes": problem.num_classes,
+            "image_size": problem.image_size,
+            "data": config.data,
+            "preprocessing": preprocessing.to_dict() if preprocessing else None,
+            "method": name,
+            # A method may choose bits while it trains.
+            "quantization": asdict(method.quantization),
+        }
 
     def measure(bar: ProgressBar) -> dict[str, float]:
         accuracy = evaluate(method.student, curve, device=problem.device, label="testing", bar=bar)
         if config.keep_best and is_first() and accuracy.top1 > _best_top1(folder):
-            kept = {**recipe, "top1": accuracy.top1, "split": config.split, "best": True}
+            kept = {**recipe(), "top1": accuracy.top1, "split": config.split, "best": True}
             write_student(folder.path / "best.safetensors", method.student, kept)
         return {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.count}
 
@@ -380,7 +383,7 @@ def _train_one(
     row = _row(name, accuracy, progress, method.iterations)
     if not is_first():
         return row
-    write_student(folder.path / "student.safetensors", method.student, recipe)
+    write_student(folder.path / "student.safetensors", method.student, recipe())
     (folder.path / "bits.txt").write_text(render_bits(bits_table(method.student)) + "\n")
     with alone():
         method.save_artifacts(folder.path)
