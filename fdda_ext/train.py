@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
@@ -50,6 +51,7 @@ from .engine import (
     keep_freed_memory,
     must_fit,
     parse_or_refuse,
+    peak_memory,
     profile,
     run_command,
     train,
@@ -101,6 +103,8 @@ class TrainConfig:
         images_per_class: Calibration images of each class.
         quantization: Bits, grid and ranges of every tensor.
         settings: Constants of the methods.
+        schedule_share: Run every schedule in this share of its iterations, phases and milestones
+            with it.
         baselines: Methods to run first, for the table.
         seed: Of everything random: same seed and machine, same result.
         out: Run folder; None for a new one below runs/.
@@ -136,6 +140,7 @@ class TrainConfig:
     images_per_class: int = 1
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     settings: MethodSettings = field(default_factory=MethodSettings)
+    schedule_share: float = 1.0
     baselines: list[str] = field(default_factory=lambda: ["minmax", "mse", "distill"])
     seed: int = 0
     out: str | None = None
@@ -169,6 +174,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"train: expected {name} at least {least}, got {value}")
+        if not 0 < self.schedule_share < math.inf:
+            raise UsageError(
+                f"train: expected schedule_share above 0 and finite, got {self.schedule_share}"
+            )
         if self.keep_best and self.evaluate_every is None:
             raise UsageError("train: expected evaluate_every with keep_best, got none")
         if self.preprocessing.given and not takes_preprocessing(self.data):
@@ -179,6 +188,12 @@ class TrainConfig:
             raise UsageError("train: expected out to be a folder, got an empty name")
         # The method is a row of its own.
         self.baselines = [name for name in dict.fromkeys(self.baselines) if name != self.method]
+
+    @property
+    def scheduled(self) -> MethodSettings:
+        """`settings` with every schedule in its share."""
+        share = self.schedule_share
+        return self.settings if share == 1 else self.settings.scaled(share)
 
 
 #: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
@@ -299,6 +314,10 @@ class Row:
         seconds: Training time, over all resumptions.
         iterations: Done.
         planned: Iterations of the whole training; fewer were done if time ran out.
+        real_images: Images of the data that the method has looked at.
+        made_images: Images it has made and shown to the student.
+        peak_memory: Of the process or, on a GPU, of what torch asked for there, MiB.
+        float_top1: Of the network that was quantized.
     """
 
     name: str
@@ -308,6 +327,10 @@ class Row:
     seconds: float = 0.0
     iterations: int = 0
     planned: int = 0
+    real_images: int = 0
+    made_images: int = 0
+    peak_memory: int = 0
+    float_top1: float = 0.0
 
     @property
     def finished(self) -> bool:
@@ -336,6 +359,7 @@ def _train_one(
     test: BatchSource,
     curve: BatchSource,
     max_seconds: float | None,
+    float_top1: float,
 ) -> Row:
     """Train and evaluate one method in ``folder``, or read there what it ended with before."""
     summary = from_first(folder.summary)
@@ -347,7 +371,7 @@ def _train_one(
                 f"train: expected {folder.path / 'summary.json'} as a run writes it, got {error}"
             ) from None
     with must_fit(images_per_class=config.images_per_class):
-        method = build_method(name, problem, config.settings)
+        method = build_method(name, problem, config.scheduled)
     recipe = {
         "model": config.model,
         "num_classes": problem.num_classes,
@@ -376,8 +400,15 @@ def _train_one(
             evaluate_every=config.evaluate_every,
             device=problem.device,
         )
+    memory = peak_memory(problem.device)
     accuracy = evaluate(method.student, test, device=problem.device, label=f"{name}: testing")
-    row = _row(name, accuracy, progress, method.iterations)
+    row = replace(
+        _row(name, accuracy, progress, method.iterations),
+        real_images=len(problem.labels) if method.real_images else 0,
+        made_images=method.made_images,
+        peak_memory=memory,
+        float_top1=float_top1,
+    )
     if not is_first():
         return row
     write_student(folder.path / "student.safetensors", method.student, recipe)
@@ -402,13 +433,14 @@ def measure_stages(
         UsageError: If the method does not train.
     """
     assert config.profile is not None
-    planned = build_method(config.method, problem, config.settings).iterations
+    settings = config.scheduled
+    planned = build_method(config.method, problem, settings).iterations
     if not planned:
         raise UsageError(
             f"train: expected profile with a method that trains, got method {config.method}"
         )
     share = min((config.profile + _UNMEASURED) / planned, 1.0)
-    method = build_method(config.method, problem, config.settings.scaled(share))
+    method = build_method(config.method, problem, settings.scaled(share))
     unmeasured = min(_UNMEASURED, method.iterations - 1)
     for iteration in range(unmeasured):
         method.step(iteration)
@@ -606,7 +638,9 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
             if is_main
             else _open_folder(path / "baselines" / name, stored_config, True, inputs)
         )
-        row = _train_one(name, problem, config, here, preprocessing, test, curve, left)
+        row = _train_one(
+            name, problem, config, here, preprocessing, test, curve, left, accuracy.top1
+        )
         rows.append(row)
         if left is not None:
             left = max(left - row.seconds, 0.0)

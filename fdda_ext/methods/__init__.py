@@ -5,7 +5,7 @@ import difflib
 from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
 from .base import Method, Problem
-from .calibration import MSE, CalibrationDistillation, MinMax
+from .calibration import MSE, CalibrationDistillation, MinMax, Noise
 from .distillation import DistillationConfig, Student, distillation_loss
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
@@ -26,6 +26,7 @@ __all__ = [
     "Method",
     "MethodSettings",
     "MinMax",
+    "Noise",
     "Problem",
     "Qimera",
     "QimeraConfig",
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
     "gdfq": GDFQ,
     "qimera": Qimera,
     "zaq": ZAQ,
+    "noise": Noise,
     "minmax": MinMax,
     "mse": MSE,
 }
