@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,9 +125,10 @@ class Setting:
     @property
     def name(self) -> str:
         """For folders."""
-        name = f"{self.model.replace(':', '-').replace('/', '-')}-{self.bits}"
-        name += "" if self.ends == "same" else f"-ends{self.ends}"
-        return name if self.images_per_class == 1 else f"{name}-{self.images_per_class}images"
+        ends = "" if self.ends == "same" else f"ends{self.ends}"
+        images = "" if self.images_per_class == 1 else f"{self.images_per_class}images"
+        model = self.model.replace(":", "-").replace("/", "-")
+        return "-".join(part for part in (model, self.bits, ends, images) if part)
 
     @property
     def title(self) -> str:
@@ -167,6 +168,11 @@ class Cell:
     def row(self) -> str:
         """The row's name."""
         return self.method if self.mode == "published" else f"{self.method} (common step)"
+
+    @property
+    def pace(self) -> str:
+        """What its speed depends on: neither bits nor seed."""
+        return f"{replace(self.setting, bits='', ends='same').name}/{self.row}"
 
     def folder(self, out: Path) -> Path:
         """Where its run is."""
@@ -294,10 +300,8 @@ def schedule_share(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> fl
     return float(f"{min(max(share, _SHARES[0]), _SHARES[1]):.3g}")
 
 
-def all_shares(
-    config: CompareConfig, rest: Sequence[str], console: Console
-) -> dict[tuple[str, str], float]:
-    """Of every setting and row; kept in the folder, so that later runs have the same.
+def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> dict[str, float]:
+    """By the pace of cells; kept in the folder, so that later runs have the same.
 
     Raises:
         UsageError: If the folder's runs were made with another budget, preset or arguments.
@@ -319,16 +323,14 @@ def all_shares(
                 f"compare: expected {changed} as in the runs that {config.out} holds, "
                 f"{stored['fixed'].get(changed)}, got {fixed[changed]}; take another --out"
             )
-    shares = {}
+    shares: dict[str, float] = stored["shares"]
     for setting in settings_of(config):
         for cell in cells_of(config, setting):
-            key = f"{setting.name}/{cell.row}"
-            if key not in stored["shares"]:
-                console.print(f"{key}: measuring", highlight=False)
-                stored["shares"][key] = schedule_share(config, cell, rest)
+            if cell.pace not in shares:
+                console.print(f"{cell.pace}: measuring", highlight=False)
+                shares[cell.pace] = schedule_share(config, cell, rest)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write_text(path, json.dumps(stored, indent=2) + "\n")
-            shares[setting.name, cell.row] = stored["shares"][key]
     return shares
 
 
@@ -404,14 +406,12 @@ class Result:
         return statistics.stdev(self.top1) if len(self.top1) > 1 else 0.0
 
 
-def results_of(
-    config: CompareConfig, setting: Setting, shares: dict[tuple[str, str], float]
-) -> list[Result]:
+def results_of(config: CompareConfig, setting: Setting, shares: dict[str, float]) -> list[Result]:
     """The rows of one table that have a finished run."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for cell in cells_of(config, setting):
         if (found := summary_of(cell, Path(config.out))) is not None:
-            rows.setdefault(cell.row, []).append(found)
+            rows.setdefault(cell.row, []).append({**found, "share": shares[cell.pace]})
     return [
         Result(
             row,
@@ -421,7 +421,7 @@ def results_of(
             found[0]["real_images"],
             statistics.mean(s["made_images"] for s in found),
             max(s["peak_memory"] for s in found),
-            shares[setting.name, row],
+            found[0]["share"],
         )
         for row, found in rows.items()
     ]
@@ -449,7 +449,7 @@ def render(setting: Setting, results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_results(config: CompareConfig, shares: dict[tuple[str, str], float]) -> str:
+def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
     """``comparison.md``, ``comparison.csv`` and ``comparison.png``; the Markdown is returned."""
     out = Path(config.out)
     tables = [(s, found) for s in settings_of(config) if (found := results_of(config, s, shares))]
@@ -463,7 +463,7 @@ def write_results(config: CompareConfig, shares: dict[tuple[str, str], float]) -
                     continue
                 summary.pop("config")
                 line = {**asdict(setting), "mode": cell.mode, "seed": cell.seed, **summary}
-                line["schedule_share"] = shares[setting.name, cell.row]
+                line["schedule_share"] = shares[cell.pace]
                 if writer is None:
                     writer = csv.DictWriter(file, list(line))
                     writer.writeheader()
@@ -509,10 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     failures = []
     pool = ThreadPoolExecutor(config.jobs)
     try:
-        ends = [
-            pool.submit(run_cell, config, cell, shares[cell.setting.name, cell.row], rest)
-            for cell in cells
-        ]
+        ends = [pool.submit(run_cell, config, cell, shares[cell.pace], rest) for cell in cells]
         for number, (cell, end) in enumerate(zip(cells, ends, strict=True), 1):
             failure = end.result()
             name = f"[{number}/{len(cells)}] {cell.setting.name}, {cell.row}, seed {cell.seed}"

@@ -128,7 +128,7 @@ def test_the_table_has_means_and_spreads_of_the_seeds(tmp_path):
     for seed, (gdfq, fdda) in enumerate([(80.0, 90.0), (81.0, 90.5), (85.0, 91.0)]):
         plant(folder / f"gdfq-seed{seed}", gdfq, peak_memory=500 + seed)
         plant(folder / f"fdda-seed{seed}", fdda)
-    shares = {("glyphs_resnet-W3A3", m): 0.5 for m in ("gdfq", "fdda", "zaq")}
+    shares = {f"glyphs_resnet/{method}": 0.5 for method in config.methods}
     text = compare.write_results(config, shares)
     assert "| gdfq | 82.00 ± 2.65 | 10.00 | 12 | 71 | 640 | 502 | 0.5 |" in text
     assert "| fdda | **90.50 ± 0.50** | 1.50 | 12 | 71 | 640 | 500 | 0.5 |" in text
