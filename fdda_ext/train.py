@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -372,20 +372,23 @@ def _train_one(
             ) from None
     with must_fit(images_per_class=config.images_per_class):
         method = build_method(name, problem, config.scheduled)
-    recipe = {
-        "model": config.model,
-        "num_classes": problem.num_classes,
-        "image_size": problem.image_size,
-        "data": config.data,
-        "preprocessing": preprocessing.to_dict() if preprocessing else None,
-        "method": name,
-        "quantization": asdict(method.quantization),
-    }
+
+    def recipe() -> dict[str, Any]:
+        return {
+            "model": config.model,
+            "num_classes": problem.num_classes,
+            "image_size": problem.image_size,
+            "data": config.data,
+            "preprocessing": preprocessing.to_dict() if preprocessing else None,
+            "method": name,
+            # A method may choose bits while it trains.
+            "quantization": asdict(method.quantization),
+        }
 
     def measure(bar: ProgressBar) -> dict[str, float]:
         accuracy = evaluate(method.student, curve, device=problem.device, label="testing", bar=bar)
         if config.keep_best and is_first() and accuracy.top1 > _best_top1(folder):
-            kept = {**recipe, "top1": accuracy.top1, "split": config.split, "best": True}
+            kept = {**recipe(), "top1": accuracy.top1, "split": config.split, "best": True}
             write_student(folder.path / "best.safetensors", method.student, kept)
         return {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.count}
 
@@ -411,7 +414,7 @@ def _train_one(
     )
     if not is_first():
         return row
-    write_student(folder.path / "student.safetensors", method.student, recipe)
+    write_student(folder.path / "student.safetensors", method.student, recipe())
     (folder.path / "bits.txt").write_text(render_bits(bits_table(method.student)) + "\n")
     with alone():
         method.save_artifacts(folder.path)
@@ -551,6 +554,8 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         raise UsageError(
             f"train: expected model to have the data's {dataset.num_classes} classes, got {outputs}"
         )
+    how = preprocessing if takes_preprocessing(config.data) else dataset
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (how.mean, how.std))
     problem = Problem(
         teacher,
         dataset.num_classes,
@@ -560,6 +565,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         config.quantization,
         config.seed,
         getattr(torch, config.precision or ("bfloat16" if device.type == "cuda" else "float32")),
+        pixel_range=(-mean / std, (1 - mean) / std),
     )
     return problem, replace(opened, preprocessing=preprocessing)
 
@@ -596,6 +602,8 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
         f"{q.first_last_bits} bits" if q.first_last_bits else "included"
     )
+    if q.layer_bits:
+        bits += f", weights of {len(q.layer_bits)} layers by name"
     together = f"; {world_size()} processes" if world_size() > 1 else ""
     console.print(
         f"{config.model} on {config.data}: {bits}; results in {path}{together}", highlight=False

@@ -6,20 +6,34 @@ from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
 from .base import Method, Problem
 from .calibration import MSE, CalibrationDistillation, MinMax, Noise
+from .deepinversion import (
+    AdaptiveDeepInversion,
+    AdaptiveDeepInversionConfig,
+    DeepInversion,
+    DeepInversionConfig,
+)
 from .distillation import DistillationConfig, Student, distillation_loss
+from .dsg import DSG, DSGConfig
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
 from .zaq import ZAQ, ZAQConfig
+from .zeroq import ZeroQ, ZeroQConfig
 
 __all__ = [
+    "DSG",
     "FDDA",
     "GDFQ",
     "METHODS",
     "MSE",
     "ZAQ",
+    "AdaptiveDeepInversion",
+    "AdaptiveDeepInversionConfig",
     "CalibrationDistillation",
+    "DSGConfig",
+    "DeepInversion",
+    "DeepInversionConfig",
     "DistillationConfig",
     "FDDAConfig",
     "GDFQConfig",
@@ -31,6 +45,8 @@ __all__ = [
     "Qimera",
     "QimeraConfig",
     "ZAQConfig",
+    "ZeroQ",
+    "ZeroQConfig",
     "build_method",
     "distillation_loss",
     "method_class",
@@ -43,6 +59,10 @@ METHODS: dict[str, type[Method]] = {
     "gdfq": GDFQ,
     "qimera": Qimera,
     "zaq": ZAQ,
+    "zeroq": ZeroQ,
+    "dsg": DSG,
+    "di": DeepInversion,
+    "adi": AdaptiveDeepInversion,
     "noise": Noise,
     "minmax": MinMax,
     "mse": MSE,
