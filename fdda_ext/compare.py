@@ -38,6 +38,7 @@ Run methods on the same networks, bits, calibration images and seeds; one table,
 examples:
   python -m fdda_ext.compare --methods fdda,gdfq,zaq --bits W4A4,W3A3 --budget 60
   python -m fdda_ext.compare --methods fdda,gdfq --mode common,published --jobs 2
+  python -m fdda_ext.compare --methods gdfq,gdfq+bns_weight=0,gdfq+distillation.weight=20
   python -m fdda_ext.compare --methods fdda,brecq --preset paper -- --model torchvision:resnet18 \\
       --data imagenet:PATH --device cuda
 
@@ -53,7 +54,9 @@ class CompareConfig:
     """What is compared.
 
     Attributes:
-        methods: Names that ``fdda_ext.train --method`` takes, with commas.
+        methods: Names that ``fdda_ext.train --method`` takes, with commas. A variant adds
+            constants: gdfq+bns_weight=0 has settings.gdfq.bns_weight 0, and a name with a dot in it
+            is one of another section; the schedule is the method's own.
         models: Networks, likewise.
         bits: W4A4 and the like.
         ends: Bits of first and last layer, "same" for those of all others.
@@ -91,8 +94,9 @@ class CompareConfig:
                 raise UsageError(f"compare: expected {name} to name at least one, got none")
             if len(set(values)) < len(values):
                 raise UsageError(f"compare: expected {name} to differ, got {values}")
-        for method in self.methods:
-            preset_path(self.preset, method)
+        for spec in self.methods:
+            preset_path(self.preset, _method_of(spec))
+            _constants_of(spec)
         for bits in self.bits:
             parse_bits(bits)
         for end in self.ends:
@@ -148,13 +152,33 @@ class Setting:
         ]
 
 
+def _method_of(spec: str) -> str:
+    """The method of a variant."""
+    return spec.partition("+")[0]
+
+
+def _constants_of(spec: str) -> list[str]:
+    """What a variant adds to the arguments of ``fdda_ext.train``."""
+    method, *changes = spec.split("+")
+    arguments = []
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not (name and equals and value) or "/" in value:
+            raise UsageError(
+                f"compare: expected a variant to be of the form METHOD+NAME=VALUE, got {spec}"
+            )
+        section = "settings" if "." in name else f"settings.{method}"
+        arguments.append(f"--{section}.{name}={value}")
+    return arguments
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run.
 
     Attributes:
         setting: The table it is in.
-        method: The row.
+        method: With the constants of a variant.
         mode: Whose student step.
         seed: Of everything random.
     """
@@ -171,8 +195,9 @@ class Cell:
 
     @property
     def pace(self) -> str:
-        """What its speed depends on: neither bits nor seed."""
-        return f"{replace(self.setting, bits='', ends='same').name}/{self.row}"
+        """What gives its schedule: neither bits nor seed, nor the constants of a variant."""
+        shared = replace(self, method=_method_of(self.method))
+        return f"{replace(self.setting, bits='', ends='same').name}/{shared.row}"
 
     def folder(self, out: Path) -> Path:
         """Where its run is."""
@@ -217,7 +242,7 @@ def settings_of(config: CompareConfig) -> list[Setting]:
 def cells_of(config: CompareConfig, setting: Setting) -> Iterator[Cell]:
     """The runs of one table; what has FDDA's student step anyway, or none, has one mode."""
     for method in config.methods:
-        kind = METHODS[method]
+        kind = METHODS[_method_of(method)]
         modes = config.mode if kind.distils and kind.presets != "fdda" else _PUBLISHED
         for mode, seed in itertools.product(modes, config.seeds):
             yield Cell(setting, method, mode, seed)
@@ -232,9 +257,13 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in step.items()}
         common = [f"--settings.distillation.{name}={text}" for name, text in texts.items()]
     return [
-        *(f"--method={cell.method}", f"--preset={config.preset}", f"--seed={cell.seed}"),
+        *(
+            f"--method={_method_of(cell.method)}",
+            f"--preset={config.preset}",
+            f"--seed={cell.seed}",
+        ),
         *("--baselines=[]", f"--threads={config.threads}"),
-        *(*cell.setting.arguments(), *common, *rest),
+        *(*cell.setting.arguments(), *common, *_constants_of(cell.method), *rest),
     ]
 
 
@@ -285,7 +314,7 @@ def schedule_share(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> fl
     if config.student_images is not None:
         step = run.settings.distillation
         seen = step.steps * (step.real_batch + step.generated_batch)
-        has_step = METHODS[cell.method].distils and seen
+        has_step = METHODS[run.method].distils and seen
         return config.student_images / seen if has_step else 1.0
     assert config.budget is not None
     fixed, whole = trial_seconds(run)
@@ -328,7 +357,8 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
         for cell in cells_of(config, setting):
             if cell.pace not in shares:
                 console.print(f"{cell.pace}: measuring", highlight=False)
-                shares[cell.pace] = schedule_share(config, cell, rest)
+                whole = replace(cell, method=_method_of(cell.method))
+                shares[cell.pace] = schedule_share(config, whole, rest)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write_text(path, json.dumps(stored, indent=2) + "\n")
     return shares
@@ -501,8 +531,8 @@ def plot(tables: Sequence[tuple[Setting, Sequence[Result]]], path: Path) -> None
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     config, rest = parse(arguments)
-    for method in config.methods:
-        method_class(method)
+    for spec in config.methods:
+        method_class(_method_of(spec))
     console = Console()
     shares = all_shares(config, rest, console)
     cells = [cell for setting in settings_of(config) for cell in cells_of(config, setting)]

@@ -3,6 +3,7 @@
 import csv
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,24 @@ def test_a_run_has_its_settings_and_the_common_step_is_that_of_fdda():
     assert common.settings.distillation == fdda.settings.distillation
     assert published.settings.distillation != fdda.settings.distillation
     assert common.settings.gdfq == published.settings.gdfq
+
+
+def test_a_variant_is_its_method_with_other_constants(monkeypatch):
+    config, _ = parse(
+        *("--methods=gdfq,gdfq+bns_weight=0+distillation.weight=7", "--seeds=0", "--budget=9"),
+        *("--mode=published,common",),
+    )
+    (setting,) = compare.settings_of(config)
+    cells = list(compare.cells_of(config, setting))
+    assert len({cell.folder(Path()) for cell in cells}) == len({c.row for c in cells}) == 4
+    assert cells[2].row == "gdfq+bns_weight=0+distillation.weight=7"
+    whole, variant = (
+        train.parse_arguments(compare.run_arguments(config, cell, []))[0].settings
+        for cell in (cells[0], cells[2])
+    )
+    assert (variant.gdfq.bns_weight, variant.distillation.weight) == (0, 7)
+    assert replace(variant.gdfq, bns_weight=whole.gdfq.bns_weight) == whole.gdfq
+    assert cells[2].pace == cells[0].pace != cells[1].pace == cells[3].pace
 
 
 @pytest.mark.parametrize(
@@ -177,6 +196,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     ("arguments", "message"),
     [
         (["--methods=fdd"], "method to be one of .*, got fdd; did you mean fdda"),
+        (["--methods=gdfq+bns_weight"], "form METHOD.NAME=VALUE, got gdfq.bns_weight"),
         (["--methods=[]"], "methods to name at least one, got none"),
         (["--seeds=1,1"], r"seeds to differ, got \[1, 1\]"),
         (["--bits=W9A4"], "bits of the form W4A4, each between 2 and 8, got W9A4"),
