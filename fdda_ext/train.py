@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, ActionYesNo
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .data import ImageDataset, calibration_set, load_dataset, takes_preprocessing
+from .data import calibration_set, load_dataset, takes_preprocessing
 from .distribution import (
     alone,
     first_on_machine,
@@ -63,8 +63,18 @@ from .methods import MethodSettings, Problem, build_method, method_class
 from .models import TrainedNetwork, open_model
 from .preprocessing import Preprocessing, PreprocessingConfig
 from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits
+from .visualization import write_report
 
-__all__ = ["TrainConfig", "main", "parse_arguments", "run"]
+__all__ = [
+    "REPORT_IMAGES",
+    "TrainConfig",
+    "build_problem",
+    "inputs_digest",
+    "main",
+    "parse_arguments",
+    "report",
+    "run",
+]
 
 _DESCRIPTION = """\
 Quantize a trained network with almost no data.
@@ -126,6 +136,7 @@ class TrainConfig:
         evaluate_limit: On so many images; None for those of the end.
         keep_best: Keep the student that was best in these measurements as best.safetensors. The
             table still has the last one: a choice on the test split flatters.
+        report: Write report.html at the end, see fdda_ext.visualize.
         workers: Processes that decode images; None for one per core, at most 8, where a GPU waits
             for images from files, and otherwise the main process alone.
         max_unreadable: So many damaged image files are left out, each named; one more is an error.
@@ -156,6 +167,7 @@ class TrainConfig:
     evaluate_every: int | None = None
     evaluate_limit: int | None = None
     keep_best: bool = False
+    report: bool = True
     workers: int | None = None
     max_unreadable: int = 0
 
@@ -199,10 +211,12 @@ class TrainConfig:
 #: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
 _NOT_STORED = (
     *("out", "resume", "max_time", "threads", "profile", "workers", "test_batch"),
-    "max_unreadable",
+    *("max_unreadable", "report"),
 )
 #: Options that stand for others.
 _EXPANDED = ("preset", "config", "bits")
+#: Images that a report compares float and quantized network on.
+REPORT_IMAGES = 1000
 #: Shipped configuration files.
 _PRESETS = Path(str(files("fdda_ext") / "presets"))
 
@@ -290,7 +304,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     parser.add_argument("--bits", help="W4A4 and the like, short for the two quantization.*_bits")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--keep_best", action="store_true", help="keep best.safetensors, too")
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"resume", "keep_best"})
+    parser.add_argument(
+        "--report", action=ActionYesNo, default=True, help="write report.html at the end"
+    )
+    flags = {"resume", "keep_best", "report"}
+    parser.add_class_arguments(TrainConfig, as_group=False, skip=flags)
     namespace = parse_or_refuse(parser, arguments)
     stored = namespace.clone()
     for name in (*_NOT_STORED, *_EXPANDED):
@@ -570,7 +588,43 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
     return problem, replace(opened, preprocessing=preprocessing)
 
 
-def _batches(dataset: ImageDataset, config: TrainConfig) -> BatchSource:
+def inputs_digest(problem: Problem) -> str:
+    """Of the weights and images that a run starts from."""
+    return digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, "")
+
+
+def report(
+    config: TrainConfig,
+    problem: Problem,
+    preprocessing: Preprocessing | None,
+    folder: Path,
+    images: int = REPORT_IMAGES,
+) -> Path:
+    """Write ``report.html`` of the run, or the baseline, in ``folder``; see `write_report`.
+
+    Args:
+        config: Of the run.
+        problem: Of `build_problem`.
+        preprocessing: Of image files, None for embedded data.
+        folder: Where its student is.
+        images: At most so many of the split are compared.
+    """
+    with alone():
+        limit = min(config.test_limit or images, images)
+        return write_report(folder, problem, _batches(config, preprocessing, limit))
+
+
+def _batches(
+    config: TrainConfig, preprocessing: Preprocessing | None, limit: int | None
+) -> BatchSource:
+    """Of the split that accuracy is measured on, at most ``limit`` images."""
+    dataset = load_dataset(
+        config.data,
+        config.split,
+        image_size=config.image_size,
+        limit=limit,
+        preprocessing=preprocessing,
+    )
     workers = decode_workers(config.workers, config.device, dataset.from_files)
     return BatchSource(dataset, config.test_batch, workers, config.max_unreadable)
 
@@ -596,7 +650,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         problem, opened = build_problem(config)
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
     path = Path(config.out or from_first(lambda: str(_new_folder(config))))
-    inputs = digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, "")
+    inputs = inputs_digest(problem)
     folder = _open_folder(path, stored_config, config.resume, inputs)
     q = config.quantization
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
@@ -616,19 +670,10 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         measure_stages(config, problem, path, console)
         return []
 
-    def images_of(limit: int | None) -> ImageDataset:
-        return load_dataset(
-            config.data,
-            config.split,
-            image_size=config.image_size,
-            limit=limit,
-            preprocessing=preprocessing,
-        )
-
-    test = _batches(images_of(config.test_limit), config)
+    test = _batches(config, preprocessing, config.test_limit)
     curve = test
     if config.evaluate_every and config.evaluate_limit:
-        curve = _batches(images_of(config.evaluate_limit), config)
+        curve = _batches(config, preprocessing, config.evaluate_limit)
     doubt = diagnose(problem.teacher, test.dataset, problem.num_classes, problem.device)
     if doubt is not None:
         console.print(f"[yellow]warning:[/] {escape(doubt)}", highlight=False)
@@ -657,6 +702,13 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     if is_first():
         with (path / "table.txt").open("w") as file:
             Console(file=file, width=100).print(table)
+        (path / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        if config.report:
+            try:
+                report(config, problem, preprocessing, path)
+            except Exception as error:  # the run is finished, whatever is wrong with its report
+                reason = escape(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+                console.print(f"[yellow]warning:[/] no report.html ({reason})", soft_wrap=True)
     if not all(row.finished for row in rows):
         console.print(f"stopped by --max-time; go on with --out {path} --resume", highlight=False)
     return rows
