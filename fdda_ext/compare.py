@@ -17,18 +17,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 
+from .data import ImageDataset, takes_preprocessing
 from .engine import RunFolder, build_parser, parse_or_refuse, run_command, with_underscores
 from .engine.checkpoint import atomic_write_text
 from .errors import UsageError
 from .methods import METHODS, build_method, method_class
 from .quantization import parse_bits
-from .train import TrainConfig, build_problem, parse_arguments, preset_path
+from .train import TrainConfig, build_problem, parse_arguments, preset_path, test_batches
+from .visualization import comparison, some_images
 
 __all__ = ["CompareConfig", "Setting", "main"]
 
@@ -378,7 +381,7 @@ def run_cell(config: CompareConfig, cell: Cell, share: float, rest: Sequence[str
         return None
     arguments = [*run_arguments(config, cell, rest), f"--schedule_share={share}"]
     if (folder / "config.yaml").exists():
-        arguments = [f"--threads={config.threads}", "--resume"]
+        arguments = [f"--threads={config.threads}", "--resume", "--no_report"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_suffix(".log")
     with log.open("a") as file:
@@ -479,6 +482,10 @@ def render(setting: Setting, results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+#: Real images that statistics are compared with, and images of every method that are shown.
+_REAL_IMAGES, _SHOWN_IMAGES = 512, 16
+
+
 def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
     """``comparison.md``, ``comparison.csv`` and ``comparison.png``; the Markdown is returned."""
     out = Path(config.out)
@@ -499,33 +506,51 @@ def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
                     writer.writeheader()
                 writer.writerow(line)
     if tables:
-        plot(tables, out / "comparison.png")
+        panels = {
+            setting.title.replace(", first", ",\nfirst"): (
+                results[0].float_top1,
+                {result.row: result.top1 for result in results},
+            )
+            for setting, results in tables
+        }
+        (out / "comparison.png").write_bytes(comparison.accuracies(panels))
     return text
 
 
-def plot(tables: Sequence[tuple[Setting, Sequence[Result]]], path: Path) -> None:
-    """Top-1 of every run, a dot, and the means, a bar; one panel for each table."""
-    from matplotlib.figure import Figure
+def write_images(config: CompareConfig, rest: Sequence[str]) -> None:
+    """``NAME-images.png`` and ``NAME-distances.png``: what the first seed's images are like.
 
-    columns = min(len(tables), 2)
-    rows = -(-len(tables) // columns)
-    height = 1.1 + 0.27 * max(len(results) for _, results in tables)
-    figure = Figure(figsize=(5.2 * columns, height * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel in panels[len(tables) :]:
-        panel.set_visible(False)
-    for panel, (setting, results) in zip(panels, tables, strict=False):
-        places = range(len(results))
-        for place, result in zip(places, results, strict=True):
-            panel.plot(result.top1, [place] * len(result.top1), "o", ms=4, c="#0072B2", alpha=0.6)
-            panel.plot([result.mean] * 2, [place - 0.3, place + 0.3], c="#D55E00", lw=2)
-        panel.axvline(results[0].float_top1, c="#555555", ls="--", lw=1)
-        panel.set_yticks(places, [result.row for result in results])
-        panel.invert_yaxis()
-        panel.grid(axis="x", alpha=0.3)
-        panel.set_xlabel("top-1 %  (dots: seeds, bar: mean, dashed: float)")
-        panel.set_title(setting.title.replace(", first", ",\nfirst"), fontsize=9)
-    figure.savefig(str(path), dpi=120)
+    Bits hardly matter to them: one pair for each network and number of calibration images.
+    """
+    out = Path(config.out)
+    shown: dict[str, dict[str, Cell]] = {}
+    for setting in settings_of(config):
+        for cell in cells_of(config, setting):
+            if (cell.folder(out) / "images.safetensors").exists() and cell.method in METHODS:
+                name, _, row = cell.pace.partition("/")
+                shown.setdefault(name, {}).setdefault(row, cell)
+    for name, cells in shown.items():
+        run, _ = parse_arguments(run_arguments(config, next(iter(cells.values())), rest))
+        problem, opened = build_problem(run)
+        preprocessing = opened.preprocessing if takes_preprocessing(run.data) else None
+        batches = test_batches(run, preprocessing, _REAL_IMAGES)
+        dataset = cast(ImageDataset, batches.dataset)
+        real = some_images(batches, _REAL_IMAGES, problem.device)
+        made = {
+            row: load_file(str(cell.folder(out) / "images.safetensors"))["images"].to(real)
+            for row, cell in cells.items()
+        }
+        mean, std = (real.new_tensor(x).view(3, 1, 1) for x in (dataset.mean, dataset.std))
+        pictures = {
+            row: (images[:_SHOWN_IMAGES] * std + mean).clamp(0, 1)
+            for row, images in {"real": real, **made}.items()
+        }
+        noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0)).to(real)
+        compared = {"noise": noise, "calibration images": problem.images, **made}
+        (out / f"{name}-images.png").write_bytes(comparison.image_rows(pictures))
+        (out / f"{name}-distances.png").write_bytes(
+            comparison.distances(problem.teacher, compared, real)
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -551,6 +576,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 console.print(failures[-1], highlight=False, markup=False)
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, which the runs have got, too
+    write_images(config, rest)
     console.print(write_results(config, shares), highlight=False, markup=False, soft_wrap=True)
     if failures:
         raise UsageError(

@@ -178,6 +178,8 @@ def test_runs_end_and_are_not_repeated(tmp_path, monkeypatch, capsys):
     stored = yaml.safe_load((out / "glyphs_resnet-W3A3/gdfq-seed0/config.yaml").read_text())
     assert stored["schedule_share"] == pytest.approx(64 / (600 * 32), rel=1e-2)
     assert "gdfq (common step)" in capsys.readouterr().out
+    for name in ("comparison", "glyphs_resnet-images", "glyphs_resnet-distances"):
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
     monkeypatch.setattr(subprocess, "run", None)
     compare.main(arguments)

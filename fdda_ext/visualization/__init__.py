@@ -1,10 +1,11 @@
-"""The report of a run: what is measured, drawn and written (measures, figures, page, report)."""
+"""What runs are looked at by: measures, figures, the report of one, the comparison of many."""
 
 from .measures import (
     Predictions,
     bn_statistics,
     layer_sqnr,
     predict,
+    some_images,
     statistics_distance,
 )
 from .report import write_report
@@ -14,6 +15,7 @@ __all__ = [
     "bn_statistics",
     "layer_sqnr",
     "predict",
+    "some_images",
     "statistics_distance",
     "write_report",
 ]
