@@ -556,8 +556,12 @@ def write_images(config: CompareConfig, rest: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     config, rest = parse(arguments)
-    for spec in config.methods:
+    setting = settings_of(config)[0]
+    for number, spec in enumerate(config.methods):
         method_class(_method_of(spec))
+        if number == 0 or spec not in METHODS:  # what every run is given, and what a variant adds
+            cell = Cell(setting, spec, "published", config.seeds[0])
+            parse_arguments(run_arguments(config, cell, rest))
     console = Console()
     shares = all_shares(config, rest, console)
     cells = [cell for setting in settings_of(config) for cell in cells_of(config, setting)]

@@ -195,6 +195,15 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "arguments", [["--methods=minmax,gdfq+nonsense=1"], ["--methods=minmax", "--", "--nonsense=1"]]
+)
+def test_what_a_run_cannot_take_is_refused_before_any(tmp_path, arguments):
+    with pytest.raises(UsageError, match="unrecognized arguments: .*nonsense=1"):
+        compare.main([f"--out={tmp_path / 'out'}", *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--methods=fdd"], "method to be one of .*, got fdd; did you mean fdda"),
