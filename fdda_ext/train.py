@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
@@ -16,12 +17,12 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, ActionYesNo
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .data import ImageDataset, calibration_set, load_dataset, takes_preprocessing
+from .data import calibration_set, load_dataset, takes_preprocessing
 from .distribution import (
     alone,
     first_on_machine,
@@ -50,6 +51,7 @@ from .engine import (
     keep_freed_memory,
     must_fit,
     parse_or_refuse,
+    peak_memory,
     profile,
     run_command,
     train,
@@ -61,8 +63,19 @@ from .methods import MethodSettings, Problem, build_method, method_class
 from .models import TrainedNetwork, open_model
 from .preprocessing import Preprocessing, PreprocessingConfig
 from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits
+from .visualization import write_report
 
-__all__ = ["TrainConfig", "main", "parse_arguments", "run"]
+__all__ = [
+    "REPORT_IMAGES",
+    "TrainConfig",
+    "build_problem",
+    "inputs_digest",
+    "main",
+    "parse_arguments",
+    "report",
+    "run",
+    "test_batches",
+]
 
 _DESCRIPTION = """\
 Quantize a trained network with almost no data.
@@ -101,6 +114,8 @@ class TrainConfig:
         images_per_class: Calibration images of each class.
         quantization: Bits, grid and ranges of every tensor.
         settings: Constants of the methods.
+        schedule_share: Run every schedule in this share of its iterations, phases and milestones
+            with it.
         baselines: Methods to run first, for the table.
         seed: Of everything random: same seed and machine, same result.
         out: Run folder; None for a new one below runs/.
@@ -122,6 +137,7 @@ class TrainConfig:
         evaluate_limit: On so many images; None for those of the end.
         keep_best: Keep the student that was best in these measurements as best.safetensors. The
             table still has the last one: a choice on the test split flatters.
+        report: Write report.html at the end, see fdda_ext.visualize.
         workers: Processes that decode images; None for one per core, at most 8, where a GPU waits
             for images from files, and otherwise the main process alone.
         max_unreadable: So many damaged image files are left out, each named; one more is an error.
@@ -136,6 +152,7 @@ class TrainConfig:
     images_per_class: int = 1
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     settings: MethodSettings = field(default_factory=MethodSettings)
+    schedule_share: float = 1.0
     baselines: list[str] = field(default_factory=lambda: ["minmax", "mse", "distill"])
     seed: int = 0
     out: str | None = None
@@ -151,6 +168,7 @@ class TrainConfig:
     evaluate_every: int | None = None
     evaluate_limit: int | None = None
     keep_best: bool = False
+    report: bool = True
     workers: int | None = None
     max_unreadable: int = 0
 
@@ -169,6 +187,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"train: expected {name} at least {least}, got {value}")
+        if not 0 < self.schedule_share < math.inf:
+            raise UsageError(
+                f"train: expected schedule_share above 0 and finite, got {self.schedule_share}"
+            )
         if self.keep_best and self.evaluate_every is None:
             raise UsageError("train: expected evaluate_every with keep_best, got none")
         if self.preprocessing.given and not takes_preprocessing(self.data):
@@ -180,14 +202,22 @@ class TrainConfig:
         # The method is a row of its own.
         self.baselines = [name for name in dict.fromkeys(self.baselines) if name != self.method]
 
+    @property
+    def scheduled(self) -> MethodSettings:
+        """`settings` with every schedule in its share."""
+        share = self.schedule_share
+        return self.settings if share == 1 else self.settings.scaled(share)
+
 
 #: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
 _NOT_STORED = (
     *("out", "resume", "max_time", "threads", "profile", "workers", "test_batch"),
-    "max_unreadable",
+    *("max_unreadable", "report"),
 )
 #: Options that stand for others.
 _EXPANDED = ("preset", "config", "bits")
+#: Images that a report compares float and quantized network on.
+REPORT_IMAGES = 1000
 #: Shipped configuration files.
 _PRESETS = Path(str(files("fdda_ext") / "presets"))
 
@@ -275,7 +305,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     parser.add_argument("--bits", help="W4A4 and the like, short for the two quantization.*_bits")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--keep_best", action="store_true", help="keep best.safetensors, too")
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"resume", "keep_best"})
+    parser.add_argument(
+        "--report", action=ActionYesNo, default=True, help="write report.html at the end"
+    )
+    flags = {"resume", "keep_best", "report"}
+    parser.add_class_arguments(TrainConfig, as_group=False, skip=flags)
     namespace = parse_or_refuse(parser, arguments)
     stored = namespace.clone()
     for name in (*_NOT_STORED, *_EXPANDED):
@@ -299,6 +333,10 @@ class Row:
         seconds: Training time, over all resumptions.
         iterations: Done.
         planned: Iterations of the whole training; fewer were done if time ran out.
+        real_images: Images of the data that the method has looked at.
+        made_images: Images it has made and shown to the student.
+        peak_memory: Of the process or, on a GPU, of what torch asked for there, MiB.
+        float_top1: Of the network that was quantized.
     """
 
     name: str
@@ -308,6 +346,10 @@ class Row:
     seconds: float = 0.0
     iterations: int = 0
     planned: int = 0
+    real_images: int = 0
+    made_images: int = 0
+    peak_memory: int = 0
+    float_top1: float = 0.0
 
     @property
     def finished(self) -> bool:
@@ -336,6 +378,7 @@ def _train_one(
     test: BatchSource,
     curve: BatchSource,
     max_seconds: float | None,
+    float_top1: float,
 ) -> Row:
     """Train and evaluate one method in ``folder``, or read there what it ended with before."""
     summary = from_first(folder.summary)
@@ -347,7 +390,7 @@ def _train_one(
                 f"train: expected {folder.path / 'summary.json'} as a run writes it, got {error}"
             ) from None
     with must_fit(images_per_class=config.images_per_class):
-        method = build_method(name, problem, config.settings)
+        method = build_method(name, problem, config.scheduled)
 
     def recipe() -> dict[str, Any]:
         return {
@@ -379,8 +422,15 @@ def _train_one(
             evaluate_every=config.evaluate_every,
             device=problem.device,
         )
+    memory = peak_memory(problem.device)
     accuracy = evaluate(method.student, test, device=problem.device, label=f"{name}: testing")
-    row = _row(name, accuracy, progress, method.iterations)
+    row = replace(
+        _row(name, accuracy, progress, method.iterations),
+        real_images=len(problem.labels) if method.real_images else 0,
+        made_images=method.made_images,
+        peak_memory=memory,
+        float_top1=float_top1,
+    )
     if not is_first():
         return row
     write_student(folder.path / "student.safetensors", method.student, recipe())
@@ -405,13 +455,14 @@ def measure_stages(
         UsageError: If the method does not train.
     """
     assert config.profile is not None
-    planned = build_method(config.method, problem, config.settings).iterations
+    settings = config.scheduled
+    planned = build_method(config.method, problem, settings).iterations
     if not planned:
         raise UsageError(
             f"train: expected profile with a method that trains, got method {config.method}"
         )
     share = min((config.profile + _UNMEASURED) / planned, 1.0)
-    method = build_method(config.method, problem, config.settings.scaled(share))
+    method = build_method(config.method, problem, settings.scaled(share))
     unmeasured = min(_UNMEASURED, method.iterations - 1)
     for iteration in range(unmeasured):
         method.step(iteration)
@@ -538,7 +589,43 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
     return problem, replace(opened, preprocessing=preprocessing)
 
 
-def _batches(dataset: ImageDataset, config: TrainConfig) -> BatchSource:
+def inputs_digest(problem: Problem) -> str:
+    """Of the weights and images that a run starts from."""
+    return digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, "")
+
+
+def report(
+    config: TrainConfig,
+    problem: Problem,
+    preprocessing: Preprocessing | None,
+    folder: Path,
+    images: int = REPORT_IMAGES,
+) -> Path:
+    """Write ``report.html`` of the run, or the baseline, in ``folder``; see `write_report`.
+
+    Args:
+        config: Of the run.
+        problem: Of `build_problem`.
+        preprocessing: Of image files, None for embedded data.
+        folder: Where its student is.
+        images: At most so many of the split are compared.
+    """
+    with alone():
+        limit = min(config.test_limit or images, images)
+        return write_report(folder, problem, test_batches(config, preprocessing, limit))
+
+
+def test_batches(
+    config: TrainConfig, preprocessing: Preprocessing | None, limit: int | None
+) -> BatchSource:
+    """Of the split that accuracy is measured on, at most ``limit`` images."""
+    dataset = load_dataset(
+        config.data,
+        config.split,
+        image_size=config.image_size,
+        limit=limit,
+        preprocessing=preprocessing,
+    )
     workers = decode_workers(config.workers, config.device, dataset.from_files)
     return BatchSource(dataset, config.test_batch, workers, config.max_unreadable)
 
@@ -564,7 +651,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         problem, opened = build_problem(config)
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
     path = Path(config.out or from_first(lambda: str(_new_folder(config))))
-    inputs = digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, "")
+    inputs = inputs_digest(problem)
     folder = _open_folder(path, stored_config, config.resume, inputs)
     q = config.quantization
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
@@ -584,19 +671,10 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         measure_stages(config, problem, path, console)
         return []
 
-    def images_of(limit: int | None) -> ImageDataset:
-        return load_dataset(
-            config.data,
-            config.split,
-            image_size=config.image_size,
-            limit=limit,
-            preprocessing=preprocessing,
-        )
-
-    test = _batches(images_of(config.test_limit), config)
+    test = test_batches(config, preprocessing, config.test_limit)
     curve = test
     if config.evaluate_every and config.evaluate_limit:
-        curve = _batches(images_of(config.evaluate_limit), config)
+        curve = test_batches(config, preprocessing, config.evaluate_limit)
     doubt = diagnose(problem.teacher, test.dataset, problem.num_classes, problem.device)
     if doubt is not None:
         console.print(f"[yellow]warning:[/] {escape(doubt)}", highlight=False)
@@ -614,7 +692,9 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
             if is_main
             else _open_folder(path / "baselines" / name, stored_config, True, inputs)
         )
-        row = _train_one(name, problem, config, here, preprocessing, test, curve, left)
+        row = _train_one(
+            name, problem, config, here, preprocessing, test, curve, left, accuracy.top1
+        )
         rows.append(row)
         if left is not None:
             left = max(left - row.seconds, 0.0)
@@ -623,6 +703,13 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     if is_first():
         with (path / "table.txt").open("w") as file:
             Console(file=file, width=100).print(table)
+        (path / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        if config.report:
+            try:
+                report(config, problem, preprocessing, path)
+            except Exception as error:  # the run is finished, whatever is wrong with its report
+                reason = escape(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+                console.print(f"[yellow]warning:[/] no report.html ({reason})", soft_wrap=True)
     if not all(row.finished for row in rows):
         console.print(f"stopped by --max-time; go on with --out {path} --resume", highlight=False)
     return rows

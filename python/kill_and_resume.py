@@ -49,7 +49,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     begun = (folder / "config.yaml").exists()
     arguments = ["--threads=1", "--resume"] if begun else ARGUMENTS
     return subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, *arguments, f"--out={folder}"],
+        [sys.executable, "-c", _PROGRAM, *arguments, "--no-report", f"--out={folder}"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

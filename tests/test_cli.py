@@ -20,6 +20,7 @@ from fdda_ext.errors import UsageError
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 #: A run of seconds: a small generator, few steps, few test images.
 QUICK = [
+    "--no-report",
     "--threads=1",
     "--test_limit=71",
     "--settings.distillation.steps=6",
@@ -120,10 +121,10 @@ def test_max_time_stops_and_says_how_to_go_on(tmp_path, capsys):
     train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
     assert "--resume" in capsys.readouterr().out
     assert not (out / "summary.json").exists()
-    train.main(["--resume", f"--out={out}", "--threads=1"])
+    train.main(["--resume", f"--out={out}", "--threads=1", "--no-report"])
     assert (out / "summary.json").exists()
     # A finished run is only shown again.
-    train.main(["--resume", f"--out={out}", "--threads=1"])
+    train.main(["--resume", f"--out={out}", "--threads=1", "--no-report"])
 
 
 def test_profile_names_stages_and_trains_nothing(tmp_path, capsys):
@@ -276,7 +277,7 @@ def test_a_changed_configuration_is_not_gone_on_with(tmp_path):
     (out / "config.yaml").write_text(text)
     with pytest.raises(UsageError, match="no --preset with --resume.*got paper"):
         train.main(["--resume", f"--out={out}", "--preset=paper"])
-    train.main(["--resume", f"--out={out}", "--threads=1"])
+    train.main(["--resume", f"--out={out}", "--threads=1", "--no-report"])
     (out / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
     with pytest.raises(UsageError, match="config.yaml .* as they were when the run beg"):
         train.main(["--resume", f"--out={out}", "--threads=1"])

@@ -278,6 +278,7 @@ def test_damaged_calibration_images_are_replaced_up_to_the_limit(written, tmp_pa
 
 
 QUICK = [
+    "--no-report",
     "--image-size=32",
     "--seed=1",  # one whose random network is right now and then
     "--model=torchvision:resnet18",

@@ -5,7 +5,7 @@ import difflib
 from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
 from .base import Method, Problem
-from .calibration import MSE, CalibrationDistillation, MinMax
+from .calibration import MSE, CalibrationDistillation, MinMax, Noise
 from .deepinversion import (
     AdaptiveDeepInversion,
     AdaptiveDeepInversionConfig,
@@ -40,6 +40,7 @@ __all__ = [
     "Method",
     "MethodSettings",
     "MinMax",
+    "Noise",
     "Problem",
     "Qimera",
     "QimeraConfig",
@@ -62,6 +63,7 @@ METHODS: dict[str, type[Method]] = {
     "dsg": DSG,
     "di": DeepInversion,
     "adi": AdaptiveDeepInversion,
+    "noise": Noise,
     "minmax": MinMax,
     "mse": MSE,
 }

@@ -92,6 +92,8 @@ class AlternatingConfig(MethodConfig):
 class AlternatingTraining(Method):
     """Generator steps and student steps in turn; a method says what their losses and images are."""
 
+    distils = True
+
     def __init__(
         self, problem: Problem, config: AlternatingConfig, distillation: DistillationConfig
     ) -> None:
@@ -235,6 +237,11 @@ class AlternatingTraining(Method):
         )
 
     # ---- state ------------------------------------------------------------------------------
+
+    @property
+    @override
+    def made_images(self) -> int:
+        return self.trainer.steps_done * self.student_batch
 
     @override
     def state_dict(self) -> dict[str, Any]:

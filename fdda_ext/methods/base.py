@@ -105,12 +105,19 @@ class Method(ABC):
     presets: ClassVar[str] = "fdda"
     #: Whether it looks at the calibration images; if not, nothing but their shape is used.
     real_images: ClassVar[bool] = True
+    #: Whether it takes the student step that the section `distillation` describes.
+    distils: ClassVar[bool] = False
     #: Whether several processes may run it together, see `fdda_ext.distribution`.
     distributed: ClassVar[bool] = False
 
     student: GraphModule
     quantization: QuantizationConfig
     iterations: int = 0
+
+    @property
+    def made_images(self) -> int:
+        """How many images it has made for the student so far."""
+        return 0
 
     @abstractmethod
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:

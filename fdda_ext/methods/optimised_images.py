@@ -56,6 +56,7 @@ class OptimisedImages(Method):
     """
 
     real_images = False
+    distils = True
 
     #: Whether images are made for a class; if not, they are of the class the teacher sees in them.
     labelled: bool = True
@@ -199,6 +200,11 @@ class OptimisedImages(Method):
         return ImageSampler(shown, batch, self.random)
 
     # ---- state ------------------------------------------------------------------------------
+
+    @property
+    @override
+    def made_images(self) -> int:
+        return len(self.images)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,152 @@
+"""The drawings of a report, as bytes of SVG (curves, bars) or PNG (images).
+
+matplotlib is imported when something is drawn, and its figures are used without pyplot: no backend
+is chosen, and nothing global is changed.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "MARKERS", "bars", "curves", "image_columns", "new_figure", "panels", "plain"]
+
+#: Okabe and Ito's palette, which colour-blind eyes can tell apart, and a shape for each.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vPX*"
+#: Inches: the width of a page.
+_WIDTH = 7.2
+_GREY = "#767676"
+
+
+def new_figure(width: float = _WIDTH, height: float = 2.8) -> Figure:
+    """A figure that no global state knows of, its parts laid out by themselves."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def render(figure: Figure, form: str) -> bytes:
+    """``figure`` as "svg" or "png", the same bytes for the same figure."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if form == "svg" else {"Software": None}
+    with rc_context({"svg.hashsalt": "fdda_ext"}), warnings.catch_warnings():
+        # A class may have a name in a script that the font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
+    return buffer.getvalue()
+
+
+def plain(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """Labels, a light grid, and no more frame than is needed."""
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#E5E5E5", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    level: tuple[str, float] | None = None,
+    from_zero: bool = False,
+) -> bytes:
+    """Named curves ``(x, y)`` in one diagram, each in a colour and a shape of its own, as SVG.
+
+    Args:
+        series: The curves.
+        xlabel: What x is, and its unit.
+        ylabel: What y is, and its unit.
+        level: A name and a height, for a line across.
+        from_zero: Whether y begins at 0.
+    """
+    figure = new_figure(height=3.0)
+    axes = figure.subplots()
+    for i, (name, (x, y)) in enumerate(series.items()):
+        style: dict[str, Any] = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8]}
+        axes.plot(x, y, markersize=3.5, linewidth=1.4, label=name, **style)
+    if level is not None:
+        name, height = level
+        axes.axhline(height, color=_GREY, linewidth=1.2, linestyle="--", label=name)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    plain(axes, xlabel, ylabel)
+    figure.legend(loc="outside upper left", ncols=4, fontsize=8, frameon=False)
+    return render(figure, "svg")
+
+
+def panels(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str
+) -> bytes:
+    """Every curve ``(x, y)`` in a diagram of its own, as SVG: their units cannot be compared."""
+    columns = min(3, len(series))
+    rows = -(-len(series) // columns)
+    figure = new_figure(height=0.4 + 1.8 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
+    for axes, (name, (x, y)) in zip(grid, series.items(), strict=False):
+        axes.plot(x, y, color=COLOURS[0], linewidth=1.2)
+        plain(axes, "", "")
+        axes.set_title(name, fontsize=9, parse_math=False)
+        positive = [value for value in y if value > 0]
+        if len(positive) == len(y) and max(y) > 30 * min(y):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=min(0.0, *y) if len(y) > 1 else None)
+    for axes in list(grid)[len(series) :]:
+        axes.set_visible(False)
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.supylabel(ylabel, fontsize=9)
+    return render(figure, "svg")
+
+
+def bars(values: Mapping[str, float], label: str) -> bytes:
+    """One horizontal bar for each name, the first on top, as SVG."""
+    figure = new_figure(height=0.6 + 0.16 * max(len(values), 4))
+    axes = figure.subplots()
+    places = range(len(values))
+    axes.barh(places, list(values.values()), color=COLOURS[0], height=0.7)
+    plain(axes, label, "")
+    axes.grid(visible=False, axis="y")
+    axes.set_yticks(places, list(values), fontsize=7, parse_math=False)
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    return render(figure, "svg")
+
+
+def image_columns(columns: Mapping[str, tuple[Tensor, Sequence[Tensor]]]) -> bytes:
+    """By class, a real image above generated ones, as PNG.
+
+    Args:
+        columns: By the class's name, one image and others, ``[3, H, W]`` from 0 to 1.
+    """
+    size = next(iter(columns.values()))[0].shape[-1]
+    step = size + max(size // 8, 1)
+    rows = 1 + max(len(others) for _, others in columns.values())
+    mosaic = torch.ones(3, rows * step, len(columns) * step)
+    for column, (real, others) in enumerate(columns.values()):
+        for row, image in enumerate([real, *others]):
+            y, x = row * step, column * step
+            mosaic[:, y : y + size, x : x + size] = image
+    figure = new_figure(height=0.35 + _WIDTH * rows / (len(columns) + 0.8))
+    axes = figure.subplots()
+    axes.imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
+    centres = [column * step + size / 2 for column in range(len(columns))]
+    axes.set_xticks(centres, [name[:14] for name in columns], fontsize=8, parse_math=False)
+    axes.set_yticks([size / 2, step + size / 2], ["real", "generated"], fontsize=8)
+    axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    return render(figure, "png")

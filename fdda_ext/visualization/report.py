@@ -1,0 +1,427 @@
+"""``report.html`` of a run: one file without scripts that needs no network and can be printed."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..about import build_info
+from ..data import ImageDataset
+from ..deploy import load_program, load_student
+from ..engine import BatchSource
+from ..engine.checkpoint import atomic_write_text
+from ..methods import Method, Problem, method_class
+from ..quantization import LayerBits, bits_table
+from . import figures, page
+from .measures import (
+    bn_statistics,
+    layer_sqnr,
+    predict,
+    quartiles,
+    some_images,
+    statistics_distance,
+    time_in_turn,
+)
+
+__all__ = ["write_report"]
+
+#: Images for what is measured at every layer.
+_LAYER_IMAGES = 64
+#: Classes, and generated images of each, that are shown.
+_SHOWN_CLASSES, _SHOWN_IMAGES = 12, 3
+#: Of the longest tables of predictions.
+_MOST_ROWS = 10
+#: Calls of each network, to time them.
+_CALLS = 21
+
+
+def write_report(folder: Path, problem: Problem, test: BatchSource) -> Path:
+    """Write ``report.html`` into a run folder.
+
+    A section whose data the folder lacks is left out.
+
+    Args:
+        folder: Of a run that has a student, or of one of its baselines.
+        problem: The network and the calibration images that the run started from.
+        test: Images on which predictions and layers are compared. Accuracies are not measured
+            again: they are those that the folder holds.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: If the folder has no student, or a damaged one.
+    """
+    student, recipe = load_student(folder, "visualize")
+    run = _Run(folder, problem, student.to(problem.device), recipe, test)
+    sections = (
+        _accuracy,
+        _what_was_done,
+        _accuracy_over_time,
+        _losses,
+        _generated_images,
+        _bn_statistics,
+        _errors_by_layer,
+        _predictions,
+        _size_and_speed,
+        _bits_of_every_layer,
+        _configuration,
+    )
+    bits = f"W{problem.quantization.weight_bits}A{problem.quantization.activation_bits}"
+    title = f"{run.name} on {recipe['model']}, {bits}"
+    path = folder / "report.html"
+    atomic_write_text(path, page.page(title, _lead(run), [make(run) for make in sections]))
+    return path
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run folder, opened.
+
+    Attributes:
+        folder: Where it is.
+        problem: What it started from.
+        student: What it ended with, on the problem's device.
+        recipe: What the student was built from.
+        test: Images to measure on.
+    """
+
+    folder: Path
+    problem: Problem
+    student: GraphModule
+    recipe: dict[str, Any]
+    test: BatchSource
+
+    @property
+    def name(self) -> str:
+        """The method's."""
+        return str(self.recipe["method"])
+
+    @property
+    def method(self) -> type[Method]:
+        """What was run."""
+        return method_class(self.name)
+
+    @property
+    def dataset(self) -> ImageDataset:
+        """What the test images are of."""
+        return cast(ImageDataset, self.test.dataset)
+
+    @cached_property
+    def config(self) -> str:
+        """The configuration as YAML."""
+        return (self.folder / "config.yaml").read_text()
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        """What was logged, in order."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Accuracies by name: float, baselines, the method; a baseline's folder has its own."""
+        for name in ("table.json", "summary.json"):
+            path = self.folder / name
+            if path.exists():
+                rows = json.loads(path.read_text())
+                return {row["name"]: row for row in (rows if isinstance(rows, list) else [rows])}
+        return {}
+
+    @cached_property
+    def generated(self) -> dict[str, Tensor] | None:
+        """``images [n, 3, H, W]``, normalised, and ``labels [n]``, if the run kept any."""
+        path = self.folder / "images.safetensors"
+        return load_file(str(path)) if path.exists() else None
+
+    @cached_property
+    def layers(self) -> list[LayerBits]:
+        """The table of bits."""
+        return bits_table(self.student)
+
+    def weight_bytes(self) -> tuple[int, int]:
+        """Of all convolutions and linear layers: in float32, and in the bits that they have."""
+        sizes = [(row.weight_bits, torch.Size(row.weight_shape).numel()) for row in self.layers]
+        return 4 * sum(n for _, n in sizes), sum(bits * n for bits, n in sizes) // 8
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _lead(run: _Run) -> str:
+    """One sentence, and the numbers that matter most."""
+    own, float_row = run.rows.get(run.name), run.rows.get("float")
+    items = []
+    if own:
+        items.append((f"{own['top1']:.2f} %", f"top-1, {own['images']} images"))
+    if own and float_row:
+        change = f"{own['top1'] - float_row['top1']:+.2f}".replace("-", "−")
+        items.append((change, "points against the float network"))
+    float_bytes, bytes_ = run.weight_bytes()
+    items.append((f"{float_bytes / bytes_:.1f}x", "smaller weights than in 32 bits"))
+    if own and own["planned"]:
+        items.append((_duration(own["seconds"]), f"training, {own['iterations']} iterations"))
+    return page.text(run.method.summary) + page.key_numbers(items)
+
+
+def _accuracy(run: _Run) -> str:
+    if not run.rows:
+        return ""
+    float_row = run.rows.get("float")
+    lines, stopped = [], []
+    for name, row in run.rows.items():
+        drop = f"{float_row['top1'] - row['top1']:.2f}" if float_row else ""
+        time = (_duration(row["seconds"]), row["iterations"]) if row["planned"] else ("", "")
+        lines.append((name, f"{row['top1']:.2f}", f"{row['top5']:.2f}", drop, *time))
+        if row["iterations"] < row["planned"]:
+            stopped.append(f"{name} after {row['iterations']} of {row['planned']} iterations")
+    header = ("", "top-1 %", "top-5 %", "drop, points", "training", "iterations")
+    split = yaml.safe_load(run.config).get("split", "test")
+    images = next(iter(run.rows.values()))["images"]
+    what = f"After the last step of training, over {images} {split} images."
+    if stopped:
+        what += f" Stopped before its end: {'; '.join(stopped)}."
+    return page.section("Accuracy", page.table(header, lines, "tnnnnn"), page.text(what))
+
+
+def _what_was_done(run: _Run) -> str:
+    problem, info, q = run.problem, build_info(), run.problem.quantization
+    weights = yaml.safe_load(run.config)["weights"]
+    ends = f"first and last layer {q.first_last_bits}" if q.first_last_bits else "all layers alike"
+    seen = "" if run.method.real_images else ", which this method does not see"
+    versions = f"fdda_ext {info.version}, torch {info.torch}, Python {platform.python_version()}"
+    where = f"{problem.device.type}, {platform.machine()} with {info.isa}, threads: {info.threads}"
+    rows = (
+        ("method", run.name),
+        ("network", f"{run.recipe['model']}, weights: {weights}"),
+        ("data", f"{run.recipe['data']}, {problem.num_classes} classes"),
+        ("images", f"{problem.image_size}x{problem.image_size} pixels"),
+        ("calibration images", f"{len(problem.images)}{seen}"),
+        ("bits", f"weights {q.weight_bits}, activations {q.activation_bits}, {ends}"),
+        (
+            "grid",
+            f"{q.grid}; ranges of weights: {q.weight_range}, activations: {q.activation_range}",
+        ),
+        ("seed", str(problem.seed)),
+        ("teacher in", str(problem.precision).removeprefix("torch.")),
+        ("this report made with", versions),
+        ("on", where),
+    )
+    return page.section("What was done", page.table((), rows))
+
+
+def _accuracy_over_time(run: _Run) -> str:
+    lines = [line for line in run.metrics if "top1" in line]
+    if not lines:
+        return ""
+    curve = ([line["iteration"] + 1 for line in lines], [line["top1"] for line in lines])
+    float_row = run.rows.get("float")
+    level = (f"float, {float_row['images']} images", float_row["top1"]) if float_row else None
+    name = f"{run.name}, {lines[0]['images']:.0f} images"
+    image = figures.curves({name: curve}, "iteration", "top-1, %", level=level)
+    caption = (
+        f"Accuracy in training. Best: {max(curve[1]):.2f} %, last: {curve[1][-1]:.2f} %. What is "
+        "reported is the last step, not the best."
+    )
+    return page.section("Accuracy over time", page.figure(image, caption))
+
+
+def _losses(run: _Run) -> str:
+    series: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    for line in run.metrics:
+        for name in line.keys() - {"iteration", "seconds"} if "top1" not in line else ():
+            series[name][0].append(line["iteration"])
+            series[name][1].append(line[name])
+    if not series:
+        return ""
+    order = list(dict.fromkeys(name for line in run.metrics for name in line if name in series))
+    image = figures.panels({name: series[name] for name in order}, "iteration", "loss")
+    caption = (
+        "Losses as they were logged, each in its own scale, which is logarithmic where the largest "
+        "value is more than 30 times the smallest."
+    )
+    return page.section("Losses", page.figure(image, caption))
+
+
+def _generated_images(run: _Run) -> str:
+    if run.generated is None:
+        return ""
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (run.dataset.mean, run.dataset.std))
+
+    def shown(image: Tensor) -> Tensor:
+        return (image.float().cpu() * std + mean).clamp(0, 1)
+
+    images, labels = run.generated["images"], run.generated["labels"]
+    counts = torch.bincount(labels, minlength=run.problem.num_classes)
+    commonest = counts.argsort(descending=True, stable=True)[:_SHOWN_CLASSES]
+    columns = {}
+    for k in sorted(k for k in commonest.tolist() if counts[k]):
+        real = run.problem.images[run.problem.labels == k][0]
+        others = images[labels == k][:_SHOWN_IMAGES]
+        columns[run.dataset.class_names[k]] = (shown(real), [shown(image) for image in others])
+    caption = (
+        "A calibration image of a class, and below it images that were generated for the class: "
+        f"the {len(columns)} classes that are commonest among the {len(labels)} images of the run."
+    )
+    return page.section("Generated images", page.figure(figures.image_columns(columns), caption))
+
+
+def _bn_statistics(run: _Run) -> str:
+    if run.generated is None:
+        return ""
+    teacher, device = run.problem.teacher, run.problem.device
+    images = run.generated["images"]
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    compared = {
+        "Gaussian noise": noise.to(device),
+        "generated images": images.to(device),
+        "other real images": some_images(run.test, len(images), device),
+    }
+    real = bn_statistics(teacher, run.problem.images)
+    distances = {
+        name: statistics_distance(bn_statistics(teacher, some), real)
+        for name, some in compared.items()
+    }
+    series = {name: (range(1, len(d) + 1), d) for name, d in distances.items()}
+    xlabel = "BN layer, in order of execution"
+    image = figures.curves(series, xlabel, "distance, std", from_zero=True)
+    means = ", ".join(f"{name} {sum(d) / len(d):.2f}" for name, d in distances.items())
+    caption = (
+        f"How far the statistics of {len(images)} images of each kind, at the input of every BN "
+        f"layer, are from those of the {len(run.problem.images)} calibration images: 2-Wasserstein "
+        "distance of Gaussians over all channels, in standard deviations of the calibration "
+        f"images' activations. Mean over the layers: {means}."
+    )
+    return page.section("BN statistics of generated images", page.figure(image, caption))
+
+
+def _errors_by_layer(run: _Run) -> str:
+    images = some_images(run.test, _LAYER_IMAGES, run.problem.device)
+    ratios = layer_sqnr(run.problem.teacher, run.student, images)
+    worst = min(ratios, key=lambda layer: ratios[layer])
+    caption = (
+        "Signal to quantization noise of what every layer makes, batch normalisation included, "
+        f"against the float network, over {len(images)} test images. The noise of earlier layers "
+        f"is in it; 20 dB is an error of a tenth. Lowest: {worst}, {ratios[worst]:.1f} dB."
+    )
+    image = figures.bars(ratios, "SQNR, dB")
+    return page.section("Quantization error by layer", page.figure(image, caption))
+
+
+def _predictions(run: _Run) -> str:
+    classes, names = run.problem.num_classes, run.dataset.class_names
+    seen = predict(run.problem.teacher, run.student, run.test, run.problem.device)
+    counts = [
+        (
+            f"float {'right' if right else 'wrong'}",
+            seen.count(right, True),
+            seen.count(right, False),
+        )
+        for right in (True, False)
+    ]
+    agreement = (
+        f"Float and quantized network say the same of {seen.agreement:.2f} % of "
+        f"{len(seen.labels)} test images."
+    )
+    return page.section(
+        "Predictions",
+        page.text(agreement),
+        page.table(("", "quantized right", "quantized wrong"), counts, "tnn"),
+        page.side_by_side(
+            _titled(
+                "Classes that lose most",
+                ("class", "images", "float right", "quantized right"),
+                [(names[k], *row) for k, *row in seen.losses(classes)],
+                "tnnn",
+            ),
+            _titled(
+                "Commonest changes",
+                ("float says", "quantized says", "images"),
+                [(names[a], names[b], count) for a, b, count in seen.changes(classes)],
+                "ttn",
+            ),
+        ),
+    )
+
+
+def _titled(title: str, header: Sequence[str], rows: Sequence[Any], kinds: str) -> str:
+    """The first rows of a table under a title; nothing if there are none."""
+    if not rows:
+        return ""
+    return page.text(title, "h3") + page.table(header, rows[:_MOST_ROWS], kinds)
+
+
+def _size_and_speed(run: _Run) -> str:
+    float_bytes, bytes_ = run.weight_bytes()
+    rows = [
+        ("weights in 32 bits", f"{float_bytes:,}", ""),
+        ("weights in their bits", f"{bytes_:,}", f"{float_bytes / bytes_:.2f}x"),
+    ]
+    text = "Weights are those of convolutions and linear layers: parameters times bits."
+    path, speed = run.folder / "model.int4.safetensors", ""
+    if path.exists():
+        size = path.stat().st_size
+        tensors = run.problem.teacher.state_dict().values()
+        everything = sum(4 * t.numel() for t in tensors if t.is_floating_point())
+        rows += [
+            ("the float network, all tensors", f"{everything:,}", ""),
+            (path.name, f"{size:,}", f"{everything / size:.2f}x"),
+        ]
+        text += " The file has scales, shifts that biases and BN are folded into, and instructions."
+        speed = _speed(run, path) if run.problem.device.type == "cpu" else ""
+    table = page.table(("", "bytes", "smaller"), rows, "tnn")
+    return page.section("Size and speed" if speed else "Size", table, page.text(text), speed)
+
+
+def _speed(run: _Run, path: Path) -> str:
+    program, images = load_program(path), run.problem.images[:1].contiguous()
+    times = time_in_turn(
+        {
+            "float network, PyTorch": lambda: run.problem.teacher(images),
+            "integer program": lambda: program(images),
+        },
+        _CALLS,
+    )
+    rows = []
+    for name, seconds in times.items():
+        low, median, high = (f"{1e3 * value:.3f}" for value in quartiles(seconds))
+        rows.append((name, median, f"{low} to {high}"))
+    text = f"One image, threads: {torch.get_num_threads()}; {_CALLS} calls of each, in turn."
+    return page.table(("", "median, ms", "quartiles, ms"), rows, "tnn") + page.text(text)
+
+
+def _bits_of_every_layer(run: _Run) -> str:
+    rows = [
+        (
+            row.name,
+            row.kind,
+            "x".join(map(str, row.weight_shape)),
+            row.weight_bits,
+            row.input_bits or "float",
+            {None: "", True: "signed", False: "unsigned"}[row.input_signed],
+            row.output,
+        )
+        for row in run.layers
+    ]
+    header = ("layer", "type", "weight", "bits", "input bits", "", "output")
+    text = "Biases, batch normalisation and the network's output are in float."
+    return page.section("Bits of every layer", page.table(header, rows, "tttnntt"), page.text(text))
+
+
+def _configuration(run: _Run) -> str:
+    return page.section("Configuration", page.text(run.config, "pre"))
