@@ -273,7 +273,7 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
 # ---- equal budgets ------------------------------------------------------------------------------
 
 #: Iterations of the two trials that a schedule's time is judged by.
-_TRIALS = (8, 20)
+_TRIALS = (10, 40)
 #: No schedule is stretched or shortened further.
 _SHARES = (1 / 64, 64.0)
 
