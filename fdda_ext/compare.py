@@ -278,39 +278,70 @@ _TRIALS = (10, 40)
 _SHARES = (1 / 64, 64.0)
 
 
-def trial_seconds(config: TrainConfig) -> tuple[float, float]:
-    """Seconds that a run takes whatever its schedule, and those of the whole schedule, 0 for none.
+def trial(config: TrainConfig) -> tuple[float, float, float]:
+    """What a run takes whatever its schedule, and what its whole schedule takes, 0 for none.
 
-    Two shortened schedules of different lengths are run. On a CPU with one thread the time is the
-    processor's, which other processes do not lengthen.
+    Two shortened schedules of different lengths are run. A machine's speed changes while other
+    processes come and go; so after every step a yardstick is timed, the float network forward and
+    backward on at most 32 images, and all is told in yardsticks. On a CPU with one thread the time
+    is the processor's, which waiting for it does not lengthen.
+
+    Returns:
+        Both, in yardsticks, and the seconds of one.
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
     problem, _ = build_problem(config)
     settings = config.settings
     planned = build_method(config.method, problem, settings).iterations
     if planned == 0:
-        return 0.0, 0.0
+        return 0.0, 0.0, 1.0
+    images = problem.images[:32].clone().requires_grad_()
     on_cpu = problem.device.type == "cpu" and config.threads == 1
-    clock = time.process_time if on_cpu else time.perf_counter
-    times, shares = [], []
-    for iterations in _TRIALS:
-        begin = clock()
-        share = min(iterations / planned, 1.0)
-        method = build_method(config.method, problem, settings.scaled(share))
-        for iteration in range(method.iterations):
-            method.step(iteration)
+
+    def now() -> float:
         if problem.device.type == "cuda":
             torch.cuda.synchronize(problem.device)
-        times.append(clock() - begin)
+        return time.process_time() if on_cpu else time.perf_counter()
+
+    def yardstick() -> float:
+        begin = now()
+        problem.teacher(images).sum().backward()
+        return now() - begin
+
+    yardstick()
+    took, shares, yardsticks = [], [], []
+    for iterations in _TRIALS:
+        share = min(iterations / planned, 1.0)
+        begin = now()
+        method = build_method(config.method, problem, settings.scaled(share))
+        spent, own = now() - begin, [yardstick()]
+        for iteration in range(method.iterations):
+            begin = now()
+            method.step(iteration)
+            spent += now() - begin
+            own.append(yardstick())
+        took.append(spent / statistics.mean(own))
         shares.append(share)
-    if shares[0] == shares[1] or times[1] <= times[0]:  # too few iterations to tell
-        return 0.0, times[1] / shares[1]
-    whole = (times[1] - times[0]) / (shares[1] - shares[0])
-    return max(times[0] - whole * shares[0], 0.0), whole
+        yardsticks += own
+    length = statistics.median(yardsticks)
+    if shares[0] == shares[1] or took[1] <= took[0]:  # too few iterations to tell
+        return 0.0, took[1] / shares[1], length
+    whole = (took[1] - took[0]) / (shares[1] - shares[0])
+    return max(took[0] - whole * shares[0], 0.0), whole, length
 
 
-def schedule_share(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> float:
-    """The share of its schedule that a run has in the budget."""
+def schedule_share(
+    config: CompareConfig, cell: Cell, rest: Sequence[str], yardsticks: dict[str, float]
+) -> float:
+    """The share of its schedule that a run has in the budget.
+
+    Args:
+        config: With the budget.
+        cell: The run.
+        rest: Its further arguments.
+        yardsticks: Seconds by network; the first trial of a network adds its own, which then hold
+            for all methods.
+    """
     if config.budget is None and config.student_images is None:
         return 1.0
     run, _ = parse_arguments(run_arguments(config, cell, rest))
@@ -320,9 +351,11 @@ def schedule_share(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> fl
         has_step = METHODS[run.method].distils and seen
         return config.student_images / seen if has_step else 1.0
     assert config.budget is not None
-    fixed, whole = trial_seconds(run)
+    fixed, whole, length = trial(run)
     if whole == 0:  # nothing to train
         return 1.0
+    length = yardsticks.setdefault(cell.pace.partition("/")[0], length)
+    fixed, whole = fixed * length, whole * length
     if fixed >= config.budget:
         raise UsageError(
             f"compare: expected budget to exceed the {fixed:.0f} s that {cell.method} takes "
@@ -346,7 +379,7 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
         "threads": config.threads,
         "arguments": list(rest),
     }
-    stored: dict[str, Any] = {"fixed": fixed, "shares": {}}
+    stored: dict[str, Any] = {"fixed": fixed, "yardsticks": {}, "shares": {}}
     if path.exists():
         stored = json.loads(path.read_text())
         if stored["fixed"] != fixed:
@@ -361,7 +394,7 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
             if cell.pace not in shares:
                 console.print(f"{cell.pace}: measuring", highlight=False)
                 whole = replace(cell, method=_method_of(cell.method))
-                shares[cell.pace] = schedule_share(config, whole, rest)
+                shares[cell.pace] = schedule_share(config, whole, rest, stored["yardsticks"])
                 path.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write_text(path, json.dumps(stored, indent=2) + "\n")
     return shares
