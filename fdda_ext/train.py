@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -50,6 +51,7 @@ from .engine import (
     keep_freed_memory,
     must_fit,
     parse_or_refuse,
+    peak_memory,
     profile,
     run_command,
     train,
@@ -111,6 +113,8 @@ class TrainConfig:
         images_per_class: Calibration images of each class.
         quantization: Bits, grid and ranges of every tensor.
         settings: Constants of the methods.
+        schedule_share: Run every schedule in this share of its iterations, phases and milestones
+            with it.
         baselines: Methods to run first, for the table.
         seed: Of everything random: same seed and machine, same result.
         out: Run folder; None for a new one below runs/.
@@ -147,6 +151,7 @@ class TrainConfig:
     images_per_class: int = 1
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     settings: MethodSettings = field(default_factory=MethodSettings)
+    schedule_share: float = 1.0
     baselines: list[str] = field(default_factory=lambda: ["minmax", "mse", "distill"])
     seed: int = 0
     out: str | None = None
@@ -181,6 +186,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"train: expected {name} at least {least}, got {value}")
+        if not 0 < self.schedule_share < math.inf:
+            raise UsageError(
+                f"train: expected schedule_share above 0 and finite, got {self.schedule_share}"
+            )
         if self.keep_best and self.evaluate_every is None:
             raise UsageError("train: expected evaluate_every with keep_best, got none")
         if self.preprocessing.given and not takes_preprocessing(self.data):
@@ -191,6 +200,12 @@ class TrainConfig:
             raise UsageError("train: expected out to be a folder, got an empty name")
         # The method is a row of its own.
         self.baselines = [name for name in dict.fromkeys(self.baselines) if name != self.method]
+
+    @property
+    def scheduled(self) -> MethodSettings:
+        """`settings` with every schedule in its share."""
+        share = self.schedule_share
+        return self.settings if share == 1 else self.settings.scaled(share)
 
 
 #: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
@@ -317,6 +332,10 @@ class Row:
         seconds: Training time, over all resumptions.
         iterations: Done.
         planned: Iterations of the whole training; fewer were done if time ran out.
+        real_images: Images of the data that the method has looked at.
+        made_images: Images it has made and shown to the student.
+        peak_memory: Of the process or, on a GPU, of what torch asked for there, MiB.
+        float_top1: Of the network that was quantized.
     """
 
     name: str
@@ -326,6 +345,10 @@ class Row:
     seconds: float = 0.0
     iterations: int = 0
     planned: int = 0
+    real_images: int = 0
+    made_images: int = 0
+    peak_memory: int = 0
+    float_top1: float = 0.0
 
     @property
     def finished(self) -> bool:
@@ -354,6 +377,7 @@ def _train_one(
     test: BatchSource,
     curve: BatchSource,
     max_seconds: float | None,
+    float_top1: float,
 ) -> Row:
     """Train and evaluate one method in ``folder``, or read there what it ended with before."""
     summary = from_first(folder.summary)
@@ -365,21 +389,24 @@ def _train_one(
                 f"train: expected {folder.path / 'summary.json'} as a run writes it, got {error}"
             ) from None
     with must_fit(images_per_class=config.images_per_class):
-        method = build_method(name, problem, config.settings)
-    recipe = {
-        "model": config.model,
-        "num_classes": problem.num_classes,
-        "image_size": problem.image_size,
-        "data": config.data,
-        "preprocessing": preprocessing.to_dict() if preprocessing else None,
-        "method": name,
-        "quantization": asdict(method.quantization),
-    }
+        method = build_method(name, problem, config.scheduled)
+
+    def recipe() -> dict[str, Any]:
+        return {
+            "model": config.model,
+            "num_classes": problem.num_classes,
+            "image_size": problem.image_size,
+            "data": config.data,
+            "preprocessing": preprocessing.to_dict() if preprocessing else None,
+            "method": name,
+            # A method may choose bits while it trains.
+            "quantization": asdict(method.quantization),
+        }
 
     def measure(bar: ProgressBar) -> dict[str, float]:
         accuracy = evaluate(method.student, curve, device=problem.device, label="testing", bar=bar)
         if config.keep_best and is_first() and accuracy.top1 > _best_top1(folder):
-            kept = {**recipe, "top1": accuracy.top1, "split": config.split, "best": True}
+            kept = {**recipe(), "top1": accuracy.top1, "split": config.split, "best": True}
             write_student(folder.path / "best.safetensors", method.student, kept)
         return {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.count}
 
@@ -394,11 +421,18 @@ def _train_one(
             evaluate_every=config.evaluate_every,
             device=problem.device,
         )
+    memory = peak_memory(problem.device)
     accuracy = evaluate(method.student, test, device=problem.device, label=f"{name}: testing")
-    row = _row(name, accuracy, progress, method.iterations)
+    row = replace(
+        _row(name, accuracy, progress, method.iterations),
+        real_images=len(problem.labels) if method.real_images else 0,
+        made_images=method.made_images,
+        peak_memory=memory,
+        float_top1=float_top1,
+    )
     if not is_first():
         return row
-    write_student(folder.path / "student.safetensors", method.student, recipe)
+    write_student(folder.path / "student.safetensors", method.student, recipe())
     (folder.path / "bits.txt").write_text(render_bits(bits_table(method.student)) + "\n")
     with alone():
         method.save_artifacts(folder.path)
@@ -420,13 +454,14 @@ def measure_stages(
         UsageError: If the method does not train.
     """
     assert config.profile is not None
-    planned = build_method(config.method, problem, config.settings).iterations
+    settings = config.scheduled
+    planned = build_method(config.method, problem, settings).iterations
     if not planned:
         raise UsageError(
             f"train: expected profile with a method that trains, got method {config.method}"
         )
     share = min((config.profile + _UNMEASURED) / planned, 1.0)
-    method = build_method(config.method, problem, config.settings.scaled(share))
+    method = build_method(config.method, problem, settings.scaled(share))
     unmeasured = min(_UNMEASURED, method.iterations - 1)
     for iteration in range(unmeasured):
         method.step(iteration)
@@ -537,6 +572,8 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         raise UsageError(
             f"train: expected model to have the data's {dataset.num_classes} classes, got {outputs}"
         )
+    how = preprocessing if takes_preprocessing(config.data) else dataset
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (how.mean, how.std))
     problem = Problem(
         teacher,
         dataset.num_classes,
@@ -546,6 +583,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         config.quantization,
         config.seed,
         getattr(torch, config.precision or ("bfloat16" if device.type == "cuda" else "float32")),
+        pixel_range=(-mean / std, (1 - mean) / std),
     )
     return problem, replace(opened, preprocessing=preprocessing)
 
@@ -618,6 +656,8 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
         f"{q.first_last_bits} bits" if q.first_last_bits else "included"
     )
+    if q.layer_bits:
+        bits += f", weights of {len(q.layer_bits)} layers by name"
     together = f"; {world_size()} processes" if world_size() > 1 else ""
     console.print(
         f"{config.model} on {config.data}: {bits}; results in {path}{together}", highlight=False
@@ -651,7 +691,9 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
             if is_main
             else _open_folder(path / "baselines" / name, stored_config, True, inputs)
         )
-        row = _train_one(name, problem, config, here, preprocessing, test, curve, left)
+        row = _train_one(
+            name, problem, config, here, preprocessing, test, curve, left, accuracy.top1
+        )
         rows.append(row)
         if left is not None:
             left = max(left - row.seconds, 0.0)
@@ -660,7 +702,6 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     if is_first():
         with (path / "table.txt").open("w") as file:
             Console(file=file, width=100).print(table)
-        (path / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
         if config.report:
             try:
                 report(config, problem, preprocessing, path)

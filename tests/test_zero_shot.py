@@ -1,4 +1,4 @@
-"""GDFQ, Qimera and ZAQ: no real image, every loss as its paper has it, resumed to the bit."""
+"""Methods that see no real image; GDFQ, Qimera and ZAQ: every loss as its paper has it."""
 
 import json
 from dataclasses import replace
@@ -14,18 +14,23 @@ from fdda_ext.deploy import lower
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import (
     METHODS,
+    AdaptiveDeepInversionConfig,
+    DeepInversionConfig,
     DistillationConfig,
+    DSGConfig,
     GDFQConfig,
     MethodSettings,
     QimeraConfig,
     ZAQConfig,
+    ZeroQConfig,
     build_method,
 )
 from fdda_ext.methods.zaq import channel_relations, feature_discrepancy
 from fdda_ext.statistics import capture
-from fdda_ext.synthesis import GeneratorConfig, SuperposedGenerator
+from fdda_ext.synthesis import GeneratorConfig, ImageOptimisationConfig, SuperposedGenerator
 
 NAMES = [name for name, method in METHODS.items() if not method.real_images]
+TRAINED = [name for name in NAMES if METHODS[name].distils]
 
 
 def tiny(objective: str = "divergence", **changes) -> MethodSettings:
@@ -36,6 +41,7 @@ def tiny(objective: str = "divergence", **changes) -> MethodSettings:
         "ranges_from": "sampled",
         **changes,
     }
+    images = ImageOptimisationConfig(images=7, batch=4, steps=3, jitter=1, keep_best=True)
     return MethodSettings(
         DistillationConfig(
             steps=4, objective=objective, real_batch=0, generated_batch=6, optimizer="adam", lr=1e-3
@@ -43,11 +49,15 @@ def tiny(objective: str = "divergence", **changes) -> MethodSettings:
         gdfq=GDFQConfig(**shared),
         qimera=QimeraConfig(**shared, mixed_classes=2),
         zaq=ZAQConfig(**{**shared, "student_steps_per_iteration": 2}),
+        zeroq=ZeroQConfig(images),
+        dsg=DSGConfig(images, noise_images=9),
+        di=DeepInversionConfig(images),
+        adi=AdaptiveDeepInversionConfig(images, rounds=2),
     )
 
 
 def test_there_are_such_methods():
-    assert {"gdfq", "qimera", "zaq"} <= set(NAMES)
+    assert {"noise", "gdfq", "qimera", "zaq", "zeroq", "dsg", "di", "adi"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,7 +72,7 @@ def test_real_images_and_labels_do_not_matter(name):
         assert torch.equal(tensor, methods[1].student.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_state_resumes_exactly_and_the_student_is_a_program(name):
     task = problem()
     objective = "discrepancy" if name == "zaq" else "divergence"
@@ -195,7 +205,7 @@ def test_bad_settings_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("preset", ["paper", "short"])
 def test_presets_set_everything_and_scale(name, preset):
     config, _ = train.parse_arguments([f"--method={name}", f"--preset={preset}"])

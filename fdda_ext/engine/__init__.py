@@ -12,7 +12,7 @@ from .cli import (
 from .diagnosis import diagnose
 from .evaluation import Accuracy, BatchSource, count_outputs, evaluate
 from .loop import Progress, Trainable, train
-from .memory import keep_freed_memory, must_fit
+from .memory import keep_freed_memory, must_fit, peak_memory
 from .profiling import Profile, profile, stage
 from .progress import ProgressBar, progress_bar
 from .run_folder import RunFolder
@@ -38,6 +38,7 @@ __all__ = [
     "load_state",
     "must_fit",
     "parse_or_refuse",
+    "peak_memory",
     "preprocessing_of",
     "profile",
     "progress_bar",

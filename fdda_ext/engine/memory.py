@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from ..errors import UsageError
 
-__all__ = ["is_out_of_memory", "keep_freed_memory", "must_fit"]
+__all__ = ["is_out_of_memory", "keep_freed_memory", "must_fit", "peak_memory"]
 
 #: Names that glibc's malloc.h gives to what mallopt sets.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -35,6 +37,20 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that was in use at a time so far, MiB: on a GPU torch's, else the process's.
+
+    Linux hands the peak that getrusage knows on to programs a process starts; /proc has their own.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) >> 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 @contextmanager

@@ -5,31 +5,48 @@ import difflib
 from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
 from .base import Method, Problem
-from .calibration import MSE, CalibrationDistillation, MinMax
+from .calibration import MSE, CalibrationDistillation, MinMax, Noise
+from .deepinversion import (
+    AdaptiveDeepInversion,
+    AdaptiveDeepInversionConfig,
+    DeepInversion,
+    DeepInversionConfig,
+)
 from .distillation import DistillationConfig, Student, distillation_loss
+from .dsg import DSG, DSGConfig
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
 from .zaq import ZAQ, ZAQConfig
+from .zeroq import ZeroQ, ZeroQConfig
 
 __all__ = [
+    "DSG",
     "FDDA",
     "GDFQ",
     "METHODS",
     "MSE",
     "ZAQ",
+    "AdaptiveDeepInversion",
+    "AdaptiveDeepInversionConfig",
     "CalibrationDistillation",
+    "DSGConfig",
+    "DeepInversion",
+    "DeepInversionConfig",
     "DistillationConfig",
     "FDDAConfig",
     "GDFQConfig",
     "Method",
     "MethodSettings",
     "MinMax",
+    "Noise",
     "Problem",
     "Qimera",
     "QimeraConfig",
     "ZAQConfig",
+    "ZeroQ",
+    "ZeroQConfig",
     "build_method",
     "distillation_loss",
     "method_class",
@@ -42,6 +59,11 @@ METHODS: dict[str, type[Method]] = {
     "gdfq": GDFQ,
     "qimera": Qimera,
     "zaq": ZAQ,
+    "zeroq": ZeroQ,
+    "dsg": DSG,
+    "di": DeepInversion,
+    "adi": AdaptiveDeepInversion,
+    "noise": Noise,
     "minmax": MinMax,
     "mse": MSE,
 }

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +24,7 @@ from ..errors import UsageError
 from ..quantization import calibrate, set_activation_mode
 from ..statistics import capture, running_statistics
 from ..synthesis import ConditionalGenerator, GeneratorConfig
-from .base import Method, Problem
+from .base import Method, MethodConfig, Problem
 from .distillation import DistillationConfig, Student
 
 __all__ = ["AlternatingConfig", "AlternatingTraining", "save_images"]
@@ -34,7 +34,7 @@ _SHOWN = 64
 
 
 @dataclass(frozen=True)
-class AlternatingConfig:
+class AlternatingConfig(MethodConfig):
     """The generator and the schedule of its training.
 
     Attributes:
@@ -50,9 +50,6 @@ class AlternatingConfig:
             ends, by the quantization's own rule; "calibration", the real images likewise.
         range_iterations: Length of the phase of "generated".
     """
-
-    #: The method's name in messages.
-    name: ClassVar[str]
 
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     batch: int = 16
@@ -82,14 +79,6 @@ class AlternatingConfig:
                 f"({self.warmup_iterations}), got {self.range_iterations}"
             )
 
-    def check_not_negative(self, *names: str) -> None:
-        """Refuse settings that are negative or not finite."""
-        for name in names:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(
-                    f"{self.name}: expected {name} at least 0 and finite, got {getattr(self, name)}"
-                )
-
     def scaled(self, share: float) -> Self:
         """The same schedule in ``share`` of its iterations."""
         return replace(
@@ -102,6 +91,8 @@ class AlternatingConfig:
 
 class AlternatingTraining(Method):
     """Generator steps and student steps in turn; a method says what their losses and images are."""
+
+    distils = True
 
     def __init__(
         self, problem: Problem, config: AlternatingConfig, distillation: DistillationConfig
@@ -246,6 +237,11 @@ class AlternatingTraining(Method):
         )
 
     # ---- state ------------------------------------------------------------------------------
+
+    @property
+    @override
+    def made_images(self) -> int:
+        return self.trainer.steps_done * self.student_batch
 
     @override
     def state_dict(self) -> dict[str, Any]:

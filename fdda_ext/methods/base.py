@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..data import Augmentation
+from ..errors import UsageError
 from ..quantization import QuantizationConfig, prepare
 
 if TYPE_CHECKING:
     from .settings import MethodSettings
 
-__all__ = ["Method", "Problem"]
+__all__ = ["Method", "MethodConfig", "Problem"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Problem:
         seed: Of everything random.
         precision: Of teacher and generator. With bfloat16 they run under autocast; statistics,
             losses, the student and all that is trained stay in float32.
+        pixel_range: Least and largest value of each colour of a normalised image, ``[3, 1, 1]``
+            each; None if unknown.
     """
 
     teacher: nn.Module
@@ -45,6 +49,7 @@ class Problem:
     quantization: QuantizationConfig
     seed: int
     precision: torch.dtype = torch.float32
+    pixel_range: tuple[Tensor, Tensor] | None = None
 
     def autocast(self) -> torch.autocast:
         """The context in which teacher and generator run."""
@@ -70,6 +75,22 @@ class Problem:
         return torch.Generator(self.device).manual_seed(self.seed)
 
 
+@dataclass(frozen=True)
+class MethodConfig:
+    """Base of the frozen dataclasses that hold a method's constants."""
+
+    #: The method's name in messages.
+    name: ClassVar[str]
+
+    def check_not_negative(self, *names: str) -> None:
+        """Refuse settings that are negative or not finite."""
+        for name in names:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(
+                    f"{self.name}: expected {name} at least 0 and finite, got {getattr(self, name)}"
+                )
+
+
 class Method(ABC):
     """One way to a quantized student.
 
@@ -84,12 +105,19 @@ class Method(ABC):
     presets: ClassVar[str] = "fdda"
     #: Whether it looks at the calibration images; if not, nothing but their shape is used.
     real_images: ClassVar[bool] = True
+    #: Whether it takes the student step that the section `distillation` describes.
+    distils: ClassVar[bool] = False
     #: Whether several processes may run it together, see `fdda_ext.distribution`.
     distributed: ClassVar[bool] = False
 
     student: GraphModule
     quantization: QuantizationConfig
     iterations: int = 0
+
+    @property
+    def made_images(self) -> int:
+        """How many images it has made for the student so far."""
+        return 0
 
     @abstractmethod
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:

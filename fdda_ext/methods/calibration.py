@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -15,7 +16,7 @@ from .base import Method, Problem
 from .distillation import ImageSampler, Student
 from .settings import MethodSettings
 
-__all__ = ["MSE", "CalibrationDistillation", "MinMax"]
+__all__ = ["MSE", "CalibrationDistillation", "MinMax", "Noise"]
 
 
 class _Ranges(Method):
@@ -29,7 +30,11 @@ class _Ranges(Method):
             problem.quantization, weight_range=self.rule, activation_range=self.rule
         )
         self.student = replace(problem, quantization=self.quantization).student()
-        calibrate(self.student, problem.images)
+        calibrate(self.student, self.images(problem))
+
+    def images(self, problem: Problem) -> Tensor:
+        """Those that ranges are found on, ``[n, 3, H, W]``."""
+        return problem.images
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -47,6 +52,18 @@ class MinMax(_Ranges):
     rule = "minmax"
 
 
+class Noise(MinMax):
+    """Min-max ranges over as many images of Gaussian noise: what no data at all gives."""
+
+    summary = "min-max ranges of Gaussian noise, no data, no training"
+    real_images = False
+
+    @override
+    def images(self, problem: Problem) -> Tensor:
+        random = problem.random()
+        return torch.randn(problem.images.shape, generator=random, device=problem.device)
+
+
 class MSE(_Ranges):
     """Every range minimises the mean squared quantization error of its tensor."""
 
@@ -58,6 +75,7 @@ class CalibrationDistillation(Method):
     """The student step of FDDA on as many images, all of them real: FDDA without its generator."""
 
     summary = "distillation on the calibration images alone"
+    distils = True
     distributed = True
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:

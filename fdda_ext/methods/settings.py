@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from .deepinversion import AdaptiveDeepInversionConfig, DeepInversionConfig
 from .distillation import DistillationConfig
+from .dsg import DSGConfig
 from .fdda import FDDAConfig
 from .gdfq import GDFQConfig
 from .qimera import QimeraConfig
 from .zaq import ZAQConfig
+from .zeroq import ZeroQConfig
 
 __all__ = ["MethodSettings"]
 
@@ -23,6 +26,10 @@ class MethodSettings:
         gdfq: The generator of GDFQ.
         qimera: The generator of Qimera.
         zaq: The generator of ZAQ.
+        zeroq: The images of ZeroQ.
+        dsg: The images of DSG.
+        di: The images of DeepInversion.
+        adi: The images of Adaptive DeepInversion.
     """
 
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -30,6 +37,10 @@ class MethodSettings:
     gdfq: GDFQConfig = field(default_factory=GDFQConfig)
     qimera: QimeraConfig = field(default_factory=QimeraConfig)
     zaq: ZAQConfig = field(default_factory=ZAQConfig)
+    zeroq: ZeroQConfig = field(default_factory=ZeroQConfig)
+    dsg: DSGConfig = field(default_factory=DSGConfig)
+    di: DeepInversionConfig = field(default_factory=DeepInversionConfig)
+    adi: AdaptiveDeepInversionConfig = field(default_factory=AdaptiveDeepInversionConfig)
 
     def scaled(self, share: float) -> MethodSettings:
         """Every schedule in ``share`` of its iterations, milestones and phases with it."""

@@ -1,0 +1,238 @@
+"""What the methods share that optimise images: synthesis first, then ranges, then distillation.
+
+An iteration is one step on the pixels of a batch or, once a round's images are made, one step of
+the student on all images so far. The activation ranges are set from the first round's images.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self, override
+
+from ..engine import must_fit, restore_random, stage
+from ..errors import UsageError
+from ..quantization import QuantizationConfig, calibrate
+from ..statistics import BatchNormCapture, capture, running_statistics
+from ..synthesis import ImageOptimisation, ImageOptimisationConfig
+from .alternating import save_images
+from .base import Method, MethodConfig, Problem
+from .distillation import DistillationConfig, ImageSampler, Student
+
+__all__ = ["OptimisedImages", "OptimisedImagesConfig"]
+
+
+@dataclass(frozen=True)
+class OptimisedImagesConfig(MethodConfig):
+    """How images are made.
+
+    Attributes:
+        synthesis: Number of images, steps and rate.
+    """
+
+    synthesis: ImageOptimisationConfig = field(default_factory=ImageOptimisationConfig)
+
+    def scaled(self, share: float) -> Self:
+        """The same schedule in ``share`` of its iterations."""
+        return replace(self, synthesis=self.synthesis.scaled(share))
+
+
+class OptimisedImages(Method):
+    """Images batch by batch, ranges, distillation; a method says what the images' loss is.
+
+    Args:
+        problem: The network and the shape of its images.
+        config: The method's own constants.
+        distillation: Of the student step; with 0 steps, images set the ranges alone.
+        rounds: Parts that images and student steps come in, one after the other.
+    """
+
+    real_images = False
+    distils = True
+
+    #: Whether images are made for a class; if not, they are of the class the teacher sees in them.
+    labelled: bool = True
+
+    def __init__(
+        self,
+        problem: Problem,
+        config: OptimisedImagesConfig,
+        distillation: DistillationConfig,
+        rounds: int = 1,
+    ) -> None:
+        synthesis = config.synthesis
+        if synthesis.images < rounds:
+            raise UsageError(
+                f"{config.name}: expected images at least {rounds}, one for each round, "
+                f"got {synthesis.images}"
+            )
+        self.problem = problem
+        self.name = config.name
+        self.synthesis = synthesis
+        self.distillation = distillation
+        self.rounds = rounds
+        self.random = problem.random()
+        with torch.no_grad():
+            layers = capture(problem.teacher, problem.images[:1]).layers
+        self.running = running_statistics(layers)
+        #: Classes of the images, made or not, as many of each as can be: ``[images]``.
+        self.labels = self._balanced_labels(synthesis.images)
+        parts = [
+            part.split(math.ceil(len(part) / math.ceil(len(part) / synthesis.batch)))
+            for part in self.labels.tensor_split(rounds)
+        ]
+        self.batch_sizes = [len(batch) for part in parts for batch in part]
+        #: Batches made when each round's images are complete.
+        self.round_ends = list(accumulate(len(part) for part in parts))
+        self.iterations = len(self.batch_sizes) * synthesis.steps + distillation.steps
+        #: Images made so far, ``[n, 3, H, W]``.
+        self.images = problem.images.new_empty((0, *problem.images.shape[1:]))
+        self.batches_made = 0
+        self.batch: ImageOptimisation | None = None
+        self.sampler: ImageSampler | None = None
+        self.build_student(problem.quantization)
+
+    def _balanced_labels(self, count: int) -> Tensor:
+        """Every class once, in random order, and again until there are ``count``."""
+        classes = self.problem.num_classes
+        orders = [
+            torch.randperm(classes, generator=self.random, device=self.problem.device)
+            for _ in range(math.ceil(count / classes))
+        ]
+        return torch.cat(orders)[:count]
+
+    def build_student(self, quantization: QuantizationConfig) -> None:
+        """A student without ranges, and its optimizer."""
+        self.quantization = quantization
+        self.student = replace(self.problem, quantization=quantization).student()
+        self.trainer = Student(self.student, self.problem, self.distillation)
+
+    # ---- what a method defines --------------------------------------------------------------
+
+    @abstractmethod
+    def image_loss(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Terms of the loss and, as "images", what the step is taken on.
+
+        Args:
+            images: A batch as the network is to see it, ``[N, 3, H, W]``, with gradient; number
+                ``len(self.images)`` and following of the run.
+            labels: Classes they are made for, ``[N]``.
+        """
+
+    def set_ranges(self) -> None:
+        """Set the ranges of the student from the images made so far."""
+        calibrate(self.student, self.images)
+
+    def teach(self, images: Tensor) -> BatchNormCapture:
+        """What the teacher makes of ``images [N, 3, H, W]``."""
+        with self.problem.autocast(), stage("images: teacher"):
+            seen = capture(self.problem.teacher, images)
+        return seen._replace(logits=seen.logits.float())
+
+    # ---- the steps --------------------------------------------------------------------------
+
+    @property
+    def rounds_made(self) -> int:
+        """Rounds whose images are complete."""
+        return sum(self.batches_made >= end for end in self.round_ends)
+
+    @override
+    def step(self, iteration: int) -> Mapping[str, Tensor]:
+        if self.trainer.steps_done < self.distillation.steps * self.rounds_made // self.rounds:
+            assert self.sampler is not None
+            with stage("student: images"):
+                images, labels = self.sampler.next()
+            return {"student": self.trainer.step(images, labels)}
+        with must_fit(**{f"settings__{self.name}__synthesis__batch": self.synthesis.batch}):
+            return self.image_step()
+
+    def image_step(self) -> Mapping[str, Tensor]:
+        """One step on the pixels of a batch; after its last, the batch joins the images."""
+        first, count = self.images.shape[0], self.batch_sizes[self.batches_made]
+        self.batch = self.batch or self.begin_batch(count)
+        losses = self.image_loss(self.batch.show(), self.labels[first : first + count])
+        with stage("images: step"):
+            self.batch.step(losses["images"])
+        if self.batch.finished:
+            self.end_batch(self.batch.result)
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def begin_batch(self, count: int) -> ImageOptimisation:
+        """``count`` images of noise."""
+        problem = self.problem
+        return ImageOptimisation(
+            self.synthesis,
+            count,
+            problem.image_size,
+            self.random,
+            problem.pixel_range,
+            problem.augmentation.flip,
+        )
+
+    @torch.no_grad()
+    def end_batch(self, images: Tensor) -> None:
+        """Add a batch; at the end of a round, set the ranges once, and let the student see it."""
+        first = self.images.shape[0]
+        if not self.labelled:
+            answers = self.teach(images.contiguous(memory_format=torch.channels_last)).logits
+            self.labels[first : first + images.shape[0]] = answers.argmax(1)
+        self.images = torch.cat([self.images, images])
+        self.batch = None
+        self.batches_made += 1
+        if self.batches_made in self.round_ends:
+            if self.batches_made == self.round_ends[0]:
+                self.set_ranges()
+            self.sampler = self.build_sampler()
+
+    def build_sampler(self) -> ImageSampler:
+        """Shuffled batches of the images made so far."""
+        images = self.images.contiguous(memory_format=torch.channels_last)
+        shown = replace(self.problem, images=images, labels=self.labels[: images.shape[0]])
+        batch = self.distillation.real_batch + self.distillation.generated_batch
+        return ImageSampler(shown, batch, self.random)
+
+    # ---- state ------------------------------------------------------------------------------
+
+    @property
+    @override
+    def made_images(self) -> int:
+        return len(self.images)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "images": self.images,
+            "labels": self.labels,
+            "batches_made": self.batches_made,
+            "batch": None if self.batch is None else self.batch.state_dict(),
+            "trainer": self.trainer.state_dict(),
+            "order": None if self.sampler is None else self.sampler.order,
+            "random": self.random.get_state(),
+        }
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.images, self.labels = state["images"], state["labels"].clone()
+        self.batches_made = state["batches_made"]
+        self.batch = self.sampler = None
+        if state["batch"] is not None:
+            self.batch = self.begin_batch(self.batch_sizes[self.batches_made])
+            self.batch.load_state_dict(state["batch"])
+        if state["order"] is not None:
+            self.sampler = self.build_sampler()
+            self.sampler.order = state["order"]
+        self.trainer.load_state_dict(state["trainer"])
+        restore_random(self.random, state["random"])
+
+    @override
+    def save_artifacts(self, folder: Path) -> None:
+        """The images with their labels, as safetensors."""
+        save_images(folder / "images.safetensors", self.images, self.labels[: len(self.images)])

@@ -1,0 +1,230 @@
+"""Images made out of noise by gradient steps on their pixels; what for is the loss's affair.
+
+What ZeroQ, DSG and DeepInversion share: Adam, a rule for its rate, and what may happen to a batch
+before the network sees it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from ..errors import UsageError
+
+__all__ = ["ImageOptimisation", "ImageOptimisationConfig", "shift_and_mirror"]
+
+#: A falling rate stops here (ZeroQ's code).
+_LEAST_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class ImageOptimisationConfig:
+    """How many images, in how many steps, at which rate. The defaults are ZeroQ's.
+
+    Attributes:
+        images: Made in the whole run.
+        batch: At most so many at a time.
+        steps: Of each batch.
+        coarse_steps: The first so many of them see the images at half resolution; then Adam and
+            its rate begin anew.
+        start_std: Standard deviation of the Gaussian pixels that a batch begins with.
+        lr: Of Adam.
+        betas: Of Adam.
+        schedule: Of the rate: "plateau" takes a tenth, but at least 1e-4, when the loss has not
+            fallen for `patience` steps; "cosine" rises for `warmup_steps`, then falls to 0.
+        patience: Steps without a lower loss, of "plateau".
+        warmup_steps: Of "cosine", at each resolution.
+        jitter: In each step the batch is rolled by up to so many pixels along each axis, half as
+            many at half resolution.
+        mirror: In each step, at even odds, the batch is mirrored, if that leaves classes as they
+            are.
+        clip: Keep pixels among the values that an image can have, where these are known.
+        keep_best: The result is the batch when its loss was least, not after the last step.
+    """
+
+    images: int = 64
+    batch: int = 64
+    steps: int = 500
+    coarse_steps: int = 0
+    start_std: float = 0.0136
+    lr: float = 0.5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    patience: int = 100
+    warmup_steps: int = 0
+    jitter: int = 0
+    mirror: bool = False
+    clip: bool = False
+    keep_best: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            *(("images", 1), ("batch", 1), ("steps", 1), ("patience", 1)),
+            *(("warmup_steps", 0), ("jitter", 0)),
+        ):
+            if getattr(self, name) < least:
+                raise UsageError(
+                    f"synthesis: expected {name} at least {least}, got {getattr(self, name)}"
+                )
+        if not 0 <= self.coarse_steps < self.steps:
+            raise UsageError(
+                f"synthesis: expected coarse_steps at least 0 and below steps ({self.steps}), "
+                f"got {self.coarse_steps}"
+            )
+        for name in ("start_std", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(
+                    f"synthesis: expected {name} above 0 and finite, got {getattr(self, name)}"
+                )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(
+                "synthesis: expected betas to be two numbers at least 0 and below 1, "
+                f"got {self.betas}"
+            )
+
+    def scaled(self, share: float) -> ImageOptimisationConfig:
+        """As many images in ``share`` of the steps."""
+        steps = max(round(self.steps * share), 1)
+        return replace(
+            self,
+            steps=steps,
+            coarse_steps=min(round(self.coarse_steps * share), steps - 1),
+            patience=max(round(self.patience * share), 1),
+            warmup_steps=round(self.warmup_steps * share),
+        )
+
+
+class ImageOptimisation:
+    """One batch on its way: `show` it to a network, then take a `step` on the loss.
+
+    Args:
+        config: How.
+        count: N, images in the batch.
+        image_size: Height and width.
+        random: Source of the first pixels and of all jitter.
+        pixel_range: Least and largest value of each colour, ``[3, 1, 1]`` each; None if unknown.
+        may_mirror: Whether left and right may be exchanged.
+    """
+
+    def __init__(
+        self,
+        config: ImageOptimisationConfig,
+        count: int,
+        image_size: int,
+        random: torch.Generator,
+        pixel_range: tuple[Tensor, Tensor] | None = None,
+        may_mirror: bool = False,
+    ) -> None:
+        self.config = config
+        self.random = random
+        self.pixel_range = pixel_range if config.clip else None
+        self.mirror = config.mirror and may_mirror
+        self.steps_done = 0
+        shape = (count, 3, image_size, image_size)
+        noise = torch.randn(shape, generator=random, device=random.device)
+        #: ``[N, 3, H, W]``
+        self.pixels = (noise * config.start_std).requires_grad_()
+        self._clip()
+        self._begin_resolution()
+
+    def _begin_resolution(self) -> None:
+        config = self.config
+        first, second = config.betas
+        self.optimizer = torch.optim.Adam([self.pixels], lr=config.lr, betas=(first, second))
+        self.plateau = ReduceLROnPlateau(
+            self.optimizer, patience=config.patience, min_lr=_LEAST_RATE
+        )
+        self.best = self.pixels.detach().clone()
+        self.best_loss = torch.full((), math.inf, device=self.pixels.device)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.steps_done == self.config.steps
+
+    @property
+    def result(self) -> Tensor:
+        """The images ``[N, 3, H, W]``."""
+        return self.best if self.config.keep_best else self.pixels.detach()
+
+    def show(self) -> Tensor:
+        """The batch as a network is to see it in the next step, with its graph."""
+        if self.steps_done == self.config.coarse_steps:
+            self._begin_resolution()
+        images, jitter = self.pixels, self.config.jitter
+        if self.steps_done < self.config.coarse_steps:
+            images, jitter = F.avg_pool2d(images, 2), jitter // 2
+        if jitter or self.mirror:
+            images = shift_and_mirror(images, jitter, self.mirror, self.random)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def step(self, loss: Tensor) -> None:
+        """Step on ``loss``, a scalar of what `show` gave."""
+        # Not backward(): a student that takes part in the loss must keep gradients of its own.
+        (self.pixels.grad,) = torch.autograd.grad(loss, self.pixels)
+        loss = loss.detach()
+        if self.config.keep_best:
+            better = loss < self.best_loss
+            self.best = torch.where(better, self.pixels.detach(), self.best)
+            self.best_loss = torch.where(better, loss, self.best_loss)
+        if self.config.schedule == "cosine":
+            self.optimizer.param_groups[0]["lr"] = self._cosine_rate()
+        self.optimizer.step()
+        if self.config.schedule == "plateau":
+            self.plateau.step(float(loss))
+        self._clip()
+        self.steps_done += 1
+
+    def _cosine_rate(self) -> float:
+        coarse, config = self.config.coarse_steps, self.config
+        begin, end = (0, coarse) if self.steps_done < coarse else (coarse, config.steps)
+        done, steps, warmup = self.steps_done - begin, end - begin, config.warmup_steps
+        if done < warmup:
+            return config.lr * (done + 1) / warmup
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (steps - warmup)))
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        if self.pixel_range is not None:
+            self.pixels.clamp_(*self.pixel_range)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pixels, optimizer, the best so far and the position in the schedule."""
+        return {
+            "pixels": self.pixels.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "plateau": self.plateau.state_dict(),
+            "best": self.best,
+            "best_loss": self.best_loss,
+            "steps_done": self.steps_done,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.pixels.copy_(state["pixels"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.plateau.load_state_dict(state["plateau"])
+        self.best, self.best_loss = state["best"].clone(), state["best_loss"].clone()
+        self.steps_done = state["steps_done"]
+
+
+def shift_and_mirror(images: Tensor, jitter: int, mirror: bool, random: torch.Generator) -> Tensor:
+    """Roll ``images [N, C, H, W]`` by up to ``jitter`` pixels along each axis, one draw for all.
+
+    With ``mirror`` they are also mirrored at even odds. As indices, which do not wait for a device.
+    """
+    height, width = images.shape[2:]
+    offset = torch.randint(-jitter, jitter + 1, (2, 1), generator=random, device=images.device)
+    rows = (torch.arange(height, device=images.device) + offset[0]) % height
+    columns = (torch.arange(width, device=images.device) + offset[1]) % width
+    if mirror:
+        tails = torch.rand((), generator=random, device=images.device) < 0.5
+        columns = torch.where(tails, columns.flip(0), columns)
+    return images.index_select(2, rows).index_select(3, columns)

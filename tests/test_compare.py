@@ -1,0 +1,212 @@
+"""The comparison: which runs, what budget, what the table says of planted results."""
+
+import csv
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fdda_ext import compare, train
+from fdda_ext.errors import UsageError
+
+SETTING = compare.Setting("glyphs_resnet", "W3A3", "same", 1)
+
+
+def parse(*arguments: str) -> tuple[compare.CompareConfig, list[str]]:
+    return compare.parse(arguments)
+
+
+def names(config: compare.CompareConfig) -> list[str]:
+    return [
+        f"{cell.folder(Path())} {cell.row}"
+        for setting in compare.settings_of(config)
+        for cell in compare.cells_of(config, setting)
+    ]
+
+
+def test_every_combination_is_a_run_of_its_own():
+    config, rest = parse(
+        *("--methods", "minmax,gdfq,fdda", "--bits=W3A3,W4A4", "--ends=[same,8]"),
+        *("--mode", "published,common", "--seeds", "0,5", "--images-per-class", "1,16"),
+        *("--", "--test-limit", "71"),
+    )
+    assert rest == ["--test-limit", "71"]
+    found = names(config)
+    # minmax has no student step, and FDDA's is the common one.
+    assert len(found) == len(set(found)) == 2 * 2 * 2 * 2 * (1 + 2 + 1)
+    assert "glyphs_resnet-W3A3/gdfq-seed0 gdfq" in found
+    assert "glyphs_resnet-W4A4-ends8-16images/gdfq-common-seed5 gdfq (common step)" in found
+
+
+def test_a_run_has_its_settings_and_the_common_step_is_that_of_fdda():
+    config, _ = parse("--methods=gdfq", "--mode=published,common", "--bits=W3A5", "--ends=8")
+    (setting,) = compare.settings_of(config)
+    published, common = (
+        train.parse_arguments(compare.run_arguments(config, cell, ["--test-limit=9"]))[0]
+        for cell in compare.cells_of(config, setting)
+        if cell.seed == 2
+    )
+    fdda, _ = train.parse_arguments([])
+    for run in (published, common):
+        q = run.quantization
+        assert (q.weight_bits, q.activation_bits, q.first_last_bits) == (3, 5, 8)
+        assert (run.method, run.seed, run.test_limit, run.baselines) == ("gdfq", 2, 9, [])
+    assert common.settings.distillation == fdda.settings.distillation
+    assert published.settings.distillation != fdda.settings.distillation
+    assert common.settings.gdfq == published.settings.gdfq
+
+
+def test_a_variant_is_its_method_with_other_constants(monkeypatch):
+    config, _ = parse(
+        *("--methods=gdfq,gdfq+bns_weight=0+distillation.weight=7", "--seeds=0", "--budget=9"),
+        *("--mode=published,common",),
+    )
+    (setting,) = compare.settings_of(config)
+    cells = list(compare.cells_of(config, setting))
+    assert len({cell.folder(Path()) for cell in cells}) == len({c.row for c in cells}) == 4
+    assert cells[2].row == "gdfq+bns_weight=0+distillation.weight=7"
+    whole, variant = (
+        train.parse_arguments(compare.run_arguments(config, cell, []))[0].settings
+        for cell in (cells[0], cells[2])
+    )
+    assert (variant.gdfq.bns_weight, variant.distillation.weight) == (0, 7)
+    assert replace(variant.gdfq, bns_weight=whole.gdfq.bns_weight) == whole.gdfq
+    assert cells[2].pace == cells[0].pace != cells[1].pace == cells[3].pace
+
+
+@pytest.mark.parametrize(
+    ("fixed", "whole", "share"), [(10.0, 100.0, 0.5), (0.0, 30.0, 2.0), (0.0, 0.0, 1.0)]
+)
+def test_the_budget_less_what_every_run_takes_gives_the_schedule(monkeypatch, fixed, whole, share):
+    monkeypatch.setattr(compare, "trial_seconds", lambda config: (fixed, whole))
+    config, _ = parse("--budget=60")
+    assert (
+        compare.schedule_share(config, compare.Cell(SETTING, "fdda", "published", 0), []) == share
+    )
+
+
+def test_a_budget_that_preparation_uses_up_is_refused(monkeypatch):
+    monkeypatch.setattr(compare, "trial_seconds", lambda config: (61.0, 1.0))
+    config, _ = parse("--budget=60")
+    with pytest.raises(UsageError, match="budget to exceed the 61 s that fdda takes .*, got 60"):
+        compare.schedule_share(config, compare.Cell(SETTING, "fdda", "published", 0), [])
+
+
+def test_student_images_are_equal():
+    config, _ = parse("--student-images=960")
+    for method, seen in (("fdda", 960), ("gdfq", 960), ("distill", 960)):
+        cell = compare.Cell(SETTING, method, "published", 0)
+        arguments = compare.run_arguments(config, cell, [])
+        share = compare.schedule_share(config, cell, [])
+        run, _ = train.parse_arguments([*arguments, f"--schedule_share={share}"])
+        step = run.scheduled.distillation
+        assert step.steps * (step.real_batch + step.generated_batch) == seen
+    cell = compare.Cell(SETTING, "minmax", "published", 0)
+    assert compare.schedule_share(config, cell, []) == 1
+
+
+def test_trials_tell_preparation_from_iterations(monkeypatch):
+    """A clock that a method's construction moves by 5 s, and every iteration by 2 s."""
+    now = [0.0]
+
+    class Slow:
+        iterations = 0
+
+        def step(self, iteration):
+            now[0] += 2
+
+    def build(name, problem, settings):
+        now[0] += 5
+        method = Slow()
+        method.iterations = settings.distillation.steps
+        return method
+
+    monkeypatch.setattr(compare, "build_method", build)
+    monkeypatch.setattr(compare.time, "process_time", lambda: now[0])
+    config, _ = train.parse_arguments(["--settings.distillation.steps=120", "--threads=1"])
+    fixed, whole = compare.trial_seconds(config)
+    assert fixed == pytest.approx(5)
+    assert whole == pytest.approx(240)
+
+
+def plant(folder: Path, top1: float, **changes) -> None:
+    folder.mkdir(parents=True)
+    row = train.Row("x", top1, 99.0, 100, 12.0, 6, 6, 71, 640, 500, 92.0)
+    summary = {**row.__dict__, **changes, "config": "0"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_the_table_has_means_and_spreads_of_the_seeds(tmp_path):
+    config, _ = parse(
+        "--methods=gdfq,fdda,zaq", "--seeds=0,1,2", "--bits=W3A3", f"--out={tmp_path}"
+    )
+    folder = tmp_path / "glyphs_resnet-W3A3"
+    for seed, (gdfq, fdda) in enumerate([(80.0, 90.0), (81.0, 90.5), (85.0, 91.0)]):
+        plant(folder / f"gdfq-seed{seed}", gdfq, peak_memory=500 + seed)
+        plant(folder / f"fdda-seed{seed}", fdda)
+    shares = {f"glyphs_resnet/{method}": 0.5 for method in config.methods}
+    text = compare.write_results(config, shares)
+    assert "| gdfq | 82.00 ± 2.65 | 10.00 | 12 | 71 | 640 | 502 | 0.5 |" in text
+    assert "| fdda | **90.50 ± 0.50** | 1.50 | 12 | 71 | 640 | 500 | 0.5 |" in text
+    assert "zaq" not in text, "has no finished run"
+    assert (tmp_path / "comparison.md").read_text() == text
+    lines = list(csv.DictReader((tmp_path / "comparison.csv").open()))
+    assert [float(line["top1"]) for line in lines] == [80.0, 81.0, 85.0, 90.0, 90.5, 91.0]
+    assert {line["bits"] for line in lines} == {"W3A3"}
+    assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_runs_end_and_are_not_repeated(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = [
+        *("--methods=noise,gdfq", "--mode=published,common", "--seeds=0", "--bits=W3A3"),
+        *("--student-images=64", "--jobs=2", f"--out={out}"),
+        *("--", "--test_limit=71", "--settings.gdfq.generator.channels=4"),
+    ]
+    compare.main(arguments)
+    lines = list(csv.DictReader((out / "comparison.csv").open()))
+    assert [(line["name"], line["mode"], line["real_images"]) for line in lines] == [
+        ("noise", "published", "0"),
+        ("gdfq", "published", "0"),
+        ("gdfq", "common", "0"),
+    ]
+    assert [int(line["made_images"]) for line in lines] == [0, 64, 64]
+    assert all(int(line["peak_memory"]) > 100 for line in lines)
+    stored = yaml.safe_load((out / "glyphs_resnet-W3A3/gdfq-seed0/config.yaml").read_text())
+    assert stored["schedule_share"] == pytest.approx(64 / (600 * 32), rel=1e-2)
+    assert "gdfq (common step)" in capsys.readouterr().out
+
+    monkeypatch.setattr(subprocess, "run", None)
+    compare.main(arguments)
+    with pytest.raises(UsageError, match="expected student_images as in the runs .* 64, got 65"):
+        compare.main([a.replace("=64", "=65") for a in arguments])
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
+    arguments = ["--methods=minmax", "--models=nonsense,glyphs_resnet", "--seeds=0"]
+    with pytest.raises(UsageError, match=r"got 1 that did not; .*error: model: expected one of"):
+        compare.main([*arguments, f"--out={tmp_path}", "--", "--test_limit=71"])
+    assert len(list(csv.DictReader((tmp_path / "comparison.csv").open()))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods=fdd"], "method to be one of .*, got fdd; did you mean fdda"),
+        (["--methods=gdfq+bns_weight"], "form METHOD.NAME=VALUE, got gdfq.bns_weight"),
+        (["--methods=[]"], "methods to name at least one, got none"),
+        (["--seeds=1,1"], r"seeds to differ, got \[1, 1\]"),
+        (["--bits=W9A4"], "bits of the form W4A4, each between 2 and 8, got W9A4"),
+        (["--ends=9"], "ends to be same or 2 to 8, got 9"),
+        (["--budget=0"], "budget above 0, got 0"),
+        (["--budget=1", "--student_images=1"], "budget or student_images, got both"),
+        (["--preset=long"], "preset to be one of .*, got long"),
+        (["--mode=mine"], "mode"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        parse(*arguments)
