@@ -419,7 +419,8 @@ def run_cell(config: CompareConfig, cell: Cell, share: float, rest: Sequence[str
     log = folder.with_suffix(".log")
     with log.open("a") as file:
         done = subprocess.run(
-            [sys.executable, "-m", "fdda_ext.train", *arguments, f"--out={folder}"],
+            # Reports can be made later, of the runs that are worth one.
+            [sys.executable, "-m", "fdda_ext.train", *arguments, "--no-report", f"--out={folder}"],
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -703,7 +703,6 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     if is_first():
         with (path / "table.txt").open("w") as file:
             Console(file=file, width=100).print(table)
-        (path / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
         if config.report:
             try:
                 report(config, problem, preprocessing, path)

@@ -1,21 +1,29 @@
 """What runs are looked at by: measures, figures, the report of one, the comparison of many."""
 
+from .figures import COLOURS, MARKERS, new_figure
 from .measures import (
     Predictions,
     bn_statistics,
     layer_sqnr,
     predict,
+    quartiles,
     some_images,
     statistics_distance,
+    time_in_turn,
 )
 from .report import write_report
 
 __all__ = [
+    "COLOURS",
+    "MARKERS",
     "Predictions",
     "bn_statistics",
     "layer_sqnr",
+    "new_figure",
     "predict",
+    "quartiles",
     "some_images",
     "statistics_distance",
+    "time_in_turn",
     "write_report",
 ]

@@ -196,16 +196,20 @@ def _outputs(network: nn.Module, places: Mapping[str, str], images: Tensor) -> d
 
 
 @torch.no_grad()
-def time_in_turn(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def time_in_turn(
+    runs: Mapping[str, Callable[[], object]],
+    calls: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of every call; all take turns, so that a busy moment of the machine hits them all."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # kernels are chosen, memory is asked for
         run()
-    for _ in range(rounds):
+    for _ in range(calls):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            begin = clock()
             run()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     return times
 
 

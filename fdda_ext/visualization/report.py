@@ -132,13 +132,18 @@ class _Run:
 
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Accuracies by name: float, baselines, the method; a baseline's folder has its own."""
-        for name in ("table.json", "summary.json"):
-            path = self.folder / name
-            if path.exists():
-                rows = json.loads(path.read_text())
-                return {row["name"]: row for row in (rows if isinstance(rows, list) else [rows])}
-        return {}
+        """What the finished methods ended with, by name: the baselines, then the run's own."""
+        paths = [
+            *sorted(self.folder.glob("baselines/*/summary.json")),
+            self.folder / "summary.json",
+        ]
+        found = [json.loads(path.read_text()) for path in paths if path.exists()]
+        return {row["name"]: row for row in found}
+
+    @cached_property
+    def float_top1(self) -> float | None:
+        """Of the float network, per cent of the run's images."""
+        return next((row["float_top1"] for row in self.rows.values() if "float_top1" in row), None)
 
     @cached_property
     def generated(self) -> dict[str, Tensor] | None:
@@ -165,37 +170,35 @@ def _duration(seconds: float) -> str:
 
 def _lead(run: _Run) -> str:
     """One sentence, and the numbers that matter most."""
-    own, float_row = run.rows.get(run.name), run.rows.get("float")
+    own, float_top1 = run.rows.get(run.name), run.float_top1
     items = []
     if own:
         items.append((f"{own['top1']:.2f} %", f"top-1, {own['images']} images"))
-    if own and float_row:
-        change = f"{own['top1'] - float_row['top1']:+.2f}".replace("-", "−")
+    if own and float_top1 is not None:
+        change = f"{own['top1'] - float_top1:+.2f}".replace("-", "−")
         items.append((change, "points against the float network"))
     float_bytes, bytes_ = run.weight_bytes()
     items.append((f"{float_bytes / bytes_:.1f}x", "smaller weights than in 32 bits"))
     if own and own["planned"]:
         items.append((_duration(own["seconds"]), f"training, {own['iterations']} iterations"))
-    return page.text(run.method.summary) + page.key_numbers(items)
+    summary = run.method.summary if own else f"{run.method.summary} (unfinished)"
+    return page.text(summary) + page.key_numbers(items)
 
 
 def _accuracy(run: _Run) -> str:
     if not run.rows:
         return ""
-    float_row = run.rows.get("float")
-    lines, stopped = [], []
+    lines: list[tuple[object, ...]] = []
+    if run.float_top1 is not None:
+        lines.append(("float", f"{run.float_top1:.2f}", "", "", "", ""))
     for name, row in run.rows.items():
-        drop = f"{float_row['top1'] - row['top1']:.2f}" if float_row else ""
+        drop = "" if run.float_top1 is None else f"{run.float_top1 - row['top1']:.2f}"
         time = (_duration(row["seconds"]), row["iterations"]) if row["planned"] else ("", "")
         lines.append((name, f"{row['top1']:.2f}", f"{row['top5']:.2f}", drop, *time))
-        if row["iterations"] < row["planned"]:
-            stopped.append(f"{name} after {row['iterations']} of {row['planned']} iterations")
     header = ("", "top-1 %", "top-5 %", "drop, points", "training", "iterations")
     split = yaml.safe_load(run.config).get("split", "test")
     images = next(iter(run.rows.values()))["images"]
     what = f"After the last step of training, over {images} {split} images."
-    if stopped:
-        what += f" Stopped before its end: {'; '.join(stopped)}."
     return page.section("Accuracy", page.table(header, lines, "tnnnnn"), page.text(what))
 
 
@@ -230,13 +233,12 @@ def _accuracy_over_time(run: _Run) -> str:
     if not lines:
         return ""
     curve = ([line["iteration"] + 1 for line in lines], [line["top1"] for line in lines])
-    float_row = run.rows.get("float")
-    level = (f"float, {float_row['images']} images", float_row["top1"]) if float_row else None
+    level = None if run.float_top1 is None else ("float network", run.float_top1)
     name = f"{run.name}, {lines[0]['images']:.0f} images"
     image = figures.curves({name: curve}, "iteration", "top-1, %", level=level)
     caption = (
         f"Accuracy in training. Best: {max(curve[1]):.2f} %, last: {curve[1][-1]:.2f} %. What is "
-        "reported is the last step, not the best."
+        "reported is the last step, not the best. The float network was tested at the end."
     )
     return page.section("Accuracy over time", page.figure(image, caption))
 

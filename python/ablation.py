@@ -1,0 +1,149 @@
+"""Ablation of FDDA: its losses one at a time, noise, weights, images per class, first layer.
+
+    python python/ablation.py                               the losses, a quarter of the schedule
+    python python/ablation.py --groups all --budget full    everything, three seeds: hours
+    python python/ablation.py --groups noise --model torchvision:resnet18 --data imagenet:PATH
+
+Every row is FDDA with the constants of its preset but for what the row says. Finished runs are
+kept and a stopped one goes on. Below --out: runs.csv, and ablation as .csv, .md and .png. The
+spread is the standard deviation over seeds; differences are taken seed by seed.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from common import finished_run, mean_and_spread, write_csv, write_table
+from typing_extensions import override
+
+from fdda_ext.engine import run_command
+from fdda_ext.methods import FDDA, METHODS, MethodSettings, Problem
+from fdda_ext.visualization import COLOURS, new_figure
+
+FULL = "full method"
+#: By group and row, the arguments of fdda_ext.train.
+GROUPS = {
+    "losses": {
+        "without L_BNS": ["--settings.fdda.bns_weight=0"],
+        "without L_C": ["--settings.fdda.centralised_weight=0"],
+        "without L_D": ["--settings.fdda.distorted_weight=0"],
+        "without L_C and L_D": [
+            "--settings.fdda.centralised_weight=0",
+            "--settings.fdda.distorted_weight=0",
+        ],
+        "without cross entropy": ["--settings.fdda.classification_weight=0"],
+    },
+    "noise": {
+        f"noise {mean}, {variance}": [
+            f"--settings.fdda.distortion.mean_std={mean}",
+            f"--settings.fdda.distortion.variance_std={variance}",
+        ]
+        for mean, variance in ((0.0, 0.0), (0.1, 0.2), (0.5, 1.0), (1.0, 2.0))
+    },
+    "weights": {
+        f"{name} x {value}": [f"--settings.fdda.{key}_weight={value}"]
+        for name, key, values in (
+            ("L_BNS", "bns", (0.2, 5.0)),
+            ("L_C", "centralised", (0.1, 1.0)),
+            ("L_D", "distorted", (0.1, 5.0)),
+        )
+        for value in values
+    },
+    "images": {
+        "0 images (GDFQ, FDDA's student loss)": [
+            "--method=gdfq",
+            "--settings.distillation.weight=20",
+            "--settings.distillation.reduction=batch",
+        ],
+        **{f"{n} images per class": [f"--images_per_class={n}"] for n in (2, 4, 8)},
+    },
+    "layers": {f"class losses from {n}/4 of the depth": [f"--method=fdda-{n}"] for n in (0, 1, 3)},
+}
+SMOKE = ["--test_limit=71", "--schedule_share=0.01", "--settings.fdda.generator.channels=4"]
+#: Arguments, and seeds.
+BUDGETS = {
+    "smoke": (SMOKE, [0]),
+    "short": (["--test_limit=2000", "--schedule_share=0.25"], [0]),
+    "full": ([], [0, 1, 2]),
+}
+
+
+def class_losses_from(quarter: int) -> type[FDDA]:
+    """FDDA whose class losses begin after so many quarters of the BN layers; the paper's: half."""
+
+    class FromQuarter(FDDA):
+        @override
+        def __init__(self, problem: Problem, settings: MethodSettings) -> None:
+            super().__init__(problem, settings)
+            self.first_layer = len(self.running.means) * quarter // 4
+
+    return FromQuarter
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--groups", nargs="+", choices=[*GROUPS, "all"], default=["losses"])
+    parser.add_argument("--model", default="glyphs_mobilenet")
+    parser.add_argument("--data", default="glyphs")
+    parser.add_argument("--bits", default="W3A3")
+    parser.add_argument("--preset", default="short")
+    parser.add_argument("--budget", choices=BUDGETS, default="short")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    return parser.parse_args()
+
+
+def draw(differences: dict[str, list[float]], folder: Path, title: str) -> None:
+    """Of every row the runs, dots, and their mean, a bar, against the full method."""
+    figure = new_figure(6.8, 1.0 + 0.26 * len(differences))
+    axes = figure.subplots()
+    for place, values in enumerate(differences.values()):
+        axes.barh(place, sum(values) / len(values), color=COLOURS[5], height=0.6)
+        axes.plot(values, [place] * len(values), "o", markersize=4, color=COLOURS[0])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(differences)), list(differences), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("top-1 against the full method, points (dots: seeds, bar: mean)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="x", color="#E5E5E5")
+    axes.set_axisbelow(True)
+    figure.savefig(folder / "ablation.png", dpi=150)
+
+
+def main() -> None:
+    options = parse()
+    METHODS.update({f"fdda-{n}": class_losses_from(n) for n in range(4)})
+    torch.set_num_threads(1)  # the same sums whatever the machine
+    groups = list(GROUPS) if "all" in options.groups else options.groups
+    rows = {FULL: [], **{row: args for group in groups for row, args in GROUPS[group].items()}}
+    budget, seeds = BUDGETS[options.budget]
+    folder = options.out / options.budget / f"{options.model.replace(':', '-')}-{options.bits}"
+    top1: dict[str, list[float]] = {}
+    for row, changes in rows.items():
+        for seed in seeds:
+            run = folder / f"{row.replace('/', ' of ')}, seed {seed}"
+            arguments = [
+                f"--{k}={getattr(options, k)}" for k in ("model", "data", "bits", "preset")
+            ]
+            # In the end, as the last of an option counts.
+            arguments += [f"--seed={seed}", "--baselines=[]", "--threads=1", *budget, *changes]
+            top1.setdefault(row, []).append(finished_run(run, arguments)["top1"])
+    differences = {
+        row: [a - b for a, b in zip(values, top1[FULL], strict=True)]
+        for row, values in top1.items()
+        if row != FULL
+    }
+    runs = [(row, s, x) for row, xs in top1.items() for s, x in zip(seeds, xs, strict=True)]
+    write_csv(folder / "runs.csv", ("row", "seed", "top-1 %"), runs)
+    title = f"FDDA, {options.model}, {options.bits}"
+    table = [
+        (row, mean_and_spread(values), mean_and_spread(differences[row]) if row != FULL else "")
+        for row, values in top1.items()
+    ]
+    write_table(folder / "ablation", title, ("", "top-1 %", "difference, points"), table)
+    draw(differences, folder, title)
+
+
+if __name__ == "__main__":
+    run_command(main)

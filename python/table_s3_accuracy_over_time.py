@@ -1,0 +1,127 @@
+"""Table S3: accuracy after 1, 3, 5 and 7 sevenths of equal budgets, and where methods cross.
+
+    python python/table_s3_accuracy_over_time.py                          fdda and distill, minutes
+    python python/table_s3_accuracy_over_time.py --methods fdda gdfq --bits W3A3 --budget full
+    python python/table_s3_accuracy_over_time.py --model torchvision:resnet18 --data imagenet:PATH
+
+The runs are those of fdda_ext.compare, which gives every method a schedule of the same time;
+measurements do not count. What was stopped goes on. Below --out: curve.csv with every
+measurement, table.csv and .md, curve.png. Between two measurements, accuracy is on the line between
+them; before the first one it is not known.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+from common import mean_and_spread, write_csv, write_table
+
+from fdda_ext.compare import Setting, main as compare
+from fdda_ext.engine import run_command
+from fdda_ext.visualization import COLOURS, MARKERS, new_figure
+
+#: Of fdda_ext.compare: what every run may take; seeds; and of fdda_ext.train.
+BUDGETS = {
+    "smoke": ("--student_images=256", "0", ["--test_limit=71", "--evaluate_every=1"]),
+    "short": ("--budget=60", "0", ["--test_limit=1000", "--evaluate_every=10"]),
+    "full": ("--budget=600", "0,1,2", ["--evaluate_limit=2000", "--evaluate_every=25"]),
+}
+PARTS = (1, 3, 5, 7)
+
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", default=["fdda", "distill"])
+    parser.add_argument("--model", default="glyphs_resnet")
+    parser.add_argument("--data", default="glyphs")
+    parser.add_argument("--bits", default="W4A4")
+    parser.add_argument("--preset", default="short", help="of every method")
+    parser.add_argument("--budget", choices=BUDGETS, default="short", help="a minute for each run")
+    parser.add_argument("--out", type=Path, default=Path("runs/table_s3"))
+    return parser.parse_args()
+
+
+def curves(folder: Path, options: argparse.Namespace) -> dict[str, list[Curve]]:
+    """Sevenths of the budget, and top-1 in %, of every seed of every method."""
+    limit, seeds, arguments = BUDGETS[options.budget]
+    compare(
+        [
+            *(f"--methods={','.join(options.methods)}", f"--models={options.model}", limit),
+            *(f"--bits={options.bits}", f"--seeds={seeds}", f"--preset={options.preset}"),
+            *(f"--out={folder}", "--", f"--data={options.data}", *arguments),
+        ]
+    )
+    runs = folder / Setting(options.model, options.bits, "same", 1).name
+    found: dict[str, list[Curve]] = {}
+    rows = []
+    for method, seed in itertools.product(options.methods, seeds.split(",")):
+        run = runs / f"{method}-seed{seed}"
+        whole = json.loads((run / "summary.json").read_text())["seconds"]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        points = [(x["seconds"], x["top1"]) for x in lines if "top1" in x]
+        seconds, top1 = np.array(points).T
+        found.setdefault(method, []).append((7 * seconds / whole, top1))
+        rows += [(method, seed, s, f"{7 * s / whole:.3f}", a) for s, a in points]
+    write_csv(folder / "curve.csv", ("method", "seed", "seconds", "sevenths", "top-1 %"), rows)
+    return found
+
+
+def at(curve: Curve, part: float) -> float:
+    """Top-1 after so many sevenths, NaN before the first measurement."""
+    return float(np.interp(part, *curve, left=np.nan))
+
+
+def crossings(first: str, second: str, found: dict[str, list[Curve]]) -> str:
+    """Where the mean of one method overtakes that of the other."""
+    grid = np.linspace(0, 7, 701)
+    means = [np.mean([[at(c, x) for x in grid] for c in found[m]], 0) for m in (first, second)]
+    lead = means[0] - means[1]
+    known = ~np.isnan(lead) & (lead != 0)
+    places, signs = grid[known], np.sign(lead[known])
+    if not len(signs):
+        return f"{first} and {second} are equal as far as it was measured."
+    turns = np.nonzero(np.diff(signs))[0]
+    ahead = [(first, second) if sign > 0 else (second, first) for sign in signs[[0, *(turns + 1)]]]
+    text = f"{ahead[0][0]} is ahead of {ahead[0][1]} at first"
+    for turn, (leader, other) in zip(turns, ahead[1:], strict=True):
+        text += f"; {leader} overtakes {other} after {places[turn + 1]:.2f} sevenths"
+    return f"{text}." if len(turns) else text.replace(" at first", " throughout.")
+
+
+def draw(found: dict[str, list[Curve]], folder: Path, options: argparse.Namespace) -> None:
+    figure = new_figure(6.4, 3.6)
+    axes = figure.subplots()
+    for i, (method, runs) in enumerate(found.items()):
+        for seed, (x, y) in enumerate(runs):
+            style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 3.5}
+            axes.plot(x, y, linewidth=1.2, alpha=0.8, label=None if seed else method, **style)
+    axes.set(xlabel="sevenths of the budget", ylabel="top-1, %", xlim=(0, 7.1))
+    axes.set_title(f"{options.model} on {options.data}, {options.bits}", fontsize=10)
+    axes.grid(color="#E5E5E5")
+    axes.legend(frameon=False)
+    figure.savefig(folder / "curve.png", dpi=150)
+
+
+def main() -> None:
+    options = parse()
+    folder = options.out / options.budget
+    found = curves(folder, options)
+    draw(found, folder, options)
+    rows = []
+    for method, runs in found.items():
+        cells = [[at(curve, part) for curve in runs] for part in PARTS]
+        rows.append([method, *("" if np.isnan(c).any() else mean_and_spread(c) for c in cells)])
+    note = " ".join(crossings(a, b, found) for a, b in itertools.combinations(found, 2))
+    title = f"Top-1 % over training time, {options.model}, {options.bits}"
+    header = ("method", *(f"{part}/7 of the budget" for part in PARTS))
+    write_table(folder / "table", title, header, rows, note)
+
+
+if __name__ == "__main__":
+    run_command(main)
