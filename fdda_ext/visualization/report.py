@@ -37,8 +37,8 @@ from .measures import (
 
 __all__ = ["write_report"]
 
-#: Images for what is measured at every layer.
-_LAYER_IMAGES = 64
+#: Images for the errors of layers, and at most for statistics.
+_LAYER_IMAGES, _STATISTICS_IMAGES = 64, 256
 #: Classes, and generated images of each, that are shown.
 _SHOWN_CLASSES, _SHOWN_IMAGES = 12, 3
 #: Of the longest tables of predictions.
@@ -288,6 +288,7 @@ def _bn_statistics(run: _Run) -> str:
         return ""
     teacher, device = run.problem.teacher, run.problem.device
     images = run.generated["images"]
+    images = images[:: max(len(images) // _STATISTICS_IMAGES, 1)][:_STATISTICS_IMAGES]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     compared = {
         "Gaussian noise": noise.to(device),
