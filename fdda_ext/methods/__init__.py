@@ -5,10 +5,12 @@ import difflib
 from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
 from .base import Method, Problem
+from .bitsplit import BitSplit, BitSplitConfig
 from .calibration import MSE, CalibrationDistillation, MinMax
 from .distillation import DistillationConfig, Student, distillation_loss
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
+from .lapq import LAPQ, LAPQConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
 from .zaq import ZAQ, ZAQConfig
@@ -16,13 +18,17 @@ from .zaq import ZAQ, ZAQConfig
 __all__ = [
     "FDDA",
     "GDFQ",
+    "LAPQ",
     "METHODS",
     "MSE",
     "ZAQ",
+    "BitSplit",
+    "BitSplitConfig",
     "CalibrationDistillation",
     "DistillationConfig",
     "FDDAConfig",
     "GDFQConfig",
+    "LAPQConfig",
     "Method",
     "MethodSettings",
     "MinMax",
@@ -42,6 +48,8 @@ METHODS: dict[str, type[Method]] = {
     "gdfq": GDFQ,
     "qimera": Qimera,
     "zaq": ZAQ,
+    "lapq": LAPQ,
+    "bitsplit": BitSplit,
     "minmax": MinMax,
     "mse": MSE,
 }

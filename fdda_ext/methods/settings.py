@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from .bitsplit import BitSplitConfig
 from .distillation import DistillationConfig
 from .fdda import FDDAConfig
 from .gdfq import GDFQConfig
+from .lapq import LAPQConfig
 from .qimera import QimeraConfig
 from .zaq import ZAQConfig
 
@@ -23,6 +25,8 @@ class MethodSettings:
         gdfq: The generator of GDFQ.
         qimera: The generator of Qimera.
         zaq: The generator of ZAQ.
+        lapq: The search of LAPQ.
+        bitsplit: Data and rounds of Bit-Split.
     """
 
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -30,6 +34,8 @@ class MethodSettings:
     gdfq: GDFQConfig = field(default_factory=GDFQConfig)
     qimera: QimeraConfig = field(default_factory=QimeraConfig)
     zaq: ZAQConfig = field(default_factory=ZAQConfig)
+    lapq: LAPQConfig = field(default_factory=LAPQConfig)
+    bitsplit: BitSplitConfig = field(default_factory=BitSplitConfig)
 
     def scaled(self, share: float) -> MethodSettings:
         """Every schedule in ``share`` of its iterations, milestones and phases with it."""
