@@ -1,7 +1,6 @@
 """LAPQ: the fit, Powell's method, and a search that ends where it says."""
 
 import itertools
-import json
 import math
 from dataclasses import replace
 
@@ -180,11 +179,11 @@ def test_state_resumes_exactly_and_the_student_is_a_program():
     task = problem_of_small_network(weight_bits=3, activation_bits=3)
 
     def build():
-        return build_method("lapq", task, settings(sweeps=1.1))
+        return build_method("lapq", task, settings(sweeps=0.6))
 
     whole = build()
     run(whole)
-    for stop in (2, 9):  # among the exponents, and within the sweep
+    for stop in (2, 7):  # among the exponents, and within the sweep
         halves, resumed = build(), build()
         run(halves, 0, stop)
         resumed.load_state_dict(halves.state_dict())
@@ -218,12 +217,3 @@ def test_presets_set_everything_and_scale(preset):
     scaled = config.settings.scaled(0.1).lapq
     assert (scaled.exponents, scaled.sweeps) == (3, chosen.sweeps * 0.1)
     assert (chosen == LAPQConfig()) == (preset == "paper")
-
-
-def test_train_runs_and_resumes_it(tmp_path):
-    out = tmp_path / "run"
-    options = ["--method=lapq", "--baselines=[]", "--threads=1", "--test_limit=71"]
-    small = [f"--settings.lapq.{o}" for o in ("exponents=3", "sweeps=0.1", "tolerance=0.3")]
-    train.main([*options, *small, "--max_time=0", f"--out={out}"])
-    train.main([*options[2:], "--resume", f"--out={out}"])
-    assert json.loads((out / "summary.json").read_text())["name"] == "lapq"

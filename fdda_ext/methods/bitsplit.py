@@ -33,7 +33,7 @@ is not in the code and not here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -303,17 +303,15 @@ class BitSplit(Method):
         ]
         self.iterations = len(self.layers) + 1
 
-    def _views(self, count: int) -> list[Tensor]:
+    def _views(self, count: int) -> Iterator[Tensor]:
         """Batches of ``count`` augmented views of every calibration image; of 0, of itself."""
         images = self.problem.images
         batches = images.tensor_split(-(-len(images) // self.config.batch))
         if not count:
-            return list(batches)
-        return [
-            augment(batch, self.problem.augmentation, self.random)
-            for _ in range(count)
-            for batch in batches
-        ]
+            yield from batches
+        for _ in range(count):
+            for batch in batches:
+                yield augment(batch, self.problem.augmentation, self.random)
 
     @override
     @torch.no_grad()
@@ -369,15 +367,15 @@ class BitSplit(Method):
             for images in self._views(self.config.views):
                 self.student(images)
         self._renew_statistics()
-        batches = self._views(0)
-        expected = torch.cat([self.teacher(images) for images in batches])
-        logits = torch.cat([self.student(images) for images in batches])
+        expected = torch.cat([self.teacher(images) for images in self._views(0)])
+        logits = torch.cat([self.student(images) for images in self._views(0)])
         return (logits - expected).square().sum() / expected.square().sum()
 
     def _renew_statistics(self) -> None:
         """Means and variances of batches, by which each is normalised; their averages stay."""
-        batches = self._views(self.config.statistics_views) if self.config.statistics_views else []
-        images = sum(len(batch) for batch in batches)
+        if not self.config.statistics_views:
+            return
+        count = self.config.statistics_views * len(self.problem.images)
         totals: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
 
         def follow(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -389,8 +387,8 @@ class BitSplit(Method):
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
             sums = totals.setdefault(norm, (torch.zeros_like(mean), torch.zeros_like(mean)))
-            sums[0].add_(mean, alpha=len(x) / images)
-            sums[1].add_(variance, alpha=len(x) / images)
+            sums[0].add_(mean, alpha=len(x) / count)
+            sums[1].add_(variance, alpha=len(x) / count)
 
         handles = [
             module.register_forward_pre_hook(follow)
@@ -399,8 +397,8 @@ class BitSplit(Method):
         ]
         try:
             with stage("statistics"), torch.enable_grad():  # else layers fold their normalisation
-                for batch in batches:
-                    self.student(batch)
+                for images in self._views(self.config.statistics_views):
+                    self.student(images)
         finally:
             for handle in handles:
                 handle.remove()
@@ -423,9 +421,9 @@ class BitSplit(Method):
 def _bake(layer: QuantizedConv2d | QuantizedLinear, planes: Planes) -> None:
     """Make ``layer`` round its weight to the integers of ``planes``: they become the weight."""
     quantizer = layer.weight_quantizer
-    scale = planes.scale.flatten().to(torch.float32)
+    scale = planes.scale.flatten().to(layer.weight.device, torch.float32)
     quantizer.set_range(scale * quantizer.grid.quant_min, scale * quantizer.grid.quant_max)
-    integers = planes.integers.reshape(layer.weight.shape).to(torch.float32)
+    integers = planes.integers.reshape(layer.weight.shape).to(scale)
     scale = scale.view((-1,) + (1,) * (integers.dim() - 1))
     layer.weight.copy_(quantizer(integers * scale))
     assert torch.equal((quantizer(layer.weight) / scale).round(), integers)

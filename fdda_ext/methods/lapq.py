@@ -325,7 +325,7 @@ class _ActivationRange(_Range):
         self.quantizer = quantizer
 
     def found(self) -> None:
-        """Take the quantizer's range as the one that the multiplier is of."""
+        """Keep the range that the quantizer has."""
         self.low, self.high = self.quantizer.low.clone(), self.quantizer.high.clone()
 
     @override
