@@ -25,8 +25,9 @@ activations in float, where the code's see earlier layers quantized; calibration
 images, where the code takes validation images; a parabola that opens downwards or has its vertex
 outside the exponents gives way to the best exponent measured; a line search is Brent's bounded one
 within a reach around the current point, since L is a step function far from convex, and is only
-taken if L falls. The code adds to the quantized weights the mean of their errors, a product with
-the sum of the inputs for every pixel; e_c is what an integer program can have for nothing.
+taken if L falls. The code takes the mean error of a channel's weights from each of them, which puts
+them off the grid: a product with the sum of the inputs for every pixel. An integer program has e_c,
+what all errors amount to on average, for nothing.
 """
 
 from __future__ import annotations
