@@ -5,6 +5,7 @@ import difflib
 from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
 from .base import Method, Problem
+from .bitsplit import BitSplit, BitSplitConfig
 from .calibration import MSE, CalibrationDistillation, MinMax, Noise
 from .deepinversion import (
     AdaptiveDeepInversion,
@@ -16,6 +17,7 @@ from .distillation import DistillationConfig, Student, distillation_loss
 from .dsg import DSG, DSGConfig
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
+from .lapq import LAPQ, LAPQConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
 from .zaq import ZAQ, ZAQConfig
@@ -25,11 +27,14 @@ __all__ = [
     "DSG",
     "FDDA",
     "GDFQ",
+    "LAPQ",
     "METHODS",
     "MSE",
     "ZAQ",
     "AdaptiveDeepInversion",
     "AdaptiveDeepInversionConfig",
+    "BitSplit",
+    "BitSplitConfig",
     "CalibrationDistillation",
     "DSGConfig",
     "DeepInversion",
@@ -37,6 +42,7 @@ __all__ = [
     "DistillationConfig",
     "FDDAConfig",
     "GDFQConfig",
+    "LAPQConfig",
     "Method",
     "MethodSettings",
     "MinMax",
@@ -64,6 +70,8 @@ METHODS: dict[str, type[Method]] = {
     "di": DeepInversion,
     "adi": AdaptiveDeepInversion,
     "noise": Noise,
+    "lapq": LAPQ,
+    "bitsplit": BitSplit,
     "minmax": MinMax,
     "mse": MSE,
 }

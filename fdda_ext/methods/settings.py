@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from .bitsplit import BitSplitConfig
 from .deepinversion import AdaptiveDeepInversionConfig, DeepInversionConfig
 from .distillation import DistillationConfig
 from .dsg import DSGConfig
 from .fdda import FDDAConfig
 from .gdfq import GDFQConfig
+from .lapq import LAPQConfig
 from .qimera import QimeraConfig
 from .zaq import ZAQConfig
 from .zeroq import ZeroQConfig
@@ -30,6 +32,8 @@ class MethodSettings:
         dsg: The images of DSG.
         di: The images of DeepInversion.
         adi: The images of Adaptive DeepInversion.
+        lapq: The search of LAPQ.
+        bitsplit: Data and rounds of Bit-Split.
     """
 
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -41,6 +45,8 @@ class MethodSettings:
     dsg: DSGConfig = field(default_factory=DSGConfig)
     di: DeepInversionConfig = field(default_factory=DeepInversionConfig)
     adi: AdaptiveDeepInversionConfig = field(default_factory=AdaptiveDeepInversionConfig)
+    lapq: LAPQConfig = field(default_factory=LAPQConfig)
+    bitsplit: BitSplitConfig = field(default_factory=BitSplitConfig)
 
     def scaled(self, share: float) -> MethodSettings:
         """Every schedule in ``share`` of its iterations, milestones and phases with it."""
