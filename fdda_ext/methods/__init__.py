@@ -4,21 +4,28 @@ import difflib
 
 from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
+from .adaquant import AdaQuant, AdaQuantConfig
 from .base import Method, Problem
+from .brecq import BRECQ, BRECQConfig
 from .calibration import MSE, CalibrationDistillation, MinMax
 from .distillation import DistillationConfig, Student, distillation_loss
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
+from .qdrop import QDrop, QDropConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
 from .zaq import ZAQ, ZAQConfig
 
 __all__ = [
+    "BRECQ",
     "FDDA",
     "GDFQ",
     "METHODS",
     "MSE",
     "ZAQ",
+    "AdaQuant",
+    "AdaQuantConfig",
+    "BRECQConfig",
     "CalibrationDistillation",
     "DistillationConfig",
     "FDDAConfig",
@@ -27,6 +34,8 @@ __all__ = [
     "MethodSettings",
     "MinMax",
     "Problem",
+    "QDrop",
+    "QDropConfig",
     "Qimera",
     "QimeraConfig",
     "ZAQConfig",
@@ -42,6 +51,9 @@ METHODS: dict[str, type[Method]] = {
     "gdfq": GDFQ,
     "qimera": Qimera,
     "zaq": ZAQ,
+    "brecq": BRECQ,
+    "qdrop": QDrop,
+    "adaquant": AdaQuant,
     "minmax": MinMax,
     "mse": MSE,
 }

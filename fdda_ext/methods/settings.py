@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from .adaquant import AdaQuantConfig
+from .brecq import BRECQConfig
 from .distillation import DistillationConfig
 from .fdda import FDDAConfig
 from .gdfq import GDFQConfig
+from .qdrop import QDropConfig
 from .qimera import QimeraConfig
 from .zaq import ZAQConfig
 
@@ -23,6 +26,9 @@ class MethodSettings:
         gdfq: The generator of GDFQ.
         qimera: The generator of Qimera.
         zaq: The generator of ZAQ.
+        brecq: The reconstruction of BRECQ.
+        qdrop: The reconstruction of QDrop.
+        adaquant: The calibration of AdaQuant.
     """
 
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -30,6 +36,9 @@ class MethodSettings:
     gdfq: GDFQConfig = field(default_factory=GDFQConfig)
     qimera: QimeraConfig = field(default_factory=QimeraConfig)
     zaq: ZAQConfig = field(default_factory=ZAQConfig)
+    brecq: BRECQConfig = field(default_factory=BRECQConfig)
+    qdrop: QDropConfig = field(default_factory=QDropConfig)
+    adaquant: AdaQuantConfig = field(default_factory=AdaQuantConfig)
 
     def scaled(self, share: float) -> MethodSettings:
         """Every schedule in ``share`` of its iterations, milestones and phases with it."""
