@@ -198,7 +198,7 @@ def test_rounding_is_as_good_as_a_search_over_all():
         Data([inputs], targets),
         output_error,
         [torch.optim.Adam([soft.alpha], lr=0.03)],
-        steps=400,
+        steps=600,
         batch=64,
         random=torch.Generator().manual_seed(0),
     )
@@ -338,11 +338,10 @@ def test_adaquant_keeps_the_best_state_on_held_out_images():
     before = method.student.get_submodule("0").weight.clone()
     run(method, end=10)
     assert torch.equal(method.student.get_submodule("0").weight, before), "ruin is undone"
-    task = problem(weight_bits=2)
-    gentle = build_method("adaquant", task, tiny(lr=3e-3, steps=40, held_out=0.2))
-    gentle.step(0)
+    gentle = build_method("adaquant", problem(weight_bits=2), tiny(steps=40, held_out=0.2))
+    run(gentle, end=41)  # the image is white noise, for which the first layer's nearest is best
     current, first = gentle.current, gentle.current.best_error
-    run(gentle, 1, 40)
+    run(gentle, 41, 80)
     assert current.best_error < 0.9 * first
 
 
@@ -431,7 +430,7 @@ def test_a_run_stopped_between_units_and_early_in_one_resumes(name):
 def test_labels_do_not_matter_and_errors_fall(name):
     task = problem(right=True, weight_bits=2, weight_range="lp")
     other = replace(task, labels=task.labels.flip(0))
-    settings = tiny(steps=150, rounding=RoundingConfig(lr=0.02), lr=3e-3)
+    settings = tiny(steps=60, rounding=RoundingConfig(lr=0.05), lr=3e-3)
     methods = [build_method(name, p, settings) for p in (task, other)]
     target = task.teacher(task.images)
     with torch.no_grad():
@@ -446,12 +445,12 @@ def test_labels_do_not_matter_and_errors_fall(name):
 
 @pytest.mark.parametrize("name", ["brecq", "qdrop"])
 def test_roundings_are_decided_in_the_end(name):
-    settings = tiny(steps=500, scale_steps=0, rounding=RoundingConfig(lr=0.03))
-    method = build_method(name, problem(), settings)
+    rounding = RoundingConfig(lr=0.05, weight=0.1)
+    method = build_method(name, problem(), tiny(steps=300, scale_steps=0, rounding=rounding))
     metrics = run(method)
     for index in range(len(method.units)):
-        assert float(metrics[500 * index]["decided"]) < 0.5
-        assert float(metrics[500 * index + 499]["decided"]) >= 0.999
+        assert float(metrics[300 * index]["decided"]) < 0.5
+        assert float(metrics[300 * index + 299]["decided"]) >= 0.999
 
 
 def test_ends_at_eight_bits_are_reconstructed_too():
