@@ -445,7 +445,7 @@ def test_labels_do_not_matter_and_errors_fall(name):
 
 @pytest.mark.parametrize("name", ["brecq", "qdrop"])
 def test_roundings_are_decided_in_the_end(name):
-    rounding = RoundingConfig(lr=0.05, weight=0.1)
+    rounding = RoundingConfig(lr=0.05, weight=1.0)
     method = build_method(name, problem(), tiny(steps=300, scale_steps=0, rounding=rounding))
     metrics = run(method)
     for index in range(len(method.units)):
