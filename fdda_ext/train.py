@@ -564,6 +564,8 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
         f"{q.first_last_bits} bits" if q.first_last_bits else "included"
     )
+    if q.layer_bits:
+        bits += f", weights of {len(q.layer_bits)} layers by name"
     together = f"; {world_size()} processes" if world_size() > 1 else ""
     console.print(
         f"{config.model} on {config.data}: {bits}; results in {path}{together}", highlight=False

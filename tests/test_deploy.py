@@ -73,6 +73,18 @@ def test_program_computes_what_the_student_computes(images, bits, first_last_bit
     assert_same_function(student, images)
 
 
+def test_layers_of_different_bits(images, tmp_path):
+    names = ("conv1", "conv2", "expand", "depthwise", "project", "last", "fc")
+    layer_bits = dict(zip(names, range(2, 9), strict=True))
+    program = assert_same_function(
+        student_of(small_network(), images, layer_bits=layer_bits), images
+    )
+    save_program(tmp_path / "p", program)
+    again = load_program(tmp_path / "p")
+    assert {name: bits for name, bits, *_ in stored_bytes(again)} == layer_bits
+    assert torch.equal(again(images), program(images))
+
+
 @pytest.mark.parametrize("name", ["glyphs_resnet", "glyphs_mobilenet"])
 @pytest.mark.parametrize("first_last_bits", [None, 8])
 def test_shipped_networks_predict_the_same(name, first_last_bits):

@@ -114,6 +114,7 @@ def test_parse_bits():
         ({"activation_bits": 9}, "activation_bits between 2 and 8, got 9"),
         ({"activation_bits": None}, "activation_bits between 2 and 8, got None"),
         ({"first_last_bits": 16}, "first_last_bits between 2 and 8, got 16"),
+        ({"layer_bits": {"conv1": 9}}, "layer_bits between 2 and 8, got 9 for conv1"),
         ({"grid": "integer"}, "grid to be one of deploy, paper, got integer"),
         ({"weight_range": "max"}, "weight_range to be one of minmax, mse"),
         ({"activation_range": "kl"}, "activation_range to be one of"),
@@ -220,6 +221,17 @@ def test_table_of_the_small_network(network, images):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("grid", ["deploy", "paper"])
+def test_bits_of_single_layers(network, images, grid):
+    layer_bits = {"conv1": 5, "depthwise": 2}
+    student = student_of(network, images, first_last_bits=8, layer_bits=layer_bits, grid=grid)
+    rows = bits_table(student)
+    assert [row.weight_bits for row in rows] == [5, 4, 4, 2, 4, 4, 8]
+    for bad, hint in (("depthwize", "got depthwize; did you mean depthwise?"), ("bn1", "got bn1")):
+        with pytest.raises(UsageError, match=f"layer_bits of convolutions .* {hint}"):
+            student_of(network, images, layer_bits={bad: 3}, grid=grid)
+
+
 def test_eight_bits_stay_close_and_more_bits_are_closer(network, images):
     expected = network(images)
     errors = []

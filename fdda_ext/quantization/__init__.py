@@ -1,9 +1,11 @@
 """Fake quantization: configuration, quantizers, ranges, and the preparation of a student.
 
 ``prepare`` (prepare.py) decides which tensor gets a grid, ``calibrate`` (student.py) where each
-range ends, ``bits_table`` (report.py) shows the result.
+range ends, ``bits_table`` (report.py) shows the result. ``allocate_bits`` (allocation.py) chooses
+the bits of every layer under a budget.
 """
 
+from .allocation import allocate_bits
 from .config import QuantizationConfig, parse_bits
 from .prepare import prepare
 from .report import LayerBits, bits_table, render_bits
@@ -12,6 +14,7 @@ from .student import calibrate, project_scales_, scale_parameters, set_activatio
 __all__ = [
     "LayerBits",
     "QuantizationConfig",
+    "allocate_bits",
     "bits_table",
     "calibrate",
     "parse_bits",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import UsageError
@@ -26,6 +26,7 @@ class QuantizationConfig:
         first_last_bits: None for the same bits everywhere. A number, 8 in FDDA's "F8L8", is used
             instead for the weights of the first and the last layer, for the activation that the
             first layer makes, and for the last activation, the one that enters global pooling.
+        layer_bits: Of the weights of single layers, by qualified name; they override the two above.
         grid: "deploy": every tensor that enters a convolution, a linear layer or an average
             pooling lies on an integer grid. "paper": as the authors' code, asymmetric weights and
             ReLU outputs on a grid and everything else in float.
@@ -47,6 +48,7 @@ class QuantizationConfig:
     weight_bits: int = 4
     activation_bits: int = 4
     first_last_bits: int | None = None
+    layer_bits: dict[str, int] = field(default_factory=dict)
     grid: Literal["deploy", "paper"] = "deploy"
     image_bits: int = 8
     pooled_bits: int = 8
@@ -69,6 +71,11 @@ class QuantizationConfig:
             bits = getattr(self, name)
             if bits not in _BITS and not (name == "first_last_bits" and bits is None):
                 raise UsageError(f"quantization: expected {name} between 2 and 8, got {bits}")
+        for name, bits in self.layer_bits.items():
+            if bits not in _BITS:
+                raise UsageError(
+                    f"quantization: expected layer_bits between 2 and 8, got {bits} for {name}"
+                )
         ranges = ("minmax", "mse", "lp", "lsq", "percentile")
         for name, allowed in (
             ("grid", ("deploy", "paper")),

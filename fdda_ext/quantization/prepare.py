@@ -15,6 +15,7 @@ In the "paper" grid, exactly the outputs of ReLU and ReLU6 are quantized.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -170,11 +171,20 @@ def _quantize_layers(student: GraphModule, config: QuantizationConfig) -> None:
     modules = dict(student.named_modules())
     names = [str(n.target) for n in student.graph.nodes if n.op == "call_module"]
     weighted = [n for n in names if isinstance(modules[n], (nn.Conv2d, nn.Linear))]
+    layer_bits = dict.fromkeys(weighted, config.weight_bits)
+    if config.first_last_bits is not None:
+        layer_bits[weighted[0]] = layer_bits[weighted[-1]] = config.first_last_bits
+    for name, bits in config.layer_bits.items():
+        if name not in layer_bits:
+            close = difflib.get_close_matches(name, weighted, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UsageError(
+                f"prepare: expected layer_bits of convolutions and linear layers, got {name}{hint}"
+            )
+        layer_bits[name] = bits
     for name in names:
         module = modules[name]
-        bits = config.weight_bits
-        if config.first_last_bits is not None and name in (weighted[0], weighted[-1]):
-            bits = config.first_last_bits
+        bits = layer_bits.get(name, config.weight_bits)
         new: nn.Module
         if isinstance(module, nn.Conv2d):
             new = QuantizedConv2d.from_float(module, bits, config)
