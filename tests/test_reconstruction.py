@@ -1,5 +1,6 @@
 """BRECQ, QDrop, AdaQuant: units, rounding, losses against plain formulas, runs that resume."""
 
+import copy
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ from fdda_ext.methods import (
 )
 from fdda_ext.quantization import QuantizationConfig, bits_table, calibrate, prepare
 from fdda_ext.quantization.layers import QuantizedLinear
-from fdda_ext.quantization.quantizer import ActivationQuantizer
+from fdda_ext.quantization.quantizer import ActivationQuantizer, build_weight_quantizer
 from fdda_ext.reconstruction import (
     Data,
     Dropped,
@@ -36,6 +37,7 @@ from fdda_ext.reconstruction import (
     float_copy,
     output_error,
     partition,
+    prediction_costs,
     retune_norms,
     values_of,
 )
@@ -463,9 +465,30 @@ def test_ends_at_eight_bits_are_reconstructed_too():
         assert torch.equal(quantizer.values(quantizer.codes(plain.weight)), plain.weight)
 
 
+def test_average_bits_go_where_they_matter():
+    task = problem(first_last_bits=8)
+    student, images = task.student(), task.images
+    costs = prediction_costs(student, task.quantization, images, {"3": (2, 8), "8": (4,)})
+    plain = student.get_submodule("3")
+    quantizer = build_weight_quantizer(plain.weight, 2, task.quantization)
+    rounded = copy.deepcopy(task.teacher)
+    rounded[3].weight.data = quantizer(plain.weight).detach()
+    with torch.no_grad():
+        p, q = task.teacher(images).softmax(1), rounded(images).softmax(1)
+        expected = (p * (p.log() - q.log())).sum(1).mean()
+    assert costs["3"][2] == pytest.approx(float(expected), rel=1e-3)
+    assert 0 < costs["3"][8] < costs["3"][2] and set(costs["8"]) == {4}
+    for average, middle in ((7.0, 4), (8.0, 8), (3.6, 2)):
+        method = build_method("adaquant", task, tiny(average_bits=average))
+        assert [row.weight_bits for row in bits_table(method.student)] == [8, middle, 8]
+        assert method.quantization.layer_bits["3"] == middle
+    run(method)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: BRECQConfig(average_bits=1.0), "average_bits between 2 and 8, got 1.0"),
         (lambda: BRECQConfig(steps=0), "brecq: expected steps at least 1"),
         (lambda: BRECQConfig(granularity="stage"), "granularity to be one of layer, block"),
         (lambda: BRECQConfig(objective="kl"), "objective to be one of mse, fisher, got kl"),

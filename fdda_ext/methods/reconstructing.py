@@ -10,6 +10,7 @@ its epilogue; the first and the last layer are reconstructed like all others, wh
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from typing_extensions import Self, override
 
 from ..engine import must_fit, restore_random, stage
 from ..errors import UsageError
-from ..quantization import calibrate
+from ..quantization import allocate_bits, bits_table, calibrate
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.quantizer import ActivationQuantizer, LearnedActivationQuantizer
 from ..reconstruction import (
@@ -32,6 +33,7 @@ from ..reconstruction import (
     Unit,
     collect,
     float_copy,
+    prediction_costs,
     values_of,
 )
 from .base import Method, Problem
@@ -47,6 +49,8 @@ class ReconstructionConfig:
         steps: Of each unit.
         batch: Calibration images in a step.
         cache_megabytes: Inputs or targets of a unit that are larger are kept in a file.
+        average_bits: Of weights, over all layers: each gets 2, 4 or 8 bits, those whose rounding
+            changes predictions least the fewest; None for the bits of the quantization.
     """
 
     #: The method's name in messages.
@@ -55,10 +59,14 @@ class ReconstructionConfig:
     steps: int = 20_000
     batch: int = 32
     cache_megabytes: int = 4096
+    average_bits: float | None = None
 
     def __post_init__(self) -> None:
         self.check("at least 1", steps=self.steps >= 1, batch=self.batch >= 1)
         self.check("at least 0", cache_megabytes=self.cache_megabytes >= 0)
+        self.check(
+            "between 2 and 8", average_bits=self.average_bits is None or 2 <= self.average_bits <= 8
+        )
 
     def check(self, rule: str, **allowed: bool) -> None:
         """Refuse settings, by name, that are not ``allowed``: that do not obey ``rule``."""
@@ -71,10 +79,34 @@ class ReconstructionConfig:
         return replace(self, steps=max(round(self.steps * share), 1))
 
 
+#: Bits that a layer may have, and images on which that is decided.
+_CHOICES, _LOOKED_AT = (2, 4, 8), 256
+
+
+def _with_average_bits(problem: Problem, average_bits: float) -> Problem:
+    """Bits of layers by integer programming (AdaQuant), from the costs of each alone.
+
+    Layers that have bits of their own already, by name or as first and last, keep them.
+    """
+    config, student = problem.quantization, problem.student()
+    rows = bits_table(student)
+    ends = [] if config.first_last_bits is None else [rows[0].name, rows[-1].name]
+    choices = {
+        row.name: (row.weight_bits,) if row.name in (*config.layer_bits, *ends) else _CHOICES
+        for row in rows
+    }
+    costs = prediction_costs(student, config, problem.images[:_LOOKED_AT], choices)
+    sizes = {row.name: math.prod(row.weight_shape) for row in rows}
+    layer_bits = allocate_bits(costs, sizes, average_bits)
+    return replace(problem, quantization=replace(config, layer_bits=layer_bits))
+
+
 class ReconstructionMethod(Method):
     """Units in turn; a method says what is learned of each, and for how long."""
 
     def __init__(self, problem: Problem, config: ReconstructionConfig) -> None:
+        if config.average_bits is not None:
+            problem = _with_average_bits(problem, config.average_bits)
         self.problem = problem
         self.schedule = config
         self.quantization = problem.quantization

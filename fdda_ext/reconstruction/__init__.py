@@ -2,7 +2,8 @@
 
 ``partition`` (units.py) cuts the student, `Cache` (cache.py) holds what goes into a part and should
 come out, `Reconstruction` (reconstruct.py) optimises it, the rounding of its weights (rounding.py)
-included; ``retune_norms`` (normalisation.py) may follow.
+included. ``prediction_costs`` (sensitivity.py) may come before, ``retune_norms`` (normalisation.py)
+after.
 """
 
 from .cache import Cache, collect
@@ -20,6 +21,7 @@ from .reconstruct import (
     values_of,
 )
 from .rounding import RoundingConfig, SoftlyRounded
+from .sensitivity import prediction_costs
 from .units import Granularity, Unit, partition, region
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "float_copy",
     "output_error",
     "partition",
+    "prediction_costs",
     "region",
     "retune_norms",
     "set_ranges",
