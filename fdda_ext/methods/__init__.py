@@ -4,8 +4,10 @@ import difflib
 
 from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
+from .adaquant import AdaQuant, AdaQuantConfig
 from .base import Method, Problem
 from .bitsplit import BitSplit, BitSplitConfig
+from .brecq import BRECQ, BRECQConfig
 from .calibration import MSE, CalibrationDistillation, MinMax, Noise
 from .deepinversion import (
     AdaptiveDeepInversion,
@@ -18,12 +20,14 @@ from .dsg import DSG, DSGConfig
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
 from .lapq import LAPQ, LAPQConfig
+from .qdrop import QDrop, QDropConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
 from .zaq import ZAQ, ZAQConfig
 from .zeroq import ZeroQ, ZeroQConfig
 
 __all__ = [
+    "BRECQ",
     "DSG",
     "FDDA",
     "GDFQ",
@@ -31,8 +35,11 @@ __all__ = [
     "METHODS",
     "MSE",
     "ZAQ",
+    "AdaQuant",
+    "AdaQuantConfig",
     "AdaptiveDeepInversion",
     "AdaptiveDeepInversionConfig",
+    "BRECQConfig",
     "BitSplit",
     "BitSplitConfig",
     "CalibrationDistillation",
@@ -48,6 +55,8 @@ __all__ = [
     "MinMax",
     "Noise",
     "Problem",
+    "QDrop",
+    "QDropConfig",
     "Qimera",
     "QimeraConfig",
     "ZAQConfig",
@@ -72,6 +81,9 @@ METHODS: dict[str, type[Method]] = {
     "noise": Noise,
     "lapq": LAPQ,
     "bitsplit": BitSplit,
+    "brecq": BRECQ,
+    "qdrop": QDrop,
+    "adaquant": AdaQuant,
     "minmax": MinMax,
     "mse": MSE,
 }
