@@ -71,6 +71,7 @@ class CompareConfig:
         budget: Seconds of training of every run, on an otherwise idle machine: schedules are
             stretched or shortened to it by what short trials take. None leaves them as they are.
         student_images: Instead of a time, how many images every student sees in its training.
+        share: Instead of both, the share of its schedule that every run has.
         jobs: Runs at a time.
         threads: CPU threads of each.
         out: Folder of all runs and results.
@@ -86,6 +87,7 @@ class CompareConfig:
     preset: str = "short"
     budget: float | None = None
     student_images: int | None = None
+    share: float | None = None
     jobs: int = 1
     threads: int = 1
     out: str = "runs/compare"
@@ -105,12 +107,16 @@ class CompareConfig:
         for end in self.ends:
             if end != "same" and end not in range(2, 9):
                 raise UsageError(f"compare: expected ends to be same or 2 to 8, got {end}")
-        for name in ("budget", "student_images", "jobs", "threads"):
+        for name in ("budget", "student_images", "share", "jobs", "threads"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"compare: expected {name} above 0, got {value}")
-        if self.budget is not None and self.student_images is not None:
-            raise UsageError("compare: expected budget or student_images, got both")
+        limits = [self.budget, self.student_images, self.share]
+        if sum(limit is not None for limit in limits) > 1:
+            raise UsageError(
+                "compare: expected one of budget, student_images and share, "
+                f"got {', '.join(str(limit) for limit in limits)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -343,7 +349,7 @@ def schedule_share(
             for all methods.
     """
     if config.budget is None and config.student_images is None:
-        return 1.0
+        return config.share or 1.0
     run, _ = parse_arguments(run_arguments(config, cell, rest))
     if config.student_images is not None:
         step = run.settings.distillation
@@ -375,6 +381,7 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
     fixed = {
         "budget": config.budget,
         "student_images": config.student_images,
+        "share": config.share,
         "preset": config.preset,
         "threads": config.threads,
         "arguments": list(rest),

@@ -101,7 +101,7 @@ class TrainConfig:
     """What to quantize, how, and where the result goes.
 
     Attributes:
-        method: fdda; distill (the same without generated images), minmax or mse (ranges only), lapq,
+        method: fdda; distill (the same without generated images); minmax, mse (ranges only); lapq,
             bitsplit, adaquant, brecq, qdrop; without real images gdfq, qimera, zaq, zeroq, dsg, di,
             adi, noise.
         model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME or pytorchcv:NAME.

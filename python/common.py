@@ -1,5 +1,6 @@
 """What the programs beside this file share: runs that are not repeated, and tables."""
 
+import argparse
 import csv
 import json
 import statistics
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fdda_ext.compare import main as compare
 from fdda_ext.engine import RunFolder
 from fdda_ext.train import main as train
 
@@ -43,3 +45,68 @@ def write_table(
     text = "\n".join([f"### {title}", "", *lines, *(["", note] if note else [])]) + "\n"
     stem.with_suffix(".md").write_text(text)
     print(text)
+
+
+#: Training cost as published for ImageNet, and by whom, where it is known.
+PUBLISHED_COST = {
+    "fdda": "7 GPU hours, ResNet-18 (supplement)",
+    "gdfq": "over 10 h, ResNet-18, V100 (authors of GENIE)",
+    "di": "6 min for 84 images, V100 (authors' code)",
+    "zeroq": "30 s, ResNet-50, 8 V100 (authors)",
+    "brecq": "20 min, ResNet-18, GTX 1080 Ti (authors)",
+}
+#: Of fdda_ext.compare: limit of the schedule, seeds; and arguments of fdda_ext.train.
+COST_BUDGETS = {
+    "smoke": (["--share=0.01"], "0", ["--test_limit=71"]),
+    "short": ([], "0", ["--test_limit=2130"]),
+    "full": ([], "0,1,2", []),
+}
+
+
+def cost_table(description: str | None, name: str, methods: Sequence[str]) -> None:
+    """Tables S1 and S2: what the training of every method costs here, and what comes of it."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", default=list(methods))
+    parser.add_argument("--model", default="glyphs_resnet")
+    parser.add_argument("--data", default="glyphs")
+    parser.add_argument("--bits", default="W4A4")
+    parser.add_argument("--images-per-class", type=int, default=1)
+    parser.add_argument("--preset", default="short", help="of every method")
+    parser.add_argument("--budget", choices=COST_BUDGETS, default="short", help="seeds and images")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs") / name)
+    options = parser.parse_args()
+    limit, seeds, arguments = COST_BUDGETS[options.budget]
+    folder = options.out / options.budget
+    compare(
+        [
+            *(f"--methods={','.join(options.methods)}", f"--models={options.model}"),
+            *(f"--bits={options.bits}", f"--preset={options.preset}", f"--seeds={seeds}"),
+            *(f"--images_per_class={options.images_per_class}", f"--out={folder}", *limit, "--"),
+            *(f"--data={options.data}", f"--device={options.device}", *arguments),
+        ]
+    )
+    with (folder / "comparison.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    rows = []
+    for method in options.methods:
+        runs = [line for line in lines if line["name"] == method]
+        minutes = [float(run["seconds"]) / 60 for run in runs]
+        rows.append(
+            [
+                method,
+                PUBLISHED_COST.get(method, "not known"),
+                mean_and_spread(minutes),
+                mean_and_spread([float(run["top1"]) for run in runs]),
+                runs[0]["real_images"],
+                runs[0]["made_images"],
+                max(int(run["peak_memory"]) for run in runs),
+            ]
+        )
+    title = f"Training cost, {options.model} on {options.data}, {options.bits}, {options.device}"
+    header = ("method", "published", "minutes here", "top-1 %", "real images", "made images", "MiB")
+    float_top1 = float(lines[0]["float_top1"])
+    note = f"Float network: {float_top1:.2f} %, {lines[0]['images']} test images, preset "
+    write_table(options.out / options.budget / name, title, header, rows, note + options.preset)

@@ -113,6 +113,13 @@ def test_student_images_are_equal():
     assert compare.schedule_share(config, cell, [], {}) == 1
 
 
+def test_a_share_of_the_schedule_is_what_runs_have():
+    for arguments, share in (["--share=0.25"], 0.25), ([], 1.0):
+        config, _ = parse(*arguments)
+        cell = compare.Cell(SETTING, "fdda", "published", 0)
+        assert compare.schedule_share(config, cell, [], {}) == share
+
+
 def test_trials_tell_preparation_from_iterations_at_any_speed(monkeypatch):
     """A machine that gets slower all the time: preparing takes 5 yardsticks, an iteration 2."""
     now, speed = [0.0], [1.0]
@@ -231,7 +238,8 @@ def test_what_a_run_cannot_take_is_refused_before_any(tmp_path, arguments):
         (["--bits=W9A4"], "bits of the form W4A4, each between 2 and 8, got W9A4"),
         (["--ends=9"], "ends to be same or 2 to 8, got 9"),
         (["--budget=0"], "budget above 0, got 0"),
-        (["--budget=1", "--student_images=1"], "budget or student_images, got both"),
+        (["--budget=1", "--student_images=1"], "one of budget, .*, got 1.0, 1, None"),
+        (["--share=0"], "share above 0, got 0"),
         (["--preset=long"], "preset to be one of .*, got long"),
         (["--mode=mine"], "mode"),
     ],

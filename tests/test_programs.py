@@ -122,3 +122,16 @@ def test_the_class_losses_begin_where_they_are_told(monkeypatch):
     # Two BN layers.
     methods = [ablation.class_losses_from(quarter)(problem(), settings()) for quarter in range(4)]
     assert [method.first_layer for method in methods] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "known", "real"),
+    [("table_s1_zeroshot_cost", "gdfq", True, "0"), ("table_s2_ptq_cost", "lapq", False, "71")],
+)
+def test_costs_stand_beside_published_ones(tmp_path, name, method, known, real):
+    run(name, tmp_path, "--methods", method)
+    (stem,) = (tmp_path / "smoke").glob("table_s?.csv")
+    (row,) = table(stem)
+    assert (row["method"], row["real images"]) == (method, real)
+    assert (row["published"] != "not known") == known
+    assert float(row["minutes here"]) > 0
