@@ -33,13 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--images", type=int, default=REPORT_IMAGES, help="of the run's split, to compare on"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--max_unreadable", type=int, default=0, help="damaged image files that are left out"
+    )
     options = parse_or_refuse(parser, arguments)
     check_machine("visualize", device=options.device)
     if options.images < 1:
         raise UsageError(f"visualize: expected images at least 1, got {options.images}")
-    config, stored = parse_arguments(
-        ["--resume", f"--out={options.run}", f"--device={options.device}"]
-    )
+    names = ("device", "max_unreadable")
+    here = [f"--{name}={getattr(options, name)}" for name in names]
+    config, stored = parse_arguments(["--resume", f"--out={options.run}", *here])
     problem, opened = build_problem(config)
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
     folder = RunFolder(Path(options.run), stored, resume=True, inputs=inputs_digest(problem))

@@ -111,7 +111,7 @@ def draw_planes(points: list[np.ndarray], labels: np.ndarray, names: list[str], 
     handles, found = panel.get_legend_handles_labels()
     figure.legend(handles, found, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(
-        f"t-SNE of BN statistics, {options.model}: a point is {images} images of one class",
+        f"t-SNE of BN statistics, {options.model}\na point: {images} images of one class",
         fontsize=11,
     )
     figure.savefig(options.out / "bns_tsne.png", dpi=150)

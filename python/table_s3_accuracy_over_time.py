@@ -7,7 +7,7 @@
 The runs are those of fdda_ext.compare, which gives every method a schedule of the same time;
 measurements do not count. What was stopped goes on. Below --out: curve.csv with every
 measurement, table.csv and .md, curve.png. Between two measurements, accuracy is on the line between
-them; before the first one it is not known.
+them, before the first unknown, and after the last the same.
 """
 
 import argparse
