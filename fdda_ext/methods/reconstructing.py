@@ -3,9 +3,11 @@
 It learns to compute in integers what it computed in float, on calibration images without labels.
 
 Where they all differ from their papers: BN stays separate and fixed, where the papers fold it into
-the layer before, which is the same function and, with a scale for every channel, the same grid;
-calibration images are not augmented; biases stay in float, as the integer program folds them into
-its epilogue; the first and the last layer are reconstructed like all others, whatever their bits.
+the layer before, which is the same function and, with a scale for every channel, the same grid.
+Calibration images are not augmented. Biases stay in float, as the integer program folds them into
+its epilogue. The first and the last layer are reconstructed like all others, whatever their bits.
+Mixed precision (`average_bits`) is an integer program as in AdaQuant, where BRECQ has a genetic
+search, on what the rounding of one layer alone does to predictions.
 """
 
 from __future__ import annotations
