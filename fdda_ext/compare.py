@@ -17,18 +17,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 
+from .data import ImageDataset, takes_preprocessing
 from .engine import RunFolder, build_parser, parse_or_refuse, run_command, with_underscores
 from .engine.checkpoint import atomic_write_text
 from .errors import UsageError
 from .methods import METHODS, build_method, method_class
 from .quantization import parse_bits
-from .train import TrainConfig, build_problem, parse_arguments, preset_path
+from .train import TrainConfig, build_problem, parse_arguments, preset_path, test_batches
+from .visualization import comparison, some_images
 
 __all__ = ["CompareConfig", "Setting", "main"]
 
@@ -270,44 +273,75 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
 # ---- equal budgets ------------------------------------------------------------------------------
 
 #: Iterations of the two trials that a schedule's time is judged by.
-_TRIALS = (8, 20)
+_TRIALS = (10, 40)
 #: No schedule is stretched or shortened further.
 _SHARES = (1 / 64, 64.0)
 
 
-def trial_seconds(config: TrainConfig) -> tuple[float, float]:
-    """Seconds that a run takes whatever its schedule, and those of the whole schedule, 0 for none.
+def trial(config: TrainConfig) -> tuple[float, float, float]:
+    """What a run takes whatever its schedule, and what its whole schedule takes, 0 for none.
 
-    Two shortened schedules of different lengths are run. On a CPU with one thread the time is the
-    processor's, which other processes do not lengthen.
+    Two shortened schedules of different lengths are run. A machine's speed changes while other
+    processes come and go; so after every step a yardstick is timed, the float network forward and
+    backward on at most 32 images, and all is told in yardsticks. On a CPU with one thread the time
+    is the processor's, which waiting for it does not lengthen.
+
+    Returns:
+        Both, in yardsticks, and the seconds of one.
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
     problem, _ = build_problem(config)
     settings = config.settings
     planned = build_method(config.method, problem, settings).iterations
     if planned == 0:
-        return 0.0, 0.0
+        return 0.0, 0.0, 1.0
+    images = problem.images[:32].clone().requires_grad_()
     on_cpu = problem.device.type == "cpu" and config.threads == 1
-    clock = time.process_time if on_cpu else time.perf_counter
-    times, shares = [], []
-    for iterations in _TRIALS:
-        begin = clock()
-        share = min(iterations / planned, 1.0)
-        method = build_method(config.method, problem, settings.scaled(share))
-        for iteration in range(method.iterations):
-            method.step(iteration)
+
+    def now() -> float:
         if problem.device.type == "cuda":
             torch.cuda.synchronize(problem.device)
-        times.append(clock() - begin)
+        return time.process_time() if on_cpu else time.perf_counter()
+
+    def yardstick() -> float:
+        begin = now()
+        problem.teacher(images).sum().backward()
+        return now() - begin
+
+    yardstick()
+    took, shares, yardsticks = [], [], []
+    for iterations in _TRIALS:
+        share = min(iterations / planned, 1.0)
+        begin = now()
+        method = build_method(config.method, problem, settings.scaled(share))
+        spent, own = now() - begin, [yardstick()]
+        for iteration in range(method.iterations):
+            begin = now()
+            method.step(iteration)
+            spent += now() - begin
+            own.append(yardstick())
+        took.append(spent / statistics.mean(own))
         shares.append(share)
-    if shares[0] == shares[1] or times[1] <= times[0]:  # too few iterations to tell
-        return 0.0, times[1] / shares[1]
-    whole = (times[1] - times[0]) / (shares[1] - shares[0])
-    return max(times[0] - whole * shares[0], 0.0), whole
+        yardsticks += own
+    length = statistics.median(yardsticks)
+    if shares[0] == shares[1] or took[1] <= took[0]:  # too few iterations to tell
+        return 0.0, took[1] / shares[1], length
+    whole = (took[1] - took[0]) / (shares[1] - shares[0])
+    return max(took[0] - whole * shares[0], 0.0), whole, length
 
 
-def schedule_share(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> float:
-    """The share of its schedule that a run has in the budget."""
+def schedule_share(
+    config: CompareConfig, cell: Cell, rest: Sequence[str], yardsticks: dict[str, float]
+) -> float:
+    """The share of its schedule that a run has in the budget.
+
+    Args:
+        config: With the budget.
+        cell: The run.
+        rest: Its further arguments.
+        yardsticks: Seconds by network; the first trial of a network adds its own, which then hold
+            for all methods.
+    """
     if config.budget is None and config.student_images is None:
         return 1.0
     run, _ = parse_arguments(run_arguments(config, cell, rest))
@@ -317,9 +351,11 @@ def schedule_share(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> fl
         has_step = METHODS[run.method].distils and seen
         return config.student_images / seen if has_step else 1.0
     assert config.budget is not None
-    fixed, whole = trial_seconds(run)
+    fixed, whole, length = trial(run)
     if whole == 0:  # nothing to train
         return 1.0
+    length = yardsticks.setdefault(cell.pace.partition("/")[0], length)
+    fixed, whole = fixed * length, whole * length
     if fixed >= config.budget:
         raise UsageError(
             f"compare: expected budget to exceed the {fixed:.0f} s that {cell.method} takes "
@@ -343,7 +379,7 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
         "threads": config.threads,
         "arguments": list(rest),
     }
-    stored: dict[str, Any] = {"fixed": fixed, "shares": {}}
+    stored: dict[str, Any] = {"fixed": fixed, "yardsticks": {}, "shares": {}}
     if path.exists():
         stored = json.loads(path.read_text())
         if stored["fixed"] != fixed:
@@ -358,7 +394,7 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
             if cell.pace not in shares:
                 console.print(f"{cell.pace}: measuring", highlight=False)
                 whole = replace(cell, method=_method_of(cell.method))
-                shares[cell.pace] = schedule_share(config, whole, rest)
+                shares[cell.pace] = schedule_share(config, whole, rest, stored["yardsticks"])
                 path.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write_text(path, json.dumps(stored, indent=2) + "\n")
     return shares
@@ -378,7 +414,7 @@ def run_cell(config: CompareConfig, cell: Cell, share: float, rest: Sequence[str
         return None
     arguments = [*run_arguments(config, cell, rest), f"--schedule_share={share}"]
     if (folder / "config.yaml").exists():
-        arguments = [f"--threads={config.threads}", "--resume"]
+        arguments = [f"--threads={config.threads}", "--resume", "--no_report"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_suffix(".log")
     with log.open("a") as file:
@@ -480,6 +516,10 @@ def render(setting: Setting, results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+#: Real images that statistics are compared with, and images of every method that are shown.
+_REAL_IMAGES, _SHOWN_IMAGES = 512, 16
+
+
 def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
     """``comparison.md``, ``comparison.csv`` and ``comparison.png``; the Markdown is returned."""
     out = Path(config.out)
@@ -500,40 +540,62 @@ def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
                     writer.writeheader()
                 writer.writerow(line)
     if tables:
-        plot(tables, out / "comparison.png")
+        panels = {
+            setting.title.replace(", first", ",\nfirst"): (
+                results[0].float_top1,
+                {result.row: result.top1 for result in results},
+            )
+            for setting, results in tables
+        }
+        (out / "comparison.png").write_bytes(comparison.accuracies(panels))
     return text
 
 
-def plot(tables: Sequence[tuple[Setting, Sequence[Result]]], path: Path) -> None:
-    """Top-1 of every run, a dot, and the means, a bar; one panel for each table."""
-    from matplotlib.figure import Figure
+def write_images(config: CompareConfig, rest: Sequence[str]) -> None:
+    """``NAME-images.png`` and ``NAME-distances.png``: what the first seed's images are like.
 
-    columns = min(len(tables), 2)
-    rows = -(-len(tables) // columns)
-    height = 1.1 + 0.27 * max(len(results) for _, results in tables)
-    figure = Figure(figsize=(5.2 * columns, height * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel in panels[len(tables) :]:
-        panel.set_visible(False)
-    for panel, (setting, results) in zip(panels, tables, strict=False):
-        places = range(len(results))
-        for place, result in zip(places, results, strict=True):
-            panel.plot(result.top1, [place] * len(result.top1), "o", ms=4, c="#0072B2", alpha=0.6)
-            panel.plot([result.mean] * 2, [place - 0.3, place + 0.3], c="#D55E00", lw=2)
-        panel.axvline(results[0].float_top1, c="#555555", ls="--", lw=1)
-        panel.set_yticks(places, [result.row for result in results])
-        panel.invert_yaxis()
-        panel.grid(axis="x", alpha=0.3)
-        panel.set_xlabel("top-1 %  (dots: seeds, bar: mean, dashed: float)")
-        panel.set_title(setting.title.replace(", first", ",\nfirst"), fontsize=9)
-    figure.savefig(str(path), dpi=120)
+    Bits hardly matter to them: one pair for each network and number of calibration images.
+    """
+    out = Path(config.out)
+    shown: dict[str, dict[str, Cell]] = {}
+    for setting in settings_of(config):
+        for cell in cells_of(config, setting):
+            if (cell.folder(out) / "images.safetensors").exists() and cell.method in METHODS:
+                name, _, row = cell.pace.partition("/")
+                shown.setdefault(name, {}).setdefault(row, cell)
+    for name, cells in shown.items():
+        run, _ = parse_arguments(run_arguments(config, next(iter(cells.values())), rest))
+        problem, opened = build_problem(run)
+        preprocessing = opened.preprocessing if takes_preprocessing(run.data) else None
+        batches = test_batches(run, preprocessing, _REAL_IMAGES)
+        dataset = cast(ImageDataset, batches.dataset)
+        real = some_images(batches, _REAL_IMAGES, problem.device)
+        made = {
+            row: load_file(str(cell.folder(out) / "images.safetensors"))["images"].to(real)
+            for row, cell in cells.items()
+        }
+        mean, std = (real.new_tensor(x).view(3, 1, 1) for x in (dataset.mean, dataset.std))
+        pictures = {
+            row: (images[:_SHOWN_IMAGES] * std + mean).clamp(0, 1)
+            for row, images in {"real": real, **made}.items()
+        }
+        noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0)).to(real)
+        compared = {"noise": noise, "calibration images": problem.images, **made}
+        (out / f"{name}-images.png").write_bytes(comparison.image_rows(pictures))
+        (out / f"{name}-distances.png").write_bytes(
+            comparison.distances(problem.teacher, compared, real)
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     config, rest = parse(arguments)
-    for spec in config.methods:
+    setting = settings_of(config)[0]
+    for number, spec in enumerate(config.methods):
         method_class(_method_of(spec))
+        if number == 0 or spec not in METHODS:  # what every run is given, and what a variant adds
+            cell = Cell(setting, spec, "published", config.seeds[0])
+            parse_arguments(run_arguments(config, cell, rest))
     console = Console()
     shares = all_shares(config, rest, console)
     cells = [cell for setting in settings_of(config) for cell in cells_of(config, setting)]
@@ -552,6 +614,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 console.print(failures[-1], highlight=False, markup=False)
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, which the runs have got, too
+    write_images(config, rest)
     console.print(write_results(config, shares), highlight=False, markup=False, soft_wrap=True)
     if failures:
         raise UsageError(

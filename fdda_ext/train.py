@@ -74,6 +74,7 @@ __all__ = [
     "parse_arguments",
     "report",
     "run",
+    "test_batches",
 ]
 
 _DESCRIPTION = """\
@@ -100,7 +101,9 @@ class TrainConfig:
     """What to quantize, how, and where the result goes.
 
     Attributes:
-        method: fdda, distill (the same without generated images), minmax or mse (ranges only).
+        method: fdda; distill (the same without generated images), minmax or mse (ranges only), lapq,
+            bitsplit, adaquant, brecq, qdrop; without real images gdfq, qimera, zaq, zeroq, dsg, di,
+            adi, noise.
         model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME or pytorchcv:NAME.
         weights: "default" for the trained weights that come with the model, torchvision's name of
             others, a file (safetensors, or a torch file of plain tensors) of this or another
@@ -611,10 +614,10 @@ def report(
     """
     with alone():
         limit = min(config.test_limit or images, images)
-        return write_report(folder, problem, _batches(config, preprocessing, limit))
+        return write_report(folder, problem, test_batches(config, preprocessing, limit))
 
 
-def _batches(
+def test_batches(
     config: TrainConfig, preprocessing: Preprocessing | None, limit: int | None
 ) -> BatchSource:
     """Of the split that accuracy is measured on, at most ``limit`` images."""
@@ -670,10 +673,10 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         measure_stages(config, problem, path, console)
         return []
 
-    test = _batches(config, preprocessing, config.test_limit)
+    test = test_batches(config, preprocessing, config.test_limit)
     curve = test
     if config.evaluate_every and config.evaluate_limit:
-        curve = _batches(config, preprocessing, config.evaluate_limit)
+        curve = test_batches(config, preprocessing, config.evaluate_limit)
     doubt = diagnose(problem.teacher, test.dataset, problem.num_classes, problem.device)
     if doubt is not None:
         console.print(f"[yellow]warning:[/] {escape(doubt)}", highlight=False)

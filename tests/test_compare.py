@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fdda_ext import compare, train
@@ -81,18 +82,22 @@ def test_a_variant_is_its_method_with_other_constants(monkeypatch):
     ("fixed", "whole", "share"), [(10.0, 100.0, 0.5), (0.0, 30.0, 2.0), (0.0, 0.0, 1.0)]
 )
 def test_the_budget_less_what_every_run_takes_gives_the_schedule(monkeypatch, fixed, whole, share):
-    monkeypatch.setattr(compare, "trial_seconds", lambda config: (fixed, whole))
+    monkeypatch.setattr(compare, "trial", lambda config: (fixed / 2, whole / 2, 2.0))
     config, _ = parse("--budget=60")
-    assert (
-        compare.schedule_share(config, compare.Cell(SETTING, "fdda", "published", 0), []) == share
-    )
+    cell = compare.Cell(SETTING, "fdda", "published", 0)
+    yardsticks: dict[str, float] = {}
+    assert compare.schedule_share(config, cell, [], yardsticks) == share
+    # A later trial, when the machine is twice as slow, is told in the yardsticks of the first.
+    monkeypatch.setattr(compare, "trial", lambda config: (fixed / 2, whole / 2, 4.0))
+    assert compare.schedule_share(config, cell, [], yardsticks) == share
+    assert yardsticks == ({"glyphs_resnet": 2.0} if whole else {})
 
 
 def test_a_budget_that_preparation_uses_up_is_refused(monkeypatch):
-    monkeypatch.setattr(compare, "trial_seconds", lambda config: (61.0, 1.0))
+    monkeypatch.setattr(compare, "trial", lambda config: (61.0, 1.0, 1.0))
     config, _ = parse("--budget=60")
     with pytest.raises(UsageError, match="budget to exceed the 61 s that fdda takes .*, got 60"):
-        compare.schedule_share(config, compare.Cell(SETTING, "fdda", "published", 0), [])
+        compare.schedule_share(config, compare.Cell(SETTING, "fdda", "published", 0), [], {})
 
 
 def test_student_images_are_equal():
@@ -100,36 +105,49 @@ def test_student_images_are_equal():
     for method, seen in (("fdda", 960), ("gdfq", 960), ("distill", 960)):
         cell = compare.Cell(SETTING, method, "published", 0)
         arguments = compare.run_arguments(config, cell, [])
-        share = compare.schedule_share(config, cell, [])
+        share = compare.schedule_share(config, cell, [], {})
         run, _ = train.parse_arguments([*arguments, f"--schedule_share={share}"])
         step = run.scheduled.distillation
         assert step.steps * (step.real_batch + step.generated_batch) == seen
     cell = compare.Cell(SETTING, "minmax", "published", 0)
-    assert compare.schedule_share(config, cell, []) == 1
+    assert compare.schedule_share(config, cell, [], {}) == 1
 
 
-def test_trials_tell_preparation_from_iterations(monkeypatch):
-    """A clock that a method's construction moves by 5 s, and every iteration by 2 s."""
-    now = [0.0]
+def test_trials_tell_preparation_from_iterations_at_any_speed(monkeypatch):
+    """A machine that gets slower all the time: preparing takes 5 yardsticks, an iteration 2."""
+    now, speed = [0.0], [1.0]
+
+    def work(amount: float) -> None:
+        now[0] += amount * speed[0]
+        speed[0] *= 1.001
 
     class Slow:
-        iterations = 0
+        def __init__(self, iterations):
+            self.iterations = iterations
 
         def step(self, iteration):
-            now[0] += 2
+            work(2)
 
     def build(name, problem, settings):
-        now[0] += 5
-        method = Slow()
-        method.iterations = settings.distillation.steps
-        return method
+        work(5)
+        return Slow(settings.distillation.steps)
 
+    class Teacher(torch.nn.Module):
+        def forward(self, images):
+            work(1)
+            return images
+
+    real = compare.build_problem
+    monkeypatch.setattr(
+        compare, "build_problem", lambda c: (replace(real(c)[0], teacher=Teacher()), None)
+    )
     monkeypatch.setattr(compare, "build_method", build)
     monkeypatch.setattr(compare.time, "process_time", lambda: now[0])
     config, _ = train.parse_arguments(["--settings.distillation.steps=120", "--threads=1"])
-    fixed, whole = compare.trial_seconds(config)
-    assert fixed == pytest.approx(5)
-    assert whole == pytest.approx(240)
+    fixed, whole, length = compare.trial(config)
+    assert fixed == pytest.approx(5, rel=0.05)
+    assert whole == pytest.approx(240, rel=0.01)
+    assert length == pytest.approx(1, rel=0.2)
 
 
 def plant(folder: Path, top1: float, **changes) -> None:
@@ -178,6 +196,8 @@ def test_runs_end_and_are_not_repeated(tmp_path, monkeypatch, capsys):
     stored = yaml.safe_load((out / "glyphs_resnet-W3A3/gdfq-seed0/config.yaml").read_text())
     assert stored["schedule_share"] == pytest.approx(64 / (600 * 32), rel=1e-2)
     assert "gdfq (common step)" in capsys.readouterr().out
+    for name in ("comparison", "glyphs_resnet-images", "glyphs_resnet-distances"):
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
     monkeypatch.setattr(subprocess, "run", None)
     compare.main(arguments)
@@ -190,6 +210,15 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     with pytest.raises(UsageError, match=r"got 1 that did not; .*error: model: expected one of"):
         compare.main([*arguments, f"--out={tmp_path}", "--", "--test_limit=71"])
     assert len(list(csv.DictReader((tmp_path / "comparison.csv").open()))) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--methods=minmax,gdfq+nonsense=1"], ["--methods=minmax", "--", "--nonsense=1"]]
+)
+def test_what_a_run_cannot_take_is_refused_before_any(tmp_path, arguments):
+    with pytest.raises(UsageError, match="unrecognized arguments: .*nonsense=1"):
+        compare.main([f"--out={tmp_path / 'out'}", *arguments])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -463,7 +463,7 @@ def test_a_run_leaves_its_images_and_a_student_of_the_chosen_bits(tmp_path):
     section = "--settings.zeroq."
     train.main(
         [
-            *("--method=zeroq", "--baselines=[]", "--threads=1", "--test_limit=71"),
+            *("--method=zeroq", "--baselines=[]", "--threads=1", "--test_limit=71", "--no_report"),
             *(f"{section}synthesis.images=8", f"{section}synthesis.steps=2"),
             *(f"{section}average_bits=3.5", f"--out={out}"),
         ]

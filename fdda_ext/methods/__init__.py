@@ -4,7 +4,10 @@ import difflib
 
 from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
+from .adaquant import AdaQuant, AdaQuantConfig
 from .base import Method, Problem
+from .bitsplit import BitSplit, BitSplitConfig
+from .brecq import BRECQ, BRECQConfig
 from .calibration import MSE, CalibrationDistillation, MinMax, Noise
 from .deepinversion import (
     AdaptiveDeepInversion,
@@ -16,20 +19,29 @@ from .distillation import DistillationConfig, Student, distillation_loss
 from .dsg import DSG, DSGConfig
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
+from .lapq import LAPQ, LAPQConfig
+from .qdrop import QDrop, QDropConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
 from .zaq import ZAQ, ZAQConfig
 from .zeroq import ZeroQ, ZeroQConfig
 
 __all__ = [
+    "BRECQ",
     "DSG",
     "FDDA",
     "GDFQ",
+    "LAPQ",
     "METHODS",
     "MSE",
     "ZAQ",
+    "AdaQuant",
+    "AdaQuantConfig",
     "AdaptiveDeepInversion",
     "AdaptiveDeepInversionConfig",
+    "BRECQConfig",
+    "BitSplit",
+    "BitSplitConfig",
     "CalibrationDistillation",
     "DSGConfig",
     "DeepInversion",
@@ -37,11 +49,14 @@ __all__ = [
     "DistillationConfig",
     "FDDAConfig",
     "GDFQConfig",
+    "LAPQConfig",
     "Method",
     "MethodSettings",
     "MinMax",
     "Noise",
     "Problem",
+    "QDrop",
+    "QDropConfig",
     "Qimera",
     "QimeraConfig",
     "ZAQConfig",
@@ -64,6 +79,11 @@ METHODS: dict[str, type[Method]] = {
     "di": DeepInversion,
     "adi": AdaptiveDeepInversion,
     "noise": Noise,
+    "lapq": LAPQ,
+    "bitsplit": BitSplit,
+    "brecq": BRECQ,
+    "qdrop": QDrop,
+    "adaquant": AdaQuant,
     "minmax": MinMax,
     "mse": MSE,
 }

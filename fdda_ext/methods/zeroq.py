@@ -51,7 +51,7 @@ class ZeroQConfig(OptimisedImagesConfig):
 
     Attributes:
         average_bits: Of a weight, at most; layers then get `candidate_bits` by their sensitivity.
-            None for the quantization's own bits.
+            None for the quantization's own bits. A run's bits.txt says what each layer got.
         candidate_bits: What a layer may get.
     """
 

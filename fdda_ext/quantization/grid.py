@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ..ops import fake_quantize
 
-__all__ = ["MIN_SCALE", "Grid", "paper_quantize", "straight_through"]
+__all__ = [
+    "MIN_SCALE",
+    "Grid",
+    "along_channels",
+    "paper_quantize",
+    "paper_steps",
+    "straight_through",
+]
 
 #: Smallest scale: below any that random initial weights lead to, its inverse far from overflow.
 MIN_SCALE = 1e-20
@@ -99,9 +106,19 @@ def paper_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
         bits: Of the codes.
     """
     half = 2 ** (bits - 1)
-    s = (2**bits - 1) / (high - low).clamp_min(1e-8)
-    z = (s * low).round_().add_(half)
+    s, z = paper_steps(low, high, bits)
     return (x * s).sub_(z).round_().clamp_(-half, half - 1).add_(z).div_(s)
+
+
+def paper_steps(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The s and z of `paper_quantize`."""
+    s = (2**bits - 1) / (high - low).clamp_min(1e-8)
+    return s, (s * low).round_().add_(2 ** (bits - 1))
+
+
+def along_channels(x: Tensor, like: Tensor) -> Tensor:
+    """``x [C]`` in a shape that broadcasts with ``like [C, *]``."""
+    return x.view((-1,) + (1,) * (like.dim() - 1))
 
 
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..distribution import extremes
 from ..ops import fake_quantize
 from .config import QuantizationConfig
-from .grid import Grid, paper_quantize, straight_through
+from .grid import Grid, along_channels, paper_quantize, paper_steps, straight_through
 from .ranges import Histogram, RangeRule, find_range
 
 __all__ = [
@@ -56,6 +57,18 @@ class WeightQuantizer(nn.Module):
         """Take ``low`` and ``high`` ``[C]`` as the ends of the channels' ranges."""
         raise NotImplementedError
 
+    def position(self, weight: Tensor) -> Tensor:
+        """Where ``weight [C, *]`` lies among the codes: before rounding and clamping."""
+        raise NotImplementedError
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What ``codes [C, *]`` stand for, fractions included: the inverse of `position`."""
+        raise NotImplementedError
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """The integers, in float32, that ``weight [C, *]`` is rounded to."""
+        return self.position(weight).round_().clamp_(self.grid.quant_min, self.grid.quant_max)
+
     def extra_repr(self) -> str:
         """Bits and kind of grid."""
         return f"{self.grid.bits} bits, {self.grid.kind}"
@@ -92,11 +105,14 @@ class LearnedWeightQuantizer(WeightQuantizer):
         scale = _scale_gradient(self.scale, self.gradient_factor)
         return fake_quantize(weight, scale, self.zero_point, self.quant_min, self.quant_max, 0)
 
+    @override
     @torch.no_grad()
-    def codes(self, weight: Tensor) -> Tensor:
-        """The integers, in float32, that ``weight [C, *]`` is rounded to."""
-        inverse = 1 / self.scale.view((-1,) + (1,) * (weight.dim() - 1))
-        return (weight * inverse).round_().clamp_(self.quant_min, self.quant_max)
+    def position(self, weight: Tensor) -> Tensor:
+        return weight * (1 / along_channels(self.scale, weight))
+
+    @override
+    def values(self, codes: Tensor) -> Tensor:
+        return codes * along_channels(self.scale, codes)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take the tightest scales that reach from ``low`` to ``high [C]``."""
@@ -125,9 +141,26 @@ class PaperWeightQuantizer(WeightQuantizer):
         """Round ``weight [C, *]`` to its channels' grids."""
         values = weight.detach()
         low, high = values.flatten(1).aminmax(dim=1) if self.moving else (self.low, self.high)
-        shape = (-1,) + (1,) * (weight.dim() - 1)
-        quantized = paper_quantize(values, low.view(shape), high.view(shape), self.grid.bits)
-        return straight_through(weight, quantized)
+        low, high = along_channels(low, weight), along_channels(high, weight)
+        return straight_through(weight, paper_quantize(values, low, high, self.grid.bits))
+
+    @override
+    @torch.no_grad()
+    def position(self, weight: Tensor) -> Tensor:
+        steps, offset = self._steps(weight)
+        return (weight * steps).sub_(offset)
+
+    @override
+    def values(self, codes: Tensor) -> Tensor:
+        steps, offset = self._steps(codes)
+        return (codes + offset) / steps
+
+    def _steps(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The s and z of a range that stays."""
+        if self.moving:
+            raise ValueError("positions are for ranges that do not move with the weights")
+        low, high = along_channels(self.low, like), along_channels(self.high, like)
+        return paper_steps(low, high, self.grid.bits)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Keep ``low`` and ``high [C]``, unless every pass looks for its own."""

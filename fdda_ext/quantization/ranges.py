@@ -25,12 +25,13 @@ class RangeRule:
 
     Attributes:
         name: "minmax", the extremes; "lp", least error to the power of `exponent`; "lsq", from the
-            mean magnitude (LSQ: Esser et al., ICLR 2020, section 2.1); "percentile".
+            mean magnitude (LSQ: Esser et al., ICLR 2020, section 2.1); "percentile"; "lloyd", least
+            squared error by Lloyd's iterations from the largest value, for grids that begin at 0.
         exponent: Of "lp": 2 is the mean squared error, 2.4 LAPQ's and BRECQ's choice.
         percentile: Of "percentile": per cent of the values below the upper end, above the lower.
     """
 
-    name: Literal["minmax", "lp", "lsq", "percentile"]
+    name: Literal["minmax", "lp", "lsq", "percentile", "lloyd"]
     exponent: float = 2.0
     percentile: float = 99.9
 
@@ -62,6 +63,8 @@ def find_range(
         return _from_mean_magnitude(values, counts, low, high, grid)
     if rule.name == "percentile":
         return _percentiles(values, counts, low, high, rule.percentile / 100)
+    if rule.name == "lloyd":
+        return torch.zeros_like(high), _lloyd(values, counts, high, grid)
     return low, high
 
 
@@ -119,6 +122,24 @@ def _from_mean_magnitude(
     full = (high - low) / codes if grid.kind == "paper" else grid.parameters(low, high)[0]
     share = 2 * magnitude / math.sqrt(quant_max) / full.clamp_min(MIN_SCALE)
     return low * share, high * share
+
+
+def _lloyd(values: Tensor, counts: Tensor | None, high: Tensor, grid: Grid) -> Tensor:
+    """Upper end of a range from 0 on (Bit-Split: Wang et al., ICML 2020).
+
+    ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>`` in turn, until an s comes back.
+    """
+    codes = grid.quant_max - grid.quant_min
+    x = values.double()
+    weight = torch.ones_like(x) if counts is None else counts.double()
+    scale = high.double() / codes
+    seen: set[tuple[float, ...]] = set()
+    while tuple(scale.tolist()) not in seen:
+        seen.add(tuple(scale.tolist()))
+        q = (x / scale[:, None]).round_().clamp_(0, codes)
+        best = (weight * x * q).sum(1) / (weight * q * q).sum(1)
+        scale = torch.where(best > 0, best, scale)
+    return (scale * codes).to(high)
 
 
 def _percentiles(

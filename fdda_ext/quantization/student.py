@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -22,6 +23,7 @@ from .ranges import Histogram
 __all__ = [
     "activation_quantizers",
     "calibrate",
+    "collecting",
     "project_scales_",
     "scale_parameters",
     "set_activation_mode",
@@ -55,12 +57,8 @@ def calibrate(student: nn.Module, batches: Tensor | Iterable[Tensor]) -> None:
     for module in student.modules():
         if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
             module.weight_quantizer.calibrate(module.weight)
-    quantizers = activation_quantizers(student)
-    histograms = [Histogram() for _ in quantizers]
-    for quantizer, histogram in zip(quantizers, histograms, strict=True):
-        quantizer.mode, quantizer.histogram = "collect", histogram
-    seen = 0
-    try:
+    with collecting(activation_quantizers(student)):
+        seen = 0
         for batch in _as_batches(batches):
             if batch.dim() != 4:
                 raise UsageError(
@@ -71,11 +69,21 @@ def calibrate(student: nn.Module, batches: Tensor | Iterable[Tensor]) -> None:
                 continue
             student(batch)
             seen += batch.shape[0]
+        if not seen:
+            raise UsageError("calibrate: expected at least one image, got none")
+
+
+@contextmanager
+def collecting(quantizers: Sequence[ActivationQuantizer]) -> Iterator[None]:
+    """Set the ranges of ``quantizers`` from what passes through them inside; then they quantize."""
+    histograms = [Histogram() for _ in quantizers]
+    for quantizer, histogram in zip(quantizers, histograms, strict=True):
+        quantizer.mode, quantizer.histogram = "collect", histogram
+    try:
+        yield
     finally:
         for quantizer in quantizers:
             quantizer.mode, quantizer.histogram = "float", None
-    if not seen:
-        raise UsageError("calibrate: expected at least one image, got none")
     for quantizer, histogram in zip(quantizers, histograms, strict=True):
         quantizer.calibrate(histogram)
         quantizer.mode = "quantize"

@@ -1,4 +1,4 @@
-"""The report of a run: what is measured, drawn and written (measures, figures, page, report)."""
+"""What runs are looked at by: measures, figures, the report of one, the comparison of many."""
 
 from .figures import COLOURS, MARKERS, new_figure
 from .measures import (
@@ -7,6 +7,7 @@ from .measures import (
     layer_sqnr,
     predict,
     quartiles,
+    some_images,
     statistics_distance,
     time_in_turn,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "new_figure",
     "predict",
     "quartiles",
+    "some_images",
     "statistics_distance",
     "time_in_turn",
     "write_report",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "MARKERS", "bars", "curves", "image_columns", "new_figure", "panels"]
+__all__ = ["COLOURS", "MARKERS", "bars", "curves", "image_columns", "new_figure", "panels", "plain"]
 
 #: Okabe and Ito's palette, which colour-blind eyes can tell apart, and a shape for each.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -48,7 +48,7 @@ def render(figure: Figure, form: str) -> bytes:
     return buffer.getvalue()
 
 
-def _plain(axes: Axes, xlabel: str, ylabel: str) -> None:
+def plain(axes: Axes, xlabel: str, ylabel: str) -> None:
     """Labels, a light grid, and no more frame than is needed."""
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -85,7 +85,7 @@ def curves(
         axes.axhline(height, color=_GREY, linewidth=1.2, linestyle="--", label=name)
     if from_zero:
         axes.set_ylim(bottom=0)
-    _plain(axes, xlabel, ylabel)
+    plain(axes, xlabel, ylabel)
     figure.legend(loc="outside upper left", ncols=4, fontsize=8, frameon=False)
     return render(figure, "svg")
 
@@ -100,7 +100,7 @@ def panels(
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
     for axes, (name, (x, y)) in zip(grid, series.items(), strict=False):
         axes.plot(x, y, color=COLOURS[0], linewidth=1.2)
-        _plain(axes, "", "")
+        plain(axes, "", "")
         axes.set_title(name, fontsize=9, parse_math=False)
         positive = [value for value in y if value > 0]
         if len(positive) == len(y) and max(y) > 30 * min(y):
@@ -120,7 +120,7 @@ def bars(values: Mapping[str, float], label: str) -> bytes:
     axes = figure.subplots()
     places = range(len(values))
     axes.barh(places, list(values.values()), color=COLOURS[0], height=0.7)
-    _plain(axes, label, "")
+    plain(axes, label, "")
     axes.grid(visible=False, axis="y")
     axes.set_yticks(places, list(values), fontsize=7, parse_math=False)
     axes.set_ylim(len(values) - 0.4, -0.6)

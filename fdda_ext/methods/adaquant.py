@@ -1,0 +1,168 @@
+"""AdaQuant: layer-wise calibration (Hubara et al., ICML 2021).
+
+For each layer alone, weights, bias and the ranges of weights and of the input move freely, with
+straight-through gradients, to bring the quantized layer close to what it was in float::
+
+    L = mean ( f(Q_w(w), b, Q_x(x)) - y )^2
+
+f is the layer with its batch normalisation and, where one follows, its activation function. Inputs
+x are those that the quantized layers before it make (sequential), or the float network's
+(parallel, as in the paper's first version). Then, as an option, the statistics of batch
+normalisation are measured again through the quantized network.
+
+Departures: rates of ranges are relative, a share of the range in a step, where the code has
+absolute ones (1e-1 and 1e-3), which can ruin a layer of small values. Of eleven states on the way,
+the one that is best on held-out images is kept, where the code keeps the last. The bias that learns
+is that of the normalisation where a layer has one, to which the folded bias of the code
+corresponds, and it is not quantized. An activation that several layers read has one range, which
+the first of them learns. Zero points move only with quantization.learn_zero_points. The paper's
+grid has no ranges to learn. And those of `fdda_ext.methods.reconstructing`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
+
+from ..quantization.layers import QuantizedConv2d, QuantizedLinear
+from ..quantization.quantizer import LearnedWeightQuantizer
+from ..reconstruction import (
+    Data,
+    Reconstruction,
+    RelativeAdam,
+    Unit,
+    partition,
+    retune_norms,
+    set_ranges,
+)
+from .base import Problem
+from .reconstructing import ReconstructionConfig, ReconstructionMethod
+
+if TYPE_CHECKING:
+    from .settings import MethodSettings
+
+__all__ = ["AdaQuant", "AdaQuantConfig"]
+
+
+@dataclass(frozen=True)
+class AdaQuantConfig(ReconstructionConfig):
+    """AdaQuant; the defaults are those of the authors' code, but for the rates of ranges.
+
+    Attributes:
+        lr: Of Adam, on weights.
+        bias_lr: On biases.
+        weight_range_lr: On the scales of weights, relative.
+        activation_range_lr: On the scales of activations, relative; of learned zero points, as a
+            share of the codes.
+        sequential: Take a layer's input from the quantized network; else from the float one.
+        relu_loss: Compare after the activation function.
+        held_out: Share of the calibration images that only judges.
+        bn_tuning: Measure the statistics of batch normalisation again in the end.
+    """
+
+    name = "adaquant"
+
+    steps: int = 1_000
+    batch: int = 50
+    lr: float = 1e-5
+    bias_lr: float = 1e-3
+    weight_range_lr: float = 1e-3
+    activation_range_lr: float = 1e-3
+    sequential: bool = True
+    relu_loss: bool = True
+    held_out: float = 0.1
+    bn_tuning: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lr", "bias_lr", "weight_range_lr", "activation_range_lr"):
+            self.check("above 0 and finite", **{name: 0 < getattr(self, name) < math.inf})
+        self.check("at least 0 and below 1", held_out=0 <= self.held_out < 1)
+
+
+def mean_squared_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """L, of ``output`` and ``target [N, C, *]``."""
+    return F.mse_loss(output, target)
+
+
+class AdaQuant(ReconstructionMethod):
+    """One layer after the other."""
+
+    summary = "layer by layer: weights, biases and ranges move freely"
+    presets = "adaquant"
+
+    def __init__(self, problem: Problem, settings: MethodSettings) -> None:
+        self.config = settings.adaquant
+        super().__init__(problem, self.config)
+
+    @override
+    def partition(self) -> list[Unit]:
+        return partition(
+            self.student,
+            "layer",
+            self.problem.images[:1],
+            quantize="input",
+            activation=self.config.relu_loss,
+        )
+
+    @override
+    def begin(self, phase: str, unit: Unit) -> Reconstruction:
+        source = self.student if self.config.sequential else self.reference
+        (targets,) = self.cache(self.reference, unit.output)
+        data = Data(self.cache(source, *unit.inputs), targets)
+        function = unit.of(self.student)
+        set_ranges(self.quantizers(unit), function, data)
+        images = len(self.problem.images)
+        return Reconstruction(
+            function,
+            data,
+            mean_squared_error,
+            self._optimizers(unit, function),
+            self.config.steps,
+            self.config.batch,
+            self.random,
+            held_out=min(round(self.config.held_out * images), images - 1),
+        )
+
+    def _optimizers(self, unit: Unit, function: GraphModule) -> list[torch.optim.Optimizer]:
+        config = self.config
+        (layer,) = (self.student.get_submodule(name) for name in unit.layers)
+        assert isinstance(layer, (QuantizedConv2d, QuantizedLinear))
+        groups: list[dict[str, Any]] = [{"params": [layer.weight], "lr": config.lr}]
+        if (bias := self._bias(unit, function)) is not None:
+            groups.append({"params": [bias], "lr": config.bias_lr})
+        for quantizer in self.quantizers(unit):
+            zero_point = getattr(quantizer, "zero_point", None)
+            if isinstance(zero_point, nn.Parameter):
+                rate = config.activation_range_lr * quantizer.grid.quant_max
+                groups.append({"params": [zero_point], "lr": rate})
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(groups)]
+        ranges = []
+        if isinstance(layer.weight_quantizer, LearnedWeightQuantizer):
+            ranges.append({"params": [layer.weight_quantizer.scale], "lr": config.weight_range_lr})
+        if scales := self.scales(unit):
+            ranges.append({"params": scales, "lr": config.activation_range_lr})
+        return [*optimizers, RelativeAdam(ranges)] if ranges else optimizers
+
+    def _bias(self, unit: Unit, function: GraphModule) -> nn.Parameter | None:
+        """Of the normalisation after the layer, or else the layer's own."""
+        (name,) = unit.layers
+        (node,) = (n for n in function.graph.nodes if n.target == name)
+        for user in node.users:
+            norm = function.get_submodule(str(user.target)) if user.op == "call_module" else None
+            if isinstance(norm, _BatchNorm):
+                return cast("nn.Parameter | None", norm.bias)
+        return cast("nn.Parameter | None", function.get_submodule(name).bias)
+
+    @override
+    def end(self) -> None:
+        if self.config.bn_tuning:
+            retune_norms(self.student, self.problem.images)

@@ -1,0 +1,429 @@
+"""Bit-Split: bit-split and stitching (Wang et al., ICML 2020).
+
+A symmetric integer of b bits is a sum of b - 1 digits of -1, 0 or 1, so the weights w of an output
+are written ``w ~ alpha v``, ``v = sum_i B_i / 2^i``, i = 0 .. b - 2, whose integers v 2^(b-2) reach
+from -(2^(b-1) - 1) to 2^(b-1) - 1. Layer after layer:
+
+A. Rounding. From ``alpha = max|w| / (2^(b-1) - 1)``, repeat ``q = clip(round(w / alpha))`` and
+   ``alpha = <w, q> / <q, q>`` until alpha stays; digits are the bits of |q| with the sign of q.
+B. Weights. Repeat ``alpha = <w, v> / <v, v>``, then for every i the digits of least
+   ``|w - alpha v|^2``: with ``r = w - alpha (v - B_i / 2^i)`` and c = alpha / 2^i,
+   ``B_i = sign(r)`` where ``2 |r| >= c``, else 0.
+C. Responses. With the rows of X what the weights are multiplied with in the network quantized so
+   far, and Y the float network's responses, minimise ``|Y - alpha X v|^2`` in alpha,
+   ``<Y, X v> / <X v, X v>``, and in every digit in turn, all outputs at once: with A = X^T X and
+   D = (Y - alpha X v)^T X, digit n of plane i becomes, where ``h = D_n + c B_in A_nn``,
+   ``sign(h)`` if ``2 |h| >= c A_nn``, else 0, after which ``D -= c (new - old) A_n``.
+
+Then unsigned activations get the scale of least squared error near the full range, by Lloyd's
+iterations ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>``, with quantized weights and all
+activations in float. Batch normalisations take new statistics before and after that.
+
+Other than in the paper's code: X comes from the network being quantized, as the paper has it, which
+the code can do but does not (`compensate`); every convolution gets A, B and C at the bits that the
+configuration gives it, the classifier A and B as there, where the code has 8 bits for the first
+convolution and the classifier; b = 2 is one plane, -1, 0 or 1; an input that is always 0 and an
+output without weights keep their digits, for which the formulas divide by 0; C may be damped; it
+ends when no digit changes; X is of augmented calibration images alone, and so are the statistics;
+signed tensors have the configured range rule; Lloyd's iterations see a histogram, zeros included,
+which cannot move s. The scale for every input channel of the paper's activation quantizer
+is not in the code and not here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
+
+from ..data import augment
+from ..engine import must_fit, restore_random, stage
+from ..errors import UsageError
+from ..quantization.layers import QuantizedConv2d, QuantizedLinear
+from ..quantization.operations import shape
+from ..quantization.ranges import RangeRule
+from ..quantization.student import activation_quantizers, collecting
+from ..quantization.tracing import trace
+from .base import Method, Problem
+from .patches import input_of, patches, rows
+
+if TYPE_CHECKING:
+    from .settings import MethodSettings
+
+__all__ = ["BitSplit", "BitSplitConfig", "Planes", "Responses"]
+
+#: Inputs whose products with all others are subtracted together.
+_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class BitSplitConfig:
+    """Data and rounds of Bit-Split.
+
+    Attributes:
+        views: How often every calibration image is seen, augmented, by each layer; 0 for once as
+            it is.
+        positions: Of the output, drawn in every view of a convolution's input.
+        weight_rounds: Of step B, at most.
+        rounds: Of step C, at most.
+        damping: Added to the diagonal of A, in multiples of its mean, as though so many more
+            responses were to each weight alone; 0 is the paper's.
+        compensate: Inputs come from the network quantized so far, so that a layer makes up for
+            those before it; else from the float network.
+        statistics_views: How often batch normalisation sees every image for its new statistics; 0
+            keeps the old ones.
+        batch: Images in a forward pass.
+    """
+
+    views: int = 2
+    positions: int = 6
+    weight_rounds: int = 50
+    rounds: int = 100
+    damping: float = 0.0
+    compensate: bool = True
+    statistics_views: int = 13
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("views", 0),
+            ("positions", 1),
+            ("weight_rounds", 0),
+            ("rounds", 0),
+            ("damping", 0),
+            ("statistics_views", 0),
+            ("batch", 2),
+        ):
+            if not least <= getattr(self, name) < math.inf:
+                raise UsageError(
+                    f"bitsplit: expected {name} at least {least}, got {getattr(self, name)}"
+                )
+
+    def scaled(self, share: float) -> BitSplitConfig:
+        """The same in ``share`` of the rounds; the steps are the layers, and stay."""
+        return replace(
+            self,
+            weight_rounds=round(self.weight_rounds * share),
+            rounds=round(self.rounds * share),
+        )
+
+
+class Planes:
+    """Weights as digits and scales: steps A and B.
+
+    Attributes:
+        weight: w, float64 ``[G, m, N]``: G groups of m outputs with N weights each.
+        digits: B, -1, 0 or 1, float64 ``[b - 1, G, m, N]``.
+        alpha: float64 ``[G, m]``, positive.
+    """
+
+    def __init__(self, weight: Tensor, bits: int) -> None:
+        self.weight = weight.double().cpu()  # where the digits' loop runs
+        self.bits = bits
+        self.largest = 2 ** (bits - 1) - 1
+        self.digits = self.weight.new_zeros(bits - 1, *weight.shape)
+        self.alpha = self.weight.new_ones(weight.shape[:2])
+
+    @property
+    def v(self) -> Tensor:
+        """The stitched digits, ``[G, m, N]``."""
+        shares = 0.5 ** torch.arange(self.bits - 1, dtype=torch.float64, device=self.digits.device)
+        return torch.einsum("i,igmn->gmn", shares, self.digits)
+
+    @property
+    def integers(self) -> Tensor:
+        """The codes, ``[G, m, N]``."""
+        return self.v * 2 ** (self.bits - 2)
+
+    @property
+    def scale(self) -> Tensor:
+        """What a code of 1 stands for, ``[G, m]``."""
+        return self.alpha * 0.5 ** (self.bits - 2)
+
+    def fit(self, like: Tensor, by: Tensor) -> float:
+        """Set alpha to ``<like, v> / <by, v>``, where that is positive; return its largest move."""
+        v = self.v
+        best = (like * v).sum(2) / (by * v).sum(2)
+        new = torch.where(best.isfinite() & (best > 0), best, self.alpha)
+        moved = float((new - self.alpha).abs().max())
+        self.alpha = new
+        return moved
+
+    def round(self) -> None:
+        """Step A."""
+        scale = self.weight.abs().amax(2) / self.largest
+        scale = torch.where(scale > 0, scale, 1.0)
+        moved = math.inf
+        while moved > 1e-9:
+            q = (self.weight / scale[..., None]).round().clamp(-self.largest, self.largest)
+            best = (self.weight * q).sum(2) / (q * q).sum(2)
+            best = torch.where(best.isfinite(), best, scale)
+            moved, scale = float((best - scale).abs().max()), best
+        self.alpha = scale * 2 ** (self.bits - 2)
+        magnitude = q.abs().long()
+        for i in range(self.bits - 1):
+            self.digits[i] = q.sign() * (magnitude >> (self.bits - 2 - i) & 1)
+
+    def split(self, rounds: int) -> None:
+        """Step B."""
+        for _ in range(rounds):
+            moved = self.fit(self.weight, self.v)
+            for i in range(self.bits - 1):
+                c = self.alpha[..., None] / 2**i
+                rest = self.weight - self.alpha[..., None] * self.v + c * self.digits[i]
+                self.digits[i] = _digit(rest, c)
+            if moved <= 1e-9:
+                break
+
+
+def _digit(target: Tensor, unit: Tensor) -> Tensor:
+    """The digit whose multiple of ``unit`` is nearest to ``target``; of two the larger one."""
+    return torch.where(2 * target.abs() >= unit, target.sign(), 0.0)
+
+
+class Responses:
+    """What step C knows of a layer's inputs X and float responses Y.
+
+    Attributes:
+        gram: A, float64 ``[G, N, N]``.
+        cross: Y^T X, float64 ``[G, m, N]``.
+        energy: |Y|^2 of every output, float64 ``[G, m]``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        groups, m, n = weight.shape
+        self.weight = weight.double()
+        self.gram = self.weight.new_zeros(groups, n, n)
+        self.cross = self.weight.new_zeros(groups, m, n)
+        self.energy = self.weight.new_zeros(groups, m)
+
+    def add(self, x: Tensor, float_x: Tensor) -> None:
+        """Count rows ``x [G, K, N]``, and the responses to the rows ``float_x``."""
+        x = x.double()
+        y = self.weight @ float_x.double().transpose(1, 2)
+        self.gram += x.transpose(1, 2) @ x
+        self.cross += y @ x
+        self.energy += y.square().sum(2)
+
+    def damp(self, share: float) -> None:
+        """Count every input alone, too, ``share`` times as strong as it is on average."""
+        strength = share * self.gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        self.gram.diagonal(dim1=1, dim2=2).add_(strength[:, 0])
+        self.cross += strength * self.weight
+        self.energy += strength[:, 0] * self.weight.square().sum(2)
+
+    def error(self, planes: Planes) -> Tensor:
+        """|Y - alpha X v|^2 of every output, ``[G, m]``."""
+        v, alpha = planes.v, planes.alpha
+        fitted = alpha * (v * (v @ self.gram.cpu())).sum(2) - 2 * (v * self.cross.cpu()).sum(2)
+        return self.energy.cpu() + alpha * fitted
+
+    def reconstruct(self, planes: Planes, rounds: int) -> None:
+        """Step C."""
+        self.gram, self.cross = self.gram.cpu(), self.cross.cpu()
+        products = planes.v @ self.gram
+        for _ in range(rounds):
+            planes.fit(self.cross, products)
+            changed = [self._improve(planes, i, products) for i in range(planes.bits - 1)]
+            if not any(changed):
+                break
+
+    def _improve(self, planes: Planes, i: int, products: Tensor) -> bool:
+        """Digits of plane ``i`` in turn; ``products``, v A, follow. Whether one changed."""
+        changed = False
+        alpha = planes.alpha[..., None]
+        for begin in range(0, self.gram.shape[1], _BLOCK):
+            block = slice(begin, begin + _BLOCK)
+            digits = planes.digits[i, :, :, block]
+            slack = (self.cross[:, :, block] - alpha * products[:, :, block]) * 2**i / alpha
+            moved = _improve_block(digits, slack, self.gram[:, block, block])
+            if moved.any():
+                changed = True
+                digits += moved
+                products += moved @ self.gram[:, block] / 2**i
+        return changed
+
+
+def _improve_block(digits: Tensor, slack: Tensor, gram: Tensor) -> Tensor:
+    """How the digits of a block of T inputs change, in turn: the loop of step C.
+
+    On arrays of NumPy, whose operations on few values cost a fraction of torch's.
+
+    Args:
+        digits: ``[G, m, T]``, CPU as all here.
+        slack: D / c, ``[G, m, T]``.
+        gram: A of the block, ``[G, T, T]``.
+    """
+    old = digits.permute(2, 0, 1).contiguous().numpy()
+    rest = slack.permute(2, 0, 1).contiguous().numpy()
+    rows_of_gram = gram.permute(1, 2, 0)[..., None].contiguous().numpy()  # [T, T, G, 1]
+    moved = np.zeros_like(old)
+    for n in range(len(old)):
+        # An input that is always 0 keeps its digit, as though it were of no slack and any size.
+        size = rows_of_gram[n, n]
+        target = old[n] + rest[n] / np.where(size > 0, size, 1.0)
+        moved[n] = np.sign(target) * (np.abs(target) >= 0.5) - old[n]
+        if moved[n].any():
+            rest[n + 1 :] -= rows_of_gram[n, n + 1 :] * moved[n]
+    return torch.from_numpy(moved).permute(1, 2, 0)
+
+
+class BitSplit(Method):
+    """Integers of each layer for its responses, digit by digit; scales for activations."""
+
+    summary = "weights as integers of least response error, digit by digit"
+    presets = "bitsplit"
+
+    def __init__(self, problem: Problem, settings: MethodSettings) -> None:
+        self.config = settings.bitsplit
+        self.problem = problem
+        #: In the paper's grid, min-max ranges would move away from what is found here.
+        self.quantization = problem.quantization
+        if self.quantization.weight_range == "minmax":
+            self.quantization = replace(self.quantization, weight_range="mse")
+        self.random = problem.random()
+        self.student = replace(problem, quantization=self.quantization).student()
+        self.student.requires_grad_(False)
+        self.teacher = trace(problem.teacher, problem.images[:1])
+        modules = dict(self.student.named_modules())
+        #: Where convolutions and linear layers are called, in order.
+        self.layers: list[Node] = [
+            node
+            for node in self.student.graph.nodes
+            if node.op == "call_module"
+            and isinstance(modules[str(node.target)], (QuantizedConv2d, QuantizedLinear))
+        ]
+        self.iterations = len(self.layers) + 1
+
+    def _views(self, count: int) -> Iterator[Tensor]:
+        """Batches of ``count`` augmented views of every calibration image; of 0, of itself."""
+        images = self.problem.images
+        batches = images.tensor_split(-(-len(images) // self.config.batch))
+        if not count:
+            yield from batches
+        for _ in range(count):
+            for batch in batches:
+                yield augment(batch, self.problem.augmentation, self.random)
+
+    @override
+    @torch.no_grad()
+    def step(self, iteration: int) -> Mapping[str, Tensor]:
+        with must_fit(settings__bitsplit__batch=self.config.batch):
+            if iteration < len(self.layers):
+                return {"error": self._quantize_weights(self.layers[iteration])}
+            return {"error": self._quantize_activations()}
+
+    def _quantize_weights(self, node: Node) -> Tensor:
+        """Steps A to C on one layer; returns the relative squared error of its responses.
+
+        Of a classifier, that of its weights.
+        """
+        layer = self.student.get_submodule(str(node.target))
+        assert isinstance(layer, (QuantizedConv2d, QuantizedLinear))
+        weight = rows(layer, layer.weight)
+        planes = Planes(weight, layer.weight_quantizer.grid.bits)
+        with stage("weights"):
+            planes.round()
+            planes.split(self.config.weight_rounds)
+            error = (planes.weight - planes.alpha[..., None] * planes.v).square()
+            relative = error.sum() / planes.weight.square().sum()
+        if isinstance(layer, QuantizedConv2d):
+            with stage("responses"):
+                responses = self._responses(node, layer)
+            with stage("reconstruction"):
+                responses.reconstruct(planes, self.config.rounds)
+                relative = responses.error(planes).sum() / responses.energy.sum()
+        _bake(layer, planes)
+        return relative
+
+    def _responses(self, node: Node, layer: QuantizedConv2d) -> Responses:
+        responses = Responses(rows(layer, layer.weight))
+        name, count = str(node.target), shape(node)[2:].numel()
+        for images in self._views(self.config.views):
+            float_x = input_of(self.teacher, name, images)
+            x = input_of(self.student, name, images) if self.config.compensate else float_x
+            order = torch.rand(len(x), count, generator=self.random, device=x.device).argsort(1)
+            positions = order[:, : self.config.positions]
+            responses.add(patches(layer, x, positions), patches(layer, float_x, positions))
+        responses.damp(self.config.damping)
+        return responses
+
+    def _quantize_activations(self) -> Tensor:
+        """Scales and statistics; returns the relative squared error of the logits."""
+        self._renew_statistics()
+        quantizers = activation_quantizers(self.student)
+        for quantizer in quantizers:
+            if not quantizer.signed:
+                quantizer.rule = RangeRule("lloyd")
+        with stage("activations"), collecting(quantizers):
+            for images in self._views(self.config.views):
+                self.student(images)
+        self._renew_statistics()
+        expected = torch.cat([self.teacher(images) for images in self._views(0)])
+        logits = torch.cat([self.student(images) for images in self._views(0)])
+        return (logits - expected).square().sum() / expected.square().sum()
+
+    def _renew_statistics(self) -> None:
+        """Means and variances of batches, by which each is normalised; their averages stay."""
+        if not self.config.statistics_views:
+            return
+        count = self.config.statistics_views * len(self.problem.images)
+        totals: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
+
+        def follow(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            assert isinstance(norm, _BatchNorm)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            (x,) = arguments
+            variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+            sums = totals.setdefault(norm, (torch.zeros_like(mean), torch.zeros_like(mean)))
+            sums[0].add_(mean, alpha=len(x) / count)
+            sums[1].add_(variance, alpha=len(x) / count)
+
+        handles = [
+            module.register_forward_pre_hook(follow)
+            for module in self.student.modules()
+            if isinstance(module, _BatchNorm)
+        ]
+        try:
+            with stage("statistics"), torch.enable_grad():  # else layers fold their normalisation
+                for images in self._views(self.config.statistics_views):
+                    self.student(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for norm, (mean, variance) in totals.items():
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"student": self.student.state_dict(), "random": self.random.get_state()}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        restore_random(self.random, state["random"])
+
+
+def _bake(layer: QuantizedConv2d | QuantizedLinear, planes: Planes) -> None:
+    """Make ``layer`` round its weight to the integers of ``planes``: they become the weight."""
+    quantizer = layer.weight_quantizer
+    scale = planes.scale.flatten().to(layer.weight.device, torch.float32)
+    quantizer.set_range(scale * quantizer.grid.quant_min, scale * quantizer.grid.quant_max)
+    integers = planes.integers.reshape(layer.weight.shape).to(scale)
+    scale = scale.view((-1,) + (1,) * (integers.dim() - 1))
+    layer.weight.copy_(quantizer(integers * scale))
+    assert torch.equal((quantizer(layer.weight) / scale).round(), integers)

@@ -1,0 +1,61 @@
+"""A convolution as a matrix: what its weights are multiplied with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["input_of", "patches", "rows"]
+
+
+class _Reached(Exception):  # noqa: N818  (not an error)
+    pass
+
+
+@torch.no_grad()
+def input_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
+    """What enters the layer called ``name`` on ``images [n, 3, H, W]``; nothing after it runs."""
+    found: list[Tensor] = []
+
+    def keep(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        found.append(arguments[0])
+        raise _Reached
+
+    handle = network.get_submodule(name).register_forward_pre_hook(keep)
+    try:
+        network(images)
+    except _Reached:
+        return found[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"{name} does not run")
+
+
+def patches(layer: nn.Conv2d | nn.Linear, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    """The vectors that the weights of an output are multiplied with, for each of G groups.
+
+    Args:
+        layer: Of G groups; a linear layer has one.
+        x: Its input, ``[n, C, H, W]`` or ``[n, C]``.
+        positions: Output positions (row by row) to take of each image, int64 ``[n, p]``; None for
+            all. A linear layer has one position.
+
+    Returns:
+        ``[G, n * p, N]``, ``N = C / G * kH * kW`` in the order of the weight.
+    """
+    if isinstance(layer, nn.Linear):
+        return x[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    columns = F.unfold(padded, layer.kernel_size, layer.dilation, stride=layer.stride)
+    if positions is not None:
+        columns = columns.gather(2, positions[:, None].expand(-1, columns.shape[1], -1))
+    grouped = columns.unflatten(1, (layer.groups, -1))  # [n, G, N, p]
+    return grouped.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def rows(layer: nn.Conv2d | nn.Linear, weight: Tensor) -> Tensor:
+    """``weight [M, *]`` of ``layer`` as ``[G, M / G, N]``, to be multiplied with `patches`."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return weight.flatten(1).unflatten(0, (groups, -1))

@@ -1,0 +1,102 @@
+"""QDrop: block reconstruction with randomly dropped quantization (Wei et al., ICLR 2022).
+
+As BRECQ, but rounding and the step sizes of activations are learned together, while every element
+of the block's input, and of every activation in it, is quantized only with probability p::
+
+    x' = Q(x) with probability p, else x
+
+The input that is not quantized is the float network's. At inference everything is quantized. A
+block's ranges are found just before it is learned, from weights not yet rounded.
+
+Departures: those of `fdda_ext.methods.reconstructing`; weights are symmetric in the deploy grid;
+the paper's grid has no step sizes to learn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from typing_extensions import override
+
+from ..reconstruction import (
+    Data,
+    Dropped,
+    Reconstruction,
+    Unit,
+    output_error,
+    partition,
+    set_ranges,
+)
+from .base import Problem
+from .brecq import BlockConfig
+from .reconstructing import ReconstructionMethod
+
+if TYPE_CHECKING:
+    from .settings import MethodSettings
+
+__all__ = ["QDrop", "QDropConfig"]
+
+
+@dataclass(frozen=True)
+class QDropConfig(BlockConfig):
+    """QDrop; the defaults are those of the paper.
+
+    Attributes:
+        probability: p, that an element is quantized.
+    """
+
+    name = "qdrop"
+
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("between 0 and 1", probability=0 <= self.probability <= 1)
+
+
+class QDrop(ReconstructionMethod):
+    """One joint stage for each block."""
+
+    summary = "block by block: learned rounding while activations are quantized at random"
+    presets = "qdrop"
+
+    def __init__(self, problem: Problem, settings: MethodSettings) -> None:
+        self.config = settings.qdrop
+        super().__init__(problem, self.config)
+
+    @override
+    def partition(self) -> list[Unit]:
+        return partition(self.student, self.config.granularity, self.problem.images[:1])
+
+    @override
+    def begin(self, phase: str, unit: Unit) -> Reconstruction:
+        (targets,) = self.cache(self.reference, unit.output)
+        data = Data(
+            self.cache(self.student, *unit.inputs),
+            targets,
+            float_inputs=self.cache(self.reference, *unit.inputs),
+        )
+        function, layers = self.softened(unit)
+        quantizers = self.quantizers(unit)
+        set_ranges(quantizers, function, data)
+        for name, quantizer in zip(unit.quantizers, quantizers, strict=True):
+            dropped = Dropped(quantizer, self.config.probability, self.random)
+            function.set_submodule(name, dropped)
+        groups: list[dict[str, Any]] = [
+            {"params": [layer.alpha for layer in layers], "lr": self.config.rounding.lr}
+        ]
+        if scales := self.scales(unit):
+            groups.append({"params": scales, "lr": self.config.scale_lr, "cosine": True})
+        return Reconstruction(
+            function,
+            data,
+            output_error,
+            [torch.optim.Adam(groups)],
+            self.config.steps,
+            self.config.batch,
+            self.random,
+            self.config.rounding,
+            self.config.probability,
+        )

@@ -1,0 +1,48 @@
+"""Reconstruction: parts of a student made to compute again what they computed in float.
+
+``partition`` (units.py) cuts the student, `Cache` (cache.py) holds what goes into a part and should
+come out, `Reconstruction` (reconstruct.py) optimises it, the rounding of its weights (rounding.py)
+included. ``prediction_costs`` (sensitivity.py) may come before, ``retune_norms`` (normalisation.py)
+after.
+"""
+
+from .cache import Cache, collect
+from .normalisation import retune_norms
+from .reconstruct import (
+    Data,
+    Dropped,
+    Reconstruction,
+    RelativeAdam,
+    activations_in_float,
+    float_copy,
+    output_error,
+    set_ranges,
+    squared_gradients,
+    values_of,
+)
+from .rounding import RoundingConfig, SoftlyRounded
+from .sensitivity import prediction_costs
+from .units import Granularity, Unit, partition, region
+
+__all__ = [
+    "Cache",
+    "Data",
+    "Dropped",
+    "Granularity",
+    "Reconstruction",
+    "RelativeAdam",
+    "RoundingConfig",
+    "SoftlyRounded",
+    "Unit",
+    "activations_in_float",
+    "collect",
+    "float_copy",
+    "output_error",
+    "partition",
+    "prediction_costs",
+    "region",
+    "retune_norms",
+    "set_ranges",
+    "squared_gradients",
+    "values_of",
+]

@@ -1,0 +1,130 @@
+"""Learned rounding of weights: AdaRound (Nagel et al., ICML 2020).
+
+A weight w on a grid of scale s becomes, while it is learned (eq. 22 and 23)::
+
+    s * clamp( floor(w / s) + h(alpha), quant_min, quant_max )
+    h(alpha) = clip( sigmoid(alpha) (zeta - gamma) + gamma, 0, 1 ),    zeta = 1.1, gamma = -0.1
+
+with alpha at first such that h is the remainder of w / s: within the range, the soft weight begins
+as w. A regulariser drives every h to 0 or 1 (eq. 24)::
+
+    R = sum 1 - |2 h - 1|^beta
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UsageError
+from ..quantization.layers import QuantizedConv2d, QuantizedLinear
+
+__all__ = ["RoundingConfig", "SoftlyRounded", "share_decided"]
+
+_ZETA, _GAMMA = 1.1, -0.1
+
+
+@dataclass(frozen=True)
+class RoundingConfig:
+    """How rounding is learned; defaults of AdaRound and BRECQ.
+
+    Attributes:
+        lr: Of Adam, on alpha.
+        weight: lambda, of R.
+        warmup: Share of the steps that come before R.
+        first_beta: beta when R sets in; it falls linearly.
+        last_beta: beta in the end.
+    """
+
+    lr: float = 1e-3
+    weight: float = 0.01
+    warmup: float = 0.2
+    first_beta: float = 20.0
+    last_beta: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise UsageError(f"rounding: expected lr above 0 and finite, got {self.lr}")
+        if not 0 <= self.weight < math.inf:
+            raise UsageError(f"rounding: expected weight at least 0 and finite, got {self.weight}")
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"rounding: expected warmup at least 0 and below 1, got {self.warmup}")
+        if not 1 < self.last_beta <= self.first_beta < math.inf:
+            raise UsageError(
+                "rounding: expected last_beta above 1 and at most first_beta "
+                f"({self.first_beta}), got {self.last_beta}"
+            )
+
+    def beta(self, progress: float) -> float | None:
+        """The beta when this share of the steps is done; None before R sets in."""
+        if progress < self.warmup:
+            return None
+        left = (1 - progress) / (1 - self.warmup)
+        return self.last_beta + (self.first_beta - self.last_beta) * left
+
+
+class SoftlyRounded(nn.Module):
+    """A layer of a student in the place where its rounding is learned; the layer is not touched.
+
+    Args:
+        layer: Its weight's range is final.
+
+    Attributes:
+        alpha: Like the weight, trainable.
+    """
+
+    def __init__(self, layer: QuantizedConv2d | QuantizedLinear) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # no submodule: its parameters are not this one's
+        position = layer.weight_quantizer.position(layer.weight.detach())
+        self.register_buffer("floor", position.floor(), persistent=False)
+        remainder = position - self.get_buffer("floor")
+        self.alpha = nn.Parameter(-torch.log((_ZETA - _GAMMA) / (remainder - _GAMMA) - 1))
+
+    def share_up(self) -> Tensor:
+        """h, between 0 and 1."""
+        return torch.clamp(torch.sigmoid(self.alpha) * (_ZETA - _GAMMA) + _GAMMA, 0, 1)
+
+    def regulariser(self, beta: float) -> Tensor:
+        """R."""
+        return (1 - (2 * self.share_up() - 1).abs().pow(beta)).sum()
+
+    def weight(self, share_up: Tensor) -> Tensor:
+        """The weight of which the part ``share_up`` of a step is added to the floor."""
+        quantizer = self.layer.weight_quantizer
+        codes = self.get_buffer("floor") + share_up
+        return quantizer.values(codes.clamp(quantizer.grid.quant_min, quantizer.grid.quant_max))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer does, with soft weights."""
+        layer, weight = self.layer, self.weight(self.share_up())
+        if isinstance(layer, QuantizedConv2d):
+            return layer._conv_forward(x, weight, layer.bias)
+        return F.linear(x, weight, layer.bias)
+
+    @torch.no_grad()
+    def bake(self) -> None:
+        """Decide, and let the layer's weight be the result, which rounds to itself."""
+        up = (self.alpha >= 0).to(self.alpha)
+        weight, quantizer = self.weight(up), self.layer.weight_quantizer
+        grid = quantizer.grid
+        expected = (self.get_buffer("floor") + up).clamp(grid.quant_min, grid.quant_max)
+        assert torch.equal(quantizer.codes(weight), expected)
+        self.layer.weight.copy_(weight)
+
+    @property
+    def layer(self) -> QuantizedConv2d | QuantizedLinear:
+        """The layer."""
+        return cast("QuantizedConv2d | QuantizedLinear", self.__dict__["layer"])
+
+
+@torch.no_grad()
+def share_decided(layers: list[SoftlyRounded]) -> Tensor:
+    """Of all weights, the share whose h is within 0.01 of 0 or 1."""
+    h = torch.cat([layer.share_up().flatten() for layer in layers])
+    return ((h < 0.01) | (h > 0.99)).float().mean()

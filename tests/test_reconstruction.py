@@ -1,0 +1,531 @@
+"""BRECQ, QDrop, AdaQuant: units, rounding, losses against plain formulas, runs that resume."""
+
+import copy
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_fdda import CLASSES, problem
+from test_prepare_zoo import NETWORKS, load
+from torch import nn
+from torch.nn import functional as F
+
+from fdda_ext import train
+from fdda_ext.deploy import lower
+from fdda_ext.errors import UsageError
+from fdda_ext.methods import (
+    AdaQuantConfig,
+    BRECQConfig,
+    MethodSettings,
+    QDropConfig,
+    build_method,
+)
+from fdda_ext.quantization import QuantizationConfig, bits_table, calibrate, prepare
+from fdda_ext.quantization.layers import QuantizedLinear
+from fdda_ext.quantization.quantizer import ActivationQuantizer, build_weight_quantizer
+from fdda_ext.reconstruction import (
+    Data,
+    Dropped,
+    Reconstruction,
+    RelativeAdam,
+    RoundingConfig,
+    SoftlyRounded,
+    collect,
+    float_copy,
+    output_error,
+    partition,
+    prediction_costs,
+    retune_norms,
+    values_of,
+)
+
+NAMES = ["brecq", "qdrop", "adaquant"]
+
+
+def tiny(**changes) -> MethodSettings:
+    """A few steps; ``changes`` are for all three that know them."""
+    sections = {
+        "brecq": BRECQConfig(steps=4, batch=4, scale_steps=3, scale_lr=1e-3),
+        "qdrop": QDropConfig(steps=4, batch=4, scale_lr=1e-3),
+        "adaquant": AdaQuantConfig(steps=4, batch=4, lr=1e-3, held_out=0.2),
+    }
+    return MethodSettings(
+        **{
+            name: replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
+            for name, config in sections.items()
+        }
+    )
+
+
+def run(method, begin: int = 0, end: int | None = None) -> list:
+    return [method.step(i) for i in range(begin, method.iterations if end is None else end)]
+
+
+# ---- units ----------------------------------------------------------------------------------
+
+#: Layers in each block.
+BLOCKS = {
+    "torchvision:resnet18": [1, 2, 2, 3, 2, 3, 2, 3, 2, 1],
+    "pytorchcv:mobilenet_w1": [1] + [2] * 13 + [1],
+    "torchvision:mobilenet_v2": [1, 2] + [3] * 16 + [1, 1],
+    "timm:regnetx_006": [1, 4, 4, 3, 3, 4, 3, 3, 3, 3, 4, 3, 3, 3, 3, 3, 3, 1],
+    "timm:mobilenetv3_small_100": [1, 4, 3, 3] + [5] * 8 + [1, 1, 1],  # squeeze and excitation
+    "timm:resnet26d": [1, 1, 1, 4, 3, 4, 3, 4, 3, 4, 3, 1],
+    "torchvision:shufflenet_v2_x0_5": [1] + [5, 3, 3, 3] + [5] + [3] * 7 + [5, 3, 3, 3, 1, 1],
+}
+
+
+@pytest.mark.parametrize("spec", sorted(BLOCKS))
+@torch.no_grad()
+def test_every_layer_is_in_one_unit_and_units_in_turn_are_the_student(spec):
+    network = load(spec)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    quantization = QuantizationConfig(weight_range="minmax", activation_range="minmax")
+    student = prepare(network, quantization, images[:1])
+    calibrate(student, images)
+    layers = [row.name for row in bits_table(student)]
+    quantizers = [n for n, m in student.named_modules() if isinstance(m, ActivationQuantizer)]
+    kinds = [("layer", "output"), ("layer", "input"), ("block", "output"), ("network", "output")]
+    for granularity, quantize in kinds:
+        units = partition(student, granularity, images[:1], quantize=quantize)
+        assert [name for unit in units for name in unit.layers] == layers
+        found = [name for unit in units for name in unit.quantizers]
+        assert sorted(found) == sorted(quantizers)
+        if granularity == "block":
+            assert [len(unit.layers) for unit in units] == BLOCKS[spec]
+            assert all(len(unit.inputs) == 1 for unit in units)
+        for unit in units[:4:2]:
+            inputs = values_of(student, unit.inputs)(images)
+            (expected,) = values_of(student, [unit.output])(images)
+            assert torch.equal(unit.of(student)(*inputs), expected)
+    assert torch.equal(values_of(student, [units[-1].output])(images)[0], student(images))
+
+
+def test_the_paper_networks_are_among_them():
+    assert set(NETWORKS.values()) <= set(BLOCKS)
+
+
+@torch.no_grad()
+def test_float_copy_is_the_teacher():
+    task = problem()
+    student = task.student()
+    calibrate(student, task.images)
+    reference = float_copy(student)
+    torch.testing.assert_close(reference(task.images), task.teacher(task.images))
+    assert not torch.equal(student(task.images), reference(task.images))
+
+
+def test_caches_on_disk_hold_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    images = torch.randn(70, 3, 4, 5)
+    chosen = torch.tensor([69, 0, 31, 32])
+    for limit in (2**20, 0):
+        first, second = collect(lambda x: (x * 2, x.flatten(1)), images, limit)
+        assert torch.equal(first.read(chosen), images[chosen] * 2)
+        assert first.read(chosen).is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(second.read(chosen), images[chosen].flatten(1))
+    assert not list(tmp_path.iterdir()), "a file without a name"
+
+
+# ---- rounding -------------------------------------------------------------------------------
+
+
+def layer(rows: int = 3, columns: int = 7, bits: int = 3, **config) -> QuantizedLinear:
+    torch.manual_seed(0)
+    quantization = QuantizationConfig(weight_range="lp", **config)
+    return QuantizedLinear.from_float(nn.Linear(columns, rows), bits, quantization)
+
+
+@pytest.mark.parametrize("grid", ["deploy", "paper"])
+def test_soft_weight_begins_as_the_float_weight(grid):
+    plain = layer(grid=grid)
+    soft = SoftlyRounded(plain)
+    position = plain.weight_quantizer.position(plain.weight)
+    grid_ = plain.weight_quantizer.grid
+    inside = (position >= grid_.quant_min) & (position <= grid_.quant_max)
+    assert 0 < inside.sum() < inside.numel(), "both are tried"
+    found = soft.weight(soft.share_up())
+    torch.testing.assert_close(found[inside], plain.weight[inside])
+    x = torch.randn(5, 7)
+    torch.testing.assert_close(soft(x), F.linear(x, found, plain.bias))
+
+
+@pytest.mark.parametrize("grid", ["deploy", "paper"])
+def test_hard_rounding_is_floor_or_one_more_and_rounds_to_itself(grid):
+    plain = layer(grid=grid)
+    soft = SoftlyRounded(plain)
+    nn.init.normal_(soft.alpha)
+    quantizer = plain.weight_quantizer
+    low, high = quantizer.grid.quant_min, quantizer.grid.quant_max
+    floor = quantizer.position(plain.weight).floor()
+    expected = (floor + (soft.alpha >= 0)).clamp(low, high).detach()
+    soft.bake()
+    assert torch.equal(quantizer.codes(plain.weight), expected)
+    torch.testing.assert_close(quantizer(plain.weight), quantizer.values(expected))
+
+
+def test_regulariser_and_its_schedule():
+    soft = SoftlyRounded(layer())
+    h = (soft.alpha.sigmoid() * 1.2 - 0.1).clamp(0, 1)
+    torch.testing.assert_close(soft.regulariser(7.0), (1 - (2 * h - 1).abs() ** 7).sum())
+    config = RoundingConfig()
+    assert [config.beta(p) for p in (0.0, 0.19, 0.2, 0.6, 1.0)] == [None, None, 20, 11, 2]
+
+
+def test_rounding_is_as_good_as_a_search_over_all():
+    plain = layer(rows=1, columns=9, bits=2)
+    torch.manual_seed(0)
+    x = torch.randn(64, 9) @ torch.randn(9, 9) / 3  # correlated: the nearest is not the best
+    target = F.linear(x, plain.weight, plain.bias).detach()
+    quantizer = plain.weight_quantizer
+    floor = quantizer.position(plain.weight).floor()
+
+    @torch.no_grad()
+    def error(codes):
+        weight = quantizer.values(codes.clamp(quantizer.quant_min, quantizer.quant_max))
+        return float((F.linear(x, weight, plain.bias) - target).square().mean())
+
+    ups = itertools.product((0.0, 1.0), repeat=9)
+    best = min(error(floor + torch.tensor([up])) for up in ups)
+    nearest = error(quantizer.codes(plain.weight))
+    function = torch.fx.symbolic_trace(nn.Sequential(nn.Identity()))
+    soft = SoftlyRounded(plain)
+    function.set_submodule("0", soft)
+    (inputs,), (targets,) = (collect(lambda t: (t,), t, 2**20) for t in (x, target))
+    reconstruction = Reconstruction(
+        function,
+        Data([inputs], targets),
+        output_error,
+        [torch.optim.Adam([soft.alpha], lr=0.03)],
+        steps=600,
+        batch=64,
+        random=torch.Generator().manual_seed(0),
+    )
+    for step in range(reconstruction.steps):
+        metrics = reconstruction.step(step)
+    reconstruction.finish()
+    assert float(metrics["decided"]) == 1
+    found = error(quantizer.codes(plain.weight))
+    assert best <= found <= 1.02 * best < nearest
+
+
+# ---- losses ---------------------------------------------------------------------------------
+
+
+def test_output_error_is_a_sum_over_channels():
+    torch.manual_seed(0)
+    a, b, w = (torch.rand(2, 3, 4, 5) for _ in range(3))
+    expected = (w * (a - b).abs() ** 2.4).sum() / (2 * 4 * 5)
+    torch.testing.assert_close(output_error(a, b, w, 2.4), expected)
+    a, b = a[:, :, 0, 0], b[:, :, 0, 0]
+    torch.testing.assert_close(output_error(a, b), 3 * F.mse_loss(a, b))
+
+
+def first_step(name: str, **changes):
+    """A method before its first step, on all its images, and what that step says."""
+    method = build_method(name, problem(), tiny(batch=CLASSES, **changes))
+    return method, method.step(0)
+
+
+def test_brecq_objective():
+    method, metrics = first_step("brecq")
+    images = method.problem.images
+    (target,) = values_of(method.reference, [method.units[0].output])(images)
+    network = method.problem.teacher[:3]
+    torch.testing.assert_close(target, network(images))
+    # Soft weights begin in float, and activations are, so only clipped weights differ.
+    plain = method.student.get_submodule("0")
+    scale = plain.weight_quantizer.scale.view(-1, 1, 1, 1)
+    quantizer = plain.weight_quantizer
+    weight = plain.weight.clamp(scale * quantizer.quant_min, scale * quantizer.quant_max)
+    made = F.relu(network[1](F.conv2d(images, weight, padding=1)))
+    expected = (made - target).square().sum(1).mean()
+    torch.testing.assert_close(metrics["reconstruction"], expected, rtol=1e-3, atol=1e-6)
+    assert float(metrics["regulariser"]) == 0, "warm-up"
+    assert float(method.step(1)["regulariser"]) > 0
+
+
+def test_fisher_weights_are_squared_gradients_of_the_divergence():
+    method, _ = first_step("brecq", objective="fisher")
+    images, teacher = method.problem.images, method.problem.teacher
+    plain, norm = method.student.get_submodule("0"), teacher[1]
+    with torch.no_grad():
+        output = F.relu(norm(F.conv2d(images, plain.weight_quantizer(plain.weight), padding=1)))
+    output.requires_grad_()
+    p, q = teacher(images).softmax(1), teacher[3:](output).softmax(1)
+    (p * (p.log() - q.log())).sum().backward()
+    expected = output.grad.square()
+    found = method.current.data.weights.read(torch.arange(CLASSES))
+    torch.testing.assert_close(found, expected / expected.mean(), rtol=1e-2, atol=1e-2)
+
+
+def test_brecq_second_stage_is_the_power_of_float_activations():
+    method = build_method("brecq", problem(), tiny(batch=CLASSES))
+    stage = 4 * len(method.units)
+    assert method.iterations == stage + 3 * sum(bool(unit.quantizers) for unit in method.units)
+    run(method, end=stage + 3)
+    weights = {n: p.clone() for n, p in method.student.named_parameters() if "weight" in n}
+    metrics = method.step(stage + 3)
+    unit = method.units[1]
+    inputs = values_of(method.reference, unit.inputs)(method.problem.images)
+    (target,) = values_of(method.reference, [unit.output])(method.problem.images)
+    fresh = build_method("brecq", problem(), tiny(batch=CLASSES))
+    run(fresh, end=stage + 3)
+    fresh._start(fresh.tasks.index(("scales", fresh.units[1], 3)))
+    made = fresh.units[1].of(fresh.student)(*inputs)
+    expected = ((made - target).abs() ** 2.4).sum(1).mean()
+    torch.testing.assert_close(metrics["reconstruction"], expected, rtol=1e-3, atol=1e-5)
+    scale = method.student.get_submodule(unit.quantizers[0]).scale
+    assert not torch.equal(scale, fresh.student.get_submodule(unit.quantizers[0]).scale)
+    for name, weight in weights.items():
+        assert torch.equal(weight, method.student.get_parameter(name)), name
+
+
+def test_dropping_masks_elements_at_random():
+    task = problem()
+    student = task.student()
+    calibrate(student, task.images)
+    quantizer = next(student.activation_quantizers.children())
+    x = torch.randn(8, 3, 16, 16, requires_grad=True)
+    quantized = quantizer(x)
+    assert torch.equal(Dropped(quantizer, 1.0, task.random())(x), quantized)
+    assert torch.equal(Dropped(quantizer, 0.0, task.random())(x), x)
+    found = Dropped(quantizer, 0.5, task.random())(x)
+    kept, changed = found == x, found == quantized
+    assert bool((kept | changed).all())
+    assert 0.45 < changed.float().mean() < 0.55
+    assert torch.equal(found, Dropped(quantizer, 0.5, task.random())(x))
+    found.sum().backward()
+    assert quantizer.scale.grad is not None and quantizer.scale.grad.abs() > 0
+
+
+def test_qdrop_without_dropping_is_joint_reconstruction():
+    method = build_method("qdrop", problem(), tiny(batch=CLASSES, probability=1.0))
+    run(method, end=4)
+    metrics = method.step(4)
+    unit, images = method.units[1], method.problem.images
+    with torch.no_grad():
+        (x,) = values_of(method.student, unit.inputs)(images)
+        (target,) = values_of(method.reference, [unit.output])(images)
+    fresh = build_method("qdrop", problem(), tiny(batch=CLASSES, probability=1.0))
+    run(fresh, end=4)
+    expected = output_error(fresh._start(1).function(x), target)
+    torch.testing.assert_close(metrics["reconstruction"], expected.detach())
+    half = build_method("qdrop", problem(), tiny(batch=CLASSES))
+    run(half, end=4)
+    assert not torch.equal(half.step(4)["reconstruction"], metrics["reconstruction"])
+
+
+@pytest.mark.parametrize("relu_loss", [True, False])
+def test_adaquant_objective(relu_loss):
+    method, metrics = first_step("adaquant", relu_loss=relu_loss, held_out=0.0)
+    fresh = build_method("adaquant", problem(), tiny(held_out=0.0))
+    images, teacher = method.problem.images, method.problem.teacher
+    fresh._start(0)
+    x = next(fresh.student.activation_quantizers.children())(images)
+    plain = fresh.student.get_submodule("0")
+    weight = plain.weight_quantizer(plain.weight)
+    pairs = (x, weight), (images, teacher[0].weight)
+    sides = [teacher[1](F.conv2d(y, w, padding=1)) for y, w in pairs]
+    if relu_loss:
+        sides = [side.relu() for side in sides]
+    torch.testing.assert_close(metrics["reconstruction"], F.mse_loss(*sides), rtol=1e-3, atol=1e-6)
+
+
+def test_adaquant_keeps_the_best_state_on_held_out_images():
+    method = build_method("adaquant", problem(), tiny(lr=10.0, steps=10, held_out=0.5))
+    before = method.student.get_submodule("0").weight.clone()
+    run(method, end=10)
+    assert torch.equal(method.student.get_submodule("0").weight, before), "ruin is undone"
+    gentle = build_method("adaquant", problem(weight_bits=2), tiny(steps=40, held_out=0.2))
+    run(gentle, end=41)  # the image is white noise, for which the first layer's nearest is best
+    current, first = gentle.current, gentle.current.best_error
+    run(gentle, 41, 80)
+    assert current.best_error < 0.9 * first
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_adaquant_inputs_are_the_quantized_or_the_float_network_s(sequential):
+    method = build_method("adaquant", problem(), tiny(sequential=sequential))
+    run(method, end=5)
+    source = method.student if sequential else method.reference
+    (expected,) = values_of(source, method.units[1].inputs)(method.problem.images)
+    found = method.current.data.inputs[0].read(torch.arange(CLASSES))
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_relative_adam_moves_by_shares():
+    small, large = (nn.Parameter(torch.tensor(v)) for v in (1e-3, 1e3))
+    optimizer = RelativeAdam([small, large], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (small * 5 - large).backward()
+        optimizer.step()
+    for parameter, expected in ((small, 1e-3 * math.exp(-0.3)), (large, 1e3 * math.exp(0.3))):
+        assert parameter.item() == pytest.approx(expected, rel=2e-3)
+
+
+def test_bn_tuning_measures_the_quantized_network():
+    task = problem(weight_bits=2)
+    method = build_method("adaquant", task, tiny(bn_tuning=True))
+    run(method)
+    seen = []
+    student = method.student
+    norms = [student.get_submodule(name) for name in ("1", "4")]
+    handles = [n.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for n in norms]
+    student(task.images)
+    for handle in handles:
+        handle.remove()
+    for norm, x in zip(norms, seen, strict=True):
+        variance, mean = torch.var_mean(x, (0, 2, 3))
+        torch.testing.assert_close(norm.running_mean, mean, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(norm.running_var, variance, rtol=1e-3, atol=1e-4)
+    before = norms[1].running_mean.clone()
+    norms[1].running_mean.add_(3)
+    retune_norms(student, task.images)
+    torch.testing.assert_close(norms[1].running_mean, before)
+
+
+# ---- methods --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("grid", ["deploy", "paper"])
+def test_state_resumes_exactly_and_the_student_is_a_program(name, grid):
+    task = problem(grid=grid, weight_range="lp")
+
+    def build():
+        return build_method(name, task, tiny())
+
+    whole = build()
+    run(whole)
+    halves, resumed = build(), build()
+    half = whole.iterations - 2  # within a unit
+    run(halves, end=half)
+    resumed.load_state_dict(halves.state_dict())
+    run(resumed, begin=half)
+    for key, tensor in whole.student.state_dict().items():
+        assert torch.equal(tensor, resumed.student.state_dict()[key]), key
+    if grid == "deploy":
+        with torch.no_grad():
+            assert torch.equal(lower(whole.student)(task.images), whole.student(task.images))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_stopped_between_units_and_early_in_one_resumes(name):
+    task = problem()
+    whole = build_method(name, task, tiny())
+    run(whole)
+    for half in (4, 5):
+        halves, resumed = (build_method(name, task, tiny()) for _ in range(2))
+        run(halves, end=half)
+        resumed.load_state_dict(halves.state_dict())
+        run(resumed, begin=half)
+        for key, tensor in whole.student.state_dict().items():
+            assert torch.equal(tensor, resumed.student.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_do_not_matter_and_errors_fall(name):
+    task = problem(right=True, weight_bits=2, weight_range="lp")
+    other = replace(task, labels=task.labels.flip(0))
+    settings = tiny(steps=60, rounding=RoundingConfig(lr=0.05), lr=3e-3)
+    methods = [build_method(name, p, settings) for p in (task, other)]
+    target = task.teacher(task.images)
+    with torch.no_grad():
+        before = F.mse_loss(methods[0].student(task.images), target)
+    for method in methods:
+        run(method)
+    with torch.no_grad():
+        assert F.mse_loss(methods[0].student(task.images), target) < 0.7 * before
+    for key, tensor in methods[0].student.state_dict().items():
+        assert torch.equal(tensor, methods[1].student.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", ["brecq", "qdrop"])
+def test_roundings_are_decided_in_the_end(name):
+    rounding = RoundingConfig(lr=0.05, weight=1.0)
+    method = build_method(name, problem(), tiny(steps=300, scale_steps=0, rounding=rounding))
+    metrics = run(method)
+    for index in range(len(method.units)):
+        assert float(metrics[300 * index]["decided"]) < 0.5
+        assert float(metrics[300 * index + 299]["decided"]) >= 0.999
+
+
+def test_ends_at_eight_bits_are_reconstructed_too():
+    method = build_method("brecq", problem(first_last_bits=8), tiny())
+    run(method)
+    assert [row.weight_bits for row in bits_table(method.student)] == [8, 4, 8]
+    for row in bits_table(method.student):
+        plain = method.student.get_submodule(row.name)
+        quantizer = plain.weight_quantizer
+        assert torch.equal(quantizer.values(quantizer.codes(plain.weight)), plain.weight)
+
+
+def test_average_bits_go_where_they_matter():
+    task = problem(first_last_bits=8)
+    student, images = task.student(), task.images
+    costs = prediction_costs(student, task.quantization, images, {"3": (2, 8), "8": (4,)})
+    plain = student.get_submodule("3")
+    quantizer = build_weight_quantizer(plain.weight, 2, task.quantization)
+    rounded = copy.deepcopy(task.teacher)
+    rounded[3].weight.data = quantizer(plain.weight).detach()
+    with torch.no_grad():
+        p, q = task.teacher(images).softmax(1), rounded(images).softmax(1)
+        expected = (p * (p.log() - q.log())).sum(1).mean()
+    assert costs["3"][2] == pytest.approx(float(expected), rel=1e-3)
+    assert 0 < costs["3"][8] < costs["3"][2] and set(costs["8"]) == {4}
+    for average, middle in ((7.0, 4), (8.0, 8), (3.6, 2)):
+        method = build_method("adaquant", task, tiny(average_bits=average))
+        assert [row.weight_bits for row in bits_table(method.student)] == [8, middle, 8]
+        assert method.quantization.layer_bits["3"] == middle
+    run(method)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BRECQConfig(average_bits=1.0), "average_bits between 2 and 8, got 1.0"),
+        (lambda: BRECQConfig(steps=0), "brecq: expected steps at least 1"),
+        (lambda: BRECQConfig(granularity="stage"), "granularity to be one of layer, block"),
+        (lambda: BRECQConfig(objective="kl"), "objective to be one of mse, fisher, got kl"),
+        (lambda: QDropConfig(probability=2.0), "qdrop: expected probability between 0 and 1"),
+        (lambda: QDropConfig(scale_lr=0.0), "qdrop: expected scale_lr above 0 and finite, got 0"),
+        (lambda: AdaQuantConfig(lr=float("nan")), "adaquant: expected lr above 0 and finite"),
+        (lambda: AdaQuantConfig(held_out=1.0), "adaquant: expected held_out"),
+        (lambda: RoundingConfig(warmup=1.0), "rounding: expected warmup"),
+        (lambda: RoundingConfig(last_beta=30.0), "rounding: expected last_beta"),
+        (
+            lambda: build_method("brecq", problem(grid="paper", weight_range="minmax"), tiny()),
+            "weight_range other than minmax with grid paper",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("preset", ["paper", "short"])
+def test_presets_set_everything_and_scale(name, preset):
+    config, _ = train.parse_arguments([f"--method={name}", f"--preset={preset}"])
+    section = getattr(config.settings, name)
+    assert getattr(config.settings.scaled(0.01), name).steps == round(section.steps * 0.01)
+    if preset == "paper":
+        assert section == type(section)()
+
+
+def test_train_runs_one(tmp_path):
+    out = tmp_path / "run"
+    train.main(
+        [
+            *("--method=qdrop", "--baselines=[]", "--threads=1", "--test_limit=71"),
+            *("--settings.qdrop.steps=2", f"--out={out}"),
+        ]
+    )
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["name"], summary["iterations"]) == ("qdrop", 12)
