@@ -101,9 +101,9 @@ class TrainConfig:
     """What to quantize, how, and where the result goes.
 
     Attributes:
-        method: fdda; distill (the same without generated images), minmax or mse (ranges only), lapq,
-            bitsplit, adaquant, brecq, qdrop; without real images gdfq, qimera, zaq, zeroq, dsg, di,
-            adi, noise.
+        method: fdda; distill (the same without generated images), minmax or mse (ranges only),
+            lapq, bitsplit, adaquant, brecq, qdrop; without real images gdfq, qimera, zaq, zeroq,
+            dsg, di, adi, noise.
         model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME or pytorchcv:NAME.
         weights: "default" for the trained weights that come with the model, torchvision's name of
             others, a file (safetensors, or a torch file of plain tensors) of this or another
