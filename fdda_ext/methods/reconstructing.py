@@ -173,8 +173,9 @@ class ReconstructionMethod(Method):
 
     def _start(self, task: int) -> Reconstruction:
         phase, unit, _ = self.tasks[task]
+        setting = f"settings__{self.schedule.name}__cache_megabytes"
         with (
-            must_fit(**{f"settings__{self.schedule.name}__batch": self.schedule.batch}),
+            must_fit(**{setting: self.schedule.cache_megabytes}),
             stage("reconstruction: caches"),
         ):
             return self.begin(phase, unit)
