@@ -38,7 +38,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
@@ -188,6 +187,8 @@ class Powell:
         high = min(high, float(room[direction < 0].min())) if (direction < 0).any() else high
         if not low < high:
             return
+        from scipy.optimize import minimize_scalar  # slow to import
+
         found = minimize_scalar(
             along(self.point, direction),
             bounds=(low, high),

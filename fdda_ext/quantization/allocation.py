@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from ..errors import UsageError
 
@@ -57,6 +55,9 @@ def allocate_bits(
             f"allocate_bits: expected average_bits at least {least / total:.4g}, "
             f"the fewest bits of every layer, got {average_bits}"
         )
+    from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
+    from scipy.sparse import csr_array
+
     choices = [(name, bits) for name, of_layer in costs.items() for bits in of_layer]
     cost = np.array([costs[name][bits] for name, bits in choices])
     spent = np.array([sizes[name] * bits for name, bits in choices], dtype=float)
