@@ -16,7 +16,7 @@ def test_twenty_classes_from_images_to_integers(tmp_path):
         *("--iterations", "24", "--train-args"),
         "--settings.fdda.generator.channels=32 --settings.fdda.batch=8 "
         "--settings.distillation.real_batch=8 --settings.distillation.generated_batch=8 "
-        "--evaluate_every 10 --evaluate_limit 32",
+        "--evaluate_every 10 --evaluate_limit 32 --no_report",
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

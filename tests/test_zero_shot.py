@@ -220,7 +220,7 @@ def test_train_leaves_generated_images(tmp_path):
     section = "--settings.gdfq."
     train.main(
         [
-            *("--method=gdfq", "--baselines=[]", "--threads=1", "--test_limit=71"),
+            *("--method=gdfq", "--baselines=[]", "--threads=1", "--test_limit=71", "--no_report"),
             *("--settings.distillation.steps=3", "--settings.distillation.generated_batch=8"),
             *(f"{section}warmup_iterations=2", f"{section}generator.channels=4"),
             *(f"{section}batch=8", f"--out={out}"),
