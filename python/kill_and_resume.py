@@ -76,6 +76,7 @@ def content(folder: Path) -> dict[str, Any]:
                 found[f"{path.name} {name}"] = file.get_tensor(name).tobytes()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
+    summary.pop("peak_memory")  # of the last process alone
     for item in (*lines, summary):
         item.pop("seconds")
     return {**found, "metrics": lines, "summary": summary}
