@@ -424,6 +424,7 @@ def test_a_run_stopped_between_units_and_early_in_one_resumes(name):
         run(halves, end=half)
         resumed.load_state_dict(halves.state_dict())
         run(resumed, begin=half)
+        assert resumed.progress == whole.progress and len(whole.progress) == len(whole.tasks)
         for key, tensor in whole.student.state_dict().items():
             assert torch.equal(tensor, resumed.student.state_dict()[key]), key
 
@@ -453,6 +454,8 @@ def test_roundings_are_decided_in_the_end(name):
     for index in range(len(method.units)):
         assert float(metrics[300 * index]["decided"]) < 0.5
         assert float(metrics[300 * index + 299]["decided"]) >= 0.999
+        assert method.progress[index]["decided"] >= 0.999
+        assert method.progress[index]["first"] == float(metrics[300 * index]["reconstruction"])
 
 
 def test_ends_at_eight_bits_are_reconstructed_too():
@@ -527,5 +530,9 @@ def test_train_runs_one(tmp_path):
             *("--settings.qdrop.steps=2", f"--out={out}"),
         ]
     )
+    units = json.loads((out / "units.json").read_text())
+    assert [unit["steps"] for unit in units] == [2] * 6
+    page = (out / "report.html").read_text()
+    assert all(f"{unit['last']:.4g}" in page for unit in units)
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["name"], summary["iterations"]) == ("qdrop", 12)

@@ -12,10 +12,12 @@ search, on what the rounding of one layer alone does to predictions.
 
 from __future__ import annotations
 
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +26,7 @@ from torch.fx import GraphModule
 from typing_extensions import Self, override
 
 from ..engine import must_fit, restore_random, stage
+from ..engine.checkpoint import atomic_write_text
 from ..errors import UsageError
 from ..quantization import allocate_bits, bits_table, calibrate
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
@@ -36,6 +39,7 @@ from ..reconstruction import (
     collect,
     float_copy,
     prediction_costs,
+    share_decided,
     values_of,
 )
 from .base import Method, Problem
@@ -127,6 +131,8 @@ class ReconstructionMethod(Method):
         self.iterations = sum(steps for _, _, steps in self.tasks)
         self.task = -1
         self.current: Reconstruction | None = None
+        #: Of each task so far, what `save_artifacts` writes.
+        self.progress: list[dict[str, Any]] = []
 
     @abstractmethod
     def partition(self) -> list[Unit]:
@@ -193,7 +199,16 @@ class ReconstructionMethod(Method):
             stage("reconstruction: step"),
         ):
             metrics = self.current.step(step)
+        if step == 0:
+            phase, unit, steps = self.tasks[task]
+            first = float(metrics["reconstruction"])
+            self.progress.append(
+                {"phase": phase, "layers": list(unit.layers), "steps": steps, "first": first}
+            )
         if step + 1 == self.tasks[task][2]:
+            self.progress[-1]["last"] = float(metrics["reconstruction"])
+            if self.current.soft:
+                self.progress[-1]["decided"] = float(share_decided(self.current.soft))
             self.current.finish()
             self.current = None
             if task + 1 == len(self.tasks):
@@ -205,6 +220,7 @@ class ReconstructionMethod(Method):
         return {
             "student": self.student.state_dict(),
             "task": self.task,
+            "progress": self.progress,
             "current": None if self.current is None else self.current.state_dict(),
             "random": self.random.get_state(),
         }
@@ -213,9 +229,19 @@ class ReconstructionMethod(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.student.load_state_dict(state["student"])
         self.task, self.current = state["task"], None
+        self.progress = [dict(unit) for unit in state["progress"]]
         if state["current"] is not None:
             self.current = self._start(self.task)
             # Building it has set ranges, which training has moved since.
             self.student.load_state_dict(state["student"])
             self.current.load_state_dict(state["current"])
         restore_random(self.random, state["random"])
+
+    @override
+    def save_artifacts(self, folder: Path) -> None:
+        """``units.json``: what every unit's loss was on its first batch and on its last.
+
+        A list of objects: ``phase``, ``layers`` by name, ``steps``, ``first``, ``last`` and, where
+        rounding was learned, ``decided``, the share of roundings within 0.01 of 0 or 1 at the end.
+        """
+        atomic_write_text(folder / "units.json", json.dumps(self.progress, indent=1) + "\n")

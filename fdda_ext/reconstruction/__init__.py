@@ -20,7 +20,7 @@ from .reconstruct import (
     squared_gradients,
     values_of,
 )
-from .rounding import RoundingConfig, SoftlyRounded
+from .rounding import RoundingConfig, SoftlyRounded, share_decided
 from .sensitivity import prediction_costs
 from .units import Granularity, Unit, partition, region
 
@@ -43,6 +43,7 @@ __all__ = [
     "region",
     "retune_norms",
     "set_ranges",
+    "share_decided",
     "squared_gradients",
     "values_of",
 ]

@@ -71,6 +71,7 @@ def write_report(folder: Path, problem: Problem, test: BatchSource) -> Path:
         _what_was_done,
         _accuracy_over_time,
         _losses,
+        _units,
         _generated_images,
         _bn_statistics,
         _errors_by_layer,
@@ -258,6 +259,31 @@ def _losses(run: _Run) -> str:
         "value is more than 30 times the smallest."
     )
     return page.section("Losses", page.figure(image, caption))
+
+
+def _units(run: _Run) -> str:
+    path = run.folder / "units.json"
+    if not path.exists():
+        return ""
+    units = json.loads(path.read_text())
+    rows = [
+        (
+            unit["phase"],
+            ", ".join(unit["layers"]),
+            unit["steps"],
+            f"{unit['first']:.4g}",
+            f"{unit['last']:.4g}",
+            f"{100 * unit['decided']:.2f}" if "decided" in unit else "",
+        )
+        for unit in units
+    ]
+    header = ("phase", "layers", "steps", "loss, first batch", "last batch", "decided, %")
+    text = (
+        "Units in the order they were reconstructed in; the curves above jump where one begins. "
+        "The loss is the error of the unit's output. Decided: roundings within 0.01 of down or up "
+        "at the end."
+    )
+    return page.section("Units", page.table(header, rows, "ttnnnn"), page.text(text))
 
 
 def _generated_images(run: _Run) -> str:
