@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: each target does its own set-up, once.
 #
 #   make train [ARGS="--bits W3A3"]   quantize a network on the embedded data
-#   make test  [ARGS="-k name"]       run the tests
+#   make test  [ARGS="-k name"]       run the tests, on all cores
 #   make lint                         formatting, types, layer rules
 #   make sanitize                     the operators' tests under AddressSanitizer and UBSan
 #   make bench                        CPU benchmarks against real peers
@@ -50,8 +50,10 @@ $(VENV)/tools.stamp: $(VENV)/torch.stamp pyproject.toml
 train: $(VENV)/package.stamp
 	$(BIN)/python -m fdda_ext.train $(ARGS)
 
+# A file's tests stay in one process, as their fixtures are costly.
 test: $(VENV)/package.stamp $(VENV)/tools.stamp
-	$(BIN)/python -m pytest tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder \
+	  $(ARGS)
 
 lint: $(VENV)/package.stamp $(VENV)/tools.stamp
 	$(BIN)/ruff check .

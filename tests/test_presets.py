@@ -85,7 +85,8 @@ def random_network(model: str) -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in PRESETS])
+# Those of five bits differ in nothing but the number.
+@pytest.mark.parametrize("name", [name for name, *_ in PRESETS if "w4a4" in name])
 def test_two_iterations_on_random_images(name):
     config, _ = train.parse_arguments(
         [

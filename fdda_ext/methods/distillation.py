@@ -16,7 +16,8 @@ from ..data import augment
 from ..distribution import shard, share_of, sum_gradients_, total
 from ..engine import must_fit, stage
 from ..errors import UsageError
-from ..quantization import project_scales_, scale_parameters
+from ..quantization import bits_table, project_scales_, scale_parameters
+from ..reconstruction import RoundingConfig, SoftlyRounded, check_ranges_stay, region, soften_
 from .base import Problem
 
 __all__ = [
@@ -51,6 +52,8 @@ class DistillationConfig:
             authors' 20 000 steps do not divide their 70 000); None for the whole run, 0 for no
             cosine.
         frozen_scales: Leave the quantizers' ranges as they are.
+        rounding: Learn how weights are rounded, instead of the weights: AdaRound's rate, and weight
+            and course of its regulariser; None for straight-through gradients of the weights.
     """
 
     steps: int = 70_000
@@ -68,6 +71,7 @@ class DistillationConfig:
     lr_milestones: list[int] = field(default_factory=list)
     cosine_half_period: int | None = 20_000
     frozen_scales: bool = False
+    rounding: RoundingConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "real_batch", "weight", "cross_entropy_weight", "weight_decay"):
@@ -158,15 +162,39 @@ class Student:
         self.steps_done = 0
         #: Of a batch of images and labels, a scalar; a method may put its own in place.
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.divergence
+        #: The network as it is trained: with weights rounded softly where rounding is learned.
+        self.function, self.soft = network, list[SoftlyRounded]()
+        if config.rounding is not None:
+            check_ranges_stay(problem.quantization, "distillation.rounding")
+            names = dict.fromkeys(row.name for row in bits_table(network))
+            self.function = region(network, [str(network.graph.output_node().args[0])], ())[0]
+            self.soft = soften_(self.function, names)
+            for layer in self.soft:
+                layer.layer.weight.requires_grad_(False)
+                layer.layer.weight_quantizer.requires_grad_(False)
         scales = scale_parameters(network)
-        scale_ids = {id(parameter) for parameter in scales}
-        others = [p for p in network.parameters() if id(p) not in scale_ids]
-        groups = [{"params": others, "lr": config.lr, "weight_decay": config.weight_decay}]
         if config.frozen_scales:
             for parameter in scales:
                 parameter.requires_grad_(False)
-        elif scales:
-            groups.append({"params": scales, "lr": config.scale_lr, "weight_decay": 0.0})
+        trained = [p for p in network.parameters() if p.requires_grad]
+        scale_ids = {id(parameter) for parameter in scales}
+        groups = [
+            {
+                "params": [p for p in trained if id(p) not in scale_ids],
+                "lr": config.lr,
+                "weight_decay": config.weight_decay,
+            },
+            {
+                "params": [p for p in trained if id(p) in scale_ids],
+                "lr": config.scale_lr,
+                "weight_decay": 0.0,
+            },
+        ]
+        if config.rounding is not None:
+            alphas = [layer.alpha for layer in self.soft]
+            rate = {"lr": config.rounding.lr, "constant": True}
+            groups.append({"params": alphas, "weight_decay": 0.0, **rate})
+        groups = [group for group in groups if group["params"]]
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
@@ -187,11 +215,17 @@ class Student:
         """Refuse an objective that the method does not define.
 
         Raises:
-            UsageError: If it is "discrepancy" and no loss was put in place of `divergence`.
+            UsageError: If it is "discrepancy" and no loss was put in place of `divergence`, or
+                rounding is learned, which that loss does not see.
         """
         if self.config.objective == "discrepancy" and self.loss == self.divergence:
             raise UsageError(
                 "distillation: expected objective divergence with this method, got discrepancy"
+            )
+        if self.config.objective == "discrepancy" and self.soft:
+            raise UsageError(
+                "distillation: expected rounding null with the objective discrepancy, "
+                f"got {self.config.rounding}"
             )
 
     def divergence(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -199,7 +233,7 @@ class Student:
         with torch.no_grad(), self.problem.autocast(), stage("student: teacher"):
             teacher_logits = self.problem.teacher(images).float()
         with stage("student: forward"):
-            return distillation_loss(self.network(images), teacher_logits, labels, self.config)
+            return distillation_loss(self.function(images), teacher_logits, labels, self.config)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Distil the teacher into the student on ``images [N, 3, H, W]``; return the loss.
@@ -209,7 +243,7 @@ class Student:
         share = share_of(len(labels))
         images, labels = shard(images), shard(labels)
         for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
-            group["lr"] = rate * self.rate_factor()
+            group["lr"] = rate if group.get("constant") else rate * self.rate_factor()
         with must_fit(
             settings__distillation__real_batch=self.config.real_batch,
             settings__distillation__generated_batch=self.config.generated_batch,
@@ -217,18 +251,31 @@ class Student:
             loss = share * self.loss(images, labels)
             with stage("student: backward"):
                 self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                sum_gradients_(self.network.parameters())
+                (loss + share * self.indecision()).backward()
+                sum_gradients_(p for g in self.optimizer.param_groups for p in g["params"])
             with stage("student: optimizer"):
                 self.optimizer.step()
                 project_scales_(self.network)
+                for layer in self.soft:
+                    layer.bake()
         self.steps_done += 1
         return total({"student": loss})["student"]
 
+    def indecision(self) -> Tensor | float:
+        """AdaRound's regulariser with its weight; 0 before it sets in."""
+        rounding = self.config.rounding
+        if rounding is None:
+            return 0.0
+        beta = rounding.beta(self.steps_done / self.config.steps)
+        if beta is None:
+            return 0.0
+        return rounding.weight * torch.stack([x.regulariser(beta) for x in self.soft]).sum()
+
     def state_dict(self) -> dict[str, Any]:
-        """Weights, ranges, optimizer and position in the schedule."""
+        """Weights, ranges, roundings, optimizer and position in the schedule."""
         return {
             "network": self.network.state_dict(),
+            "alphas": [layer.alpha.detach() for layer in self.soft],
             "optimizer": self.optimizer.state_dict(),
             "steps_done": self.steps_done,
         }
@@ -236,5 +283,8 @@ class Student:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.network.load_state_dict(state["network"])
+        with torch.no_grad():
+            for layer, alpha in zip(self.soft, state["alphas"], strict=True):
+                layer.alpha.copy_(alpha)
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps_done = state["steps_done"]

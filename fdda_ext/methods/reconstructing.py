@@ -29,17 +29,18 @@ from ..engine import must_fit, restore_random, stage
 from ..engine.checkpoint import atomic_write_text
 from ..errors import UsageError
 from ..quantization import allocate_bits, bits_table, calibrate
-from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.quantizer import ActivationQuantizer, LearnedActivationQuantizer
 from ..reconstruction import (
     Cache,
     Reconstruction,
     SoftlyRounded,
     Unit,
+    check_ranges_stay,
     collect,
     float_copy,
     prediction_costs,
     share_decided,
+    soften_,
     values_of,
 )
 from .base import Method, Problem
@@ -116,11 +117,7 @@ class ReconstructionMethod(Method):
         self.problem = problem
         self.schedule = config
         self.quantization = problem.quantization
-        if self.quantization.grid == "paper" and self.quantization.weight_range == "minmax":
-            raise UsageError(
-                f"{config.name}: expected a weight_range other than minmax with grid paper, where "
-                "it moves with the weights, got minmax; try lp"
-            )
+        check_ranges_stay(self.quantization, config.name)
         self.random = problem.random()
         self.student = problem.student().requires_grad_(False)
         calibrate(self.student, problem.images)
@@ -158,13 +155,8 @@ class ReconstructionMethod(Method):
 
     def softened(self, unit: Unit) -> tuple[GraphModule, list[SoftlyRounded]]:
         """The unit as a function with soft weights, and these."""
-        function, layers = unit.of(self.student), []
-        for name in unit.layers:
-            layer = function.get_submodule(name)
-            assert isinstance(layer, (QuantizedConv2d, QuantizedLinear))
-            layers.append(SoftlyRounded(layer))
-            function.set_submodule(name, layers[-1])
-        return function, layers
+        function = unit.of(self.student)
+        return function, soften_(function, unit.layers)
 
     def quantizers(self, unit: Unit) -> list[ActivationQuantizer]:
         """The unit's own activation quantizers."""

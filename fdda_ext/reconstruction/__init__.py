@@ -20,7 +20,13 @@ from .reconstruct import (
     squared_gradients,
     values_of,
 )
-from .rounding import RoundingConfig, SoftlyRounded, share_decided
+from .rounding import (
+    RoundingConfig,
+    SoftlyRounded,
+    check_ranges_stay,
+    share_decided,
+    soften_,
+)
 from .sensitivity import prediction_costs
 from .units import Granularity, Unit, partition, region
 
@@ -35,6 +41,7 @@ __all__ = [
     "SoftlyRounded",
     "Unit",
     "activations_in_float",
+    "check_ranges_stay",
     "collect",
     "float_copy",
     "output_error",
@@ -44,6 +51,7 @@ __all__ = [
     "retune_norms",
     "set_ranges",
     "share_decided",
+    "soften_",
     "squared_gradients",
     "values_of",
 ]

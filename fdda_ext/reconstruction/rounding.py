@@ -14,17 +14,20 @@ as w. A regulariser drives every h to 0 or 1 (eq. 24)::
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..errors import UsageError
+from ..quantization import QuantizationConfig
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 
-__all__ = ["RoundingConfig", "SoftlyRounded", "share_decided"]
+__all__ = ["RoundingConfig", "SoftlyRounded", "check_ranges_stay", "share_decided", "soften_"]
 
 _ZETA, _GAMMA = 1.1, -0.1
 
@@ -121,6 +124,35 @@ class SoftlyRounded(nn.Module):
     def layer(self) -> QuantizedConv2d | QuantizedLinear:
         """The layer."""
         return cast("QuantizedConv2d | QuantizedLinear", self.__dict__["layer"])
+
+
+def check_ranges_stay(quantization: QuantizationConfig, who: str) -> None:
+    """Refuse, for ``who``, ranges of weights that move with the weights.
+
+    Raises:
+        UsageError: If `quantization` has such.
+    """
+    if quantization.grid == "paper" and quantization.weight_range == "minmax":
+        raise UsageError(
+            f"{who}: expected a weight_range other than minmax with grid paper, where it moves "
+            "with the weights, got minmax; try lp"
+        )
+
+
+def soften_(function: GraphModule, layers: Iterable[str]) -> list[SoftlyRounded]:
+    """Put softly rounded layers in the places of ``layers``, by name; return them.
+
+    Args:
+        function: Shares the student's modules, see `region`; the student stays an ordinary one.
+        layers: Convolutions and linear layers of it.
+    """
+    soft = []
+    for name in layers:
+        layer = function.get_submodule(name)
+        assert isinstance(layer, (QuantizedConv2d, QuantizedLinear))
+        soft.append(SoftlyRounded(layer))
+        function.set_submodule(name, soft[-1])
+    return soft
 
 
 @torch.no_grad()
