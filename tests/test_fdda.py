@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdda_ext.data import Augmentation
+from fdda_ext.deploy import lower
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import (
     FDDA,
@@ -22,7 +23,9 @@ from fdda_ext.methods import (
     distillation_loss,
 )
 from fdda_ext.methods.distillation import ImageSampler, Student
-from fdda_ext.quantization import QuantizationConfig
+from fdda_ext.methods.zaq import ZAQConfig
+from fdda_ext.quantization import QuantizationConfig, bits_table
+from fdda_ext.reconstruction import RoundingConfig, share_decided
 from fdda_ext.statistics import Distortion
 from fdda_ext.synthesis import GeneratorConfig
 
@@ -311,6 +314,58 @@ def test_the_student_may_see_generated_images_alone():
     method = FDDA(problem(right=True), settings({"real_batch": 2}))
     shown, shown_labels = method.student_images(images, labels)
     assert shown.shape[0] == 6 and torch.equal(shown_labels[2:], labels)
+
+
+def test_rounding_is_learned_instead_of_weights():
+    rounding = RoundingConfig(lr=0.1, weight=1.0, first_beta=10.0)
+    task = problem(right=True)
+    distillation = {"steps": 120, "rounding": rounding}
+
+    def build():
+        return FDDA(task, settings(distillation))
+
+    def run(method, begin=0, end=None):
+        for iteration in range(begin, end or method.iterations):
+            method.step(iteration)
+
+    whole, half, resumed = build(), build(), build()
+    before = {n: m.weight.clone() for n, m in half.student.named_modules() if hasattr(m, "weight")}
+    run(whole)
+    run(half, end=50)
+    resumed.load_state_dict(half.state_dict())
+    run(resumed, begin=50)
+    for key, tensor in whole.student.state_dict().items():
+        assert torch.equal(tensor, resumed.student.state_dict()[key]), key
+    moved = 0
+    for row in bits_table(whole.student):
+        layer = whole.student.get_submodule(row.name)
+        quantizer = layer.weight_quantizer
+        assert torch.equal(quantizer(layer.weight), layer.weight)
+        distance = quantizer.position(layer.weight) - quantizer.position(before[row.name])
+        inside = quantizer.codes(before[row.name]).abs() < quantizer.grid.quant_max
+        assert float(distance[inside].abs().max()) < 1 + 1e-4
+        moved += int((distance[inside].abs() > 0.5 + 1e-4).sum())
+    assert moved > 0, "some weight is rounded the other way"
+    assert share_decided(whole.trainer.soft) > 0.99
+    norms = [m for m in whole.student.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(norm.weight.grad is not None for norm in norms)
+    with torch.no_grad():
+        assert torch.equal(lower(whole.student)(task.images), whole.student(task.images))
+
+
+@pytest.mark.parametrize(
+    ("name", "distillation", "quantization", "message"),
+    [
+        ("fdda", {}, {"grid": "paper", "weight_range": "minmax"}, "weight_range other than minmax"),
+        ("fdda", {"objective": "discrepancy"}, {}, "objective divergence with this method"),
+        ("zaq", {"objective": "discrepancy"}, {}, "rounding null with the objective discrepancy"),
+    ],
+)
+def test_where_rounding_cannot_be_learned(name, distillation, quantization, message):
+    config = settings({**distillation, "rounding": RoundingConfig()})
+    config = replace(config, zaq=ZAQConfig(generator=config.fdda.generator))
+    with pytest.raises(UsageError, match=message):
+        build_method(name, problem(right=True, **quantization), config)
 
 
 def test_bad_distillation_settings_are_refused():
