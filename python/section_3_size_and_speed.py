@@ -5,7 +5,7 @@
 
 Weights are random: size and speed only. Sizes are counted as papers do, bits times the weights of
 convolutions and linear layers, with all layers alike or the ends at 8 bits; and measured, in bytes
-of the exported file, which stores up to 4 bits two to a byte and 5 to 8 bits one to a byte. Times
+of the exported file, which holds weights in their bits without gaps, scales and instructions. Times
 are of the float network in PyTorch, the program, and, where installed, ONNX Runtime's and
 OpenVINO's 8 bits, in turn on one CPU: median and quartiles. A network that is done is not measured
 again. Below --out: size and speed as .csv and .md, and section_3.png.

@@ -30,7 +30,7 @@ from fdda_ext.deploy import (
     save_program,
     stored_bytes,
 )
-from fdda_ext.deploy.file import pack_int4, unpack_int4
+from fdda_ext.deploy.file import pack_codes, unpack_codes
 from fdda_ext.deploy.instructions import CodeGrid, Conv, Linear, Reshape, Value
 from fdda_ext.engine import write_student
 from fdda_ext.engine.checkpoint import digest
@@ -312,14 +312,17 @@ def test_size_of_the_paper_s_networks() -> None:
         assert sum(size for *_, size in stored_bytes(lower(student))) <= limit
 
 
-@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**31))
-def test_packing_and_back(rows: int, n: int, seed: int) -> None:
+@given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**31))
+def test_packing_and_back(bits: int, rows: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-8, 8, (rows, n), generator=generator, dtype=torch.int8)
-    packed = pack_int4(codes)
-    assert packed.shape == (rows, (n + 1) // 2)
-    assert packed[0, 0] & 15 == codes[0, 0] % 16  # low nibble first
-    assert torch.equal(unpack_int4(packed, n), codes)
+    limit = 2 ** (bits - 1)
+    codes = torch.randint(-limit, limit, (rows, n), generator=generator, dtype=torch.int8)
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (rows, -(-n * bits // 8))
+    # A row is a number in little-endian order, whose digits to the base 2^bits are the codes.
+    number = int.from_bytes(bytes(packed[0].tolist()), "little")
+    assert number == sum((code % 2**bits) << (bits * i) for i, code in enumerate(codes[0].tolist()))
+    assert torch.equal(unpack_codes(packed, n, bits), codes)
 
 
 @pytest.fixture
@@ -365,7 +368,7 @@ def rewrite(path: Path, manifest: Any, tensors: dict[str, Tensor]) -> None:
     """A file with a valid checksum, as an attacker writes it."""
     text = json.dumps(manifest)
     metadata = {
-        "format": "fdda_ext.program.2",
+        "format": "fdda_ext.program.3",
         "manifest": text,
         "sha256": digest(tensors, text),
     }

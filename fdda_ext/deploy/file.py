@@ -2,10 +2,11 @@
 
 The metadata holds ``format``, ``manifest`` (JSON: image, normalisation, instructions) and
 ``sha256``. The tensors are weights, scales and shifts by name. Weights lie as in an NHWC kernel,
-one row ``[kh, kw, C / groups]`` per output channel; those of at most 4 bits are packed two to a
-byte, the first in the low nibble, every row padded with 0 to a whole byte. Scales and shifts
-are float32 without their lowest byte, uint8 ``[C, 3]``, where that byte is 0. No code is stored,
-and nothing is used before all of it has been checked.
+one row ``[kh, kw, C / groups]`` per output channel, in their bits without gaps: weight i of b bits
+is bits i b to (i + 1) b - 1 of the row, the lowest bit of a byte first, two's complement; every row
+is padded with 0 to a whole byte. Scales and shifts are float32 without their lowest byte, uint8
+``[C, 3]``, where that byte is 0. No code is stored, and nothing is used before all of it has been
+checked.
 """
 
 from __future__ import annotations
@@ -40,9 +41,16 @@ from .instructions import (
 )
 from .program import IntegerProgram
 
-__all__ = ["is_program", "load_program", "pack_int4", "save_program", "stored_bytes", "unpack_int4"]
+__all__ = [
+    "is_program",
+    "load_program",
+    "pack_codes",
+    "save_program",
+    "stored_bytes",
+    "unpack_codes",
+]
 
-_FORMAT = "fdda_ext.program.2"
+_FORMAT = "fdda_ext.program.3"
 _KINDS: dict[str, type[Instruction]] = {
     "average_pool": AveragePool,
     "concat": Concat,
@@ -57,18 +65,22 @@ _KINDS: dict[str, type[Instruction]] = {
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
-def pack_int4(codes: Tensor) -> Tensor:
-    """Pack int8 ``[rows, n]`` with values in [-8, 7] to uint8 ``[rows, ceil(n / 2)]``."""
-    if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    nibbles = codes.view(torch.uint8) & 15
-    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack int8 ``[rows, n]`` of so many bits to uint8 ``[rows, ceil(n bits / 8)]``."""
+    places = torch.arange(bits, dtype=torch.uint8)
+    stream = ((codes.view(torch.uint8).unsqueeze(2) >> places) & 1).flatten(1)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8))
+    places = torch.arange(8, dtype=torch.uint8)
+    return (stream.view(codes.shape[0], -1, 8) << places).sum(2, dtype=torch.uint8)
 
 
-def unpack_int4(packed: Tensor, n: int) -> Tensor:
-    """The int8 ``[rows, n]`` that `pack_int4` packed."""
-    nibbles = torch.stack([packed & 15, packed >> 4], 2).flatten(1)[:, :n]
-    return (nibbles ^ 8).view(torch.int8) - 8
+def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
+    """The int8 ``[rows, n]`` that `pack_codes` packed."""
+    stream = (packed.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8)) & 1
+    stream = stream.flatten(1)[:, : n * bits].view(packed.shape[0], n, bits)
+    codes = (stream << torch.arange(bits, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+    sign = 1 << (bits - 1)
+    return ((codes ^ sign) - sign).view(torch.int8)
 
 
 def save_program(path: Path, program: IntegerProgram) -> None:
@@ -81,7 +93,7 @@ def save_program(path: Path, program: IntegerProgram) -> None:
         if name in bits:
             shapes[name] = list(tensor.shape)
             rows = tensor.movedim(1, -1).flatten(1).contiguous()
-            tensor = pack_int4(rows) if bits[name] <= 4 else rows
+            tensor = pack_codes(rows, bits[name])
         elif _ends_in_zero(tensor):
             tensor = tensor.view(torch.uint8).view(-1, 4)[:, 1:]
         tensors[name] = tensor.contiguous()
@@ -161,12 +173,12 @@ def _unpacked(tensor: Tensor, size: tuple[int, ...], bits: int, name: str) -> Te
     """The weight ``[O, C / groups, ...]`` of a stored tensor."""
     if len(size) not in (2, 4) or min(size) < 1 or max(size) > 2**20:
         raise ValueError(f"{name} has the shape {size}")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{name} has {bits} bits")
     row = math.prod(size[1:])
-    packed = bits <= 4
-    stored = (size[0], (row + 1) // 2 if packed else row)
-    if tensor.dtype != (torch.uint8 if packed else torch.int8) or tuple(tensor.shape) != stored:
+    if tensor.dtype != torch.uint8 or tuple(tensor.shape) != (size[0], (row * bits + 7) // 8):
         raise ValueError(f"{name} is stored as {tensor.dtype} {tuple(tensor.shape)}")
-    rows = unpack_int4(tensor, row) if packed else tensor
+    rows = unpack_codes(tensor, row, bits)
     return rows.view(size[0], *size[2:], size[1]).movedim(-1, 1).contiguous()
 
 
@@ -229,8 +241,7 @@ def stored_bytes(program: IntegerProgram) -> list[tuple[str, int, int, int]]:
     for name, bits in _weight_bits(program.instructions).items():
         layer = name.removesuffix(".weight")
         weight = program.tensors[name]
-        row = weight[0].numel()
-        size = weight.shape[0] * ((row + 1) // 2 if bits <= 4 else row)
+        size = weight.shape[0] * ((weight[0].numel() * bits + 7) // 8)
         for part in ("scale", "shift"):
             tensor = program.tensors[f"{layer}.{part}"]
             size += tensor.numel() * (3 if _ends_in_zero(tensor) else 4)
