@@ -104,7 +104,8 @@ class TrainConfig:
         method: fdda; distill (the same without generated images); minmax, mse (ranges only); lapq,
             bitsplit, adaquant, brecq, qdrop; without real images gdfq, qimera, zaq, zeroq, dsg, di,
             adi, noise.
-        model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME or pytorchcv:NAME.
+        model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME, pytorchcv:NAME, or
+            module:NAME.CLASS for your own, which is called with num_classes.
         weights: "default" for the trained weights that come with the model, torchvision's name of
             others, a file (safetensors, or a torch file of plain tensors) of this or another
             library, MODEL=FILE to say which network a file is of, order=FILE to go by the order of

@@ -148,3 +148,31 @@ def test_every_library_can_be_the_first_to_be_imported(name):
     code = f"from fdda_ext.models import load_model; load_model({name!r}, weights='none')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_network_of_the_user_s(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, num_classes, 3), nn.BatchNorm2d(num_classes))\n"
+        "def number(num_classes):\n"
+        "    return num_classes\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = load_model("module:mine.net", weights="none", num_classes=4)
+    assert not network.training
+    save_file({k: v + 1 for k, v in network.state_dict().items()}, tmp_path / "w.safetensors")
+    filled = load_model("module:mine.net", weights=str(tmp_path / "w.safetensors"), num_classes=4)
+    assert torch.equal(filled[0].weight, network[0].weight + 1)
+    for spec, weights, classes, message in (
+        ("module:mine.net", "default", 4, "to be a file or none, got default"),
+        ("module:mine.net", "none", None, "expected num_classes for module:mine.net, got none"),
+        ("module:mine.nett", "none", 4, r"module:mine.nett to be a class.*AttributeError"),
+        ("module:mineral.net", "none", 4, "got ModuleNotFoundError"),
+        ("module:mine", "none", 4, "got ValueError"),
+        ("module:mine.number", "none", 4, "to make a torch.nn.Module, got int"),
+        ("module:", "none", 4, "expected one of .*module:NAME.CLASS, got module:"),
+    ):
+        with pytest.raises(UsageError, match=message) as caught:
+            load_model(spec, weights=weights, num_classes=classes)
+        assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import logging
 import math
 import pickle
@@ -35,6 +36,8 @@ EMBEDDED: dict[str, Callable[[int], nn.Module]] = {
 _log = logging.getLogger("fdda_ext")
 
 _SOURCES = ("torchvision", "timm", "pytorchcv")
+#: Before the name of what builds a network of the user's.
+_OWN = "module"
 _NAMED_FILE = re.compile(rf"(order|(?:{'|'.join(_SOURCES)}):[^=/]+)=(.+)")
 
 
@@ -67,7 +70,8 @@ def open_model(
 
     Args:
         spec: ``glyphs_resnet``, ``glyphs_mobilenet``, ``torchvision:NAME``, ``timm:NAME`` (a tag
-            may follow: ``timm:resnet50.tv_in1k``) or ``pytorchcv:NAME``.
+            may follow: ``timm:resnet50.tv_in1k``), ``pytorchcv:NAME``, or ``module:NAME.CLASS``:
+            what the module NAME on Python's path calls CLASS, given ``num_classes=K``.
         weights: "default" for trained ones (shipped, or the library's own download and cache);
             "none" or None for random ones; a name such as ``IMAGENET1K_V1`` that torchvision has
             for the network; or a file: safetensors, or a torch file of plain tensors. A file that
@@ -81,8 +85,9 @@ def open_model(
         UsageError: If there is no such network or file, or they do not fit.
     """
     library, _, name = spec.partition(":")
-    if spec not in EMBEDDED and (library not in _SOURCES or not name):
-        names = (*EMBEDDED, *(f"{library}:NAME" for library in _SOURCES))
+    if spec not in EMBEDDED and (library not in (*_SOURCES, _OWN) or not name):
+        libraries = (f"{library}:NAME" for library in _SOURCES)
+        names = (*EMBEDDED, *libraries, f"{_OWN}:NAME.CLASS")
         close = difflib.get_close_matches(spec, EMBEDDED, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(f"model: expected one of {', '.join(names)}, got {spec}{hint}")
@@ -90,6 +95,8 @@ def open_model(
     if chosen == "none" or (chosen == "default" and spec in EMBEDDED):
         network = _build(spec, num_classes, None if chosen == "none" else chosen)
         return TrainedNetwork(network.eval(), _preprocessing(spec, network), chosen)
+    if chosen == "default" and library == _OWN:
+        raise UsageError(f"model: expected weights of {spec} to be a file or none, got default")
     if chosen == "default" or _is_torchvision_weights(spec, chosen):
         network = _build(spec, num_classes, chosen)
         preprocessing = _preprocessing(spec, network, chosen)
@@ -126,7 +133,31 @@ def _build(spec: str, num_classes: int | None, weights: str | None) -> nn.Module
     if spec in EMBEDDED:
         return _embedded(spec, num_classes, trained=weights == "default")
     library, _, name = spec.partition(":")
+    if library == _OWN:
+        return _own(name, num_classes)
     return _from_library(library, name, num_classes, weights)
+
+
+def _own(name: str, num_classes: int | None) -> nn.Module:
+    """What ``MODULE.CLASS`` makes, for so many classes."""
+    spec = f"{_OWN}:{name}"
+    if num_classes is None:
+        raise UsageError(f"model: expected num_classes for {spec}, got none")
+    module, _, attribute = name.rpartition(".")
+    try:
+        build = getattr(importlib.import_module(module), attribute)
+        network = build(num_classes=num_classes)
+    except Exception as error:  # whatever the user's code may raise
+        reason = f"{type(error).__name__} ({' '.join(str(error).split())[:200]})"
+        raise UsageError(
+            f"model: expected {spec} to be a class, or a function, on Python's path that makes a "
+            f"network when called with num_classes={num_classes}, got {reason}"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise UsageError(
+            f"model: expected {spec} to make a torch.nn.Module, got {type(network).__name__}"
+        )
+    return network
 
 
 def _embedded(name: str, num_classes: int | None, *, trained: bool) -> nn.Module:
