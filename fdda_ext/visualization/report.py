@@ -268,8 +268,7 @@ def _units(run: _Run) -> str:
     units = json.loads(path.read_text())
     rows = [
         (
-            unit["phase"],
-            ", ".join(unit["layers"]),
+            ": ".join(filter(None, (unit["phase"], ", ".join(unit["layers"])))),
             unit["steps"],
             f"{unit['first']:.4g}",
             f"{unit['last']:.4g}",
@@ -277,13 +276,13 @@ def _units(run: _Run) -> str:
         )
         for unit in units
     ]
-    header = ("phase", "layers", "steps", "loss, first batch", "last batch", "decided, %")
+    header = ("unit", "steps", "loss, first batch", "last batch", "decided, %")
     text = (
         "Units in the order they were reconstructed in; the curves above jump where one begins. "
         "The loss is the error of the unit's output. Decided: roundings within 0.01 of down or up "
         "at the end."
     )
-    return page.section("Units", page.table(header, rows, "ttnnnn"), page.text(text))
+    return page.section("Units", page.table(header, rows, "tnnnn"), page.text(text))
 
 
 def _generated_images(run: _Run) -> str:
