@@ -278,7 +278,7 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
 
 # ---- equal budgets ------------------------------------------------------------------------------
 
-#: Iterations of the two trials that a schedule's time is judged by.
+#: Iterations of the first two trials that a schedule's time is judged by.
 _TRIALS = (10, 40)
 #: No schedule is stretched or shortened further.
 _SHARES = (1 / 64, 64.0)
@@ -287,10 +287,11 @@ _SHARES = (1 / 64, 64.0)
 def trial(config: TrainConfig) -> tuple[float, float, float]:
     """What a run takes whatever its schedule, and what its whole schedule takes, 0 for none.
 
-    Two shortened schedules of different lengths are run. A machine's speed changes while other
-    processes come and go; so after every step a yardstick is timed, the float network forward and
-    backward on at most 32 images, and all is told in yardsticks. On a CPU with one thread the time
-    is the processor's, which waiting for it does not lengthen.
+    Two shortened schedules of different lengths are run, the second ever longer until it takes half
+    as long again as the first. A machine's speed changes while other processes come and go; so
+    after every step a yardstick is timed, the float network forward and backward on at most 32
+    images, and all is told in yardsticks. On a CPU with one thread the time is the processor's,
+    which waiting for it does not lengthen.
 
     Returns:
         Both, in yardsticks, and the seconds of one.
@@ -315,9 +316,9 @@ def trial(config: TrainConfig) -> tuple[float, float, float]:
         return now() - begin
 
     yardstick()
-    took, shares, yardsticks = [], [], []
-    for iterations in _TRIALS:
-        share = min(iterations / planned, 1.0)
+    yardsticks = []
+
+    def run(share: float) -> float:
         begin = now()
         method = build_method(config.method, problem, settings.scaled(share))
         spent, own = now() - begin, [yardstick()]
@@ -326,9 +327,15 @@ def trial(config: TrainConfig) -> tuple[float, float, float]:
             method.step(iteration)
             spent += now() - begin
             own.append(yardstick())
-        took.append(spent / statistics.mean(own))
-        shares.append(share)
-        yardsticks += own
+        yardsticks.extend(own)
+        return spent / statistics.mean(own)
+
+    shares = [min(iterations / planned, 1.0) for iterations in _TRIALS]
+    took = [run(share) for share in shares]
+    # Where most of it is the same for any schedule, a longer one must show the difference.
+    while took[1] < 1.5 * took[0] and shares[1] < 1:
+        shares[1] = min(4 * shares[1], 1.0)
+        took[1] = run(shares[1])
     length = statistics.median(yardsticks)
     if shares[0] == shares[1] or took[1] <= took[0]:  # too few iterations to tell
         return 0.0, took[1] / shares[1], length

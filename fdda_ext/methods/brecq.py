@@ -97,7 +97,8 @@ class BRECQConfig(BlockConfig):
 
     @override
     def scaled(self, share: float) -> Self:
-        return replace(super().scaled(share), scale_steps=round(self.scale_steps * share))
+        steps = max(round(self.scale_steps * share), min(self.scale_steps, 1))
+        return replace(super().scaled(share), scale_steps=steps)
 
 
 class BRECQ(ReconstructionMethod):
