@@ -30,15 +30,20 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = ("python", "console", "yaml")
 NOT_CODE = ("text", "math")
 
-#: Appended to a command of ``fdda_ext``, so that a page takes seconds: the last of an option counts.
+#: Appended to a command, so that a page takes seconds: of an option given twice the last counts.
 CHEAP = {
-    "train": ["--schedule-share=0.01", "--threads=1", "--no-report"],
+    "train": [
+        *("--schedule-share=0.005", "--threads=1", "--no-report"),
+        *(f"--settings.distillation.{part}_batch=4" for part in ("real", "generated")),
+        *("--settings.fdda.batch=4", "--settings.fdda.generator.channels=4"),
+        *("--quantization.weight_range=minmax", "--quantization.activation_range=minmax"),
+    ],
     # FDDA wants classes whose images the float network all gets right: it learns them by heart.
-    "pretrain": ["--epochs=20", "--images=128", "--threads=1"],
+    "pretrain": ["--epochs=10", "--images=128", "--threads=1"],
     "visualize": ["--images=16"],
 }
 #: Images of each class that the embedded data has left, for the same reason.
-IMAGES_PER_CLASS = {"train": 16, "test": 2}
+IMAGES_PER_CLASS = {"train": 16, "test": 1}
 #: Commands that cannot run here: what they lack, and what their parser, all arguments being right,
 #: says in the end; None where it has nothing to say, as only time lacks.
 NOT_RUN = {
