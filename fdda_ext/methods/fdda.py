@@ -64,7 +64,7 @@ class FDDAConfig(AlternatingConfig):
         distorted_weight: Of L_D.
         classification_weight: Of the cross entropy of the teacher on A and on B together.
         distortion: Noise on the centres for L_D.
-        misclassified_iterations: For so long, a class whose calibration image the teacher gets
+        misclassified_iterations: For so long, a class whose calibration images the teacher gets
             wrong is pulled towards noise instead of its centre; then it is no longer drawn for B.
         generated_crop: Least share of a generated image's area that the random crop before the
             student step keeps (real images: as the data set says).

@@ -33,7 +33,7 @@ class BNSCentres:
 
     Attributes:
         statistics: Mean and biased variance ``[K, C_l]`` of every layer.
-        correct: bool ``[K]``, the classes whose calibration images the teacher all gets right.
+        correct: bool ``[K]``, the classes of which the teacher gets a calibration image right.
     """
 
     statistics: LayerStatistics
@@ -46,6 +46,9 @@ def compute_centres(
 ) -> BNSCentres:
     """Compute the BNS centres of ``teacher``, which is put in evaluation mode for it.
 
+    Of several images of a class, those that the teacher gets right count, if there are any: the
+    paper, with one of each, mistrusts a centre whose image is taken for another class.
+
     Several processes share the passes, and so get the same bits as one.
 
     Args:
@@ -56,7 +59,7 @@ def compute_centres(
 
     Returns:
         The centres. Each class has statistics of its own, exactly those of a batch that held its
-        images alone.
+        images that count alone.
 
     Raises:
         UsageError: If a class has no image.
@@ -72,7 +75,7 @@ def compute_centres(
     order = labels.argsort(stable=True)
     means: list[list[Tensor]] = []
     variances: list[list[Tensor]] = []
-    right = torch.ones(num_classes, dtype=torch.bool, device=labels.device)
+    correct = torch.zeros(num_classes, dtype=torch.bool, device=labels.device)
     passes = range(0, num_classes, CLASSES_PER_PASS)
     own = passes[own_slice(len(passes))]
     for first in own or passes[:1]:  # a process without any must know how many channels there are
@@ -81,12 +84,14 @@ def compute_centres(
         chosen = order[begin:end]
         chosen_labels = labels[chosen]
         seen = capture(teacher, images[chosen])
-        wrong = chosen_labels[seen.logits.argmax(1) != chosen_labels]
-        right[wrong] = False
+        right = seen.logits.argmax(1) == chosen_labels
+        correct[chosen_labels[right]] = True
+        counts = right | ~correct[chosen_labels]
         if not means:
             means, variances = [[] for _ in seen.inputs], [[] for _ in seen.inputs]
         for layer, x in enumerate(seen.inputs):
-            _, mean, variance = class_batch_stats(x, chosen_labels - first, last - first)
+            of = chosen_labels[counts] - first
+            _, mean, variance = class_batch_stats(x[counts], of, last - first)
             means[layer].append(mean)
             variances[layer].append(variance)
     ends = [min(CLASSES_PER_PASS * n, num_classes) for n in accumulate(shares(len(passes)))]
@@ -96,7 +101,7 @@ def compute_centres(
         return gather(torch.cat(parts) if own else parts[0][:0], classes)
 
     statistics = LayerStatistics([of_all(m) for m in means], [of_all(v) for v in variances])
-    return BNSCentres(statistics, gather(right[own.start : own.stop], classes))
+    return BNSCentres(statistics, gather(correct[own.start : own.stop], classes))
 
 
 def save_centres(centres: BNSCentres, path: Path) -> None:

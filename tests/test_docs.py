@@ -1,0 +1,294 @@
+"""The documentation: its snippets run, its commands parse, its links lead somewhere."""
+
+import contextlib
+import doctest
+import importlib
+import io
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+from fdda_ext import compare, train
+from fdda_ext.data import glyphs
+from fdda_ext.errors import UsageError
+from fdda_ext.models import zoo
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = ("python", "console", "yaml")
+NOT_CODE = ("text", "math")
+
+#: Appended to a command, so that a page takes seconds: of an option given twice the last counts.
+CHEAP = {
+    "train": [
+        *("--schedule-share=0.005", "--threads=1", "--no-report"),
+        *(f"--settings.distillation.{part}_batch=4" for part in ("real", "generated")),
+        *("--settings.fdda.batch=4", "--settings.fdda.generator.channels=4"),
+        *("--quantization.weight_range=minmax", "--quantization.activation_range=minmax"),
+    ],
+    # FDDA wants classes whose images the float network all gets right: it learns them by heart.
+    "pretrain": ["--epochs=10", "--images=128", "--threads=1"],
+    "visualize": ["--images=16"],
+}
+#: Images of each class that the embedded data has left, for the same reason.
+IMAGES_PER_CLASS = {"train": 16, "test": 1}
+#: Commands that cannot run here: what they lack, and what their parser, all arguments being right,
+#: says in the end; None where it has nothing to say, as only time lacks.
+NOT_RUN = {
+    "python -m fdda_ext.train --config imagenet/resnet18-w4a4-f4l4 --data imagenet:PATH": (
+        "ImageNet",
+        "expected the path to be a folder, got PATH",
+    ),
+    "torchrun --nproc-per-node 8 -m fdda_ext.train --device cuda": (
+        "eight GPUs",
+        "expected device to be available, got cuda",
+    ),
+    "python -m fdda_ext.compare --methods fdda,gdfq,zaq --bits W4A4,W3A3 --budget 60": (
+        "half an hour",
+        None,
+    ),
+    "python -m fdda_ext.compare --methods noise,minmax,mse,distill,di,adi,zeroq,dsg,gdfq,qimera,"
+    "zaq,fdda --models glyphs_resnet,glyphs_mobilenet --bits W3A3,W4A4 --budget 45 --jobs 2 "
+    "--out runs/comparison -- --test-limit 2130 --test-batch 50": ("an hour", None),
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page, which begins in its line ``line``."""
+
+    language: str
+    text: str
+    line: int
+
+    @property
+    def file(self) -> str | None:
+        """The file that the reader is told to write it to."""
+        first = re.match(r"# ([\w-]+\.\w+)\n", self.text)
+        return first[1] if first else None
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    fences = re.findall(r"^.*(?:```|~~~).*$", text, re.M)
+    found = [
+        Block(m[1], m[2], text.count("\n", 0, m.start()) + 2)
+        for m in re.finditer(r"^```(.*)\n((?:.*\n)*?)^```$", text, re.M)
+    ]
+    assert len(fences) == 2 * len(found), "a fence that is indented, or left open"
+    return found
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```(?:.*\n)*?```$", "", page.read_text(), flags=re.M)
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The words of every command of a console block, which holds nothing else."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    assert all(line.startswith("$ ") for line in lines), "output belongs in a block of its own"
+    return [shlex.split(line[2:], comments=True) for line in lines]
+
+
+def by_name(page: Path) -> str:
+    return page.stem
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_every_block_is_in_a_language_that_is_tested_or_none(page):
+    assert {block.language for block in blocks(page)} <= {*CODE, *NOT_CODE}
+
+
+def test_what_is_not_run_still_occurs():
+    written = {
+        " ".join(words)
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == "console"
+        for words in commands(block)
+    }
+    assert NOT_RUN.keys() <= written
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch) -> Iterator[Path]:
+    """An empty folder to work in, little embedded data, and nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for split, count in IMAGES_PER_CLASS.items():
+        monkeypatch.setitem(glyphs._LENGTHS, split, count * len(glyphs.CHARACTERS))
+    monkeypatch.setattr(zoo, "EMBEDDED", dict(zoo.EMBEDDED))
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+    for file in tmp_path.glob("*.py"):
+        sys.modules.pop(file.stem, None)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(b.language in CODE for b in blocks(p))], ids=by_name
+)
+def test_a_page_works_from_start_to_end(page, reader):
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    files: set[str] = set()
+    used: set[str] = set()
+    for block in blocks(page):
+        if block.language == "console":
+            for words in commands(block):
+                run(words)
+                used.update(files.intersection(words))
+        elif block.language in CODE and block.file:
+            (reader / block.file).write_text(block.text)
+            files.add(block.file)
+        elif block.language == "python" and block.text.startswith(">>> "):
+            run_session(block.text, namespace)
+        elif block.language == "python":
+            place = "\n" * (block.line - 1)  # tracebacks name the page's lines
+            exec(compile(place + block.text, str(page), "exec"), namespace)
+        else:
+            assert block.language in NOT_CODE, f"line {block.line}: a file without its name"
+    assert used == files, "a file that no command uses"
+
+
+def run_session(text: str, namespace: dict[str, Any]) -> None:
+    """What follows ``>>>``; results are compared where the page shows them."""
+    for example in doctest.DocTestParser().get_examples(text):
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            exec(compile(example.source, "<session>", "single"), namespace)
+        assert not example.want or shown.getvalue() == example.want
+
+
+def run(words: list[str]) -> None:
+    """Run a command of a page, in this process; what cannot run gets as far as it can."""
+    lacking, error = NOT_RUN.get(" ".join(words), ("", None))
+    if words[0] == "make":
+        subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+        return
+    if words[0] == "torchrun":
+        launched = torchrun_parser().parse_args(words[1:])
+        assert launched.module
+        words = ["python", "-m", launched.training_script, *launched.training_script_args]
+    assert words[0] == "python", f"an unknown command: {words}"
+    if words[1] != "-m":
+        with mock.patch.object(sys, "argv", [*words[1:], *CHEAP.get((words + [""])[2], [])]):
+            runpy.run_path(words[1], run_name="__main__")
+        return
+    main = importlib.import_module(words[2]).main
+    if error is not None:
+        no_gpu = mock.patch.object(torch.cuda, "device_count", return_value=0)
+        with no_gpu, pytest.raises(UsageError, match=error):
+            main(words[3:])
+    elif lacking:
+        check_runs_of_comparison(words[3:])
+    else:
+        main([*words[3:], *CHEAP.get(words[2].removeprefix("fdda_ext."), [])])
+
+
+def check_runs_of_comparison(arguments: list[str]) -> None:
+    """Whether fdda_ext.train takes what fdda_ext.compare would give every method and setting."""
+    config, rest = compare.parse(arguments)
+    first, *others = compare.settings_of(config)
+    cells = [cell for cell in compare.cells_of(config, first) if cell.seed == config.seeds[0]]
+    for cell in [*cells, *(next(compare.cells_of(config, setting)) for setting in others)]:
+        train.parse_arguments(["--out=x", *compare.run_arguments(config, cell, rest)])
+
+
+# ---- what the pages refer to ----------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """Text and target of every link within the repository."""
+    found = re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", prose(page))
+    return [(text, target) for text, target in found if not re.match(r"\w+:", target)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_links_lead_to_files_and_headings(page):
+    for _, target in links(page):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_files_and_commands_that_the_text_names_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for span in re.findall(r"`([^`]+)`", prose(page)):
+        span = " ".join(span.split())
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)+\.(py|cpp|h|cuh|cu)", span):
+            assert any((ROOT / place / span).exists() for place in ("", "fdda_ext")), span
+        if command := re.match(r"make (\w+)", span):
+            assert command[1] in targets, span
+        if command := re.match(r"python (?:-m ([\w.]+)|(\S+\.py))", span):
+            module, path = command.groups()
+            assert callable(importlib.import_module(module).main) if module else path
+            assert module or (ROOT / path).exists() or path in files_of(page), span
+
+
+def files_of(page: Path) -> set[str | None]:
+    return {block.file for block in blocks(page)}
+
+
+def members(owner: Any) -> set[str]:
+    return {*dir(owner), *getattr(owner, "__annotations__", {})}
+
+
+def test_the_method_page_names_what_there_is():
+    page = ROOT / "docs" / "method.md"
+    named = [(text, target) for text, target in links(page) if target.endswith(".py")]
+    assert len(named) > 50
+    for text, target in named:
+        module = target.removeprefix("../").removesuffix(".py").replace("/", ".")
+        assert re.fullmatch(r"`[\w.]+`", text), text
+        owner: Any = importlib.import_module(module)
+        for name in text.strip("`").split("."):
+            assert name in members(owner), f"{text} in {target}"
+            owner = getattr(owner, name, None)
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = isinstance(value, dict)
+        values |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return values
+
+
+def test_the_method_page_lists_every_departure_of_the_short_preset():
+    paper, short = (
+        flat(yaml.safe_load((ROOT / f"fdda_ext/presets/fdda/{name}.yaml").read_text()))
+        for name in ("paper", "short")
+    )
+    rows = re.findall(
+        r"^\| `((?:settings|quantization)\.[\w.]+)` \|(.*?)\|(.*?)\|(.*?)\|$",
+        (ROOT / "docs" / "method.md").read_text(),
+        re.M,
+    )
+    listed = {name: (yaml.safe_load(a), yaml.safe_load(b)) for name, a, b, _ in rows}
+    assert listed == {
+        name: (paper.get(name), short.get(name))
+        for name in paper | short
+        if paper.get(name) != short.get(name)
+    }
+    assert all(reason.strip() for *_, reason in rows)
