@@ -59,7 +59,7 @@ from .engine import (
     write_student,
 )
 from .errors import UsageError
-from .methods import MethodSettings, Problem, build_method, method_class
+from .methods import METHODS, MethodSettings, Problem, build_method, method_class
 from .models import TrainedNetwork, open_model
 from .preprocessing import Preprocessing, PreprocessingConfig
 from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits
@@ -119,7 +119,8 @@ class TrainConfig:
         settings: Constants of the methods.
         schedule_share: Run every schedule in this share of its iterations, phases and milestones
             with it.
-        baselines: Methods to run first, for the table.
+        baselines: Methods to run first, for the table; None for minmax, mse and, if the method has
+            a student step, distill, which is this step on the calibration images.
         seed: Of everything random: same seed and machine, same result.
         out: Run folder; None for a new one below runs/.
         resume: Go on with the run in `out`.
@@ -156,7 +157,7 @@ class TrainConfig:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     settings: MethodSettings = field(default_factory=MethodSettings)
     schedule_share: float = 1.0
-    baselines: list[str] = field(default_factory=lambda: ["minmax", "mse", "distill"])
+    baselines: list[str] | None = None
     seed: int = 0
     out: str | None = None
     resume: bool = False
@@ -202,8 +203,17 @@ class TrainConfig:
             )
         if self.out == "":
             raise UsageError("train: expected out to be a folder, got an empty name")
+        if self.baselines is None:
+            kind = METHODS.get(self.method)
+            trains = kind is not None and kind.distils and self.settings.distillation.steps > 0
+            self.baselines = ["minmax", "mse", *(["distill"] if trains else [])]
         # The method is a row of its own.
         self.baselines = [name for name in dict.fromkeys(self.baselines) if name != self.method]
+
+    @property
+    def rows(self) -> list[str]:
+        """All methods to run, in order: the baselines, then the method."""
+        return [*(self.baselines or []), self.method]
 
     @property
     def scheduled(self) -> MethodSettings:
@@ -645,7 +655,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         The rows: float, the baselines, the method.
     """
     console = console or Console(quiet=not is_first())
-    for name in (*config.baselines, config.method):
+    for name in config.rows:
         method_class(name)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -688,7 +698,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     )
     rows = [_row("float", accuracy, Progress(0, 0.0), 0)]
     left = None if config.max_time is None else 60 * config.max_time
-    for name in (*config.baselines, config.method):
+    for name in config.rows:
         is_main = name == config.method
         here = (
             folder

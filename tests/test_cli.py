@@ -240,6 +240,16 @@ def test_a_method_is_not_its_own_baseline():
     assert config.baselines == ["minmax"]
 
 
+def test_distillation_is_a_baseline_of_methods_with_a_student_step():
+    for method, baselines in (
+        ("fdda", ["minmax", "mse", "distill"]),
+        ("distill", ["minmax", "mse"]),
+        ("qdrop", ["minmax", "mse"]),
+        ("zeroq", ["minmax", "mse"]),
+    ):
+        assert train.parse_arguments([f"--method={method}"])[0].baselines == baselines
+
+
 def test_more_generated_images_than_batch_a_has(tmp_path):
     train.main(
         [*QUICK, "--baselines=[]", f"--out={tmp_path / 'run'}"]
