@@ -62,13 +62,14 @@ lint: $(VENV)/package.stamp $(VENV)/tools.stamp
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/lint-imports
 
-# A build of its own. Python itself is not built with the sanitizers, so they are loaded before it.
+# A build of its own, at -O1, as checks in optimized code take minutes to compile. Python itself is
+# not built with the sanitizers, so they are loaded before it.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 OP_TESTS := tests/test_fake_quantize.py tests/test_class_batch_stats.py tests/test_class_stats_loss.py \
   tests/test_int4_conv2d.py tests/test_deploy.py::test_hostile_records_are_refused_or_run \
   tests/test_deploy.py::test_every_algorithm_gives_the_same_bits
 sanitize: $(VENV)/torch.stamp $(VENV)/package.stamp $(VENV)/tools.stamp
-	FDDA_CUDA=0 CFLAGS="$(SANITIZERS) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZERS)" \
+	FDDA_CUDA=0 FDDA_OPTIMIZE=1 CFLAGS="$(SANITIZERS) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZERS)" \
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -5,6 +5,7 @@ Environment:
     TORCH_CUDA_ARCH_LIST: architectures as in torch, e.g. "8.0 9.0+PTX".
     CUDA_HOME: the toolkit to use; otherwise nvcc is looked up on PATH.
     MAX_JOBS: how many compilers run at once.
+    FDDA_OPTIMIZE: the C++ compiler's level of optimization; 3 if unset.
 
 torch's own CUDAExtension refuses a CPU-only torch. The stable ABI needs nothing from torch's CUDA
 libraries at build time, so nvcc is driven here and its objects are linked with a static CUDA
@@ -29,7 +30,7 @@ STABLE_ABI = (2, 11)
 STABLE_ABI_TARGET = f"0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
 DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "12.0"]
 # No contraction to fma: every instruction set, and CUDA, must give the same bits.
-CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS = [f"-O{os.environ.get('FDDA_OPTIMIZE', '3')}", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # libtorch brings libtorch_cuda with it where torch has one, though no symbol of it is needed here.
 # The static CUDA runtime's symbols stay ours, apart from those of torch's copy.
