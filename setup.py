@@ -30,8 +30,8 @@ STABLE_ABI = (2, 11)
 STABLE_ABI_TARGET = f"0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
 DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "12.0"]
 # No contraction to fma: every instruction set, and CUDA, must give the same bits.
-CXX_FLAGS = [f"-O{os.environ.get('FDDA_OPTIMIZE', '3')}", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-CXX_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+CXX_FLAGS = [f"-O{os.environ.get('FDDA_OPTIMIZE', '3')}", "-g0", "-ffp-contract=off"]
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # libtorch brings libtorch_cuda with it where torch has one, though no symbol of it is needed here.
 # The static CUDA runtime's symbols stay ours, apart from those of torch's copy.
 LINK_FLAGS = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--exclude-libs,ALL"]
