@@ -120,23 +120,32 @@ def test_a_share_of_the_schedule_is_what_runs_have():
         assert compare.schedule_share(config, cell, [], {}) == share
 
 
-def test_trials_tell_preparation_from_iterations_at_any_speed(monkeypatch):
-    """A machine that gets slower all the time: preparing takes 5 yardsticks, an iteration 2."""
-    now, speed = [0.0], [1.0]
+@pytest.mark.parametrize(
+    ("preparing", "trials", "error"), [(5, [10, 40], 0.01), (1000, [10, 40, 160, 640], 0.06)]
+)
+def test_trials_tell_preparation_from_iterations_at_any_speed(
+    monkeypatch, preparing, trials, error
+):
+    """A machine that gets slower all the time: an iteration takes 2 yardsticks.
+
+    Where preparing takes 1000, ten iterations or forty are lost in it: a longer trial is needed.
+    """
+    now, speed, lengths = [0.0], [1.0], []
 
     def work(amount: float) -> None:
         now[0] += amount * speed[0]
-        speed[0] *= 1.001
+        speed[0] *= 1.0001
 
     class Slow:
         def __init__(self, iterations):
             self.iterations = iterations
+            lengths.append(iterations)
 
         def step(self, iteration):
             work(2)
 
     def build(name, problem, settings):
-        work(5)
+        work(preparing)
         return Slow(settings.distillation.steps)
 
     class Teacher(torch.nn.Module):
@@ -150,10 +159,11 @@ def test_trials_tell_preparation_from_iterations_at_any_speed(monkeypatch):
     )
     monkeypatch.setattr(compare, "build_method", build)
     monkeypatch.setattr(compare.time, "process_time", lambda: now[0])
-    config, _ = train.parse_arguments(["--settings.distillation.steps=120", "--threads=1"])
+    config, _ = train.parse_arguments(["--settings.distillation.steps=1200", "--threads=1"])
     fixed, whole, length = compare.trial(config)
-    assert fixed == pytest.approx(5, rel=0.05)
-    assert whole == pytest.approx(240, rel=0.01)
+    assert lengths[1:] == trials
+    assert fixed == pytest.approx(preparing, rel=0.05)
+    assert whole == pytest.approx(2400, rel=error)
     assert length == pytest.approx(1, rel=0.2)
 
 

@@ -25,6 +25,7 @@ from fdda_ext.visualization import (
     Predictions,
     bn_statistics,
     figures,
+    judge,
     layer_sqnr,
     page,
     predict,
@@ -125,6 +126,7 @@ def test_training_leaves_a_page_that_holds_all_it_shows(run):
         "71 classes",
         "blocks.3.conv2",
         "seed: 0",
+        "of the 71 classes, for which",
     ):
         assert words in found.words, words
 
@@ -286,6 +288,16 @@ def test_predictions_are_counted():
     assert [seen.count(a, b) for a in (True, False) for b in (True, False)] == [2, 2, 1, 1]
     assert seen.losses(3) == [(0, 3, 3, 1)]
     assert seen.changes(3) == [(0, 1, 2), (2, 1, 1)]
+
+
+def test_what_images_are_taken_for_is_counted():
+    class Network(torch.nn.Module):
+        def forward(self, images):
+            return images.flatten(1)
+
+    images = torch.nn.functional.one_hot(torch.tensor([0, 1, 1, 3] * 5), 4).view(20, 1, 2, 2)
+    labels = torch.tensor([0, 1, 2, 3] * 5)
+    assert judge(Network(), images.float(), labels) == (75, 3)
 
 
 def test_both_networks_see_the_same_images():

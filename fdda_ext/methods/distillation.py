@@ -256,6 +256,7 @@ class Student:
             with stage("student: optimizer"):
                 self.optimizer.step()
                 project_scales_(self.network)
+                # `network` itself has hard roundings at any time: it is tested between steps.
                 for layer in self.soft:
                     layer.bake()
         self.steps_done += 1

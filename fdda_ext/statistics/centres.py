@@ -87,10 +87,10 @@ def compute_centres(
         right = seen.logits.argmax(1) == chosen_labels
         correct[chosen_labels[right]] = True
         counts = right | ~correct[chosen_labels]
+        of = chosen_labels[counts] - first
         if not means:
             means, variances = [[] for _ in seen.inputs], [[] for _ in seen.inputs]
         for layer, x in enumerate(seen.inputs):
-            of = chosen_labels[counts] - first
             _, mean, variance = class_batch_stats(x[counts], of, last - first)
             means[layer].append(mean)
             variances[layer].append(variance)

@@ -4,6 +4,7 @@ from .figures import COLOURS, MARKERS, new_figure
 from .measures import (
     Predictions,
     bn_statistics,
+    judge,
     layer_sqnr,
     predict,
     quartiles,
@@ -18,6 +19,7 @@ __all__ = [
     "MARKERS",
     "Predictions",
     "bn_statistics",
+    "judge",
     "layer_sqnr",
     "new_figure",
     "predict",

@@ -21,6 +21,7 @@ from ..statistics import LayerStatistics, capture
 __all__ = [
     "Predictions",
     "bn_statistics",
+    "judge",
     "layer_sqnr",
     "predict",
     "quartiles",
@@ -130,6 +131,18 @@ def statistics_distance(seen: LayerStatistics, real: LayerStatistics) -> list[fl
         moved = (mean - real_mean).square() + (variance.sqrt() - real_variance.sqrt()).square()
         distances.append(math.sqrt(float(moved.sum() / real_variance.sum().clamp(min=1e-30))))
     return distances
+
+
+@torch.no_grad()
+def judge(teacher: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
+    """What the float network takes images ``[n, 3, H, W]`` for.
+
+    Returns:
+        Of how many, in per cent, it finds the label that ``labels [n]`` has, and how many different
+        classes it finds in all.
+    """
+    found = torch.cat([teacher(batch).argmax(1) for batch in images.split(_BATCH)])
+    return 100 * float((found == labels).double().mean()), found.unique().numel()
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from ..quantization import LayerBits, bits_table
 from . import figures, page
 from .measures import (
     bn_statistics,
+    judge,
     layer_sqnr,
     predict,
     quartiles,
@@ -305,7 +306,15 @@ def _generated_images(run: _Run) -> str:
         "A calibration image of a class, and below it images that were generated for the class: "
         f"the {len(columns)} classes that are commonest among the {len(labels)} images of the run."
     )
-    return page.section("Generated images", page.figure(figures.image_columns(columns), caption))
+    device = run.problem.device
+    agreement, found = judge(run.problem.teacher, images.to(device), labels.to(device))
+    judgement = (
+        f"The float network takes {agreement:.1f} % of these {len(labels)} images for what they "
+        f"were made for; in its judgement they are of {found} of the {len(counts)} classes, for "
+        f"which {int(counts.count_nonzero())} were asked."
+    )
+    figure = page.figure(figures.image_columns(columns), caption)
+    return page.section("Generated images", figure, page.text(judgement))
 
 
 def _bn_statistics(run: _Run) -> str:
