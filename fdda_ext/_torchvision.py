@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import Any
 
-import torch
+from torch.library import Library
 
 from .errors import UsageError
 
 __all__ = ["import_torchvision"]
 
-_kept_libraries: list[Any] = []
+_kept_libraries: list[Library] = []
 
 
 @cache
@@ -37,7 +36,7 @@ def import_torchvision() -> ModuleType:
     try:
         import torchvision
     except RuntimeError:  # operator torchvision::nms does not exist
-        library = torch.library.Library("torchvision", "DEF")
+        library = Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _kept_libraries.append(library)

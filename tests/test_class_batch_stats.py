@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 from fdda_ext import _C
 from fdda_ext.errors import UsageError
@@ -256,13 +256,13 @@ def test_opcheck(device: str, layout: Callable[[Tensor], Tensor]) -> None:
     op = torch.ops.fdda.class_batch_stats.default
     # opcheck's ahead-of-time test adds the outputs up, which fails where the first is an integer;
     # test_compiles_without_graph_breaks covers it.
-    torch.library.opcheck(
+    library.opcheck(
         op,
         (x.detach().requires_grad_(), labels, 3),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     count, mean, var = op(x, labels, 3)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.fdda._class_batch_stats_backward.default,
         (mean, var, x, labels, count, mean),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fdda_ext import _C
 from fdda_ext.errors import UsageError
@@ -149,9 +149,9 @@ def test_gradcheck(device: str, channels_last: bool) -> None:
 def test_opcheck(device: str) -> None:
     problem = make_problem(device=device, widths=(2, 3))
     op = torch.ops.fdda.class_stats_loss.default
-    torch.library.opcheck(op, ([x.requires_grad_() for x in problem.xs], *problem[1:]))
+    library.opcheck(op, ([x.requires_grad_() for x in problem.xs], *problem[1:]))
     loss, statistics = op([x.detach() for x in problem.xs], *problem[1:])
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.fdda._class_stats_loss_backward.default,
         (loss, [x.detach() for x in problem.xs], *problem[1:], statistics),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),

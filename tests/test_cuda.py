@@ -14,7 +14,7 @@ import test_fdda as fdda
 import torch
 from test_cuda_host import CONV_CASES
 from test_int4_conv2d import make_case, run
-from torch import Tensor
+from torch import Tensor, library
 
 from fdda_ext.data import calibration_set
 from fdda_ext.deploy import IntegerProgram, capture, lower
@@ -177,12 +177,12 @@ def test_sanitized_int4_conv2d_off_the_borders(case: str) -> None:
 def test_int4_conv2d_passes_opcheck() -> None:
     x, weight, scale, shift, options = make_case(**CONV_CASES["residual"])
     for plain, groups in ((weight, 1), (weight[..., :1].contiguous(), 17)):
-        torch.library.opcheck(torch.ops.fdda.int4_pack_weight.default, (plain.cuda(), groups))
+        library.opcheck(torch.ops.fdda.int4_pack_weight.default, (plain.cuda(), groups))
     arguments = (
         x, int4_pack_weight(weight.cuda()), scale, shift, torch.zeros(17, dtype=torch.int32),
         options["residual"], [3, 3], [1, 1], [1, 1], [1, 1], 1, 3, 0.0, 6.0, 0.3, 5, 0.4, 2, 4,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.fdda.int4_conv2d.default, tuple(map(on_cuda, arguments)))
+    library.opcheck(torch.ops.fdda.int4_conv2d.default, tuple(map(on_cuda, arguments)))
 
 
 def test_int4_conv2d_refuses_winograd_and_other_devices() -> None:

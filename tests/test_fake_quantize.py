@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 from fdda_ext import _C
 from fdda_ext.errors import UsageError
@@ -320,9 +320,9 @@ def test_double_backward_is_refused_in_words(op: Callable[..., Tensor]) -> None:
 def test_opcheck(device: str, axis: int | None, layout: Callable[[Tensor], Tensor]) -> None:
     x, _, scale, zero = (t.to(device) for t in make_inputs((2, 3, 4, 5), axis, torch.float32))
     leaves = [t.requires_grad_() for t in (layout(x), scale, zero)]
-    torch.library.opcheck(torch.ops.fdda.fake_quantize.default, (*leaves, -8, 7, axis))
+    library.opcheck(torch.ops.fdda.fake_quantize.default, (*leaves, -8, 7, axis))
     arguments = [t.detach() for t in (layout(x), layout(x), scale, zero)]
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.fdda._fake_quantize_backward.default,
         (*arguments, -8, 7, axis),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),

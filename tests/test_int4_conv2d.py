@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from fdda_ext import _C
@@ -347,12 +347,12 @@ def test_linear_is_a_convolution_of_one_pixel() -> None:
 def test_opcheck() -> None:
     x, weight, scale, shift, options = make_case(**CASES["residual"])
     for arguments in ((weight, 1), (weight, 1, True), (weight[..., :1].contiguous(), 17)):
-        torch.library.opcheck(torch.ops.fdda.int4_pack_weight.default, arguments)
+        library.opcheck(torch.ops.fdda.int4_pack_weight.default, arguments)
     arguments = (
         x, int4_pack_weight(weight), scale, shift, torch.zeros(17, dtype=torch.int32),
         options["residual"], [3, 3], [1, 1], [1, 1], [1, 1], 1, 3, 0.0, 6.0, 0.3, 5, 0.4, 2, 4,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.fdda.int4_conv2d.default, arguments)
+    library.opcheck(torch.ops.fdda.int4_conv2d.default, arguments)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

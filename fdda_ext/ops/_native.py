@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import library
 
 from fdda_ext import _C
 from fdda_ext.errors import UsageError
@@ -89,4 +90,4 @@ def refuse_double_backward(op: str) -> None:
             "(call backward or grad without create_graph=True)"
         )
 
-    torch.library.register_autograd(f"fdda::_{op}_backward", backward)
+    library.register_autograd(f"fdda::_{op}_backward", backward)

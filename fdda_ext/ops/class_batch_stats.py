@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fdda_ext.ops._native import (
     autograd_function,
@@ -90,7 +90,7 @@ def _setup_context(
 _function = autograd_function(_forward_op, _setup_context, _backward)
 
 
-@torch.library.register_fake("fdda::class_batch_stats")
+@library.register_fake("fdda::class_batch_stats")
 def _fake(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     check_one_device("class_batch_stats", x, labels)
     sizes = (num_classes, x.shape[1])
@@ -99,7 +99,7 @@ def _fake(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, 
     return count, x.new_empty(sizes, dtype=dtype), x.new_empty(sizes, dtype=dtype)
 
 
-@torch.library.register_fake("fdda::_class_batch_stats_backward")
+@library.register_fake("fdda::_class_batch_stats_backward")
 def _fake_backward(
     grad_mean: Tensor, grad_var: Tensor, x: Tensor, labels: Tensor, count: Tensor, mean: Tensor
 ) -> Tensor:
@@ -107,5 +107,5 @@ def _fake_backward(
     return torch.empty_like(x)
 
 
-torch.library.register_autograd("fdda::class_batch_stats", _backward, setup_context=_setup_context)
+library.register_autograd("fdda::class_batch_stats", _backward, setup_context=_setup_context)
 refuse_double_backward("class_batch_stats")

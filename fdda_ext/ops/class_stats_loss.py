@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fdda_ext.errors import UsageError
 from fdda_ext.ops._native import check_one_device, refuse_double_backward, usage_error
@@ -94,7 +94,7 @@ def _setup_context(
     ctx.save_for_backward(*xs, *target_means, *target_vars, labels, weight, statistics)
 
 
-@torch.library.register_fake("fdda::class_stats_loss")
+@library.register_fake("fdda::class_stats_loss")
 def _fake(
     xs: list[Tensor],
     labels: Tensor,
@@ -110,7 +110,7 @@ def _fake(
     return loss, xs[0].new_empty((2, num_classes, channels), dtype=dtype)
 
 
-@torch.library.register_fake("fdda::_class_stats_loss_backward")
+@library.register_fake("fdda::_class_stats_loss_backward")
 def _fake_backward(
     grad_loss: Tensor,
     xs: list[Tensor],
@@ -124,5 +124,5 @@ def _fake_backward(
     return [torch.empty_like(x) for x in xs]
 
 
-torch.library.register_autograd("fdda::class_stats_loss", _backward, setup_context=_setup_context)
+library.register_autograd("fdda::class_stats_loss", _backward, setup_context=_setup_context)
 refuse_double_backward("class_stats_loss")

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fdda_ext.ops._native import (
     autograd_function,
@@ -95,7 +95,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 _function = autograd_function(_forward_op, _setup_context, _backward)
 
 
-@torch.library.register_fake("fdda::fake_quantize")
+@library.register_fake("fdda::fake_quantize")
 def _fake(
     x: Tensor,
     scale: Tensor,
@@ -108,7 +108,7 @@ def _fake(
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("fdda::_fake_quantize_backward")
+@library.register_fake("fdda::_fake_quantize_backward")
 def _fake_backward(
     grad: Tensor,
     x: Tensor,
@@ -127,5 +127,5 @@ def _fake_backward(
     )
 
 
-torch.library.register_autograd("fdda::fake_quantize", _backward, setup_context=_setup_context)
+library.register_autograd("fdda::fake_quantize", _backward, setup_context=_setup_context)
 refuse_double_backward("fake_quantize")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fdda_ext.errors import UsageError
 from fdda_ext.ops._native import usage_error
@@ -166,7 +166,7 @@ def int4_linear(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@torch.library.register_fake("fdda::int4_pack_weight")
+@library.register_fake("fdda::int4_pack_weight")
 def _fake_pack(weight: Tensor, groups: int, winograd: bool = False) -> Tensor:
     if weight.device.type == "cuda":
         return weight.new_empty(_cuda_packed_size(weight.shape, groups))
@@ -197,7 +197,7 @@ def _cuda_packed_size(shape: Sequence[int], groups: int) -> int:
     return panels * chunks * _CUDA_PANEL * _CUDA_CHUNK
 
 
-@torch.library.register_fake("fdda::int4_conv2d")
+@library.register_fake("fdda::int4_conv2d")
 def _fake_conv(
     x: Tensor,
     weight: Tensor,
