@@ -25,7 +25,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from .data import ImageDataset, takes_preprocessing
-from .engine import RunFolder, build_parser, parse_or_refuse, run_command, with_underscores
+from .engine import (
+    RunFolder,
+    build_parser,
+    instantiate_or_refuse,
+    parse_or_refuse,
+    run_command,
+    with_underscores,
+)
 from .engine.checkpoint import atomic_write_text
 from .errors import UsageError
 from .methods import METHODS, build_method, method_class
@@ -231,7 +238,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[CompareConfig, list[s
         elif index + 1 < len(own):
             own[index + 1] = _as_list(own[index + 1])
     namespace = parse_or_refuse(parser, own)
-    return CompareConfig(**parser.instantiate(namespace).as_dict()), rest
+    return CompareConfig(**instantiate_or_refuse(parser, namespace)), rest
 
 
 def _as_list(text: str) -> str:

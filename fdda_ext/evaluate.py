@@ -23,6 +23,7 @@ from .engine import (
     count_outputs,
     decode_workers,
     evaluate,
+    instantiate_or_refuse,
     parse_or_refuse,
     preprocessing_of,
     run_command,
@@ -158,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = build_parser("fdda_ext.evaluate", _DESCRIPTION)
     parser.add_class_arguments(EvaluateConfig, as_group=False)
-    config = EvaluateConfig(**vars(parser.instantiate(parse_or_refuse(parser, arguments))))
+    config = EvaluateConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments)))
     with joined(config.device):
         accuracy = run(replace(config, device=local_device(config.device)))
         if is_first():

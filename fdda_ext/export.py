@@ -12,7 +12,13 @@ from rich.table import Table
 
 from .data import load_dataset
 from .deploy import IntegerProgram, load_program, load_student, lower, save_program, stored_bytes
-from .engine import build_parser, parse_or_refuse, preprocessing_of, run_command
+from .engine import (
+    build_parser,
+    instantiate_or_refuse,
+    parse_or_refuse,
+    preprocessing_of,
+    run_command,
+)
 from .errors import UsageError
 
 __all__ = ["ExportConfig", "main", "run"]
@@ -99,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = build_parser("fdda_ext.export", _DESCRIPTION)
     parser.add_class_arguments(ExportConfig, as_group=False)
-    config = ExportConfig(**vars(parser.instantiate(parse_or_refuse(parser, arguments))))
+    config = ExportConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments)))
     path, program = run(config)
     console = Console()
     console.print(render_sizes(program, path.stat().st_size))

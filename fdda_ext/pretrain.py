@@ -28,6 +28,7 @@ from .engine import (
     build_parser,
     check_machine,
     evaluate,
+    instantiate_or_refuse,
     keep_freed_memory,
     parse_or_refuse,
     run_command,
@@ -223,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = build_parser("fdda_ext.pretrain", _DESCRIPTION)
     parser.add_class_arguments(PretrainConfig, as_group=False)
-    run(PretrainConfig(**vars(parser.instantiate(parse_or_refuse(parser, arguments)))))
+    run(PretrainConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments))))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from .engine import (
     diagnose,
     digest,
     evaluate,
+    instantiate_or_refuse,
     keep_freed_memory,
     must_fit,
     parse_or_refuse,
@@ -328,7 +329,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     for name in (*_NOT_STORED, *_EXPANDED):
         stored.pop(name, None)
     text = parser.dump(stored, skip_unset=False, skip_validation=True)
-    instance = parser.instantiate(namespace).as_dict()
+    instance = instantiate_or_refuse(parser, namespace)
     for name in _EXPANDED:
         instance.pop(name)
     return TrainConfig(**instance), text

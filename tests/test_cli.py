@@ -184,6 +184,9 @@ def test_help_teaches(module, capsys):
     [
         (["--method=fda"], "did you mean fdda"),
         (["--baselines=[foo]"], "got foo"),
+        (["--baselines=foo"], 'key "baselines": Expected a list. Got value: foo$'),
+        (["--settings.distillation.rounding.lr=-1"], "^rounding: .*lr above 0 and finite, got -1"),
+        (["--settings.distillation.rounding.lr=x"], 'rounding.lr": Expected a float. Got value: x'),
         (["--bits=W9A4"], "got W9A4"),
         (["--preset=long"], "paper, short, got long"),
         (["--seed=x"], "seed"),

@@ -20,7 +20,14 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from ..engine import build_parser, check_machine, parse_or_refuse, progress_bar, run_command
+from ..engine import (
+    build_parser,
+    check_machine,
+    instantiate_or_refuse,
+    parse_or_refuse,
+    progress_bar,
+    run_command,
+)
 from ..errors import UsageError
 from .glyphs import CHARACTERS, draw, faces_of
 
@@ -174,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = build_parser("fdda_ext.data.synthetic", _DESCRIPTION)
     parser.add_class_arguments(SyntheticConfig, as_group=False)
-    config = SyntheticConfig(**vars(parser.instantiate(parse_or_refuse(parser, arguments))))
+    config = SyntheticConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments)))
     out = run(config)
     Console().print(f"written: --data {config.form}:{out}", highlight=False)
 

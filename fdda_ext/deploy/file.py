@@ -15,6 +15,7 @@ import json
 import math
 import os
 import types
+from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -65,22 +66,38 @@ _KINDS: dict[str, type[Instruction]] = {
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
+def _places(bits: int) -> Iterator[tuple[int, int, int]]:
+    """Of eight codes, which take ``bits`` bytes: number, byte of the first bit, bits below it."""
+    for k in range(8):
+        yield k, *divmod(k * bits, 8)
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack int8 ``[rows, n]`` of so many bits to uint8 ``[rows, ceil(n bits / 8)]``."""
-    places = torch.arange(bits, dtype=torch.uint8)
-    stream = ((codes.view(torch.uint8).unsqueeze(2) >> places) & 1).flatten(1)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8))
-    places = torch.arange(8, dtype=torch.uint8)
-    return (stream.view(codes.shape[0], -1, 8) << places).sum(2, dtype=torch.uint8)
+    rows, n = codes.shape
+    size = -(-n * bits // 8)
+    unsigned = torch.nn.functional.pad(codes.view(torch.uint8) & ((1 << bits) - 1), (0, -n % 8))
+    eights = unsigned.view(rows, -1, 8)
+    packed = torch.zeros(rows, eights.shape[1], bits, dtype=torch.uint8)
+    for k, byte, below in _places(bits):
+        packed[..., byte] |= eights[..., k] << below
+        if below + bits > 8:
+            packed[..., byte + 1] |= eights[..., k] >> (8 - below)
+    return packed.flatten(1)[:, :size].contiguous()
 
 
 def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
     """The int8 ``[rows, n]`` that `pack_codes` packed."""
-    stream = (packed.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8)) & 1
-    stream = stream.flatten(1)[:, : n * bits].view(packed.shape[0], n, bits)
-    codes = (stream << torch.arange(bits, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+    bytes_ = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits))
+    bytes_ = bytes_.view(packed.shape[0], -1, bits)
+    eights = torch.empty(*bytes_.shape[:2], 8, dtype=torch.uint8)
+    for k, byte, below in _places(bits):
+        eights[..., k] = bytes_[..., byte] >> below
+        if below + bits > 8:
+            eights[..., k] |= bytes_[..., byte + 1] << (8 - below)
     sign = 1 << (bits - 1)
-    return ((codes ^ sign) - sign).view(torch.int8)
+    codes = ((eights & (2 * sign - 1)) ^ sign) - sign
+    return codes.view(torch.int8).flatten(1)[:, :n].contiguous()
 
 
 def save_program(path: Path, program: IntegerProgram) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ __all__ = [
     "build_parser",
     "check_machine",
     "decode_workers",
+    "instantiate_or_refuse",
     "parse_or_refuse",
     "run_command",
     "with_underscores",
@@ -71,10 +73,39 @@ def parse_or_refuse(parser: ArgumentParser, arguments: Sequence[str] | None) -> 
     try:
         return parser.parse_args(with_underscores(arguments))
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
-        sentence = " ".join(str(error).split())
-        if len(sentence) > _LONGEST_ERROR:  # a wrong --config is quoted whole
-            sentence = sentence[:_LONGEST_ERROR] + " ..."
-        raise UsageError(f"{parser.prog.removeprefix('python -m ')}: {sentence}") from None
+        raise _refusal(parser, error) from None
+
+
+def instantiate_or_refuse(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
+    """The options with their dataclasses; a mistake is a `UsageError` of one sentence."""
+    try:
+        return dict(parser.instantiate(namespace).as_dict())
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, UsageError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or _refusal(parser, error) from None
+
+
+def _refusal(parser: ArgumentParser, error: Exception) -> UsageError:
+    sentence = re.sub(r"<class '(.*?)'>", r"\1", " ".join(str(error).split()))
+    # Of a value that may also be null, what is wrong with it as itself.
+    union = re.fullmatch(
+        r"(.*?)Does not validate against any of the Union subtypes .*? Errors: - (.*?)"
+        r"(?: - .*)? Given value type: .*? Given value: (.*)",
+        sentence,
+    )
+    if union:
+        key, wrong, value = union.groups()
+        nested = re.search(r'key "(.*?)": (.*)', wrong)
+        outer = re.search(r'key "(.*?)"', key)
+        if nested and outer:
+            sentence = f'Parser key "{outer[1]}.{nested[1]}": {nested[2]}'
+        else:
+            sentence = f"{key}{wrong}. Got value: {value}"
+    if len(sentence) > _LONGEST_ERROR:  # a wrong --config is quoted whole
+        sentence = sentence[:_LONGEST_ERROR] + " ..."
+    return UsageError(f"{parser.prog.removeprefix('python -m ')}: {sentence}")
 
 
 def check_machine(
