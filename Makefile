@@ -73,7 +73,7 @@ sanitize: $(VENV)/torch.stamp $(VENV)/package.stamp $(VENV)/tools.stamp
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  PYTHONPATH=build/sanitize/lib $(BIN)/pytest -q -n auto -p no:cacheprovider $(OP_TESTS) $(ARGS)
+	  OMP_NUM_THREADS=1 PYTHONPATH=build/sanitize/lib $(BIN)/pytest -q -n auto -p no:cacheprovider $(OP_TESTS) $(ARGS)
 
 bench: $(VENV)/package.stamp $(VENV)/tools.stamp
 	mkdir -p benchmarks/out

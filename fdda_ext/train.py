@@ -383,18 +383,42 @@ def _row(name: str, accuracy: Accuracy, progress: Progress, planned: int) -> Row
     )
 
 
-def _train_one(
-    name: str,
-    problem: Problem,
-    config: TrainConfig,
-    folder: RunFolder,
-    preprocessing: Preprocessing | None,
-    test: BatchSource,
-    curve: BatchSource,
-    max_seconds: float | None,
-    float_top1: float,
-) -> Row:
+@dataclass(frozen=True)
+class _Session:
+    """What all methods of one command have in common.
+
+    Attributes:
+        config: What to do.
+        problem: Where every method starts from.
+        preprocessing: Of image files, None for embedded data.
+        test: What is tested in the end.
+        curve: What is tested in training.
+        float_top1: Of the float network on ``test``, per cent.
+    """
+
+    config: TrainConfig
+    problem: Problem
+    preprocessing: Preprocessing | None
+    test: BatchSource
+    curve: BatchSource
+    float_top1: float
+
+    def recipe(self, name: str, quantization: QuantizationConfig) -> dict[str, Any]:
+        """What a student of the method ``name`` is built from."""
+        return {
+            "model": self.config.model,
+            "num_classes": self.problem.num_classes,
+            "image_size": self.problem.image_size,
+            "data": self.config.data,
+            "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
+            "method": name,
+            "quantization": asdict(quantization),
+        }
+
+
+def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: float | None) -> Row:
     """Train and evaluate one method in ``folder``, or read there what it ended with before."""
+    config, problem = session.config, session.problem
     summary = from_first(folder.summary)
     if summary is not None:
         try:
@@ -407,19 +431,12 @@ def _train_one(
         method = build_method(name, problem, config.scheduled)
 
     def recipe() -> dict[str, Any]:
-        return {
-            "model": config.model,
-            "num_classes": problem.num_classes,
-            "image_size": problem.image_size,
-            "data": config.data,
-            "preprocessing": preprocessing.to_dict() if preprocessing else None,
-            "method": name,
-            # A method may choose bits while it trains.
-            "quantization": asdict(method.quantization),
-        }
+        return session.recipe(name, method.quantization)  # it may choose bits while it trains
 
     def measure(bar: ProgressBar) -> dict[str, float]:
-        accuracy = evaluate(method.student, curve, device=problem.device, label="testing", bar=bar)
+        accuracy = evaluate(
+            method.student, session.curve, device=problem.device, label="testing", bar=bar
+        )
         if config.keep_best and is_first() and accuracy.top1 > _best_top1(folder):
             kept = {**recipe(), "top1": accuracy.top1, "split": config.split, "best": True}
             write_student(folder.path / "best.safetensors", method.student, kept)
@@ -437,13 +454,15 @@ def _train_one(
             device=problem.device,
         )
     memory = peak_memory(problem.device)
-    accuracy = evaluate(method.student, test, device=problem.device, label=f"{name}: testing")
+    accuracy = evaluate(
+        method.student, session.test, device=problem.device, label=f"{name}: testing"
+    )
     row = replace(
         _row(name, accuracy, progress, method.iterations),
         real_images=len(problem.labels) if method.real_images else 0,
         made_images=method.made_images,
         peak_memory=memory,
-        float_top1=float_top1,
+        float_top1=session.float_top1,
     )
     if not is_first():
         return row
@@ -697,6 +716,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         f"float: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, {accuracy.count} images",
         highlight=False,
     )
+    session = _Session(config, problem, preprocessing, test, curve, accuracy.top1)
     rows = [_row("float", accuracy, Progress(0, 0.0), 0)]
     left = None if config.max_time is None else 60 * config.max_time
     for name in config.rows:
@@ -706,9 +726,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
             if is_main
             else _open_folder(path / "baselines" / name, stored_config, True, inputs)
         )
-        row = _train_one(
-            name, problem, config, here, preprocessing, test, curve, left, accuracy.top1
-        )
+        row = _train_one(session, name, here, left)
         rows.append(row)
         if left is not None:
             left = max(left - row.seconds, 0.0)
