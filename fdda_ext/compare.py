@@ -413,7 +413,8 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
     for setting in settings_of(config):
         for cell in cells_of(config, setting):
             if cell.pace not in shares:
-                console.print(f"{cell.pace}: measuring", highlight=False)
+                if config.budget is not None:
+                    console.print(f"{cell.pace}: measuring", highlight=False)
                 whole = replace(cell, method=_method_of(cell.method))
                 shares[cell.pace] = schedule_share(config, whole, rest, stored["yardsticks"])
                 path.parent.mkdir(parents=True, exist_ok=True)
