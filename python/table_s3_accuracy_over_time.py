@@ -1,7 +1,7 @@
 """Table S3: accuracy after 1, 3, 5 and 7 sevenths of equal budgets, and where methods cross.
 
     python python/table_s3_accuracy_over_time.py                          fdda and distill, minutes
-    python python/table_s3_accuracy_over_time.py --methods fdda gdfq --bits W3A3 --budget full
+    python python/table_s3_accuracy_over_time.py --methods fdda gdfq --bits W4A4 --budget full
     python python/table_s3_accuracy_over_time.py --model torchvision:resnet18 --data imagenet:PATH
 
 The runs are those of fdda_ext.compare, which gives every method a schedule of the same time;
@@ -25,10 +25,12 @@ from fdda_ext.visualization import COLOURS, MARKERS, new_figure
 #: Of fdda_ext.compare: what every run may take; seeds; and of fdda_ext.train.
 BUDGETS = {
     "smoke": ("--student_images=256", "0", ["--test_limit=71", "--evaluate_every=1"]),
-    "short": ("--budget=60", "0", ["--test_limit=1000", "--evaluate_every=10"]),
+    "short": ("--budget=60", "0", ["--test_limit=2130", "--evaluate_every=20"]),
     "full": ("--budget=600", "0,1,2", ["--evaluate_limit=2000", "--evaluate_every=25"]),
 }
 PARTS = (1, 3, 5, 7)
+#: Of two curves: beyond so many, they are told by their number.
+_MOST_TURNS = 3
 
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -40,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["fdda", "distill"])
     parser.add_argument("--model", default="glyphs_resnet")
     parser.add_argument("--data", default="glyphs")
-    parser.add_argument("--bits", default="W4A4")
+    parser.add_argument("--bits", default="W3A3")
     parser.add_argument("--preset", default="short", help="of every method")
     parser.add_argument("--budget", choices=BUDGETS, default="short", help="a minute for each run")
     parser.add_argument("--out", type=Path, default=Path("runs/table_s3"))
@@ -88,6 +90,11 @@ def crossings(first: str, second: str, found: dict[str, list[Curve]]) -> str:
         return f"{first} and {second} are equal as far as it was measured."
     turns = np.nonzero(np.diff(signs))[0]
     ahead = [(first, second) if sign > 0 else (second, first) for sign in signs[[0, *(turns + 1)]]]
+    if len(turns) > _MOST_TURNS:
+        return (
+            f"{first} and {second} cross {len(turns)} times between {places[turns[0] + 1]:.2f} "
+            f"and {places[turns[-1] + 1]:.2f} sevenths; {ahead[-1][0]} ends ahead."
+        )
     text = f"{ahead[0][0]} is ahead of {ahead[0][1]} at first"
     for turn, (leader, other) in zip(turns, ahead[1:], strict=True):
         text += f"; {leader} overtakes {other} after {places[turn + 1]:.2f} sevenths"
