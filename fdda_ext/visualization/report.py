@@ -310,8 +310,8 @@ def _generated_images(run: _Run) -> str:
     agreement, found = judge(run.problem.teacher, images.to(device), labels.to(device))
     judgement = (
         f"The float network takes {agreement:.1f} % of these {len(labels)} images for what they "
-        f"were made for; in its judgement they are of {found} of the {len(counts)} classes, for "
-        f"which {int(counts.count_nonzero())} were asked."
+        f"were made for; it finds {found} of the {len(counts)} classes in them, where "
+        f"{int(counts.count_nonzero())} were asked for."
     )
     figure = page.figure(figures.image_columns(columns), caption)
     return page.section("Generated images", figure, page.text(judgement))
