@@ -291,7 +291,7 @@ _TRIALS = (10, 40)
 _SHARES = (1 / 64, 64.0)
 
 
-def trial(config: TrainConfig) -> tuple[float, float, float]:
+def trial(config: TrainConfig, most: float) -> tuple[float, float, float]:
     """What a run takes whatever its schedule, and what its whole schedule takes, 0 for none.
 
     Two shortened schedules of different lengths are run, the second ever longer until it takes half
@@ -299,6 +299,11 @@ def trial(config: TrainConfig) -> tuple[float, float, float]:
     after every step a yardstick is timed, the float network forward and backward on at most 32
     images, and all is told in yardsticks. On a CPU with one thread the time is the processor's,
     which waiting for it does not lengthen.
+
+    Args:
+        config: Of the run.
+        most: Seconds. If the first schedule takes as many, no other is run: all of it counts as
+            what a run takes whatever its schedule.
 
     Returns:
         Both, in yardsticks, and the seconds of one.
@@ -338,7 +343,10 @@ def trial(config: TrainConfig) -> tuple[float, float, float]:
         return spent / statistics.mean(own)
 
     shares = [min(iterations / planned, 1.0) for iterations in _TRIALS]
-    took = [run(share) for share in shares]
+    took = [run(shares[0])]
+    if took[0] * statistics.median(yardsticks) >= most:
+        return took[0], took[0] / shares[0], statistics.median(yardsticks)
+    took.append(run(shares[1]))
     # Where most of it is the same for any schedule, a longer one must show the difference.
     while took[1] < 1.5 * took[0] and shares[1] < 1:
         shares[1] = min(4 * shares[1], 1.0)
@@ -371,7 +379,7 @@ def schedule_share(
         has_step = METHODS[run.method].distils and seen
         return config.student_images / seen if has_step else 1.0
     assert config.budget is not None
-    fixed, whole, length = trial(run)
+    fixed, whole, length = trial(run, config.budget)
     if whole == 0:  # nothing to train
         return 1.0
     length = yardsticks.setdefault(cell.pace.partition("/")[0], length)

@@ -82,19 +82,19 @@ def test_a_variant_is_its_method_with_other_constants(monkeypatch):
     ("fixed", "whole", "share"), [(10.0, 100.0, 0.5), (0.0, 30.0, 2.0), (0.0, 0.0, 1.0)]
 )
 def test_the_budget_less_what_every_run_takes_gives_the_schedule(monkeypatch, fixed, whole, share):
-    monkeypatch.setattr(compare, "trial", lambda config: (fixed / 2, whole / 2, 2.0))
+    monkeypatch.setattr(compare, "trial", lambda config, most: (fixed / 2, whole / 2, 2.0))
     config, _ = parse("--budget=60")
     cell = compare.Cell(SETTING, "fdda", "published", 0)
     yardsticks: dict[str, float] = {}
     assert compare.schedule_share(config, cell, [], yardsticks) == share
     # A later trial, when the machine is twice as slow, is told in the yardsticks of the first.
-    monkeypatch.setattr(compare, "trial", lambda config: (fixed / 2, whole / 2, 4.0))
+    monkeypatch.setattr(compare, "trial", lambda config, most: (fixed / 2, whole / 2, 4.0))
     assert compare.schedule_share(config, cell, [], yardsticks) == share
     assert yardsticks == ({"glyphs_resnet": 2.0} if whole else {})
 
 
 def test_a_budget_that_preparation_uses_up_is_refused(monkeypatch):
-    monkeypatch.setattr(compare, "trial", lambda config: (61.0, 1.0, 1.0))
+    monkeypatch.setattr(compare, "trial", lambda config, most: (61.0, 1.0, 1.0))
     config, _ = parse("--budget=60")
     with pytest.raises(UsageError, match="budget to exceed the 61 s that fdda takes .*, got 60"):
         compare.schedule_share(config, compare.Cell(SETTING, "fdda", "published", 0), [], {})
@@ -160,11 +160,16 @@ def test_trials_tell_preparation_from_iterations_at_any_speed(
     monkeypatch.setattr(compare, "build_method", build)
     monkeypatch.setattr(compare.time, "process_time", lambda: now[0])
     config, _ = train.parse_arguments(["--settings.distillation.steps=1200", "--threads=1"])
-    fixed, whole, length = compare.trial(config)
+    fixed, whole, length = compare.trial(config, 5000)
     assert lengths[1:] == trials
     assert fixed == pytest.approx(preparing, rel=0.05)
     assert whole == pytest.approx(2400, rel=error)
     assert length == pytest.approx(1, rel=0.2)
+    # Where the shortest is too long, that is all there is to know.
+    lengths.clear()
+    fixed, _, length = compare.trial(config, 20 * length)
+    assert lengths[1:] == trials[:1]
+    assert fixed == pytest.approx(preparing + 20, rel=0.05)
 
 
 def plant(folder: Path, top1: float, **changes) -> None:
