@@ -52,7 +52,7 @@ class CudaToolkit:
                 f"{[str(path) for path in directories]}; install the CUDA runtime's development "
                 "files or set FDDA_CUDA=0"
             )
-        self.library_dir = str(found[0])
+        self.runtime_dir = str(found[0])
         self.include_dirs = re.findall(r'^#\$ INCLUDES="-I([^"]+)"', dryrun, re.MULTILINE)
 
     def _ask(self, *arguments: str) -> str:
@@ -149,7 +149,7 @@ def extension() -> Extension:
             *include_paths(),
             *(TOOLKIT.include_dirs if TOOLKIT else []),
         ],
-        library_dirs=[*library_paths(), *([TOOLKIT.library_dir] if TOOLKIT else [])],
+        library_dirs=[*library_paths(), *([TOOLKIT.runtime_dir] if TOOLKIT else [])],
         extra_compile_args={"cxx": CXX_FLAGS},
         extra_link_args=LINK_FLAGS + (["-lcudart_static", "-lrt", "-ldl"] if TOOLKIT else []),
         define_macros=[

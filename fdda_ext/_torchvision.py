@@ -10,13 +10,13 @@ from __future__ import annotations
 from functools import cache
 from types import ModuleType
 
-from torch.library import Library
+from torch import library
 
 from .errors import UsageError
 
 __all__ = ["import_torchvision"]
 
-_kept_libraries: list[Library] = []
+_kept_libraries: list[library.Library] = []
 
 
 @cache
@@ -36,10 +36,10 @@ def import_torchvision() -> ModuleType:
     try:
         import torchvision
     except RuntimeError:  # operator torchvision::nms does not exist
-        library = Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept_libraries.append(library)
+        missing = library.Library("torchvision", "DEF")
+        missing.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        missing.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept_libraries.append(missing)
         import torchvision
     import torchvision.datasets
     import torchvision.models

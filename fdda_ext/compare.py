@@ -344,8 +344,9 @@ def trial(config: TrainConfig, most: float) -> tuple[float, float, float]:
 
     shares = [min(iterations / planned, 1.0) for iterations in _TRIALS]
     took = [run(shares[0])]
-    if took[0] * statistics.median(yardsticks) >= most:
-        return took[0], took[0] / shares[0], statistics.median(yardsticks)
+    length = statistics.median(yardsticks)
+    if took[0] * length >= most:
+        return took[0], took[0] / shares[0], length
     took.append(run(shares[1]))
     # Where most of it is the same for any schedule, a longer one must show the difference.
     while took[1] < 1.5 * took[0] and shares[1] < 1:

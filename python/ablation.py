@@ -1,6 +1,6 @@
 """Ablation of FDDA: its losses one at a time, noise, weights, images per class, first layer.
 
-    python python/ablation.py                               the losses: a quarter of the schedule
+    python python/ablation.py                               the losses, twenty minutes of a core
     python python/ablation.py --groups all --budget full    everything, three seeds: hours
     python python/ablation.py --groups noise --model torchvision:resnet18 --data imagenet:PATH
 

@@ -97,7 +97,8 @@ def crossings(first: str, second: str, found: dict[str, list[Curve]]) -> str:
     if len(turns) > _MOST_TURNS:
         return (
             f"{first} and {second} cross {len(turns)} times between {places[turns[0] + 1]:.2f} "
-            f"and {places[turns[-1] + 1]:.2f} sevenths; {ahead[-1][0]} ends ahead."
+            f"and {places[turns[-1] + 1]:.2f} sevenths; "
+            f"{ahead[-1][0]} ends ahead of {ahead[-1][1]}."
         )
     text = f"{ahead[0][0]} is ahead of {ahead[0][1]} at first"
     for turn, (leader, other) in zip(turns, ahead[1:], strict=True):

@@ -121,10 +121,11 @@ def test_a_share_of_the_schedule_is_what_runs_have():
 
 
 @pytest.mark.parametrize(
-    ("preparing", "trials", "error"), [(5, [10, 40], 0.01), (1000, [10, 40, 160, 640], 0.06)]
+    ("preparing", "slower", "trials", "error"),
+    [(5, 1.001, [10, 40], 0.01), (1000, 1.0001, [10, 40, 160, 640], 0.06)],
 )
 def test_trials_tell_preparation_from_iterations_at_any_speed(
-    monkeypatch, preparing, trials, error
+    monkeypatch, preparing, slower, trials, error
 ):
     """A machine that gets slower all the time: an iteration takes 2 yardsticks.
 
@@ -134,7 +135,7 @@ def test_trials_tell_preparation_from_iterations_at_any_speed(
 
     def work(amount: float) -> None:
         now[0] += amount * speed[0]
-        speed[0] *= 1.0001
+        speed[0] *= slower
 
     class Slow:
         def __init__(self, iterations):

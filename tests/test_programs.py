@@ -65,7 +65,7 @@ def test_accuracy_over_time(tmp_path):
         json.loads(summary.read_text())["top1"], abs=0.005
     )
     text = (folder / "table.md").read_text()
-    assert "ahead" in text or "equal as far" in text
+    assert "ahead of" in text or "equal as far" in text
     assert is_drawing(folder / "curve.png")
 
 
