@@ -120,6 +120,13 @@ CASES = {
         "shape": (1, 9, 9, 8), "outputs": 9, "dilation": (2, 3), "padding": (2, 3), "stride": (1, 2)
     },
     "grouped": {"shape": (2, 6, 6, 24), "outputs": 48, "groups": 3},
+    "grouped_half_panels": {"shape": (2, 9, 7, 72), "outputs": 72, "groups": 3},
+    "grouped_dilated": {
+        "shape": (1, 8, 7, 24), "outputs": 24, "groups": 3, "dilation": (2, 3), "padding": (2, 3)
+    },
+    "grouped_strided_8_bits": {
+        "shape": (1, 8, 7, 32), "outputs": 48, "groups": 2, "stride": (2, 2), "bits": 8
+    },
     "grouped_odd": {"shape": (2, 5, 6, 15), "outputs": 10, "groups": 5},
     "depthwise": {"shape": (2, 8, 7, 100), "outputs": 100, "groups": 100},
     "depthwise_5x5": {
@@ -145,6 +152,11 @@ CASES = {
     },
     "residual": {"shape": (2, 6, 6, 8), "outputs": 17, "residual": "codes"},
     "residual_float": {"shape": (2, 6, 6, 8), "outputs": 17, "residual": "float"},
+    "residual_half_panel": {"shape": (2, 6, 6, 8), "outputs": 24, "residual": "codes"},
+    "residual_float_half_panel": {"shape": (2, 6, 6, 8), "outputs": 8, "residual": "float"},
+    "residual_float_to_float": {
+        "shape": (2, 6, 6, 8), "outputs": 24, "residual": "float", "out_bits": 0
+    },
     "residual_grouped": {
         "shape": (2, 6, 6, 40), "outputs": 160, "groups": 2, "residual": "codes", "out_bits": 0
     },

@@ -87,7 +87,7 @@ void for_windows(const Geometry& g, int64_t first, int64_t last, const Body& bod
   }
 }
 
-// The segments of the patches of a few output pixels: pointers into the image where a patch lies
+// The segments of the patches of a few output pixels: pointers into the image where a segment lies
 // within it, and else to what lies outside or to copies.
 class Patches {
  public:
@@ -95,8 +95,9 @@ class Patches {
       : g_(geometry),
         image_(image),
         segment_size_(g_.segment_groups() * kGroup),
+        needs_copies_(g_.segment_taps() > 1 || g_.group_channels() % kGroup != 0),
         rows_(kItemPixels * g_.segments()),
-        copies_(kItemPixels * g_.segments() * segment_size_) {
+        copies_(needs_copies_ ? kItemPixels * g_.segments() * segment_size_ : 0) {
     for (int64_t ky = 0; ky < g_.kernel_y; ++ky) {
       for (int64_t kx = 0; kx < g_.kernel_x; kx += g_.segment_taps()) {
         const int64_t pixels = ky * g_.dilation_y * g_.width + kx * g_.dilation_x;
@@ -106,6 +107,16 @@ class Patches {
   }
 
   const uint8_t* const* gather(int64_t first, int64_t last, int64_t group) {
+    const bool is_next_group = !needs_copies_ && first == first_ && group == group_ + 1;
+    first_ = first;
+    group_ = group;
+    if (is_next_group) {
+      // What lies outside is as long as a pixel.
+      for (int64_t i = 0; i < (last - first) * g_.segments(); ++i) {
+        rows_[i] += g_.group_channels();
+      }
+      return rows_.data();
+    }
     const int64_t channel = group * g_.group_channels();
     if (g_.reads_every_pixel() && g_.channels % kGroup == 0) {
       for (int64_t pixel = first; pixel < last; ++pixel) {
@@ -125,13 +136,14 @@ class Patches {
     for_windows(g_, first, last, [&](int64_t sample, int64_t y, int64_t x) {
       const uint8_t* place = image_.row(sample, y) + x * g_.channels + channel;
       const bool inside = y >= 0 && x >= 0 && y < last_y && x < last_x;
-      if (!inside || !in_one_piece || place > last_place) {
+      if (inside && in_one_piece && place <= last_place) {
+        for (int64_t s = 0; s < segments; ++s) {
+          row[s] = place + offsets[s];
+        }
+      } else if (needs_copies_) {
         copy = copy_patch(sample, y, x, channel, copy, row);
-        row += segments;
-        return;
-      }
-      for (int64_t s = 0; s < segments; ++s) {
-        row[s] = place + offsets[s];
+      } else {
+        point_at_taps(sample, y, x, channel, row);
       }
       row += segments;
     });
@@ -139,6 +151,18 @@ class Patches {
   }
 
  private:
+  void point_at_taps(
+      int64_t sample, int64_t y, int64_t x0, int64_t channel, const uint8_t** row) const {
+    for (int64_t ky = 0; ky < g_.kernel_y; ++ky, y += g_.dilation_y) {
+      for (int64_t kx = 0; kx < g_.kernel_x; ++kx) {
+        const int64_t x = x0 + kx * g_.dilation_x;
+        const bool inside = image_.has_row(y) && image_.has_column(x);
+        const uint8_t* pixel = inside ? image_.row(sample, y) + x * g_.channels : image_.outside();
+        *row++ = pixel + channel;
+      }
+    }
+  }
+
   uint8_t* copy_patch(
       int64_t sample, int64_t y, int64_t x0, int64_t channel, uint8_t* to,
       const uint8_t** row) const {
@@ -165,6 +189,9 @@ class Patches {
   const Geometry& g_;
   const Image& image_;
   int64_t segment_size_;
+  bool needs_copies_;  // a segment does not lie in one piece at the border, or reaches beyond it
+  int64_t first_ = -1;
+  int64_t group_ = -1;
   std::vector<int64_t> offsets_;  // of a patch's segments from its corner
   std::vector<const uint8_t*> rows_;
   std::vector<uint8_t> copies_;

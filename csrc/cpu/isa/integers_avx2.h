@@ -61,27 +61,29 @@ FDDA_INLINE int64_t largest_magnitude(const int8_t* weights, int64_t count) {
   return _mm_extract_epi8(most, 0);
 }
 
-// Products of m patches with a panel --------------------------------------------------------------
+// Products of m patches with v vectors of a panel -------------------------------------------------
 
 // Sums of 16 bits stay in registers, and go to those of 32 bits in memory after `steps` groups.
-template <int m>
+template <int m, int v>
 void narrow_tile(
     int64_t steps, int64_t segments, int64_t groups, const uint8_t* const* rows, const int8_t* w,
     int32_t (*sums)[kPanel]) {
   const __m256i zero = _mm256_setzero_si256();
-  __m256i part[m][2];
+  __m256i part[m][v];
 #pragma GCC unroll 8
   for (int i = 0; i < m; ++i) {
-    part[i][0] = part[i][1] = zero;
-    store_32(sums[i], zero);
-    store_32(sums[i] + 8, zero);
+#pragma GCC unroll 2
+    for (int j = 0; j < v; ++j) {
+      part[i][j] = zero;
+      store_32(sums[i] + 8 * j, zero);
+    }
   }
   const auto widen = [&]() __attribute__((always_inline)) {
     const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
     for (int i = 0; i < m; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < v; ++j) {
         int32_t* to = sums[i] + 8 * j;
         store_32(to, _mm256_add_epi32(load_32(to), _mm256_madd_epi16(part[i][j], ones)));
         part[i][j] = zero;
@@ -97,13 +99,16 @@ void narrow_tile(
       const int64_t stop = left < groups - g ? g + left : groups;
       left -= stop - g;
       for (; g < stop; ++g, w += kGroup * kPanel) {
-        const __m256i w0 = load_32(w);
-        const __m256i w1 = load_32(w + 32);
+        __m256i weights[v];
+#pragma GCC unroll 2
+        for (int j = 0; j < v; ++j) weights[j] = load_32(w + 32 * j);
 #pragma GCC unroll 8
         for (int i = 0; i < m; ++i) {
           const __m256i codes = group_of(x[i] + kGroup * g);
-          part[i][0] = _mm256_add_epi16(part[i][0], _mm256_maddubs_epi16(codes, w0));
-          part[i][1] = _mm256_add_epi16(part[i][1], _mm256_maddubs_epi16(codes, w1));
+#pragma GCC unroll 2
+          for (int j = 0; j < v; ++j) {
+            part[i][j] = _mm256_add_epi16(part[i][j], _mm256_maddubs_epi16(codes, weights[j]));
+          }
         }
       }
       if (left == 0) {
@@ -134,40 +139,47 @@ FDDA_INLINE __m256i wide_products(const Halves& x, const Halves& w) {
 }
 
 // Exact for all codes and weights; with AVX-VNNI the only tile.
-template <int m>
+template <int m, int v>
 void wide_tile(
     int64_t /*steps*/, int64_t segments, int64_t groups, const uint8_t* const* rows,
     const int8_t* w, int32_t (*sums)[kPanel]) {
-  __m256i total[m][2];
+  __m256i total[m][v];
 #pragma GCC unroll 8
-  for (int i = 0; i < m; ++i) total[i][0] = total[i][1] = _mm256_setzero_si256();
+  for (int i = 0; i < m; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < v; ++j) total[i][j] = _mm256_setzero_si256();
+  }
   for (int64_t s = 0; s < segments; ++s) {
     const uint8_t* x[m];
 #pragma GCC unroll 8
     for (int i = 0; i < m; ++i) x[i] = rows[i * segments + s];
     for (int64_t g = 0; g < groups; ++g, w += kGroup * kPanel) {
-      const __m256i w0 = load_32(w);
-      const __m256i w1 = load_32(w + 32);
-      const Halves wide_w0 = halves_of_weights(w0);
-      const Halves wide_w1 = halves_of_weights(w1);
+      __m256i weights[v];
+      Halves wide_weights[v];
+#pragma GCC unroll 2
+      for (int j = 0; j < v; ++j) {
+        weights[j] = load_32(w + 32 * j);
+        wide_weights[j] = halves_of_weights(weights[j]);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < m; ++i) {
         const __m256i codes = group_of(x[i] + kGroup * g);
-        if (kDot) {
-          dot(total[i][0], codes, w0);
-          dot(total[i][1], codes, w1);
-        } else {
-          const Halves wide_x = halves_of_codes(codes);
-          total[i][0] = _mm256_add_epi32(total[i][0], wide_products(wide_x, wide_w0));
-          total[i][1] = _mm256_add_epi32(total[i][1], wide_products(wide_x, wide_w1));
+        const Halves wide_codes = halves_of_codes(codes);
+#pragma GCC unroll 2
+        for (int j = 0; j < v; ++j) {
+          if (kDot) {
+            dot(total[i][j], codes, weights[j]);
+          } else {
+            total[i][j] = _mm256_add_epi32(total[i][j], wide_products(wide_codes, wide_weights[j]));
+          }
         }
       }
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < m; ++i) {
-    store_32(sums[i], total[i][0]);
-    store_32(sums[i] + 8, total[i][1]);
+#pragma GCC unroll 2
+    for (int j = 0; j < v; ++j) store_32(sums[i] + 8 * j, total[i][j]);
   }
 }
 
@@ -186,23 +198,27 @@ FDDA_INLINE int64_t block_of(int64_t left) {
 
 using Tile =
     void (*)(int64_t, int64_t, int64_t, const uint8_t* const*, const int8_t*, int32_t (*)[kPanel]);
-constexpr Tile kNarrowTiles[kTilePixels] = {narrow_tile<1>, narrow_tile<2>, narrow_tile<3>,
-                                            narrow_tile<4>, narrow_tile<5>, narrow_tile<6>};
+template <int v>
+constexpr Tile kNarrowTiles[kTilePixels] = {narrow_tile<1, v>, narrow_tile<2, v>,
+                                            narrow_tile<3, v>, narrow_tile<4, v>,
+                                            narrow_tile<5, v>, narrow_tile<6, v>};
+template <int v>
 constexpr Tile kWideTiles[kTilePixels] = {
-    wide_tile<1>,
-    wide_tile<2>,
-    wide_tile<3>,
-    wide_tile<4>,
-    wide_tile < kDot ? 5 : 1 >,
-    wide_tile < kDot ? 6 : 1 > };
+    wide_tile<1, v>,
+    wide_tile<2, v>,
+    wide_tile<3, v>,
+    wide_tile<4, v>,
+    wide_tile<(kDot ? 5 : 1), v>,
+    wide_tile<(kDot ? 6 : 1), v>};
 
-// The sums of `count` patches, in tiles of about equal size; steps = 0 stands for pairs that exceed
-// 16 bits.
+// The sums of `count` patches for n <= 16 outputs, in tiles of about equal size; steps = 0 stands
+// for pairs that exceed 16 bits. Up to eight outputs leave the second vector of sums as it is.
 inline void add_products(
     int64_t steps, int64_t count, int64_t segments, int64_t groups, const uint8_t* const* rows,
-    const int8_t* weights, int32_t (*sums)[kPanel]) {
+    const int8_t* weights, int64_t n, int32_t (*sums)[kPanel]) {
   const bool is_wide = kDot || steps == 0;
-  const Tile* tiles = is_wide ? kWideTiles : kNarrowTiles;
+  const Tile* tiles = n > 8 ? (is_wide ? kWideTiles<2> : kNarrowTiles<2>)
+                            : (is_wide ? kWideTiles<1> : kNarrowTiles<1>);
   const int64_t most = is_wide ? kWidePixels : kTilePixels;
   for (int64_t left = (count + most - 1) / most; left > 0; --left) {
     const int64_t m = (count + left - 1) / left;
@@ -233,11 +249,28 @@ FDDA_INLINE __m256 affine(__m256i sums, __m256i correction, __m256 scale, __m256
   return _mm256_add_ps(_mm256_mul_ps(value, scale), shift);
 }
 
-FDDA_INLINE __m256 residual_of(const uint8_t* codes, const IntEpilogue& e) {
+enum class Residual { kNone, kCodes, kValues };
+
+FDDA_INLINE Residual residual_of(const IntEpilogue& e) {
+  if (e.residual_codes != nullptr) return Residual::kCodes;
+  return e.residual_values != nullptr ? Residual::kValues : Residual::kNone;
+}
+
+FDDA_INLINE __m256 decoded(const uint8_t* codes, const IntEpilogue& e) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
   const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
   return _mm256_mul_ps(
       _mm256_sub_ps(code, _mm256_set1_ps(e.residual_zero_point)), _mm256_set1_ps(e.residual_scale));
+}
+
+// Adds the residual of eight outputs, which begin at `place`.
+template <Residual residual>
+FDDA_INLINE __m256 with_residual(__m256 t, int64_t place, const IntEpilogue& e) {
+  if (residual == Residual::kCodes) return _mm256_add_ps(t, decoded(e.residual_codes + place, e));
+  if (residual == Residual::kValues) {
+    return _mm256_add_ps(t, _mm256_loadu_ps(e.residual_values + place));
+  }
+  return t;
 }
 
 // Codes minus the zero point, but for the lower bound: what overflows there becomes the smallest
@@ -256,18 +289,23 @@ FDDA_INLINE __m256i to_bytes(__m256i ab, __m256i cd, const Rounding& r) {
   return _mm256_max_epu8(_mm256_packus_epi16(ab, cd), _mm256_set1_epi8(static_cast<char>(r.least)));
 }
 
-template <bool has_residual>
-FDDA_INLINE __m256i codes_of(
-    const int32_t* sums, const uint8_t* residual, const Outputs& o, const Rounding& r,
-    const IntEpilogue& e) {
-  __m256i half[2];
+// v vectors of sums, with their residual.
+template <Residual residual, int v>
+FDDA_INLINE void values_of(
+    const int32_t* sums, int64_t place, const Outputs& o, const IntEpilogue& e, __m256 (&t)[v]) {
 #pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j) {
-    __m256 t = affine(load_32(sums + 8 * j), o.correction[j], o.scale[j], o.shift[j]);
-    if (has_residual) t = _mm256_add_ps(t, residual_of(residual + 8 * j, e));
-    half[j] = rounded(t, r);
+  for (int j = 0; j < v; ++j) {
+    t[j] = affine(load_32(sums + 8 * j), o.correction[j], o.scale[j], o.shift[j]);
+    t[j] = with_residual<residual>(t[j], place + 8 * j, e);
   }
-  return packed(half[0], half[1], r);
+}
+
+template <Residual residual, int v>
+FDDA_INLINE __m256i codes_of(
+    const int32_t* sums, int64_t place, const Outputs& o, const Rounding& r, const IntEpilogue& e) {
+  __m256 t[v];
+  values_of<residual>(sums, place, o, e, t);
+  return packed(rounded(t[0], r), rounded(t[v - 1], r), r);
 }
 
 FDDA_INLINE void store_bytes(uint8_t* to, __m128i codes, int64_t n) {
@@ -275,12 +313,16 @@ FDDA_INLINE void store_bytes(uint8_t* to, __m128i codes, int64_t n) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
     return;
   }
+  if (n == 8) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), codes);
+    return;
+  }
   alignas(16) uint8_t bytes[kPanel];
   _mm_store_si128(reinterpret_cast<__m128i*>(bytes), codes);
   __builtin_memcpy(to, bytes, static_cast<size_t>(n));
 }
 
-template <bool has_residual>
+template <Residual residual, int v>
 void finish_codes(
     int64_t count, const int32_t (*sums)[kPanel], const int64_t* pixels, int64_t at, int64_t n,
     const Rounding& r, const IntEpilogue& e) {
@@ -289,34 +331,59 @@ void finish_codes(
   for (int64_t i = 0; i < count; i += 2) {
     const int64_t other = i + 1 < count ? i + 1 : i;
     const int64_t places[2] = {pixels[i] * e.stride + at, pixels[other] * e.stride + at};
-    const uint8_t* residuals[2] = {};
-    uint8_t buffer[2][kPanel];
-    if (has_residual) {
-      for (int k = 0; k < 2; ++k) {
-        residuals[k] = e.residual_codes + places[k];
-        if (n == kPanel) continue;
-        __builtin_memcpy(buffer[k], residuals[k], static_cast<size_t>(n));
-        residuals[k] = buffer[k];
-      }
-    }
-    const __m256i first = codes_of<has_residual>(sums[i], residuals[0], o, r, e);
-    const __m256i second = codes_of<has_residual>(sums[other], residuals[1], o, r, e);
+    const __m256i first = codes_of<residual, v>(sums[i], places[0], o, r, e);
+    const __m256i second = codes_of<residual, v>(sums[other], places[1], o, r, e);
     const __m256i codes = _mm256_permutevar8x32_epi32(to_bytes(first, second, r), order);
     store_bytes(e.codes + places[0], _mm256_castsi256_si128(codes), n);
     store_bytes(e.codes + places[1], _mm256_extracti128_si256(codes, 1), n);
   }
 }
 
-// Finishes `count` pixels, given by their indices, of n <= 16 outputs.
+// Values within [low, high], in the order of clamp's comparisons.
+template <Residual residual, int v>
+void finish_values(
+    int64_t count, const int32_t (*sums)[kPanel], const int64_t* pixels, int64_t at, int64_t /*n*/,
+    const Rounding& /*r*/, const IntEpilogue& e) {
+  const Outputs o = outputs_at(at, e);
+  const __m256 low = _mm256_set1_ps(e.low);
+  const __m256 high = _mm256_set1_ps(e.high);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t place = pixels[i] * e.stride + at;
+    __m256 t[v];
+    values_of<residual>(sums[i], place, o, e, t);
+#pragma GCC unroll 2
+    for (int j = 0; j < v; ++j) {
+      _mm256_storeu_ps(e.values + place + 8 * j, _mm256_min_ps(high, _mm256_max_ps(low, t[j])));
+    }
+  }
+}
+
+using Finish = void (*)(
+    int64_t, const int32_t (*)[kPanel], const int64_t*, int64_t, int64_t, const Rounding&,
+    const IntEpilogue&);
+template <int v>
+constexpr Finish kFinishCodes[3] = {
+    finish_codes<Residual::kNone, v>, finish_codes<Residual::kCodes, v>,
+    finish_codes<Residual::kValues, v>};
+template <int v>
+constexpr Finish kFinishValues[3] = {
+    finish_values<Residual::kNone, v>, finish_values<Residual::kCodes, v>,
+    finish_values<Residual::kValues, v>};
+
+// Finishes `count` pixels, given by their indices, of n <= 16 outputs; one output at a time where
+// vectors would reach beyond the last.
 __attribute__((noinline)) inline void finish_panel(
     int64_t count, const int32_t (*sums)[kPanel], const int64_t* pixels, int64_t at, int64_t n,
     const Rounding& r, const IntEpilogue& e) {
-  switch (way_of(e)) {
-    case Way::kCodes: return finish_codes<false>(count, sums, pixels, at, n, r, e);
-    case Way::kResidual: return finish_codes<true>(count, sums, pixels, at, n, r, e);
-    case Way::kOther: break;
+  const Residual residual = residual_of(e);
+  const bool writes_codes = e.values == nullptr;
+  if (n % 8 != 0 && !(writes_codes && residual == Residual::kNone)) {
+    for (int64_t i = 0; i < count; ++i) finish(sums[i], n, pixels[i], at, e);
+    return;
   }
-  for (int64_t i = 0; i < count; ++i) finish(sums[i], n, pixels[i], at, e);
+  const Finish* ways = n > 8 ? (writes_codes ? kFinishCodes<2> : kFinishValues<2>)
+                             : (writes_codes ? kFinishCodes<1> : kFinishValues<1>);
+  ways[static_cast<int>(residual)](count, sums, pixels, at, n, r, e);
 }
 
 // Dense -------------------------------------------------------------------------------------------
@@ -327,6 +394,7 @@ inline void patches_avx2(
   const Rounding r = rounding_of(e);
   const int64_t code = largest_code(bits);
   const int64_t panel_size = segments * groups * kGroup * kPanel;
+  alignas(32) int32_t sums[kBlockPixels][kPanel] = {};
   for (int64_t o = 0; o < outputs; o += kPanel, weights += panel_size) {
     const int64_t n = outputs - o < kPanel ? outputs - o : kPanel;
     // The search takes the time of a pixel or less, and pays where it saves some widening.
@@ -336,10 +404,9 @@ inline void patches_avx2(
     }
     for (int64_t first = 0, count; first < pixels; first += count) {
       count = block_of(pixels - first);
-      alignas(32) int32_t sums[kBlockPixels][kPanel];
       int64_t indices[kBlockPixels];
       for (int64_t i = 0; i < count; ++i) indices[i] = first + i;
-      add_products(steps, count, segments, groups, rows + first * segments, weights, sums);
+      add_products(steps, count, segments, groups, rows + first * segments, weights, n, sums);
       finish_panel(count, sums, indices, o, n, r, e);
     }
   }
@@ -669,7 +736,7 @@ inline void winograd_output_avx2(
         for (int64_t i = 0; i < count; ++i) {
           rows[i] = from + p * position_stride + (first + i) * stride;
         }
-        add_products(steps[p], count, 1, groups, rows, w + p * position_size, products[p]);
+        add_products(steps[p], count, 1, groups, rows, w + p * position_size, kPanel, products[p]);
       }
       alignas(32) int32_t sums[4 * kBlockPixels][kPanel];
       int64_t places[4 * kBlockPixels];
