@@ -2,7 +2,7 @@
 batches, against the same computation in plain PyTorch: a generator pass and a teacher pass for each
 of the two batches, upsampled images in memory, losses and fake quantization of eager operators."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from unittest import mock
 
 import torch
@@ -97,7 +97,7 @@ class PlainFDDA(FDDA):
         self.generator_optimizer.step()
         return {"generator": loss.detach()}, images_a.detach(), labels_a
 
-    def student_step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def student_step(self, images: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
         with mock.patch("fdda_ext.quantization.quantizer.fake_quantize", eager_fake_quantize):
             return super().student_step(images, labels)
 

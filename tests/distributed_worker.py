@@ -150,6 +150,8 @@ def everything() -> dict[str, Any]:
 class Interrupted:
     """FDDA that ends its process, or is ended by Ctrl-C, before an iteration."""
 
+    part = ""
+
     def __init__(self, before: int | None = None, kill: bool = False) -> None:
         self.method = build("fdda", {"grid": "paper"})
         self.iterations = self.method.iterations

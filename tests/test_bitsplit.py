@@ -303,6 +303,25 @@ def test_state_resumes_exactly():
         assert torch.equal(tensor, resumed.student.state_dict()[key]), key
 
 
+def test_views_mix_the_classes():
+    """Images come class by class; statistics of batches of one class are not those of the data."""
+    task = problem()
+    images = torch.cat([task.images.mul(0.1).add(k)[:4] for k in range(4)])
+    task = replace(task, images=images, labels=torch.arange(4).repeat_interleave(4))
+    method = build_method("bitsplit", task, settings(batch=4, statistics_views=40))
+    for batch in method._views(1):
+        assert len(batch.mean((1, 2, 3)).round().unique()) > 1
+    every = torch.cat(list(method._views(1)))
+    assert sorted(every.mean((1, 2, 3)).round().tolist()) == [k for k in range(4) for _ in range(4)]
+    method._renew_statistics()
+    norm = method.student.get_submodule("1")
+    x = torch.nn.functional.conv2d(
+        torch.cat(list(method._views(8))), method.student.get_submodule("0").weight, padding=1
+    )
+    share = norm.running_var / x.var((0, 2, 3))
+    assert float(share.mean()) > 0.7, "of few classes in a batch it would be a tenth"
+
+
 @pytest.mark.parametrize(
     "change",
     [{"views": -1}, {"positions": 0}, {"rounds": -1}, {"damping": float("nan")}, {"batch": 1}],

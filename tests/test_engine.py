@@ -113,6 +113,7 @@ class Walk:
     """A random walk: its end shows whether every step was taken once and in order."""
 
     iterations = 30
+    part = "walking"
 
     def __init__(self, stop_at=None):
         self.position = torch.zeros(4)

@@ -1,13 +1,18 @@
 """BRECQ, QDrop, AdaQuant: units, rounding, losses against plain formulas, runs that resume."""
 
 import copy
+import errno
 import itertools
 import json
 import math
-from dataclasses import replace
+import os
+import tempfile
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_fdda import CLASSES, problem
 from test_prepare_zoo import NETWORKS, load
 from torch import nn
@@ -26,6 +31,7 @@ from fdda_ext.methods import (
 from fdda_ext.quantization import QuantizationConfig, bits_table, calibrate, prepare
 from fdda_ext.quantization.layers import QuantizedLinear
 from fdda_ext.quantization.quantizer import ActivationQuantizer, build_weight_quantizer
+from fdda_ext.quantization.student import collecting
 from fdda_ext.reconstruction import (
     Data,
     Dropped,
@@ -41,6 +47,8 @@ from fdda_ext.reconstruction import (
     retune_norms,
     values_of,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 NAMES = ["brecq", "qdrop", "adaquant"]
 
@@ -97,11 +105,14 @@ def test_every_layer_is_in_one_unit_and_units_in_turn_are_the_student(spec):
         if granularity == "block":
             assert [len(unit.layers) for unit in units] == BLOCKS[spec]
             assert all(len(unit.inputs) == 1 for unit in units)
-        for unit in units[:4:2]:
-            inputs = values_of(student, unit.inputs)(images)
-            (expected,) = values_of(student, [unit.output])(images)
-            assert torch.equal(unit.of(student)(*inputs), expected)
-    assert torch.equal(values_of(student, [units[-1].output])(images)[0], student(images))
+        # Fed with nothing but what those before have made, the last makes the student's output.
+        first = {name for unit in units for name in unit.inputs} - {u.output for u in units}
+        made = dict(zip(sorted(first), values_of(student, sorted(first))(images), strict=True))
+        if granularity != "layer":
+            assert len(first) == 1, "the images alone come from outside"
+        for unit in units:
+            made[unit.output] = unit.of(student)(*(made[name] for name in unit.inputs))
+        assert torch.equal(made[units[-1].output], student(images))
 
 
 def test_the_paper_networks_are_among_them():
@@ -116,6 +127,16 @@ def test_float_copy_is_the_teacher():
     reference = float_copy(student)
     torch.testing.assert_close(reference(task.images), task.teacher(task.images))
     assert not torch.equal(student(task.images), reference(task.images))
+
+
+def test_a_full_disk_is_named(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UsageError, match=f"room for 1 MiB in {tmp_path}, .*No space left"):
+        collect(lambda x: (x,), torch.zeros(4, 256, 16, 16), 0)
 
 
 def test_caches_on_disk_hold_the_same(tmp_path, monkeypatch):
@@ -175,10 +196,11 @@ def test_regulariser_and_its_schedule():
     assert [config.beta(p) for p in (0.0, 0.19, 0.2, 0.6, 1.0)] == [None, None, 20, 11, 2]
 
 
-def test_rounding_is_as_good_as_a_search_over_all():
-    plain = layer(rows=1, columns=9, bits=2)
-    torch.manual_seed(0)
-    x = torch.randn(64, 9) @ torch.randn(9, 9) / 3  # correlated: the nearest is not the best
+def rounding_beside_a_search(seed: int) -> tuple[float, float, float]:
+    """Errors of the best of all roundings of nine weights, of the learned one, of the nearest."""
+    torch.manual_seed(seed)
+    plain = QuantizedLinear.from_float(nn.Linear(9, 1), 2, QuantizationConfig(weight_range="lp"))
+    x = torch.randn(64, 9) + torch.randn(64, 1)  # what inputs share, their errors share
     target = F.linear(x, plain.weight, plain.bias).detach()
     quantizer = plain.weight_quantizer
     floor = quantizer.position(plain.weight).floor()
@@ -203,13 +225,20 @@ def test_rounding_is_as_good_as_a_search_over_all():
         steps=600,
         batch=64,
         random=torch.Generator().manual_seed(0),
+        rounding=RoundingConfig(weight=0.1),
     )
     for step in range(reconstruction.steps):
-        metrics = reconstruction.step(step)
+        reconstruction.step(step)
     reconstruction.finish()
-    assert float(metrics["decided"]) == 1
-    found = error(quantizer.codes(plain.weight))
-    assert best <= found <= 1.02 * best < nearest
+    return best, error(quantizer.codes(plain.weight)), nearest
+
+
+def test_rounding_is_as_good_as_a_search_over_all():
+    errors = [rounding_beside_a_search(seed) for seed in range(12)]
+    assert all(best <= found * 1.0001 for best, found, _ in errors)
+    as_good = sum(found <= 1.02 * best for best, found, _ in errors)
+    assert as_good >= 10, "AdaRound descends, and may end in a minimum that is not the least"
+    assert sum(nearest <= 1.02 * best for best, _, nearest in errors) <= 6, "it takes learning"
 
 
 # ---- losses ---------------------------------------------------------------------------------
@@ -370,35 +399,104 @@ def test_relative_adam_moves_by_shares():
 
 def test_bn_tuning_measures_the_quantized_network():
     task = problem(weight_bits=2)
-    method = build_method("adaquant", task, tiny(bn_tuning=True))
-    run(method)
-    seen = []
+    method = build_method("adaquant", task, tiny(bn_tuning=True, steps=20, held_out=0.0))
     student = method.student
-    norms = [student.get_submodule(name) for name in ("1", "4")]
-    handles = [n.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for n in norms]
+    norms = {name: student.get_submodule(name) for name in ("1", "4")}
+    run(method, end=method.iterations - 1)
+    for name, norm in norms.items():
+        assert not torch.equal(norm.bias, task.teacher.get_submodule(name).bias), "it has learned"
+    run(method, begin=method.iterations - 1)
+    seen = {}
+
+    def look(norm, inputs, output):
+        seen[norm] = (inputs[0], output)
+
+    handles = [norm.register_forward_hook(look) for norm in norms.values()]
     student(task.images)
     for handle in handles:
         handle.remove()
-    for norm, x in zip(norms, seen, strict=True):
+    for name, norm in norms.items():
+        x, y = seen[norm]
         variance, mean = torch.var_mean(x, (0, 2, 3))
         torch.testing.assert_close(norm.running_mean, mean, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(norm.running_var, variance, rtol=1e-3, atol=1e-4)
-    before = norms[1].running_mean.clone()
-    norms[1].running_mean.add_(3)
-    retune_norms(student, task.images)
-    torch.testing.assert_close(norms[1].running_mean, before)
+        # What the learned shift made up for is in the measured mean now, and counts once.
+        expected = task.teacher.get_submodule(name).bias
+        torch.testing.assert_close(y.mean((0, 2, 3)), expected, rtol=1e-3, atol=1e-3)
+    before = norms["4"].running_mean.clone()
+    norms["4"].running_mean.add_(3)
+    retune_norms(student, method.reference, task.images)
+    torch.testing.assert_close(norms["4"].running_mean, before)
+
+
+def test_images_that_judge_are_drawn_at_random_and_not_learned_from(monkeypatch):
+    method = build_method("adaquant", problem(), tiny(held_out=0.4, steps=30, batch=2))
+    kept = set(method.held_out.tolist())
+    assert len(kept) == round(0.4 * CLASSES)
+    assert kept != set(range(CLASSES - len(kept), CLASSES)), "images come class by class"
+    method.step(0)
+    read = []
+    error = method.current._error
+    monkeypatch.setattr(method.current, "_error", lambda i: read.append(i.tolist()) or error(i))
+    for step in range(1, 30):
+        method.step(step)
+    judging = [i for batch in read for i in batch if i in kept]
+    learning = [batch for batch in read if not kept & set(batch)]
+    assert len(learning) == 29 and {i for batch in learning for i in batch} | kept == set(
+        range(CLASSES)
+    )
+    assert len(judging) == 10 * len(kept), "after each tenth of the steps"
+
+
+def test_ranges_at_eight_bits_move_by_their_rate():
+    """LSQ's factor makes their gradients small beside the eps that Adam usually has."""
+    rate = 1e-3
+    task = problem(weight_bits=8, activation_bits=8)
+    method = build_method("adaquant", task, tiny(weight_range_lr=rate, held_out=0.0, steps=2))
+    scale = method.student.get_submodule("0").weight_quantizer.scale
+    before = scale.detach().clone()
+    method.step(0)
+    moved = (scale.detach() / before).log().abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("changes", [{"scale_steps": 0}, {}])
+@pytest.mark.parametrize("grid", ["deploy", "paper"])
+def test_ranges_are_those_of_the_weights_in_the_end(grid, changes):
+    task = problem(grid=grid, weight_bits=2, weight_range="lp", activation_range="minmax")
+    rounding = RoundingConfig(lr=0.1, weight=1.0)
+    settings = tiny(steps=60, rounding=rounding, scale_lr=1e-9, **changes)
+    method = build_method("brecq", task, settings)
+    run(method)
+    for unit in method.units:
+        inputs = values_of(method.reference, unit.inputs)(task.images)
+        quantizers = method.quantizers(unit)
+        found = [copy.deepcopy(quantizer.state_dict()) for quantizer in quantizers]
+        with torch.no_grad(), collecting(quantizers):
+            unit.of(method.student)(*inputs)
+        for before, quantizer in zip(found, quantizers, strict=True):
+            for key, value in quantizer.state_dict().items():
+                torch.testing.assert_close(before[key], value, rtol=1e-3, atol=1e-5)
 
 
 # ---- methods --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("grid", ["deploy", "paper"])
-def test_state_resumes_exactly_and_the_student_is_a_program(name, grid):
+@pytest.mark.parametrize(
+    ("name", "grid", "changes"),
+    [
+        *((name, grid, {}) for name in NAMES for grid in ("deploy", "paper")),
+        ("brecq", "deploy", {"objective": "fisher", "average_bits": 4.0}),
+        ("qdrop", "deploy", {"granularity": "layer"}),
+        ("adaquant", "deploy", {"bn_tuning": True, "average_bits": 6.0, "relu_loss": False}),
+        ("adaquant", "deploy", {"sequential": False}),
+    ],
+)
+def test_state_resumes_exactly_and_the_student_is_a_program(name, grid, changes):
     task = problem(grid=grid, weight_range="lp")
 
     def build():
-        return build_method(name, task, tiny())
+        return build_method(name, task, tiny(**changes))
 
     whole = build()
     run(whole)
@@ -517,6 +615,10 @@ def test_bad_settings_are_refused(make, message):
 def test_presets_set_everything_and_scale(name, preset):
     config, _ = train.parse_arguments([f"--method={name}", f"--preset={preset}"])
     section = getattr(config.settings, name)
+    file = ROOT / "fdda_ext" / "presets" / name / f"{preset}.yaml"
+    assert set(yaml.safe_load(file.read_text())["settings"][name]) == {
+        field.name for field in fields(section)
+    }
     assert getattr(config.settings.scaled(0.01), name).steps == round(section.steps * 0.01)
     if preset == "paper":
         assert section == type(section)()

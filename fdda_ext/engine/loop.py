@@ -34,6 +34,11 @@ class Trainable(Protocol):
 
     iterations: int
 
+    @property
+    def part(self) -> str:
+        """What it is at, in a word or two for the progress bar; may be empty."""
+        ...
+
     def step(self, iteration: int) -> Mapping[str, Tensor]:
         """Do iteration ``iteration`` and name its scalar metrics."""
         ...
@@ -209,7 +214,8 @@ def _train(
                         )
                 note(values)
                 latest = list(values.items())[-1:]  # one, so that the bar fits a narrow terminal
-                bar.update(task, shown="".join(f"{n} {v:.3g}" for n, v in latest))
+                shown = [f"{name} {value:.3g}" for name, value in latest]
+                bar.update(task, shown=" ".join([trainable.part, *shown]).strip())
             if evaluation is not None and (done + 1) % evaluate_every == 0:
                 begin = time.monotonic()
                 measured = evaluation(bar)

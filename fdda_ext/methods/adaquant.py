@@ -11,8 +11,9 @@ x are those that the quantized layers before it make (sequential), or the float 
 normalisation are measured again through the quantized network.
 
 Departures: rates of ranges are relative, a share of the range in a step, where the code has
-absolute ones (1e-1 and 1e-3), which can ruin a layer of small values. Of eleven states on the way,
-the one that is best on held-out images is kept, where the code keeps the last. The bias that learns
+absolute ones (1e-1 and 1e-3), which can ruin a layer of small values. Of eleven states, the first
+and one after each tenth of the steps, the one that is best on images held out, drawn at random, is
+kept, where the code keeps the last. The bias that learns
 is that of the normalisation where a layer has one, to which the folded bias of the code
 corresponds, and it is not quantized. An activation that several layers read has one range, which
 the first of them learns. Zero points move only with quantization.learn_zero_points. The paper's
@@ -44,7 +45,7 @@ from ..reconstruction import (
     set_ranges,
 )
 from .base import Problem
-from .reconstructing import ReconstructionConfig, ReconstructionMethod
+from .reconstructing import ReconstructionConfig, ReconstructionMethod, drawn
 
 if TYPE_CHECKING:
     from .settings import MethodSettings
@@ -102,6 +103,8 @@ class AdaQuant(ReconstructionMethod):
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config = settings.adaquant
         super().__init__(problem, self.config)
+        images = len(problem.images)
+        self.held_out = drawn(problem, min(round(self.config.held_out * images), images - 1))
 
     @override
     def partition(self) -> list[Unit]:
@@ -120,16 +123,15 @@ class AdaQuant(ReconstructionMethod):
         data = Data(self.cache(source, *unit.inputs), targets)
         function = unit.of(self.student)
         set_ranges(self.quantizers(unit), function, data)
-        images = len(self.problem.images)
         return Reconstruction(
             function,
             data,
             mean_squared_error,
             self._optimizers(unit, function),
-            self.config.steps,
-            self.config.batch,
-            self.random,
-            held_out=min(round(self.config.held_out * images), images - 1),
+            steps=self.config.steps,
+            batch=self.config.batch,
+            random=self.random,
+            held_out=self.held_out,
         )
 
     def _optimizers(self, unit: Unit, function: GraphModule) -> list[torch.optim.Optimizer]:
@@ -150,7 +152,8 @@ class AdaQuant(ReconstructionMethod):
             ranges.append({"params": [layer.weight_quantizer.scale], "lr": config.weight_range_lr})
         if scales := self.scales(unit):
             ranges.append({"params": scales, "lr": config.activation_range_lr})
-        return [*optimizers, RelativeAdam(ranges)] if ranges else optimizers
+        # Gradients of ranges, scaled as in LSQ, are small beside Adam's usual eps.
+        return [*optimizers, RelativeAdam(ranges, eps=1e-20)] if ranges else optimizers
 
     def _bias(self, unit: Unit, function: GraphModule) -> nn.Parameter | None:
         """Of the normalisation after the layer, or else the layer's own."""
@@ -165,4 +168,4 @@ class AdaQuant(ReconstructionMethod):
     @override
     def end(self) -> None:
         if self.config.bn_tuning:
-            retune_norms(self.student, self.problem.images)
+            retune_norms(self.student, self.reference, self.problem.images)

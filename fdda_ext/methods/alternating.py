@@ -172,7 +172,7 @@ class AlternatingTraining(Method):
         if iteration >= schedule.warmup_iterations:
             if self.student_batch > schedule.batch:
                 images, labels = self.generate()
-            metrics["student"] = self.student_step(images, labels)
+            metrics |= self.student_step(images, labels)
             more = min(
                 schedule.student_steps_per_iteration - 1,
                 self.distillation.steps - self.trainer.steps_done,
@@ -210,8 +210,8 @@ class AlternatingTraining(Method):
         batches = math.ceil(self.problem.num_classes / self.student_batch)
         calibrate(self.student, [self.all_images(*self.generate()) for _ in range(batches)])
 
-    def student_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Distil on generated images, or on what the method makes of them."""
+    def student_step(self, images: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
+        """Distil on generated images, or on what the method makes of them; name the losses."""
         with stage("student: images"):
             images = self.all_images(images, labels)[: self.student_batch]
             images, labels = self.student_images(images, labels[: self.student_batch])

@@ -119,6 +119,11 @@ class Method(ABC):
         """How many images it has made for the student so far."""
         return 0
 
+    @property
+    def part(self) -> str:
+        """What it is at, in a word or two for the progress bar."""
+        return ""
+
     @abstractmethod
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         """Build the student of ``problem``; ``settings`` holds a section for every method."""

@@ -304,14 +304,19 @@ class BitSplit(Method):
         self.iterations = len(self.layers) + 1
 
     def _views(self, count: int) -> Iterator[Tensor]:
-        """Batches of ``count`` augmented views of every calibration image; of 0, of itself."""
+        """Batches of ``count`` augmented views of every calibration image; of 0, of itself.
+
+        Views are shuffled: images come class by class, and a batch of few classes has statistics of
+        its own.
+        """
         images = self.problem.images
-        batches = images.tensor_split(-(-len(images) // self.config.batch))
+        batches = -(-len(images) // self.config.batch)
         if not count:
-            yield from batches
+            yield from images.tensor_split(batches)
         for _ in range(count):
-            for batch in batches:
-                yield augment(batch, self.problem.augmentation, self.random)
+            order = torch.randperm(len(images), generator=self.random, device=images.device)
+            for chosen in order.tensor_split(batches):
+                yield augment(images[chosen], self.problem.augmentation, self.random)
 
     @override
     @torch.no_grad()

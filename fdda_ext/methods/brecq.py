@@ -14,7 +14,8 @@ of 1, for which the code has ``|g| + 1``.
 
 Blocks are found in the graph, see `fdda_ext.reconstruction.units`; what is in none is a unit of its
 own. Further departures: weights are symmetric in the deploy grid; the paper's grid has no step
-sizes to learn, so there the second stage is left out; and `fdda_ext.methods.reconstructing`.
+sizes to learn, so there ranges are only measured, in the end; and those of
+`fdda_ext.methods.reconstructing`.
 """
 
 from __future__ import annotations
@@ -138,21 +139,29 @@ class BRECQ(ReconstructionMethod):
             )
         with activations_in_float(self.student):
             inputs = self.cache(self.student, *unit.inputs)
-        data = Data(inputs, targets, weights=weights)
         function, layers = self.softened(unit)
-        set_ranges(self.quantizers(unit), function, data)
         for name in unit.quantizers:
             function.set_submodule(name, nn.Identity())
         return Reconstruction(
             function,
-            data,
+            Data(inputs, targets, weights=weights),
             output_error,
             [torch.optim.Adam([layer.alpha for layer in layers], lr=self.config.rounding.lr)],
-            self.config.steps,
-            self.config.batch,
-            self.random,
-            self.config.rounding,
+            steps=self.config.steps,
+            batch=self.config.batch,
+            random=self.random,
+            rounding=self.config.rounding,
         )
+
+    @override
+    def end(self) -> None:
+        """Set the ranges that the second stage has not: of the weights as they are now."""
+        staged = [unit for phase, unit, _ in self.tasks if phase == "scales"]
+        for unit in self.units:
+            if unit not in staged and unit.quantizers:
+                (targets,) = self.cache(self.reference, unit.output)
+                data = Data(self.cache(self.reference, *unit.inputs), targets)
+                set_ranges(self.quantizers(unit), unit.of(self.student), data)
 
     def _scales(self, unit: Unit, data: Data) -> Reconstruction:
         function = unit.of(self.student)
@@ -163,7 +172,7 @@ class BRECQ(ReconstructionMethod):
             data,
             partial(output_error, exponent=self.config.scale_exponent),
             [torch.optim.Adam([group])],
-            self.config.scale_steps,
-            self.config.batch,
-            self.random,
+            steps=self.config.scale_steps,
+            batch=self.config.batch,
+            random=self.random,
         )

@@ -90,7 +90,7 @@ class CalibrationDistillation(Method):
 
     @override
     def step(self, iteration: int) -> Mapping[str, Tensor]:
-        return {"student": self.trainer.step(*self.images.next())}
+        return self.trainer.step(*self.images.next())
 
     @override
     def state_dict(self) -> dict[str, Any]:

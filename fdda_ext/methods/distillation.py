@@ -17,7 +17,14 @@ from ..distribution import shard, share_of, sum_gradients_, total
 from ..engine import must_fit, stage
 from ..errors import UsageError
 from ..quantization import bits_table, project_scales_, scale_parameters
-from ..reconstruction import RoundingConfig, SoftlyRounded, check_ranges_stay, region, soften_
+from ..reconstruction import (
+    RoundingConfig,
+    SoftlyRounded,
+    check_ranges_stay,
+    region,
+    share_decided,
+    soften_,
+)
 from .base import Problem
 
 __all__ = [
@@ -190,17 +197,17 @@ class Student:
                 "weight_decay": 0.0,
             },
         ]
+        groups = [group for group in groups if group["params"]]
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+        else:
+            optimizer = torch.optim.Adam(groups)
+        self.full_rates = [group["lr"] for group in optimizer.param_groups]
+        self.optimizers = [optimizer]
         if config.rounding is not None:
             alphas = [layer.alpha for layer in self.soft]
-            rate = {"lr": config.rounding.lr, "constant": True}
-            groups.append({"params": alphas, "weight_decay": 0.0, **rate})
-        groups = [group for group in groups if group["params"]]
-        self.optimizer: torch.optim.Optimizer
-        if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-        else:
-            self.optimizer = torch.optim.Adam(groups)
-        self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
+            self.optimizers.append(torch.optim.Adam(alphas, lr=config.rounding.lr))
 
     def rate_factor(self) -> float:
         """Cosine annealing: 1 at the start, 0 after a half period, 1 again; and the milestones."""
@@ -235,49 +242,62 @@ class Student:
         with stage("student: forward"):
             return distillation_loss(self.function(images), teacher_logits, labels, self.config)
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Distil the teacher into the student on ``images [N, 3, H, W]``; return the loss.
+    def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Distil the teacher into the student on ``images [N, 3, H, W]``; name scalar metrics.
 
-        Of several processes, which all pass the whole batch, each computes on its share.
+        They are ``student``, the loss, and, where rounding is learned, ``decided``, the share of
+        roundings that are, and ``regulariser``, once it has set in. Of several processes, which all
+        pass the whole batch, each computes on its share.
         """
         share = share_of(len(labels))
         images, labels = shard(images), shard(labels)
-        for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
-            group["lr"] = rate if group.get("constant") else rate * self.rate_factor()
+        for group, rate in zip(self.optimizers[0].param_groups, self.full_rates, strict=True):
+            group["lr"] = rate * self.rate_factor()
+        regulariser = self.regulariser()
         with must_fit(
             settings__distillation__real_batch=self.config.real_batch,
             settings__distillation__generated_batch=self.config.generated_batch,
         ):
             loss = share * self.loss(images, labels)
             with stage("student: backward"):
-                self.optimizer.zero_grad(set_to_none=True)
-                (loss + share * self.indecision()).backward()
-                sum_gradients_(p for g in self.optimizer.param_groups for p in g["params"])
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+                if regulariser is None:
+                    loss.backward()
+                else:
+                    assert self.config.rounding is not None
+                    (loss + share * self.config.rounding.weight * regulariser).backward()
+                groups = [g for optimizer in self.optimizers for g in optimizer.param_groups]
+                sum_gradients_(p for group in groups for p in group["params"])
             with stage("student: optimizer"):
-                self.optimizer.step()
+                for optimizer in self.optimizers:
+                    optimizer.step()
                 project_scales_(self.network)
                 # `network` itself has hard roundings at any time: it is tested between steps.
                 for layer in self.soft:
                     layer.bake()
         self.steps_done += 1
-        return total({"student": loss})["student"]
+        metrics: dict[str, Tensor] = {}
+        if self.soft:
+            metrics["decided"] = share_decided(self.soft)
+        if regulariser is not None:
+            metrics["regulariser"] = regulariser.detach()
+        return metrics | total({"student": loss})
 
-    def indecision(self) -> Tensor | float:
-        """AdaRound's regulariser with its weight; 0 before it sets in."""
+    def regulariser(self) -> Tensor | None:
+        """AdaRound's; None where no rounding is learned, and before it sets in."""
         rounding = self.config.rounding
-        if rounding is None:
-            return 0.0
-        beta = rounding.beta(self.steps_done / self.config.steps)
+        beta = None if rounding is None else rounding.beta(self.steps_done / self.config.steps)
         if beta is None:
-            return 0.0
-        return rounding.weight * torch.stack([x.regulariser(beta) for x in self.soft]).sum()
+            return None
+        return torch.stack([layer.regulariser(beta) for layer in self.soft]).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, ranges, roundings, optimizer and position in the schedule."""
         return {
             "network": self.network.state_dict(),
             "alphas": [layer.alpha.detach() for layer in self.soft],
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "steps_done": self.steps_done,
         }
 
@@ -287,5 +307,6 @@ class Student:
         with torch.no_grad():
             for layer, alpha in zip(self.soft, state["alphas"], strict=True):
                 layer.alpha.copy_(alpha)
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
         self.steps_done = state["steps_done"]

@@ -150,7 +150,7 @@ class OptimisedImages(Method):
             assert self.sampler is not None
             with stage("student: images"):
                 images, labels = self.sampler.next()
-            return {"student": self.trainer.step(images, labels)}
+            return self.trainer.step(images, labels)
         with must_fit(**{f"settings__{self.name}__synthesis__batch": self.synthesis.batch}):
             return self.image_step()
 

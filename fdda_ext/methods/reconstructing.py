@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.nn import functional as F
 from typing_extensions import Self, override
 
 from ..engine import must_fit, restore_random, stage
@@ -45,7 +46,7 @@ from ..reconstruction import (
 )
 from .base import Method, Problem
 
-__all__ = ["ReconstructionConfig", "ReconstructionMethod"]
+__all__ = ["ReconstructionConfig", "ReconstructionMethod", "drawn"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,15 @@ class ReconstructionConfig:
 
 #: Bits that a layer may have, and images on which that is decided.
 _CHOICES, _LOOKED_AT = (2, 4, 8), 256
+#: Images on which predictions are compared after each unit.
+_WATCHED = 64
+
+
+def drawn(problem: Problem, count: int) -> Tensor:
+    """Indices of at most ``count`` images at random: they come class by class."""
+    images = len(problem.images)
+    order = torch.randperm(images, generator=problem.random(), device=problem.device)
+    return order[:count]
 
 
 def _with_average_bits(problem: Problem, average_bits: float) -> Problem:
@@ -102,7 +112,8 @@ def _with_average_bits(problem: Problem, average_bits: float) -> Problem:
         row.name: (row.weight_bits,) if row.name in (*config.layer_bits, *ends) else _CHOICES
         for row in rows
     }
-    costs = prediction_costs(student, config, problem.images[:_LOOKED_AT], choices)
+    images = problem.images[drawn(problem, _LOOKED_AT)]
+    costs = prediction_costs(student, config, images, choices)
     sizes = {row.name: math.prod(row.weight_shape) for row in rows}
     layer_bits = allocate_bits(costs, sizes, average_bits)
     return replace(problem, quantization=replace(config, layer_bits=layer_bits))
@@ -112,13 +123,16 @@ class ReconstructionMethod(Method):
     """Units in turn; a method says what is learned of each, and for how long."""
 
     def __init__(self, problem: Problem, config: ReconstructionConfig) -> None:
+        check_ranges_stay(problem.quantization, config.name)
         if config.average_bits is not None:
-            problem = _with_average_bits(problem, config.average_bits)
+            with must_fit():
+                problem = _with_average_bits(problem, config.average_bits)
         self.problem = problem
         self.schedule = config
         self.quantization = problem.quantization
-        check_ranges_stay(self.quantization, config.name)
         self.random = problem.random()
+        #: Some of the images, which come class by class, to watch the student with.
+        self.watched = problem.images[drawn(problem, _WATCHED)]
         self.student = problem.student().requires_grad_(False)
         calibrate(self.student, problem.images)
         self.reference = float_copy(self.student)
@@ -178,6 +192,21 @@ class ReconstructionMethod(Method):
         ):
             return self.begin(phase, unit)
 
+    @property
+    @override
+    def part(self) -> str:
+        return f"unit {max(self.task, 0) + 1}/{len(self.tasks)}"
+
+    @torch.no_grad()
+    def divergence(self) -> float:
+        """The task's loss: the divergence of the student's predictions from the float network's.
+
+        Of Kullback and Leibler, as it is now, the mean over at most 64 calibration images.
+        """
+        expected = F.log_softmax(self.reference(self.watched), dim=1)
+        found = F.log_softmax(self.student(self.watched), dim=1)
+        return float(F.kl_div(found, expected, reduction="batchmean", log_target=True))
+
     @override
     def step(self, iteration: int) -> Mapping[str, Tensor]:
         task, step = 0, iteration
@@ -203,6 +232,7 @@ class ReconstructionMethod(Method):
                 self.progress[-1]["decided"] = float(share_decided(self.current.soft))
             self.current.finish()
             self.current = None
+            self.progress[-1]["divergence"] = self.divergence()
             if task + 1 == len(self.tasks):
                 self.end()
         return metrics
@@ -233,7 +263,8 @@ class ReconstructionMethod(Method):
     def save_artifacts(self, folder: Path) -> None:
         """``units.json``: what every unit's loss was on its first batch and on its last.
 
-        A list of objects: ``phase``, ``layers`` by name, ``steps``, ``first``, ``last`` and, where
-        rounding was learned, ``decided``, the share of roundings within 0.01 of 0 or 1 at the end.
+        A list of objects: ``phase``, ``layers`` by name, ``steps``, ``first``; once it is finished
+        ``last``, ``divergence``, see `divergence`, and, where rounding was learned, ``decided``,
+        the share of roundings within 0.01 of 0 or 1 at the end.
         """
         atomic_write_text(folder / "units.json", json.dumps(self.progress, indent=1) + "\n")

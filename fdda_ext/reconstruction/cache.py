@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, gettempdir
 
 import torch
 from torch import Tensor
+
+from ..errors import UsageError
 
 __all__ = ["BATCH", "Cache", "collect"]
 
@@ -30,7 +33,16 @@ class Cache:
         if numel * example.element_size() <= limit:
             rows = torch.empty(numel, dtype=example.dtype, device=example.device)
         else:
+            size = numel * example.element_size()
             with NamedTemporaryFile() as file:  # the mapping outlives the name
+                try:
+                    # A file with holes would end the process where the disk is full.
+                    os.posix_fallocate(file.fileno(), 0, size)
+                except OSError as error:
+                    raise UsageError(
+                        f"reconstruction: expected room for {size / 2**20:.0f} MiB in "
+                        f"{gettempdir()}, which TMPDIR names, got: {error.strerror}"
+                    ) from None
                 rows = torch.from_file(file.name, shared=True, size=numel, dtype=example.dtype)
         self.rows = rows.view(images, -1)
 

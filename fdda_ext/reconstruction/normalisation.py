@@ -14,13 +14,17 @@ from .reconstruct import values_of
 __all__ = ["retune_norms"]
 
 
-def retune_norms(student: GraphModule, images: Tensor) -> None:
+@torch.no_grad()
+def retune_norms(student: GraphModule, reference: GraphModule, images: Tensor) -> None:
     """Give every normalisation the statistics of what enters it now (AdaQuant).
 
-    One after another, so that each sees what those before it have changed.
+    One after another, so that each sees what those before it have changed. Scale and shift become
+    those of the float network again: a shift that was learned stood for a mean that is measured
+    now, and would count twice.
 
     Args:
         student: Its parameters want no gradients.
+        reference: The float network on the same graph, from `float_copy`.
         images: Calibration images ``[n, 3, H, W]``, all of which are passed through for every
             normalisation.
     """
@@ -31,6 +35,10 @@ def retune_norms(student: GraphModule, images: Tensor) -> None:
             continue
         assert norm.running_mean is not None
         assert norm.running_var is not None
+        original = reference.get_submodule(str(node.target))
+        norm.load_state_dict(
+            {**norm.state_dict(), **dict(original.named_parameters(recurse=False))}
+        )
         before = values_of(student, [tensor_inputs(node)[0].name])
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for batch in images.split(BATCH):

@@ -97,7 +97,10 @@ def values_of(network: GraphModule, names: Sequence[str]) -> Callable[[Tensor], 
 
 @torch.no_grad()
 def set_ranges(quantizers: Sequence[ActivationQuantizer], function: nn.Module, data: Data) -> None:
-    """Set the ranges of ``quantizers`` from what ``function`` makes of all inputs."""
+    """Set the ranges of ``quantizers`` from what ``function`` makes of all inputs.
+
+    As at inference: a layer of the deploy grid rounds its inputs, if they are not rounded yet.
+    """
     if not quantizers:
         return
     with collecting(quantizers):
@@ -219,8 +222,8 @@ class Reconstruction:
         random: Where chance comes from.
         rounding: Of the layers that `function` rounds softly.
         quantized_share: Of the elements of the inputs, where `data` has those of the float network.
-        held_out: So many images, the last ones, are kept to judge by: in the end, the best state of
-            eleven is restored. 0 for the last state.
+        held_out: Indices of images, int64, that only judge: in the end, the best of the first state
+            and of those after each tenth of the steps is restored. None for the last state.
     """
 
     function: GraphModule
@@ -232,7 +235,7 @@ class Reconstruction:
     random: torch.Generator
     rounding: RoundingConfig = field(default_factory=RoundingConfig)
     quantized_share: float = 1.0
-    held_out: int = 0
+    held_out: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.soft = [m for m in self.function.modules() if isinstance(m, SoftlyRounded)]
@@ -242,7 +245,10 @@ class Reconstruction:
             parameter.requires_grad_(True)
         self.best_error = math.inf
         self.best: list[Tensor] = []
-        if self.held_out:
+        images = torch.arange(len(self.data.targets), device=self.random.device)
+        self.seen = images
+        if self.held_out is not None:
+            self.seen = images[~torch.isin(images, self.held_out)]
             self._keep_if_best()
 
     def step(self, step: int) -> Mapping[str, Tensor]:
@@ -251,9 +257,8 @@ class Reconstruction:
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * cosine if group.get("cosine") else rate
-        available = len(self.data.targets) - self.held_out
-        chosen = torch.randperm(available, generator=self.random, device=self.random.device)
-        loss = error = self._error(chosen[: self.batch])
+        order = torch.randperm(len(self.seen), generator=self.random, device=self.random.device)
+        loss = error = self._error(self.seen[order[: self.batch]])
         metrics: dict[str, Tensor] = {}
         if self.soft:
             metrics["decided"] = share_decided(self.soft)
@@ -270,7 +275,7 @@ class Reconstruction:
         for optimizer in self.optimizers:
             optimizer.step()
         project_scales_(self.function)
-        if self.held_out and (step + 1) % max(self.steps // 10, 1) == 0:
+        if (step + 1) * 10 // self.steps > step * 10 // self.steps:
             self._keep_if_best()
         metrics["reconstruction"] = error
         return {name: value.detach() for name, value in metrics.items()}
@@ -288,9 +293,10 @@ class Reconstruction:
 
     @torch.no_grad()
     def _keep_if_best(self) -> None:
-        count = len(self.data.targets)
-        kept = torch.arange(count - self.held_out, count, device=self.random.device)
-        error = float(sum(len(i) * self._error(i) for i in kept.split(self.batch))) / self.held_out
+        if self.held_out is None or not len(self.held_out):
+            return
+        batches = self.held_out.split(self.batch)
+        error = float(sum(len(i) * self._error(i) for i in batches)) / len(self.held_out)
         if error < self.best_error:
             self.best_error = error
             self.best = [parameter.detach().clone() for parameter in self.parameters]

@@ -251,6 +251,7 @@ def _losses(run: _Run) -> str:
         for name in line.keys() - {"iteration", "seconds"} if "top1" not in line else ():
             series[name][0].append(line["iteration"])
             series[name][1].append(line[name])
+    decided = series.pop("decided", None)
     if not series:
         return ""
     order = list(dict.fromkeys(name for line in run.metrics for name in line if name in series))
@@ -259,7 +260,15 @@ def _losses(run: _Run) -> str:
         "Losses as they were logged, each in its own scale, which is logarithmic where the largest "
         "value is more than 30 times the smallest."
     )
-    return page.section("Losses", page.figure(image, caption))
+    figures_shown = [page.figure(image, caption)]
+    if decided is not None:
+        image = figures.curves({"decided": decided}, "iteration", "decided, share of roundings")
+        caption = (
+            "Learned rounding: the share of weights, of those that are learned at the time, that "
+            "have decided to go down or up, to within 0.01."
+        )
+        figures_shown.append(page.figure(image, caption))
+    return page.section("Losses", *figures_shown)
 
 
 def _units(run: _Run) -> str:
@@ -272,18 +281,32 @@ def _units(run: _Run) -> str:
             ": ".join(filter(None, (unit["phase"], ", ".join(unit["layers"])))),
             unit["steps"],
             f"{unit['first']:.4g}",
-            f"{unit['last']:.4g}",
+            f"{unit['last']:.4g}" if "last" in unit else "not finished",
             f"{100 * unit['decided']:.2f}" if "decided" in unit else "",
+            f"{unit['divergence']:.4g}" if "divergence" in unit else "",
         )
         for unit in units
     ]
-    header = ("unit", "steps", "loss, first batch", "last batch", "decided, %")
+    header = ("unit", "steps", "loss, first batch", "last batch", "decided, %", "divergence")
     text = (
         "Units in the order they were reconstructed in; the curves above jump where one begins. "
         "The loss is the error of the unit's output. Decided: roundings within 0.01 of down or up "
-        "at the end."
+        "at the end. Divergence: of the whole network's predictions from the float network's "
+        "(Kullback and Leibler), when the unit was finished."
     )
-    return page.section("Units", page.table(header, rows, "tnnnn"), page.text(text))
+    content = [page.table(header, rows, "tnnnnn"), page.text(text)]
+    divergences = [unit["divergence"] for unit in units if "divergence" in unit]
+    if divergences:
+        curve = (range(1, len(divergences) + 1), divergences)
+        image = figures.curves(
+            {"divergence": curve}, "units finished", "divergence of predictions", from_zero=True
+        )
+        caption = (
+            "The loss of the task, unit by unit: how far predictions for calibration images are "
+            "from the float network's. Units that are not reconstructed yet are rounded to nearest."
+        )
+        content.append(page.figure(image, caption))
+    return page.section("Units", *content)
 
 
 def _generated_images(run: _Run) -> str:
