@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench_program import onnxruntime_files, openvino_model
+from peers import onnxruntime_files, openvino_model
 
 from fdda_ext.deploy import lower, save_program
 from fdda_ext.models import load_model

@@ -2,25 +2,28 @@
 
     python python/ablation.py                               the losses, twenty minutes of a core
     python python/ablation.py --groups all --budget full    everything, three seeds: hours
-    python python/ablation.py --groups noise --model torchvision:resnet18 --data imagenet:PATH
+    python python/ablation.py --groups noise --budget full --preset paper --device cuda \\
+        --model torchvision:resnet18 --data imagenet:PATH
 
 Every row is FDDA with the constants of its preset but for what the row says. Finished runs are
-kept and a stopped one goes on. Below --out: runs.csv, and ablation as .csv, .md and .png. The
-spread is the standard deviation over seeds; differences are taken seed by seed.
+kept and a stopped one goes on; a folder of runs with other options is refused. Below --out:
+runs.csv, and ablation as .csv, .md and .png. The spread is the standard deviation over seeds;
+differences are taken seed by seed.
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from common import finished_run, mean_and_spread, write_csv, write_table
-from typing_extensions import override
 
 from fdda_ext.engine import run_command
-from fdda_ext.methods import FDDA, METHODS, MethodSettings, Problem
+from fdda_ext.train import parse_arguments
 from fdda_ext.visualization import COLOURS, new_figure
 
 FULL = "full method"
+NO_IMAGES = "0 images (GDFQ's losses)"
 #: By group and row, the arguments of fdda_ext.train.
 GROUPS = {
     "losses": {
@@ -41,7 +44,7 @@ GROUPS = {
         for mean, variance in ((0.0, 0.0), (0.1, 0.2), (0.5, 1.0), (1.0, 2.0))
     },
     "weights": {
-        f"{name} x {value}": [f"--settings.fdda.{key}_weight={value}"]
+        f"{name} of weight {value}": [f"--settings.fdda.{key}_weight={value}"]
         for name, key, values in (
             ("L_BNS", "bns", (0.2, 5.0)),
             ("L_C", "centralised", (0.1, 1.0)),
@@ -50,14 +53,13 @@ GROUPS = {
         for value in values
     },
     "images": {
-        "0 images (GDFQ, FDDA's student loss)": [
-            "--method=gdfq",
-            "--settings.distillation.weight=20",
-            "--settings.distillation.reduction=batch",
-        ],
+        NO_IMAGES: ["--method=gdfq"],
         **{f"{n} images per class": [f"--images_per_class={n}"] for n in (2, 4, 8)},
     },
-    "layers": {f"class losses from {n}/4 of the depth": [f"--method=fdda-{n}"] for n in (0, 1, 3)},
+    "layers": {
+        f"class losses from {share} of the depth": [f"--settings.fdda.class_depth={share}"]
+        for share in (0.0, 0.25, 0.75)
+    },
 }
 SMOKE = ["--test_limit=71", "--schedule_share=0.01", "--settings.fdda.generator.channels=4"]
 #: Arguments, and seeds.
@@ -68,16 +70,17 @@ BUDGETS = {
 }
 
 
-def class_losses_from(quarter: int) -> type[FDDA]:
-    """FDDA whose class losses begin after so many quarters of the BN layers; the paper's: half."""
-
-    class FromQuarter(FDDA):
-        @override
-        def __init__(self, problem: Problem, settings: MethodSettings) -> None:
-            super().__init__(problem, settings)
-            self.first_layer = len(self.running.means) * quarter // 4
-
-    return FromQuarter
+def constants_for_gdfq(preset: str) -> list[str]:
+    """Arguments that give GDFQ the schedule and the student step of FDDA's ``preset``."""
+    settings = parse_arguments(["--method=fdda", f"--preset={preset}"])[0].settings
+    fdda, student = asdict(settings.fdda), asdict(settings.distillation)
+    student["generated_batch"] += student["real_batch"]  # all images are generated
+    shared = ("batch", "lr", "lr_milestones", "warmup_iterations", "student_steps_per_iteration")
+    values = {f"gdfq.{name}": fdda[name] for name in shared}
+    values |= {f"distillation.{name}": value for name, value in student.items()}
+    return [
+        f"--settings.{name}={'null' if value is None else value}" for name, value in values.items()
+    ]
 
 
 def parse() -> argparse.Namespace:
@@ -89,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", default="glyphs")
     parser.add_argument("--bits", default="W3A3")
     parser.add_argument("--preset", default="short")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", choices=BUDGETS, default="short")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     return parser.parse_args()
@@ -113,19 +117,19 @@ def draw(differences: dict[str, list[float]], folder: Path, title: str) -> None:
 
 def main() -> None:
     options = parse()
-    METHODS.update({f"fdda-{n}": class_losses_from(n) for n in range(4)})
     torch.set_num_threads(1)  # the same sums whatever the machine
     groups = list(GROUPS) if "all" in options.groups else options.groups
     rows = {FULL: [], **{row: args for group in groups for row, args in GROUPS[group].items()}}
+    if NO_IMAGES in rows:
+        rows[NO_IMAGES] = [*rows[NO_IMAGES], *constants_for_gdfq(options.preset)]
     budget, seeds = BUDGETS[options.budget]
     folder = options.out / options.budget / f"{options.model.replace(':', '-')}-{options.bits}"
     top1: dict[str, list[float]] = {}
     for row, changes in rows.items():
         for seed in seeds:
             run = folder / f"{row.replace('/', ' of ')}, seed {seed}"
-            arguments = [
-                f"--{k}={getattr(options, k)}" for k in ("model", "data", "bits", "preset")
-            ]
+            shared = ("model", "data", "bits", "preset", "device")
+            arguments = [f"--{name}={getattr(options, name)}" for name in shared]
             # In the end, as the last of an option counts.
             arguments += [f"--seed={seed}", "--baselines=[]", "--threads=1", *budget, *changes]
             top1.setdefault(row, []).append(finished_run(run, arguments)["top1"])

@@ -10,16 +10,39 @@ from typing import Any
 
 from fdda_ext.compare import main as compare
 from fdda_ext.engine import RunFolder
+from fdda_ext.errors import UsageError
 from fdda_ext.train import main as train
 
 
 def finished_run(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """What the run in ``folder`` ended with: begun with ``arguments``, gone on with, or there."""
+    """What the run in ``folder`` ended with: begun with ``arguments``, gone on with, or there.
+
+    Raises:
+        UsageError: If the run there was begun with other arguments.
+    """
+    record = folder.with_name(f"{folder.name}.json")
+    if record.exists() or folder.exists():
+        before = json.loads(record.read_text()) if record.exists() else None
+        if before != list(arguments):
+            raise UsageError(
+                f"runs: expected {folder} to hold a run with {' '.join(arguments)}, "
+                f"got {' '.join(before or ['nobody knows which'])}; choose another --out"
+            )
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(list(arguments)))
     if not RunFolder.is_finished(folder):
         begun = (folder / "config.yaml").exists()
         train(["--no-report", f"--out={folder}", *(["--resume"] if begun else arguments)])
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
+
+
+def one(value: str) -> str:
+    """For argparse: a single value, where a comma would make several settings of it."""
+    if "," in value:
+        raise argparse.ArgumentTypeError(f"expected one, got {value}")
+    return value
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -69,9 +92,9 @@ def cost_table(description: str | None, name: str, methods: Sequence[str]) -> No
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", default=list(methods))
-    parser.add_argument("--model", default="glyphs_resnet")
+    parser.add_argument("--model", type=one, default="glyphs_resnet")
     parser.add_argument("--data", default="glyphs")
-    parser.add_argument("--bits", default="W4A4")
+    parser.add_argument("--bits", type=one, default="W4A4")
     parser.add_argument("--images-per-class", type=int, default=1)
     parser.add_argument("--preset", default="short", help="of every method")
     parser.add_argument("--budget", choices=COST_BUDGETS, default="short", help="seeds and images")

@@ -23,7 +23,7 @@ from sklearn.metrics import silhouette_score
 from sklearn.preprocessing import StandardScaler
 
 from fdda_ext.data import load_dataset, takes_preprocessing
-from fdda_ext.engine import run_command
+from fdda_ext.engine import check_machine, run_command
 from fdda_ext.errors import UsageError
 from fdda_ext.models import open_model
 from fdda_ext.visualization import COLOURS, MARKERS, bn_statistics, new_figure
@@ -49,11 +49,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="which images")
     parser.add_argument("--classes", type=int, default=5, help="spread over the data's classes")
     parser.add_argument("--budget", choices=BUDGETS, default="short", help="how many images")
+    parser.add_argument("--layers", type=int, nargs="+", help="BN layers to draw, from 1")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/bns"))
     options = parser.parse_args()
-    if options.classes < 2:
-        raise UsageError(f"bns: expected classes at least 2, got {options.classes}")
+    check_machine("bns", seed=options.seed, device=options.device)
+    if not 2 <= options.classes <= len(MARKERS):
+        raise UsageError(
+            f"bns: expected classes between 2 and {len(MARKERS)}, as there are colours and shapes, "
+            f"got {options.classes}"
+        )
     model, data = FIGURES[options.figure]
     options.model, options.data = options.model or model, options.data or data
     return options
@@ -66,6 +72,7 @@ def statistics(options: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarra
     opened = open_model(options.model, weights=options.weights, num_classes=classes)
     how = opened.preprocessing if takes_preprocessing(options.data) else None
     data = load_dataset(options.data, options.split, preprocessing=how)
+    network = opened.network.eval().to(options.device)
     chosen = torch.linspace(0, classes - 1, min(options.classes, classes)).long().tolist()
     random = torch.Generator().manual_seed(options.seed)
     points: list[list[torch.Tensor]] = []  # by group and layer
@@ -78,8 +85,8 @@ def statistics(options: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarra
             )
         order = own[torch.randperm(own.numel(), generator=random)]
         for group in order[: groups * images].split(images):
-            seen = bn_statistics(opened.network.eval(), data.images(group)[0])
-            points.append([torch.cat(pair, 1) for pair in zip(*seen, strict=True)])
+            seen = bn_statistics(network, data.images(group)[0].to(options.device))
+            points.append([torch.cat(pair, 1).cpu() for pair in zip(*seen, strict=True)])
     layers = [torch.cat(layer).numpy() for layer in zip(*points, strict=True)]
     names = [data.class_names[k] for k in chosen]
     return layers, np.repeat(np.arange(len(chosen)), groups), names
@@ -96,10 +103,12 @@ def separation(points: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 def draw_planes(points: list[np.ndarray], labels: np.ndarray, names: list[str], options) -> None:
-    _, images, panels = BUDGETS[options.budget]
-    layers = np.unique(np.linspace(0, len(points) - 1, panels).round().astype(int))
+    _, images, count = BUDGETS[options.budget]
+    spread = np.unique(np.linspace(0, len(points) - 1, count).round().astype(int))
+    layers = [n - 1 for n in options.layers] if options.layers else spread
     figure = new_figure(2.6 * len(layers), 3.3)
-    for panel, layer in zip(figure.subplots(1, len(layers)), layers, strict=True):
+    panels = figure.subplots(1, len(layers), squeeze=False)[0]
+    for panel, layer in zip(panels, layers, strict=True):
         plane = TSNE(perplexity=min(15, len(labels) // 4), random_state=options.seed).fit_transform(
             StandardScaler().fit_transform(points[layer])
         )
@@ -133,6 +142,8 @@ def draw_depth(numbers: list[tuple[float, float]], options: argparse.Namespace) 
 def main() -> None:
     options = parse()
     points, labels, names = statistics(options)
+    if wrong := [n for n in options.layers or () if not 1 <= n <= len(points)]:
+        raise UsageError(f"bns: expected layers between 1 and {len(points)}, got {wrong}")
     numbers = [separation(layer, labels) for layer in points]
     options.out.mkdir(parents=True, exist_ok=True)
     draw_planes(points, labels, names, options)

@@ -6,16 +6,20 @@
 Weights are random: size and speed only. Sizes are counted as papers do, bits times the weights of
 convolutions and linear layers, with all layers alike or the ends at 8 bits; and measured, in bytes
 of the exported file, which holds weights in their bits without gaps, scales and instructions. Times
-are of the float network in PyTorch, the program, and, where installed, ONNX Runtime's and
-OpenVINO's 8 bits, in turn on one CPU: median and quartiles. A network that is done is not measured
-again. Below --out: size and speed as .csv and .md, and section_3.png.
+are of the float network in PyTorch, the program, and, on a CPU and where installed, ONNX Runtime's
+and OpenVINO's 8 bits, in turn: median and quartiles. A network that is done is not measured again
+on the same machine with the same versions. Below --out: size and speed as .csv and .md, and
+section_3.png.
 """
 
 import argparse
 import json
+import platform
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -27,7 +31,7 @@ from torch import nn
 
 from fdda_ext import build_info
 from fdda_ext.deploy import lower, save_program
-from fdda_ext.engine import run_command
+from fdda_ext.engine import check_machine, run_command
 from fdda_ext.models import load_model
 from fdda_ext.quantization import QuantizationConfig, bits_table, calibrate, prepare
 from fdda_ext.visualization import COLOURS, new_figure, quartiles, time_in_turn
@@ -52,19 +56,53 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", default=NETWORKS.split())
     parser.add_argument("--budget", choices=BUDGETS, default="short")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/section_3"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    check_machine("section_3", threads=options.threads, device=options.device)
+    options.device = torch.device(options.device)
+    return options
+
+
+def circumstances(options: argparse.Namespace) -> str:
+    """What times depend on."""
+    peers = [name for name in ("onnxruntime", "openvino") if find_spec(name)]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *peers))
+    height = BUDGETS[options.budget][0]
+    if options.device.type == "cuda":
+        where = torch.cuda.get_device_name(options.device)
+    else:
+        where = f"{processor()}, {build_info().isa}, threads: {options.threads}"
+    return f"{where}; {versions}; images {height}x{height}"
+
+
+def processor() -> str:
+    """The CPU's name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def int8_peers(network: nn.Module, images: torch.Tensor, folder: Path) -> dict[str, Any]:
     """The eight-bit runtimes that are installed, as the benchmarks build them."""
     peers = {}
     if find_spec("onnx") and find_spec("onnxruntime"):
-        build = import_module("bench_program").onnxruntime_int8
+        build = import_module("peers").onnxruntime_int8
         peers["ONNX Runtime int8"] = build(network, images, folder)
     if find_spec("openvino") and find_spec("nncf"):
-        peers["OpenVINO int8"] = import_module("bench_program").openvino_int8(network, images)
+        peers["OpenVINO int8"] = import_module("peers").openvino_int8(network, images)
     return peers
+
+
+def waiting(run: Callable[[], Any]) -> Callable[[], None]:
+    """``run`` to its end on the GPU."""
+
+    def body() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return body
 
 
 def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
@@ -75,6 +113,11 @@ def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
     images = torch.randn(max(batches), 3, size, size)
     everything = sum(4 * t.numel() for t in network.state_dict().values() if t.is_floating_point())
     rows: Rows = {"size": [], "speed": []}
+    weights_alone = 4 * sum(
+        m.weight.numel() for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+    )
+    size_row = [round(weights_alone / 1e6, 2), 1.0, round(everything / 1e6, 2), 1.0]
+    rows["size"].append([spec, "float32", *size_row])
     programs = {}
     for bits, ends in BITS:
         student = prepare(network, QuantizationConfig(bits, bits, ends), images[:1])
@@ -89,15 +132,19 @@ def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
         numbers = (counted / 1e6, less[0], stored / 1e6, less[1])
         rows["size"].append([spec, name, *(round(x, 2) for x in numbers)])
         if ends is None:
-            programs[f"fdda_ext {name}"] = program
-    network.to(memory_format=torch.channels_last)
+            programs[f"fdda_ext {name}"] = program.to(options.device)
+    network.to(options.device, memory_format=torch.channels_last)
+    is_cpu = options.device.type == "cpu"
     # Of one thread, the processor's time, which other processes do not lengthen.
-    clock = time.process_time if options.threads == 1 else time.perf_counter
+    clock = time.process_time if is_cpu and options.threads == 1 else time.perf_counter
     for batch in batches:
-        x = images[:batch]
+        x = images[:batch].to(options.device)
         last = x.contiguous(memory_format=torch.channels_last)
-        runs = {FLOAT: lambda last=last: network(last), **int8_peers(network, x, folder)}
+        runs = {FLOAT: lambda last=last: network(last)}
+        runs |= int8_peers(network, x, folder) if is_cpu else {}
         runs |= {name: lambda p=program, x=x: p(x) for name, program in programs.items()}
+        if not is_cpu:
+            runs = {name: waiting(run) for name, run in runs.items()}
         times = {name: quartiles(t) for name, t in time_in_turn(runs, calls, clock).items()}
         for name, (low, median, high) in times.items():
             ms = (1e3 * median, 1e3 * low, 1e3 * high)
@@ -106,14 +153,16 @@ def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
     return rows
 
 
-def draw(found: Rows, path: Path) -> None:
+def draw(found: Rows, path: Path, note: str) -> None:
     """How many times smaller the file is, and how many times faster the first batch."""
+    smaller = [row for row in found["size"] if row[1] != "float32"]
     faster = [row for row in found["speed"] if row[1] != FLOAT]
     faster = [row for row in faster if row[2] == faster[0][2]]
-    figure, halves = new_figure(9.0, 3.4), (("smaller file", found["size"]), ("faster", faster))
+    halves = (("smaller, file", smaller), (f"faster, batch {faster[0][2]},", faster))
+    figure = new_figure(9.0, 3.8)
     for axes, (what, rows) in zip(figure.subplots(1, 2), halves, strict=True):
         names = list(dict.fromkeys(row[1] for row in rows))
-        networks = list(dict.fromkeys(row[0].partition(":")[2] for row in rows))
+        networks = list(dict.fromkeys(row[0].rpartition(":")[2] for row in rows))
         for i, name in enumerate(names):
             values = [row[-1] for row in rows if row[1] == name]
             places = [n + (i + 0.5) / len(names) * 0.8 - 0.4 for n in range(len(values))]
@@ -123,7 +172,7 @@ def draw(found: Rows, path: Path) -> None:
         axes.set_ylabel(f"times {what} than float32")
         axes.set_ylim(0, 1.4 * max(8, *(row[-1] for row in rows)))
         axes.legend(fontsize=7, frameon=False, loc="upper center", ncols=2)
-    figure.suptitle("dashed: 4 and 8, the ratios of 32 bits to 8 and to 4", fontsize=9)
+    figure.suptitle(f"dashed: the paper's 4 to 8 times\n{note}", fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -133,16 +182,18 @@ def main() -> None:
     folder = options.out / options.budget
     folder.mkdir(parents=True, exist_ok=True)
     found: Rows = {"size": [], "speed": []}
+    note = circumstances(options)
     for spec in options.model:
-        record = folder / f"{spec.replace(':', '-')}-{options.threads}threads.json"
-        if not record.exists():
-            record.write_text(json.dumps(measure(spec, options, folder)))
-        for name, rows in json.loads(record.read_text()).items():
+        path = folder / f"{spec.replace(':', '-')}.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        if record.get("circumstances") != note:
+            record = {"circumstances": note, "rows": measure(spec, options, folder)}
+            path.write_text(json.dumps(record))
+        for name, rows in record["rows"].items():
             found[name] += rows
-    note = f"torch {torch.__version__}, {build_info().isa}, threads: {options.threads}."
     write_table(folder / "size", "Size", SIZE_HEADER, found["size"])
     write_table(folder / "speed", "Speed", SPEED_HEADER, found["speed"], note)
-    draw(found, folder / "section_3.png")
+    draw(found, folder / "section_3.png", note)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
     python python/table_s3_accuracy_over_time.py                          fdda and distill, minutes
     python python/table_s3_accuracy_over_time.py --methods fdda gdfq --bits W4A4 --budget full
-    python python/table_s3_accuracy_over_time.py --model torchvision:resnet18 --data imagenet:PATH
+    python python/table_s3_accuracy_over_time.py --preset paper --seconds 36000 --device cuda \\
+        --model torchvision:resnet18 --data imagenet:PATH
 
-The runs are those of fdda_ext.compare, which gives every method a schedule of the same time;
-measurements do not count. What was stopped goes on. Below --out: curve.csv with every
-measurement, table.csv and .md, curve.png. Between two measurements, accuracy is on the line between
-them, before the first unknown, and after the last the same.
+The runs are those of fdda_ext.compare, which gives every method a schedule of about the same time;
+measurements do not count. What was stopped goes on. Sevenths are those of the longest run's time.
+Below --out: curve.csv with every measurement, table.csv and .md, curve.png. Between two
+measurements, accuracy is on the line between them, before the first unknown, and after a run's end
+its result.
 """
 
 import argparse
@@ -16,10 +18,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import mean_and_spread, write_csv, write_table
+from common import mean_and_spread, one, write_csv, write_table
 
 from fdda_ext.compare import Setting, main as compare
 from fdda_ext.engine import run_command
+from fdda_ext.errors import UsageError
 from fdda_ext.visualization import COLOURS, MARKERS, new_figure
 
 #: Of fdda_ext.compare: what every run may take; seeds; and of fdda_ext.train.
@@ -40,11 +43,13 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", default=["fdda", "distill"])
-    parser.add_argument("--model", default="glyphs_resnet")
+    parser.add_argument("--model", type=one, default="glyphs_resnet")
     parser.add_argument("--data", default="glyphs")
-    parser.add_argument("--bits", default="W3A3")
+    parser.add_argument("--bits", type=one, default="W3A3")
     parser.add_argument("--preset", default="short", help="of every method")
     parser.add_argument("--budget", choices=BUDGETS, default="short", help="a minute for each run")
+    parser.add_argument("--seconds", type=float, help="of each run, instead of the budget's")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/table_s3"))
     return parser.parse_args()
 
@@ -52,25 +57,31 @@ def parse() -> argparse.Namespace:
 def curves(folder: Path, options: argparse.Namespace) -> dict[str, list[Curve]]:
     """Sevenths of the budget, and top-1 in %, of every seed of every method."""
     limit, seeds, arguments = BUDGETS[options.budget]
+    if options.seconds is not None:
+        limit = f"--budget={options.seconds}"
     compare(
         [
             *(f"--methods={','.join(options.methods)}", f"--models={options.model}", limit),
             *(f"--bits={options.bits}", f"--seeds={seeds}", f"--preset={options.preset}"),
-            *(f"--out={folder}", "--", f"--data={options.data}", *arguments),
+            *(f"--out={folder}", "--", f"--data={options.data}", f"--device={options.device}"),
+            *arguments,
         ]
     )
     runs = folder / Setting(options.model, options.bits, "same", 1).name
-    found: dict[str, list[Curve]] = {}
-    rows = []
+    measured = {}
     for method, seed in itertools.product(options.methods, seeds.split(",")):
         run = runs / f"{method}-seed{seed}"
         end = json.loads((run / "summary.json").read_text())
-        whole = end["seconds"]
+        if not (run / "metrics.jsonl").exists():
+            raise UsageError(f"table_s3: expected methods that train step by step, got {method}")
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        tested = [line for line in lines if "top1" in line]
-        points = [(line["seconds"], line["top1"]) for line in tested]
-        if points[-1][0] < whole and tested[-1]["images"] == end["images"]:
-            points.append((whole, end["top1"]))
+        points = [(line["seconds"], line["top1"]) for line in lines if "top1" in line]
+        measured[method, seed] = [p for p in points if p[0] < end["seconds"]]
+        measured[method, seed].append((end["seconds"], end["top1"]))
+    whole = max(points[-1][0] for points in measured.values())
+    found: dict[str, list[Curve]] = {}
+    rows = []
+    for (method, seed), points in measured.items():
         seconds, top1 = np.array(points).T
         found.setdefault(method, []).append((7 * seconds / whole, top1))
         rows += [(method, seed, s, f"{7 * s / whole:.3f}", a) for s, a in points]
@@ -113,7 +124,7 @@ def draw(found: dict[str, list[Curve]], folder: Path, options: argparse.Namespac
         for seed, (x, y) in enumerate(runs):
             style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 3.5}
             axes.plot(x, y, linewidth=1.2, alpha=0.8, label=None if seed else method, **style)
-    axes.set(xlabel="sevenths of the budget", ylabel="top-1, %", xlim=(0, 7.1))
+    axes.set(xlabel="sevenths of the longest run's time", ylabel="top-1, %", xlim=(0, 7.1))
     axes.set_title(f"{options.model} on {options.data}, {options.bits}", fontsize=10)
     axes.grid(color="#E5E5E5")
     axes.legend(frameon=False)

@@ -1,24 +1,29 @@
 """The programs that make the paper's tables and figures, each with its budget of seconds."""
 
 import csv
+import importlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_fdda import problem, settings
 
+from fdda_ext.errors import UsageError
+from fdda_ext.methods import FDDA
 from fdda_ext.train import parse_arguments
 
 PROGRAMS = Path(__file__).parent.parent / "python"
 
 
-def run(name: str, out: Path, *arguments: str) -> str:
-    """What a program prints that is run with the smoke budget."""
-    done = subprocess.run(
+def start(name: str, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program that is run with the smoke budget."""
+    return subprocess.run(
         [
             *(sys.executable, PROGRAMS / f"{name}.py", "--budget=smoke", f"--out={out}"),
             *arguments,
@@ -27,6 +32,11 @@ def run(name: str, out: Path, *arguments: str) -> str:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def run(name: str, out: Path, *arguments: str) -> str:
+    """What it prints."""
+    done = start(name, out, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -64,8 +74,7 @@ def test_accuracy_over_time(tmp_path):
     assert float(fdda["7/7 of the budget"]) == pytest.approx(
         json.loads(summary.read_text())["top1"], abs=0.005
     )
-    text = (folder / "table.md").read_text()
-    assert "ahead of" in text or "equal as far" in text
+    assert max(float(row["sevenths"]) for row in points) == 7
     assert is_drawing(folder / "curve.png")
 
 
@@ -74,7 +83,8 @@ def test_size_and_speed(tmp_path):
     folder = tmp_path / "smoke"
     with (folder / "size.csv").open() as file:
         rows = {row[1]: [float(x) for x in row[2:]] for row in list(csv.reader(file))[1:]}
-    assert set(rows) == {"W8A8", "W5A5", "W5A5, ends 8", "W4A4", "W4A4, ends 8"}
+    assert set(rows) == {"float32", "W8A8", "W5A5", "W5A5, ends 8", "W4A4", "W4A4, ends 8"}
+    assert rows["float32"][1] == rows["float32"][3] == 1
     for bits in (8, 5, 4):
         counted, less, stored, _ = rows[f"W{bits}A{bits}"]
         assert less == pytest.approx(32 / bits, abs=0.01)
@@ -94,10 +104,11 @@ def test_ablation_goes_on_run_by_run(tmp_path):
     first = run("ablation", tmp_path, "--groups", "layers").splitlines()
     (folder,) = (tmp_path / "smoke").iterdir()
     names = [row["row"] for row in table(folder / "runs.csv")]
-    assert names == ["full method", *(f"class losses from {n}/4 of the depth" for n in (0, 1, 3))]
+    depths = (0.0, 0.25, 0.75)
+    assert names == ["full method", *(f"class losses from {n} of the depth" for n in depths)]
     assert is_drawing(folder / "ablation.png")
     # One run is lost; the others stay as they are, and so does the table.
-    lost = folder / "class losses from 1 of 4 of the depth, seed 0" / "summary.json"
+    lost = folder / "class losses from 0.25 of the depth, seed 0" / "summary.json"
     kept = folder / "full method, seed 0" / "summary.json"
     before = kept.stat().st_mtime_ns
     lost.unlink()
@@ -106,23 +117,98 @@ def test_ablation_goes_on_run_by_run(tmp_path):
     assert kept.stat().st_mtime_ns == before
 
 
-def test_every_row_of_the_ablation_is_another_setting_that_there_is(monkeypatch):
+@pytest.fixture
+def programs(monkeypatch):
+    """The programs as modules."""
     monkeypatch.syspath_prepend(PROGRAMS)
-    import ablation
-
-    rows = [arguments for group in ablation.GROUPS.values() for arguments in group.values()]
-    assert len({tuple(arguments) for arguments in rows}) == len(rows) == 22
-    options = [a for arguments in rows for a in arguments if not a.startswith("--method")]
-    parse_arguments(["--out=x", *options])
+    return importlib.import_module
 
 
-def test_the_class_losses_begin_where_they_are_told(monkeypatch):
-    monkeypatch.syspath_prepend(PROGRAMS)
-    import ablation
+def test_every_row_of_the_ablation_is_another_setting_than_its_preset(programs):
+    ablation = programs("ablation")
+    rows = {row: a for group in ablation.GROUPS.values() for row, a in group.items()}
+    assert len({tuple(arguments) for arguments in rows.values()}) == len(rows) == 22
 
+    def section(arguments):
+        config = parse_arguments(["--out=x", *arguments])[0]
+        return (config.method, config.images_per_class, config.settings.fdda)
+
+    full = section([])
+    for row, arguments in rows.items():
+        assert section(arguments) != full, row
+
+
+def test_without_images_the_constants_are_fdda_s(programs):
+    arguments = programs("ablation").constants_for_gdfq("short")
+    found = parse_arguments(["--out=x", "--method=gdfq", *arguments])[0].settings
+    own = parse_arguments(["--out=x", "--method=fdda"])[0].settings
+    assert found.gdfq.warmup_iterations == own.fdda.warmup_iterations
+    assert found.gdfq.lr == own.fdda.lr
+    assert found.distillation == replace(own.distillation, generated_batch=32)
+
+
+def test_the_class_losses_begin_where_they_are_told():
     # Two BN layers.
-    methods = [ablation.class_losses_from(quarter)(problem(), settings()) for quarter in range(4)]
+    methods = [FDDA(problem(), settings(class_depth=share)) for share in (0.0, 0.25, 0.5, 0.75)]
     assert [method.first_layer for method in methods] == [0, 0, 1, 1]
+    assert FDDA(problem(), settings()).first_layer == 0
+    with pytest.raises(UsageError, match="class_depth at least 0 and below 1, got 1.0"):
+        settings(class_depth=1.0)
+
+
+def test_runs_with_other_options_are_refused(tmp_path, programs, monkeypatch):
+    common = programs("common")
+    begun = []
+
+    def train(arguments):
+        begun.append(arguments)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.yaml").touch()
+        (tmp_path / "run" / "summary.json").write_text('{"top1": 1.0}')
+
+    monkeypatch.setattr(common, "train", train)
+    for _ in range(2):
+        assert common.finished_run(tmp_path / "run", ["--data=glyphs"]) == {"top1": 1.0}
+    assert len(begun) == 1
+    with pytest.raises(UsageError, match="a run with --data=digits, got --data=glyphs; choose"):
+        common.finished_run(tmp_path / "run", ["--data=digits"])
+
+
+def test_curves_cross_where_they_do(programs):
+    s3 = programs("table_s3_accuracy_over_time")
+
+    def curve(*points):
+        return [tuple(np.array(points).T)]
+
+    flat, rising = curve((1.0, 50.0), (7.0, 50.0)), curve((1.0, 40.0), (5.0, 60.0))
+    assert np.isnan(s3.at(flat[0], 0.5))
+    assert [s3.at(rising[0], part) for part in (1, 3, 5, 7)] == [40, 50, 60, 60]
+    text = s3.crossings("a", "b", {"a": flat, "b": rising})
+    assert text == "a is ahead of b at first; b overtakes a after 3.01 sevenths."
+    text = s3.crossings("a", "b", {"a": flat, "b": curve((1.0, 40.0), (7.0, 45.0))})
+    assert text == "a is ahead of b throughout."
+    assert s3.crossings("a", "b", {"a": flat, "b": flat}).startswith("a and b are equal")
+    jagged = curve(*((1 + i / 2, 50 + (-1) ** i) for i in range(13)))
+    assert "cross 12 times" in s3.crossings("a", "b", {"a": jagged, "b": flat})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("table_s3_accuracy_over_time", ["--methods", "minmax"], "train step by step, got minmax"),
+        ("table_s3_accuracy_over_time", ["--bits", "W4A4,W3A3"], "expected one, got W4A4,W3A3"),
+        ("table_s1_zeroshot_cost", ["--model", "a,b"], "expected one, got a,b"),
+        ("section_3_size_and_speed", ["--threads", "0"], "threads between 1 and"),
+        ("figure_s1_s2_bns_tsne", ["--seed", "-1"], "seed between 0 and"),
+        ("figure_s1_s2_bns_tsne", ["--classes", "9"], "classes between 2 and 8"),
+        ("figure_s1_s2_bns_tsne", ["--layers", "24"], "layers between 1 and 23, got"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, name, arguments, message):
+    done = start(name, tmp_path, *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

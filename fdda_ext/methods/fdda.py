@@ -66,6 +66,8 @@ class FDDAConfig(AlternatingConfig):
         distortion: Noise on the centres for L_D.
         misclassified_iterations: For so long, a class whose calibration images the teacher gets
             wrong is pulled towards noise instead of its centre; then it is no longer drawn for B.
+        class_depth: Share of the BN layers, from the input on, that the class losses leave out;
+            None for the paper's start layer, see `fdda_ext.statistics.first_class_layer`.
         generated_crop: Least share of a generated image's area that the random crop before the
             student step keeps (real images: as the data set says).
     """
@@ -79,6 +81,7 @@ class FDDAConfig(AlternatingConfig):
     classification_weight: float = 1.0
     distortion: Distortion = field(default_factory=Distortion)
     misclassified_iterations: int = 1_000
+    class_depth: float | None = None
     generated_crop: float = 0.5
 
     def __post_init__(self) -> None:
@@ -91,6 +94,10 @@ class FDDAConfig(AlternatingConfig):
         if not 0 <= self.generated_crop <= 1:
             raise UsageError(
                 f"fdda: expected generated_crop between 0 and 1, got {self.generated_crop}"
+            )
+        if self.class_depth is not None and not 0 <= self.class_depth < 1:
+            raise UsageError(
+                f"fdda: expected class_depth at least 0 and below 1, got {self.class_depth}"
             )
         self.check_not_negative(
             "bns_weight",
@@ -127,7 +134,9 @@ class FDDA(AlternatingTraining):
             )
         super().__init__(problem, settings.fdda, settings.distillation)
         self.student_batch = self.distillation.generated_batch
-        self.first_layer = first_class_layer(len(self.running.means))
+        layers = len(self.running.means)
+        depth = settings.fdda.class_depth
+        self.first_layer = first_class_layer(layers) if depth is None else int(layers * depth)
         self.images = ImageSampler(problem, self.distillation.real_batch, self.random)
         least, most = problem.augmentation.crop_scale
         self.generated_augmentation = replace(

@@ -99,7 +99,8 @@ def panels(
     figure = new_figure(height=0.4 + 1.8 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
     for axes, (name, (x, y)) in zip(grid, series.items(), strict=False):
-        axes.plot(x, y, color=COLOURS[0], linewidth=1.2)
+        few = MARKERS[0] if len(x) < 10 else None  # a line needs two points
+        axes.plot(x, y, color=COLOURS[0], linewidth=1.2, marker=few, markersize=3)
         plain(axes, "", "")
         axes.set_title(name, fontsize=9, parse_math=False)
         positive = [value for value in y if value > 0]
