@@ -614,7 +614,7 @@ def write_images(config: CompareConfig, rest: Sequence[str]) -> None:
         compared = {"noise": noise, "calibration images": problem.images, **made}
         (out / f"{name}-images.png").write_bytes(comparison.image_rows(pictures))
         (out / f"{name}-distances.png").write_bytes(
-            comparison.distances(problem.teacher, compared, real)
+            comparison.distances(problem.teacher, compared, real, name)
         )
 
 

@@ -158,7 +158,7 @@ def draw(found: Rows, path: Path, note: str) -> None:
     smaller = [row for row in found["size"] if row[1] != "float32"]
     faster = [row for row in found["speed"] if row[1] != FLOAT]
     faster = [row for row in faster if row[2] == faster[0][2]]
-    halves = (("smaller, file", smaller), (f"faster, batch {faster[0][2]},", faster))
+    halves = (("file: times smaller", smaller), (f"batch {faster[0][2]}: times faster", faster))
     figure = new_figure(9.0, 3.8)
     for axes, (what, rows) in zip(figure.subplots(1, 2), halves, strict=True):
         names = list(dict.fromkeys(row[1] for row in rows))
@@ -169,7 +169,7 @@ def draw(found: Rows, path: Path, note: str) -> None:
             axes.bar(places, values, 0.8 / len(names), color=COLOURS[i % 8], label=name)
         axes.hlines([4, 8], -0.5, len(networks) - 0.5, "#767676", "--", linewidth=0.8, zorder=0)
         axes.set_xticks(range(len(networks)), networks, fontsize=8)
-        axes.set_ylabel(f"times {what} than float32")
+        axes.set_ylabel(f"{what} than float32")
         axes.set_ylim(0, 1.4 * max(8, *(row[-1] for row in rows)))
         axes.legend(fontsize=7, frameon=False, loc="upper center", ncols=2)
     figure.suptitle(f"dashed: the paper's 4 to 8 times\n{note}", fontsize=8)

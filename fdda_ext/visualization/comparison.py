@@ -68,13 +68,16 @@ def image_rows(rows: Mapping[str, Tensor], columns: int = 16) -> bytes:
     return render(figure, "png")
 
 
-def distances(network: nn.Module, images: Mapping[str, Tensor], real: Tensor) -> bytes:
+def distances(
+    network: nn.Module, images: Mapping[str, Tensor], real: Tensor, title: str = ""
+) -> bytes:
     """How far the BN statistics of images are from real ones, layer by layer, as PNG.
 
     Args:
         network: The float network.
         images: By name, ``[n, 3, H, W]``, normalised.
         real: Real images, likewise.
+        title: Of the figure.
     """
     target = bn_statistics(network, real)
     figure = new_figure(height=3.6)
@@ -85,13 +88,14 @@ def distances(network: nn.Module, images: Mapping[str, Tensor], real: Tensor) ->
             range(1, len(values) + 1),
             values,
             color=COLOURS[i % 8],
-            marker=MARKERS[i % 8],
+            marker=MARKERS[(i + i // 8) % 8],  # after eight, each colour has another shape
             linestyle="-" if i < 8 else "--",
             markersize=3.5,
             linewidth=1.3,
             label=f"{name} ({sum(values) / len(values):.2f})",
         )
     axes.set_yscale("log")
+    axes.set_title(title, fontsize=10, parse_math=False)
     plain(axes, "BN layer, in order of execution", "distance from real images, std")
     figure.legend(loc="outside upper left", ncols=4, fontsize=8, frameon=False)
     return render(figure, "png")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["COLOURS", "MARKERS", "bars", "curves", "image_columns", "new_figure", "panels", "plain"]
 
 #: Okabe and Ito's palette, which colour-blind eyes can tell apart, and a shape for each.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
 MARKERS = "osD^vPX*"
 #: Inches: the width of a page.
 _WIDTH = 7.2
