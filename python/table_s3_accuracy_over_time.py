@@ -1,6 +1,6 @@
 """Table S3: accuracy after 1, 3, 5 and 7 sevenths of equal budgets, and where methods cross.
 
-    python python/table_s3_accuracy_over_time.py                          fdda and distill, minutes
+    python python/table_s3_accuracy_over_time.py                          fdda and distill, ten minutes
     python python/table_s3_accuracy_over_time.py --methods fdda gdfq --bits W4A4 --budget full
     python python/table_s3_accuracy_over_time.py --preset paper --seconds 36000 --device cuda \\
         --model torchvision:resnet18 --data imagenet:PATH
@@ -28,7 +28,7 @@ from fdda_ext.visualization import COLOURS, MARKERS, new_figure
 #: Of fdda_ext.compare: what every run may take; seeds; and of fdda_ext.train.
 BUDGETS = {
     "smoke": ("--student_images=256", "0", ["--test_limit=71", "--evaluate_every=1"]),
-    "short": ("--budget=60", "0", ["--test_limit=2130", "--evaluate_every=20"]),
+    "short": ("--budget=60", "0,1,2", ["--test_limit=2130", "--evaluate_every=20"]),
     "full": ("--budget=600", "0,1,2", ["--evaluate_limit=2000", "--evaluate_every=25"]),
 }
 PARTS = (1, 3, 5, 7)

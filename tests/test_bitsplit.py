@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_fdda import problem
+from test_prepare_zoo import load
 from test_quantization import small_network
 from torch import Tensor, nn
 
@@ -14,9 +15,11 @@ from fdda_ext.deploy import lower
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import BitSplitConfig, MethodSettings, build_method
 from fdda_ext.methods.bitsplit import Planes, Responses
-from fdda_ext.methods.patches import patches, rows
+from fdda_ext.methods.channel_scales import channel_steps, fold_channel_scales_
+from fdda_ext.methods.patches import input_of, patches, rows
 from fdda_ext.quantization.grid import Grid
 from fdda_ext.quantization.ranges import Histogram, RangeRule
+from fdda_ext.quantization.tracing import trace
 
 TINY = BitSplitConfig(views=3, positions=20, statistics_views=0, rounds=5)
 
@@ -301,6 +304,62 @@ def test_state_resumes_exactly():
         resumed.step(iteration)
     for key, tensor in whole.student.state_dict().items():
         assert torch.equal(tensor, resumed.student.state_dict()[key]), key
+
+
+def test_steps_of_channels_are_fixed_points_and_no_worse_than_one_for_all():
+    x = torch.rand(3, 5, 8, 8, generator=torch.Generator().manual_seed(0)) ** 3
+    x *= torch.tensor([1.0, 0.1, 10.0, 0.0, 1.0])[:, None, None]
+    steps = channel_steps(x, 4)
+    assert steps[3] == 0
+    error = 0.0
+    for channel, step in enumerate(steps.tolist()):
+        values = x[:, channel].double()
+        if step:
+            q = (values / step).round().clamp(0, 15)
+            assert float((values * q).sum() / (q * q).sum()) == pytest.approx(step, rel=1e-5)
+            error += float((values - step * q).square().sum())
+    for step in torch.linspace(0.01, 1, 100):
+        assert error < float((x - step * (x / step).round().clamp(0, 15)).square().sum())
+
+
+@pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:regnetx_006", "groups"])
+@torch.no_grad()
+def test_folded_channel_scales_leave_the_float_network_as_it_was(spec):
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    if spec == "groups":
+        layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=2))
+        network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    else:
+        network = load(spec)
+    before = network(images)
+    traced = trace(network, images[:1])
+    scales = fold_channel_scales_(traced, images, 4)
+    count = {"torchvision:resnet18": 8, "timm:regnetx_006": 32, "groups": 1}[spec]
+    assert len(scales) == count
+    assert all(float(s.std()) > 0.05 and float(s.min()) > 0 for s in scales.values())
+    torch.testing.assert_close(traced(images), before, rtol=1e-3, atol=1e-3 * float(before.std()))
+    torch.testing.assert_close(network(images), before)
+    # All channels that live have the same step now.
+    for name in scales:
+        steps = channel_steps(input_of(traced, name, images), 4)
+        alive = steps[(steps > 0) & (scales[name] > 0.011)]
+        torch.testing.assert_close(alive, alive.mean().expand_as(alive), rtol=2e-2, atol=0)
+
+
+def test_channel_scales_are_in_the_student_and_its_file():
+    task = problem_of_small_network()
+    plain, scaled = (
+        build_method("bitsplit", task, settings(channel_scales=on)) for on in (False, True)
+    )
+    assert list(plain.student.state_dict()) == list(scaled.student.state_dict())
+    for iteration in range(scaled.iterations):
+        scaled.step(iteration)
+    rebuilt = task.student()
+    rebuilt.load_state_dict(scaled.student.state_dict())
+    with torch.no_grad():
+        expected = scaled.student(task.images)
+        assert torch.equal(rebuilt(task.images), expected)
+        assert torch.equal(lower(rebuilt)(task.images), expected)
 
 
 def test_views_mix_the_classes():

@@ -26,8 +26,9 @@ convolution and the classifier; b = 2 is one plane, -1, 0 or 1; an input that is
 output without weights keep their digits, for which the formulas divide by 0; C may be damped; it
 ends when no digit changes; X is of augmented calibration images alone, and so are the statistics;
 signed tensors have the configured range rule; Lloyd's iterations see a histogram, zeros included,
-which cannot move s. The scale for every input channel of the paper's activation quantizer
-is not in the code and not here.
+which cannot move s. The paper's activation quantizer with a scale for every input channel, which
+its code has not, is an option (`channel_scales`), for layers that alone read a normalisation and a
+ReLU, see `fdda_ext.methods.channel_scales`.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from ..quantization.ranges import RangeRule
 from ..quantization.student import activation_quantizers, collecting
 from ..quantization.tracing import trace
 from .base import Method, Problem
+from .channel_scales import fold_channel_scales_
 from .patches import input_of, patches, rows
 
 if TYPE_CHECKING:
@@ -78,6 +80,8 @@ class BitSplitConfig:
             responses were to each weight alone; 0 is the paper's.
         compensate: Inputs come from the network quantized so far, so that a layer makes up for
             those before it; else from the float network.
+        channel_scales: Every channel of an activation has a scale of its own, which the layer's
+            weights take over before they are split, so that they make up for its errors, too.
         statistics_views: How often batch normalisation sees every image for its new statistics; 0
             keeps the old ones.
         batch: Images in a forward pass.
@@ -89,6 +93,7 @@ class BitSplitConfig:
     rounds: int = 100
     damping: float = 0.0
     compensate: bool = True
+    channel_scales: bool = False
     statistics_views: int = 13
     batch: int = 64
 
@@ -290,9 +295,13 @@ class BitSplit(Method):
         if self.quantization.weight_range == "minmax":
             self.quantization = replace(self.quantization, weight_range="mse")
         self.random = problem.random()
-        self.student = replace(problem, quantization=self.quantization).student()
-        self.student.requires_grad_(False)
         self.teacher = trace(problem.teacher, problem.images[:1])
+        if self.config.channel_scales:
+            with must_fit(settings__bitsplit__batch=self.config.batch):
+                bits = self.quantization.activation_bits
+                fold_channel_scales_(self.teacher, problem.images, bits)
+        own = replace(problem, teacher=self.teacher, quantization=self.quantization)
+        self.student = own.student().requires_grad_(False)
         modules = dict(self.student.named_modules())
         #: Where convolutions and linear layers are called, in order.
         self.layers: list[Node] = [

@@ -1,0 +1,96 @@
+"""A scale for every channel of an activation, folded into the layers around it (Bit-Split's ECAQ).
+
+Where a normalisation, a ReLU and one layer follow each other, the quantizer before the layer may
+give every channel a step r_c s of its own: the normalisation is divided by r_c and the layer's
+weights on that channel multiplied by it, so that codes still share one step s, and the float
+network computes what it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..quantization.operations import operation, tensor_inputs
+from .patches import input_of
+
+__all__ = ["channel_steps", "fold_channel_scales_"]
+
+
+def channel_steps(x: Tensor, bits: int) -> Tensor:
+    """Of least squared error near the full range, for every channel, by Lloyd's iterations.
+
+    Args:
+        x: ``[n, C, *]``, not negative.
+        bits: Of the codes.
+
+    Returns:
+        s ``[C]``, from ``max / (2^b - 1)`` by ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>``;
+        0 of a channel that is always 0.
+    """
+    rows = x.transpose(0, 1).flatten(1).double()
+    largest = 2**bits - 1
+    steps = rows.amax(1) / largest
+    for _ in range(50):
+        safe = torch.where(steps > 0, steps, 1.0)[:, None]
+        codes = (rows / safe).round().clamp(0, largest)
+        best = (rows * codes).sum(1) / (codes * codes).sum(1)
+        new = torch.where(best.isfinite(), best, steps)
+        if torch.equal(new, steps):
+            break
+        steps = new
+    return steps.to(x.dtype)
+
+
+def _chains(network: GraphModule) -> Iterator[tuple[_BatchNorm, str]]:
+    """Normalisations, and by name the layers that alone read them, through a ReLU."""
+    modules = dict(network.named_modules())
+    for node in network.graph.nodes:
+        if node.op != "call_module" or not isinstance(
+            modules[str(node.target)], (nn.Conv2d, nn.Linear)
+        ):
+            continue
+        (relu,) = tensor_inputs(node)
+        if operation(relu, modules) != "relu" or len(relu.users) != 1:
+            continue
+        (norm,) = tensor_inputs(relu)
+        found = modules.get(str(norm.target)) if norm.op == "call_module" else None
+        if isinstance(found, _BatchNorm) and found.affine and len(norm.users) == 1:
+            yield found, str(node.target)
+
+
+@torch.no_grad()
+def fold_channel_scales_(network: GraphModule, images: Tensor, bits: int) -> dict[str, Tensor]:
+    """Fold r of every layer after a normalisation and a ReLU, in place.
+
+    Args:
+        network: In float, from `fdda_ext.quantization.tracing.trace`.
+        images: Calibration images ``[n, 3, H, W]``.
+        bits: Of activations.
+
+    Returns:
+        By layer r ``[C]``: `channel_steps` over their mean, at least a hundredth of it; 1 of a
+        channel that is always 0.
+    """
+    found: dict[str, Tensor] = {}
+    for norm, name in _chains(network):
+        steps = channel_steps(input_of(network, name, images), bits)
+        if not bool((steps > 0).any()):
+            continue
+        scales = (steps / steps[steps > 0].mean()).clamp_min(0.01)
+        scales = torch.where(steps > 0, scales, 1.0)
+        layer = network.get_submodule(name)
+        assert isinstance(layer, (nn.Conv2d, nn.Linear))
+        norm.weight.div_(scales)
+        norm.bias.div_(scales)
+        weight = layer.weight.data
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        grouped = weight.unflatten(0, (groups, -1))  # [G, M / G, C / G, *]
+        along = scales.view(groups, 1, -1, *[1] * (weight.dim() - 2))
+        layer.weight.data = (grouped * along).flatten(0, 1)
+        found[name] = scales
+    return found
