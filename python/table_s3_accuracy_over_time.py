@@ -1,6 +1,6 @@
 """Table S3: accuracy after 1, 3, 5 and 7 sevenths of equal budgets, and where methods cross.
 
-    python python/table_s3_accuracy_over_time.py                          fdda and distill, ten minutes
+    python python/table_s3_accuracy_over_time.py                     fdda and distill, ten minutes
     python python/table_s3_accuracy_over_time.py --methods fdda gdfq --bits W4A4 --budget full
     python python/table_s3_accuracy_over_time.py --preset paper --seconds 36000 --device cuda \\
         --model torchvision:resnet18 --data imagenet:PATH

@@ -1,5 +1,6 @@
 """Reports of runs: what is measured for them, what is in them, and how a browser shows them."""
 
+import json
 import math
 import os
 import shutil
@@ -118,7 +119,7 @@ def test_training_leaves_a_page_that_holds_all_it_shows(run):
     assert not found.links
     assert "script" not in found.tags
     assert "url(" not in (run / "report.html").read_text()
-    assert len(found.sources) == found.tags.count("img") == 5
+    assert len(found.sources) == found.tags.count("img") == 6
     assert all(source.startswith("data:image/") for source in found.sources)
     for words in (
         "fdda on glyphs_resnet, W4A4",
@@ -288,6 +289,27 @@ def test_predictions_are_counted():
     assert [seen.count(a, b) for a in (True, False) for b in (True, False)] == [2, 2, 1, 1]
     assert seen.losses(3) == [(0, 3, 3, 1)]
     assert seen.changes(3) == [(0, 1, 2), (2, 1, 1)]
+    assert seen.confusion(3).tolist() == [[2, 2, 0], [0, 1, 0], [0, 1, 0]]
+
+
+def test_a_report_tells_when_and_where_a_run_began(run):
+    origin = json.loads((run / "origin.json").read_text())
+    report = (run / "report.html").read_text()
+    assert set(origin) == {"date", "versions", "machine"}
+    assert all(value in report for value in origin.values())
+
+
+def test_a_run_stopped_within_a_unit_has_a_report(tmp_path):
+    out = tmp_path / "run"
+    arguments = ["--method=qdrop", "--baselines=[]", "--threads=1", "--test_limit=71"]
+    train.main([*arguments, "--settings.qdrop.steps=1", f"--out={out}"])
+    assert "not finished" not in (out / "report.html").read_text()
+    units = json.loads((out / "units.json").read_text())
+    for name in ("last", "decided", "divergence"):  # come with a unit's last step
+        del units[-1][name]
+    (out / "units.json").write_text(json.dumps(units))
+    visualize.main([str(out)])
+    assert "not finished" in (out / "report.html").read_text()
 
 
 def test_what_images_are_taken_for_is_counted():

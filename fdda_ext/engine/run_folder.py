@@ -1,7 +1,8 @@
 """The folder of one run.
 
-``config.yaml`` (resolved), ``metrics.jsonl``, ``tensorboard/``, ``checkpoint.safetensors`` while
-training, and ``summary.json``, which is written last: a folder without it is not a finished run.
+``config.yaml`` (resolved), ``origin.json`` (when and where it began), ``metrics.jsonl``,
+``tensorboard/``, ``checkpoint.safetensors`` while training, and ``summary.json``, which is written
+last: a folder without it is not a finished run.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ..about import build_info
 from ..errors import UsageError
 from .checkpoint import atomic_write_text
 
@@ -66,6 +71,7 @@ class RunFolder:
                     f"run: expected out to be a folder that can be created, got {path} ({error})"
                 ) from None
             atomic_write_text(stored, config)
+            atomic_write_text(path / "origin.json", json.dumps(_origin(), indent=1) + "\n")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -134,6 +140,17 @@ class RunFolder:
         """Mark the run finished."""
         text = json.dumps({**summary, "config": self.fingerprint}, indent=2)
         atomic_write_text(self.path / "summary.json", text + "\n")
+
+
+def _origin() -> dict[str, str]:
+    """When, with what and where a run begins, for its report."""
+    info, python = build_info(), platform.python_version()
+    cores = f"{os.cpu_count()} cores, threads: {info.threads}"
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "versions": f"fdda_ext {info.version}, torch {info.torch}, Python {python}",
+        "machine": f"{platform.machine()} with {info.isa}, {cores}",
+    }
 
 
 def _essence(config: str) -> str:

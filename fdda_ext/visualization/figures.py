@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "MARKERS", "bars", "curves", "image_columns", "new_figure", "panels", "plain"]
+__all__ = [
+    "COLOURS",
+    "MARKERS",
+    "bars",
+    "confusion",
+    "curves",
+    "image_columns",
+    "new_figure",
+    "panels",
+    "plain",
+]
 
 #: Okabe and Ito's palette, which colour-blind eyes can tell apart, and a shape for each.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
@@ -88,6 +98,25 @@ def curves(
     plain(axes, xlabel, ylabel)
     figure.legend(loc="outside upper left", ncols=4, fontsize=8, frameon=False)
     return render(figure, "svg")
+
+
+def confusion(counts: Tensor) -> bytes:
+    """How often ``counts [K, K]`` a row's class is taken for a column's, as PNG; 0 is white."""
+    from matplotlib.colors import LogNorm
+
+    figure = new_figure(5.2, 4.4)
+    axes = figure.subplots()
+    shown = counts.double().cpu().numpy()
+    shown[shown == 0] = float("nan")
+    scale = LogNorm(1, max(float(counts.max()), 2.0))
+    picture = axes.imshow(shown, cmap="viridis_r", norm=scale, interpolation="nearest")
+    axes.set_xlabel("class, quantized network", fontsize=9)
+    axes.set_ylabel("class, float network", fontsize=9)
+    axes.tick_params(labelsize=8)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.8)
+    bar.set_label("images", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    return render(figure, "png")
 
 
 def panels(

@@ -68,6 +68,11 @@ class Predictions:
             if lost[k] > 0
         ]
 
+    def confusion(self, num_classes: int) -> Tensor:
+        """Images by float network's class and quantized network's class, int64 ``[K, K]``."""
+        pairs = self.float_network * num_classes + self.quantized
+        return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
     def changes(self, num_classes: int) -> list[tuple[int, int, int]]:
         """Float network's class, quantized network's other class, images; the commonest first."""
         pairs = self.float_network * num_classes + self.quantized

@@ -211,6 +211,9 @@ def _what_was_done(run: _Run) -> str:
     seen = "" if run.method.real_images else ", which this method does not see"
     versions = f"fdda_ext {info.version}, torch {info.torch}, Python {platform.python_version()}"
     where = f"{problem.device.type}, {platform.machine()} with {info.isa}, threads: {info.threads}"
+    path = run.folder / "origin.json"
+    origin = json.loads(path.read_text()) if path.exists() else {}
+    begun = [("begun", "date"), ("with", "versions"), ("on", "machine")]
     rows = (
         ("method", run.name),
         ("network", f"{run.recipe['model']}, weights: {weights}"),
@@ -224,6 +227,8 @@ def _what_was_done(run: _Run) -> str:
         ),
         ("seed", str(problem.seed)),
         ("teacher in", str(problem.precision).removeprefix("torch.")),
+        *((what, origin[key]) for what, key in begun if key in origin),
+        ("again", "python -m fdda_ext.train --config config.yaml --out ANOTHER_FOLDER"),
         ("this report made with", versions),
         ("on", where),
     )
@@ -398,10 +403,15 @@ def _predictions(run: _Run) -> str:
         f"Float and quantized network say the same of {seen.agreement:.2f} % of "
         f"{len(seen.labels)} test images."
     )
+    caption = (
+        "What the float network takes an image for, and what the quantized one does, classes in "
+        "the order of the data. Off the diagonal they differ."
+    )
     return page.section(
         "Predictions",
         page.text(agreement),
         page.table(("", "quantized right", "quantized wrong"), counts, "tnn"),
+        page.figure(figures.confusion(seen.confusion(classes)), caption),
         page.side_by_side(
             _titled(
                 "Classes that lose most",
