@@ -125,9 +125,9 @@ class BRECQ(ReconstructionMethod):
 
     @override
     def begin(self, phase: str, unit: Unit) -> Reconstruction:
-        (targets,) = self.cache(self.reference, unit.output)
         if phase == "scales":
-            return self._scales(unit, Data(self.cache(self.reference, *unit.inputs), targets))
+            return self._scales(unit, self._float_data(unit))
+        (targets,) = self.cache(self.reference, unit.output)
         weights = None
         if self.config.objective == "fisher":
             weights = squared_gradients(
@@ -153,14 +153,18 @@ class BRECQ(ReconstructionMethod):
             rounding=self.config.rounding,
         )
 
+    def _float_data(self, unit: Unit) -> Data:
+        """Inputs and targets of the float network."""
+        targets, *inputs = self.cache(self.reference, unit.output, *unit.inputs)
+        return Data(inputs, targets)
+
     @override
     def end(self) -> None:
         """Set the ranges that the second stage has not: of the weights as they are now."""
         staged = [unit for phase, unit, _ in self.tasks if phase == "scales"]
         for unit in self.units:
             if unit not in staged and unit.quantizers:
-                (targets,) = self.cache(self.reference, unit.output)
-                data = Data(self.cache(self.reference, *unit.inputs), targets)
+                data = self._float_data(unit)
                 set_ranges(self.quantizers(unit), unit.of(self.student), data)
 
     def _scales(self, unit: Unit, data: Data) -> Reconstruction:

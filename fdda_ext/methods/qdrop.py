@@ -72,12 +72,9 @@ class QDrop(ReconstructionMethod):
 
     @override
     def begin(self, phase: str, unit: Unit) -> Reconstruction:
-        (targets,) = self.cache(self.reference, unit.output)
-        data = Data(
-            self.cache(self.student, *unit.inputs),
-            targets,
-            float_inputs=self.cache(self.reference, *unit.inputs),
-        )
+        targets, *float_inputs = self.cache(self.reference, unit.output, *unit.inputs)
+        inputs = self.cache(self.student, *unit.inputs)
+        data = Data(inputs, targets, float_inputs=float_inputs)
         function, layers = self.softened(unit)
         quantizers = self.quantizers(unit)
         set_ranges(quantizers, function, data)
