@@ -299,7 +299,12 @@ class BitSplit(Method):
         if self.config.channel_scales:
             with must_fit(settings__bitsplit__batch=self.config.batch):
                 bits = self.quantization.activation_bits
-                fold_channel_scales_(self.teacher, problem.images, bits)
+                folded = fold_channel_scales_(self.teacher, problem.images, bits)
+            if not folded:
+                raise UsageError(
+                    "bitsplit: expected channel_scales false with a network in which no layer is "
+                    "alone in reading a normalisation and a ReLU (ReLU6 will not do), got true"
+                )
         own = replace(problem, teacher=self.teacher, quantization=self.quantization)
         self.student = own.student().requires_grad_(False)
         modules = dict(self.student.named_modules())
