@@ -353,7 +353,7 @@ def test_channel_scales_are_in_the_student_and_its_file():
         UsageError, match=r"channel_scales false .* \(ReLU6 will not do\), got true"
     ):
         build_method("bitsplit", clipped, settings(channel_scales=True))
-    task = problem_of_small_network()
+    task = problem()
     plain, scaled = (
         build_method("bitsplit", task, settings(channel_scales=on)) for on in (False, True)
     )
