@@ -61,6 +61,9 @@ NOT_RUN = {
     "python -m fdda_ext.compare --methods noise,minmax,mse,distill,di,adi,zeroq,dsg,gdfq,qimera,"
     "zaq,fdda --models glyphs_resnet,glyphs_mobilenet --bits W3A3,W4A4 --budget 45 --jobs 2 "
     "--out runs/comparison -- --test-limit 2130 --test-batch 50": ("an hour", None),
+    "python -m fdda_ext.compare --methods minmax,mse,lapq,bitsplit,adaquant,brecq,qdrop,distill,"
+    "fdda --models glyphs_resnet,glyphs_mobilenet --bits W2A4,W3A3,W4A4 --budget 45 --jobs 2 "
+    "--out runs/comparison -- --test-limit 2130 --test-batch 50": ("more than an hour", None),
 }
 
 
