@@ -49,7 +49,8 @@ def render(report: dict[str, Any]) -> str:
     machine = report["machine_info"]
     lines = [
         INTRODUCTION,
-        f"{report['datetime'][:10]}. Machine: {machine.get('gpu') or machine['cpu']['brand_raw']}; torch {machine['torch']}; "
+        f"{report['datetime'][:10]}. Machine: {machine.get('gpu') or machine['cpu']['brand_raw']}; "
+        f"torch {machine['torch']}; "
         f"Python {machine['python_version']}; {machine['fdda_ext']['isa']}, "
         f"{machine['fdda_ext']['threads']} threads"
         + "".join(f"; {name} {number}" for name, number in machine["peers"].items())
