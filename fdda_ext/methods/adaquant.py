@@ -13,11 +13,11 @@ normalisation are measured again through the quantized network.
 Departures: rates of ranges are relative, a share of the range in a step, where the code has
 absolute ones (1e-1 and 1e-3), which can ruin a layer of small values. Of eleven states, the first
 and one after each tenth of the steps, the one that is best on images held out, drawn at random, is
-kept, where the code keeps the last. The bias that learns
-is that of the normalisation where a layer has one, to which the folded bias of the code
-corresponds, and it is not quantized. An activation that several layers read has one range, which
-the first of them learns. Zero points move only with quantization.learn_zero_points. The paper's
-grid has no ranges to learn. And those of `fdda_ext.methods.reconstructing`.
+kept, where the code keeps the last. The bias that learns is that of the normalisation where a layer
+has one, to which the folded bias of the code corresponds, and it is not quantized. An activation
+that several layers read has one range, which the first of them learns. Zero points move only with
+quantization.learn_zero_points. The paper's grid has no ranges to learn. And those of
+`fdda_ext.methods.reconstructing`.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ class Cache:
             with NamedTemporaryFile() as file:  # the mapping outlives the name
                 try:
                     # A file with holes would end the process where the disk is full.
-                    os.posix_fallocate(file.fileno(), 0, size)
+                    if hasattr(os, "posix_fallocate"):  # not on macOS
+                        os.posix_fallocate(file.fileno(), 0, size)
                 except OSError as error:
                     raise UsageError(
                         f"reconstruction: expected room for {size / 2**20:.0f} MiB in "
