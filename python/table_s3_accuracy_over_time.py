@@ -6,10 +6,10 @@
         --model torchvision:resnet18 --data imagenet:PATH
 
 The runs are those of fdda_ext.compare, which gives every method a schedule of about the same time;
-measurements do not count. What was stopped goes on. Sevenths are those of the longest run's time.
-Below --out: curve.csv with every measurement, table.csv and .md, curve.png. Between two
-measurements, accuracy is on the line between them, before the first unknown, and after a run's end
-its result.
+measurements do not count. What was stopped goes on. Sevenths are those of each run's own time, as
+other processes may have slowed one run and not another. Below --out: curve.csv with every
+measurement, table.csv and .md, curve.png. Between two measurements, accuracy is on the line between
+them, and before the first unknown.
 """
 
 import argparse
@@ -78,11 +78,11 @@ def curves(folder: Path, options: argparse.Namespace) -> dict[str, list[Curve]]:
         points = [(line["seconds"], line["top1"]) for line in lines if "top1" in line]
         measured[method, seed] = [p for p in points if p[0] < end["seconds"]]
         measured[method, seed].append((end["seconds"], end["top1"]))
-    whole = max(points[-1][0] for points in measured.values())
     found: dict[str, list[Curve]] = {}
     rows = []
     for (method, seed), points in measured.items():
         seconds, top1 = np.array(points).T
+        whole = seconds[-1]
         found.setdefault(method, []).append((7 * seconds / whole, top1))
         rows += [(method, seed, s, f"{7 * s / whole:.3f}", a) for s, a in points]
     write_csv(folder / "curve.csv", ("method", "seed", "seconds", "sevenths", "top-1 %"), rows)
@@ -124,7 +124,7 @@ def draw(found: dict[str, list[Curve]], folder: Path, options: argparse.Namespac
         for seed, (x, y) in enumerate(runs):
             style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 3.5}
             axes.plot(x, y, linewidth=1.2, alpha=0.8, label=None if seed else method, **style)
-    axes.set(xlabel="sevenths of the longest run's time", ylabel="top-1, %", xlim=(0, 7.1))
+    axes.set(xlabel="sevenths of a run's time", ylabel="top-1, %", xlim=(0, 7.1))
     axes.set_title(f"{options.model} on {options.data}, {options.bits}", fontsize=10)
     axes.grid(color="#E5E5E5")
     axes.legend(frameon=False)
