@@ -33,7 +33,6 @@ def run(name: str, out: Path, *arguments: str) -> str:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
