@@ -10,30 +10,21 @@ from typing import Any
 
 from fdda_ext.compare import main as compare
 from fdda_ext.engine import RunFolder
-from fdda_ext.errors import UsageError
-from fdda_ext.train import main as train
+from fdda_ext.train import main as train, parse_arguments
 
 
 def finished_run(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """What the run in ``folder`` ended with: begun with ``arguments``, gone on with, or there.
 
     Raises:
-        UsageError: If the run there was begun with other arguments.
+        UsageError: If the run there has another configuration.
     """
-    record = folder.with_name(f"{folder.name}.json")
-    if record.exists() or folder.exists():
-        before = json.loads(record.read_text()) if record.exists() else None
-        if before != list(arguments):
-            raise UsageError(
-                f"runs: expected {folder} to hold a run with {' '.join(arguments)}, "
-                f"got {' '.join(before or ['nobody knows which'])}; choose another --out"
-            )
-    else:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(list(arguments)))
+    arguments = ["--no-report", f"--out={folder}", *arguments]
+    begun = (folder / "config.yaml").exists()
+    if begun:
+        RunFolder(folder, parse_arguments(arguments)[1], resume=True)
     if not RunFolder.is_finished(folder):
-        begun = (folder / "config.yaml").exists()
-        train(["--no-report", f"--out={folder}", *(["--resume"] if begun else arguments)])
+        train([*arguments[:2], "--resume"] if begun else arguments)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from test_fdda import problem, settings
 
+from fdda_ext.engine import RunFolder
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import FDDA
 from fdda_ext.train import parse_arguments
@@ -158,15 +159,13 @@ def test_runs_with_other_options_are_refused(tmp_path, programs, monkeypatch):
 
     def train(arguments):
         begun.append(arguments)
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "config.yaml").touch()
-        (tmp_path / "run" / "summary.json").write_text('{"top1": 1.0}')
+        RunFolder(tmp_path / "run", parse_arguments(arguments)[1], resume=False).finish({"top1": 1})
 
     monkeypatch.setattr(common, "train", train)
     for _ in range(2):
-        assert common.finished_run(tmp_path / "run", ["--data=glyphs"]) == {"top1": 1.0}
+        assert common.finished_run(tmp_path / "run", ["--data=glyphs"])["top1"] == 1
     assert len(begun) == 1
-    with pytest.raises(UsageError, match="a run with --data=digits, got --data=glyphs; choose"):
+    with pytest.raises(UsageError, match=r"expected the configuration of the resumed .* digits"):
         common.finished_run(tmp_path / "run", ["--data=digits"])
 
 
