@@ -147,11 +147,14 @@ def bench_iteration(compare, device):
         "plain": build(PlainFDDA, device),
     }
     expected = losses(methods["plain"], 2)
-    torch.testing.assert_close(losses(methods["fdda_ext"], 2), expected, rtol=1e-3, atol=0)
+    # On a GPU float32 convolutions run in TF32, whose rounding depends on the algorithm.
+    close = 1e-3 if device == "cpu" else 1e-2
+    torch.testing.assert_close(losses(methods["fdda_ext"], 2), expected, rtol=close, atol=0)
     torch.testing.assert_close(losses(methods["bfloat16"], 2), expected, rtol=5e-2, atol=0)
 
     def step(method: FDDA) -> Callable[[], object]:
         return lambda: method.step(2)
 
     peers = {name: step(method) for name, method in methods.items()}
-    compare("FDDA iteration, ResNet-18, 16 + 16 images of 224x224", peers, rounds=4)
+    rounds = 4 if device == "cpu" else 20
+    compare("FDDA iteration, ResNet-18, 16 + 16 images of 224x224", peers, rounds=rounds)

@@ -2,7 +2,8 @@
 
 Every benchmark first checks that the peers compute the same. Then they take turns (A B C, C B A,
 ...), so that whatever slows the machine down for a while slows all of them. FDDA_BENCH_DEVICE=cuda
-measures on a GPU; FDDA_BENCH_THREADS sets the CPU threads (2).
+measures on a GPU; FDDA_BENCH_THREADS sets the CPU threads (2). On a GPU the time that its kernels
+took is measured besides: what the host takes to launch them often hides it.
 """
 
 import ctypes
@@ -71,12 +72,26 @@ def seconds_per_call(function: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def device_microseconds(function: Callable[[], Any], calls: int) -> float:
+    """Mean time of a call's kernels and copies on the GPU, without the gaps between them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    spans = [
+        event.time_range.elapsed_us()
+        for event in profile.events() or ()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return sum(spans) / calls
+
+
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """Measures peers in turns, and, given floor_bytes, a copy that moves so many.
 
-    Medians and quartiles of all go to extra_info, in microseconds; pytest-benchmark's own table
-    shows fdda_ext alone.
+    Medians and quartiles of all go to extra_info, in microseconds, and on a GPU the time of their
+    kernels; pytest-benchmark's own table shows fdda_ext alone.
     """
 
     def run(group: str, peers: Peers, floor_bytes: int | None = None, rounds: int = ROUNDS) -> None:
@@ -99,13 +114,20 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         for name, values in times.items():
             low, median, high = statistics.quantiles(values, n=4)
             benchmark.extra_info[name] = {"median_us": median, "iqr_us": high - low}
+            if DEVICE == "cuda":
+                spent = device_microseconds(peers[name], calls[name])
+                benchmark.extra_info[name]["device_us"] = spent
         benchmark.extra_info["floor_bytes"] = floor_bytes
         benchmark.pedantic(
             lambda: seconds_per_call(peers["fdda_ext"], calls["fdda_ext"]),
             rounds=min(rounds, 5),
         )
-        line = "  ".join(f"{name} {statistics.median(v):.0f}" for name, v in times.items())
+        parts = []
+        for name in times:
+            found = benchmark.extra_info[name]
+            spent = f" ({found['device_us']:.1f})" if "device_us" in found else ""
+            parts.append(f"{name} {found['median_us']:.0f}{spent}")
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(f"\n{group}: {line} us")
+            print(f"\n{group}: {'  '.join(parts)} us")
 
     return run

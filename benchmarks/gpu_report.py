@@ -1,19 +1,27 @@
-"""``make gpu``: build on a machine with a GPU, test, sanitize, measure; one JSON with all of it.
+"""``make gpu``: build on a machine with a GPU, test, sanitize, train, measure; one JSON of it all.
 
-Uses the Python that runs it, whose torch must have CUDA. Nothing is downloaded.
+Uses the Python that runs it, whose torch must have CUDA. Nothing is downloaded. What does not
+depend on each other runs at once, but for the benchmarks, which come last and alone. The JSON is
+written after every step, so that little is lost if the whole is cut short.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+PYTEST = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 #: Every test that runs on CUDA. Those of the first file named "sanitized" reach every kernel.
 TESTS = [
     "tests/test_cuda.py",
@@ -21,96 +29,159 @@ TESTS = [
     "tests/test_class_batch_stats.py",
     "tests/test_class_stats_loss.py",
 ]
-#: For one tool of compute-sanitizer: some cases are as large as the device, to reach every tile.
-SANITIZER_SECONDS = 450
+TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+#: A sanitizer's tests go to two processes, as it slows them down a hundredfold.
+HALVES = {"int4": "sanitized and int4", "others": "sanitized and not int4"}
+#: A hundredth of the schedule of every method.
+METHODS = """
+    fdda distill minmax mse lapq bitsplit adaquant brecq qdrop gdfq qimera zaq zeroq dsg di adi
+"""
+#: Each file with a limit of its own, what matters most first.
+BENCHMARKS = {
+    "benchmarks/bench_int4_conv2d.py": 200,
+    "benchmarks/bench_fdda_iteration.py": 200,
+    "benchmarks/bench_program.py": 400,
+    "benchmarks/bench_class_stats_loss.py": 100,
+    "benchmarks/bench_fake_quantize.py": 300,
+    "benchmarks/bench_class_batch_stats.py": 400,
+}
 
 
-def call(command: list[str], seconds: int, **environment: str) -> dict[str, object]:
-    """Run a command to its end or its time limit; keep its status and the end of its output."""
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
-        )
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        raw = error.stdout or b""
-        status, output = -1, raw.decode(errors="replace") if isinstance(raw, bytes) else raw
-    except FileNotFoundError as error:
-        status, output = 127, str(error)
-    print(f"[{status}] {' '.join(command)}\n{output[-1500:]}", flush=True)
-    return {
-        "command": " ".join(command[-6:]),
-        "status": status,
-        "seconds": round(time.monotonic() - start, 1),
-        "output": output[-3000:],
+@dataclass(frozen=True)
+class Step:
+    """A command, its limit in seconds, what it adds to the environment."""
+
+    command: list[str]
+    limit: float
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def run(self, deadline: float) -> dict[str, object]:
+        """To its end or its limit; status, seconds and the end of the output."""
+        start = time.monotonic()
+        limit = min(self.limit, deadline - start)
+        if limit <= 0:
+            return {"command": " ".join(self.command), "status": -2, "seconds": 0, "output": ""}
+        try:
+            # A group of its own, so that what it started ends with it.
+            process = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env={**os.environ, **self.environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+        except FileNotFoundError as error:
+            print(f"[127] {error}", flush=True)
+            return {"command": self.command[0], "status": 127, "seconds": 0, "output": str(error)}
+        try:
+            output, _ = process.communicate(timeout=limit)
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            status = -1
+        seconds = round(time.monotonic() - start, 1)
+        print(f"[{status}] {' '.join(self.command)} ({seconds} s)", flush=True)
+        if status:
+            print(output[-1500:], flush=True)
+        command = " ".join([Path(self.command[0]).name, *self.command[1:]])
+        return {"command": command, "status": status, "seconds": seconds, "output": output[-4000:]}
+
+
+def tests() -> dict[str, Step]:
+    """Operators and programs, the same under the sanitizers, and every method."""
+    required = {"FDDA_REQUIRE_CUDA": "1", "OMP_NUM_THREADS": "2"}
+    steps = {
+        f"tests {file}": Step([*PYTEST, "--maxfail=25", file, "-k", "cuda"], 400, required)
+        for file in TESTS
     }
+    for tool in TOOLS:
+        for half, chosen in HALVES.items():
+            steps[f"{tool} {half}"] = Step(
+                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+                + [*PYTEST, "--maxfail=3", TESTS[0], "-k", chosen],
+                600,
+                {**required, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+    return steps
+
+
+def runs(folder: str) -> dict[str, Step]:
+    """All methods briefly, each in a process of its own, and FDDA's short preset whole."""
+    train = [PYTHON, "-m", "fdda_ext.train", "--device=cuda", "--no-report"]
+    steps = {"train": Step([*train, f"--out={folder}/whole"], 300)}
+    for method in METHODS.split():
+        compare = [
+            PYTHON,
+            "-m",
+            "fdda_ext.compare",
+            f"--methods={method}",
+            f"--out={folder}/{method}",
+        ]
+        compare += ["--models=glyphs_resnet", "--bits=W3A3", "--seeds=0", "--share=0.01"]
+        steps[f"method {method}"] = Step([*compare, "--", "--device=cuda", "--test_limit=71"], 200)
+    return steps
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    out = parser.parse_args().out
+    parser.add_argument(
+        "--seconds", type=float, default=3600, help="for all of it; half are kept for benchmarks"
+    )
+    parser.add_argument("--skip", nargs="+", default=[], help="steps whose name begins so")
+    parser.add_argument("--commit", help="what git would say, where there is no repository")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_report: expected torch to reach a CUDA device, got none", file=sys.stderr)
         return 2
-    out.mkdir(parents=True, exist_ok=True)
-    python = sys.executable
-    major, minor = torch.cuda.get_device_capability()
-    name = torch.cuda.get_device_name()
-    head = call(["git", "rev-parse", "HEAD"], 30)
-    commit = str(head["output"]).strip() if head["status"] == 0 else "unknown"
-    report: dict[str, object] = {
-        "device": name,
-        "capability": f"{major}.{minor}",
+    start = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_properties("cuda")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = options.commit or git.stdout.strip() or "unknown"
+    steps: dict[str, dict[str, object]] = {}
+    measurements: dict[str, object] = {}
+    report = {
+        "device": device.name,
+        "capability": f"{device.major}.{device.minor}",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
+        "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
+        "steps": steps,
+        "measurements": measurements,
     }
-    report["build"] = call(
-        [python, "setup.py", "--quiet", "build_ext", "--inplace"],
-        500,
-        FDDA_CUDA="1",
-        TORCH_CUDA_ARCH_LIST=f"{major}.{minor}",
-    )
-    tests = [python, "-m", "pytest", "-q", "--maxfail=25", "-p", "no:cacheprovider"]
-    report["tests"] = call([*tests, *TESTS, "-k", "cuda"], 500, FDDA_REQUIRE_CUDA="1")
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        report[tool] = call(
-            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-            + [*tests, TESTS[0], "-k", "sanitized"],
-            SANITIZER_SECONDS,
-            FDDA_REQUIRE_CUDA="1",
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-        )
-    measured = out / "benchmark.json"
-    measurements: dict[str, object] = {}
-    report["measurements"] = measurements
-    programs = "benchmarks/bench_program.py"
-    for name, chosen in (
-        ("benchmarks", ["benchmarks", f"--ignore={programs}"]),
-        ("programs", [programs]),
-    ):
-        report[name] = call(
-            [python, "-m", "pytest", "-q", *chosen, f"--benchmark-json={measured}"],
-            600,
-            FDDA_BENCH_DEVICE="cuda",
-        )
-        if measured.exists():
-            rows = json.loads(measured.read_text())["benchmarks"]
-            measurements |= {b["group"]: b["extra_info"] for b in rows}
-            measured.unlink()
-    path = out / f"gpu-{name.replace(' ', '-').lower()}-{commit[:8]}.json"
+    path = options.out / f"gpu-{device.name.replace(' ', '-').lower()}-{commit[:8]}.json"
+
+    def run(chosen: dict[str, Step], share: float = 1, at_once: int = 1) -> None:
+        deadline = start + share * options.seconds
+        chosen = {n: step for n, step in chosen.items() if not n.startswith(tuple(options.skip))}
+        with ThreadPoolExecutor(at_once) as pool:
+            found = pool.map(lambda step: step.run(deadline), chosen.values())
+            for name, result in zip(chosen, found, strict=True):
+                steps[name] = result
+                path.write_text(json.dumps(report, indent=1) + "\n")
+
+    architecture = {"FDDA_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{device.major}.{device.minor}"}
+    build = [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"]
+    run({"build": Step(build, 900, architecture)}, 0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        run({**tests(), **runs(folder)}, 0.5, at_once=max(2, (os.cpu_count() or 2) - 1))
+        for file, limit in BENCHMARKS.items():
+            measured = Path(folder) / "benchmark.json"
+            command = [PYTHON, "-m", "pytest", "-q", file, f"--benchmark-json={measured}"]
+            run({file: Step(command, limit, {"FDDA_BENCH_DEVICE": "cuda"})})
+            if measured.exists() and measured.stat().st_size:
+                rows = json.loads(measured.read_text())["benchmarks"]
+                measurements |= {row["group"]: row["extra_info"] for row in rows}
+                measured.unlink()
     path.write_text(json.dumps(report, indent=1) + "\n")
-    steps = {key: v for key, v in report.items() if isinstance(v, dict) and "status" in v}
-    failed = [key for key, value in steps.items() if value["status"]]
+    failed = [name for name, result in steps.items() if result["status"]]
     print(f"{path}: {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
     return 1 if failed else 0
 

@@ -9,6 +9,9 @@
 #include <cuda_runtime_api.h>
 #endif
 
+// torch 2.11 refuses its copy of pybind11 beside a target version, as if its types might
+// cross into operators. None does here.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
