@@ -3,17 +3,18 @@
 Every benchmark first checks that the peers compute the same. Then they take turns (A B C, C B A,
 ...), so that whatever slows the machine down for a while slows all of them. FDDA_BENCH_DEVICE=cuda
 measures on a GPU; FDDA_BENCH_THREADS sets the CPU threads (2). On a GPU the time that its kernels
-took is measured besides: what the host takes to launch them often hides it.
+took is measured besides: what the host takes to launch them often hides it. FDDA_BENCH_LOG names a
+file that gets every result at once, one line of JSON each.
 """
 
 import ctypes
 import dataclasses
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import packages_distributions, version
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ import torch
 from fdda_ext import build_info
 
 DEVICE = os.environ.get("FDDA_BENCH_DEVICE", "cpu")
+LOG = os.environ.get("FDDA_BENCH_LOG")
 ROUNDS = 20
 #: Seconds that one peer has in one round; several calls share it.
 TURN = 0.004
@@ -46,7 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info["fdda_ext"] = dataclasses.asdict(build_info())
     machine_info["torch"] = torch.__version__
-    machine_info["peers"] = {name: version(name) for name in PEERS if find_spec(name)}
+    packages = packages_distributions()  # cupy comes as cupy-cuda13x
+    machine_info["peers"] = {name: version(packages[name][0]) for name in PEERS if name in packages}
     if DEVICE == "cuda":
         machine_info["gpu"] = torch.cuda.get_device_name()
 
@@ -122,6 +125,9 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             lambda: seconds_per_call(peers["fdda_ext"], calls["fdda_ext"]),
             rounds=min(rounds, 5),
         )
+        if LOG:
+            with open(LOG, "a") as file:
+                file.write(json.dumps({"group": group, **benchmark.extra_info}) + "\n")
         parts = []
         for name in times:
             found = benchmark.extra_info[name]
