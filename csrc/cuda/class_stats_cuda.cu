@@ -155,65 +155,112 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsBlocks)
   }
 }
 
-// Merges the chunks and samples of a class, in double as on the CPU. A block has 32 channels of one
-// class: each of its warps merges every kStatsWarps-th chunk, then the first merges those results.
-template <typename A>
-__global__ void __launch_bounds__(kStatsThreads) merge_kernel(
-    const __grid_constant__ LayerTable table, const double2* moments, const int64_t* labels,
-    int64_t num_classes, StatisticsSpan<A> out, LossTerms<A> loss) {
-  __shared__ Moments<double> slices[kStatsWarps][kWarpSize];
-  const int64_t index = blockIdx.x;
-  const Layer& layer = table.layer[find_layer(table, index, true)];
-  const uint32_t unit = static_cast<uint32_t>(index - layer.merge_begin);
-  const int sample = static_cast<int>(unit / merge_tiles(layer));
-  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const uint32_t channel = unit % merge_tiles(layer) * kWarpSize + lane;
-  const bool active = channel < layer.channels;
-  const int64_t k = labels[sample];
-  bool stands_for_class = k >= 0 && k < num_classes;  // other samples are left out
-
-  Moments<double> total = {0, 0, 0};
-  uint32_t chunk = static_cast<uint32_t>(warp);  // counts on from one sample to the next
-  for (int first = 0; first < table.samples && stands_for_class; first += kWarpSize) {
-    unsigned members = samples_of_class(labels, table.samples, first, k);
+// Calls `add` with the positions and the moments of every part (chunk of a sample) of class k that
+// falls to this thread: of the kMergeSlices threads with its channel, part i falls to the one in
+// slice i % kMergeSlices. False, at once, if an earlier sample than `sample` is of the class.
+template <typename Add>
+__device__ __forceinline__ bool for_parts(
+    const Layer& layer, const double2* moments, const int64_t* labels, int samples, int sample,
+    int64_t k, uint32_t slice, uint32_t channel, Add add) {
+  uint32_t chunk = slice;  // counts on from one sample to the next
+  for (int first = 0; first < samples; first += kWarpSize) {
+    unsigned members = samples_of_class(labels, samples, first, k);
     while (members != 0) {
       const int n = first + __ffs(static_cast<int>(members)) - 1;
       members &= members - 1;
       if (n < sample) {
-        stands_for_class = false;  // an earlier sample does
-        break;
+        return false;
       }
-#pragma unroll 4
-      for (; chunk < layer.chunks; chunk += kStatsWarps) {
-        const double positions = chunk_positions(layer, chunk);
+#pragma unroll 8
+      for (; chunk < layer.chunks; chunk += kMergeSlices) {
         const double2 part =
-            active ? moments[moments_at(layer, n, chunk) + channel] : double2{0, 0};
-        total = merge(total, {positions, part.x, part.y});
+            channel < layer.channels ? moments[moments_at(layer, n, chunk) + channel] : double2{};
+        add(static_cast<double>(chunk_positions(layer, chunk)), part.x, part.y);
       }
       chunk -= layer.chunks;
     }
   }
-  slices[warp][lane] = total;
-  __syncthreads();
-  if (warp != 0) {
-    return;
+  return true;
+}
+
+// The sum over the slices of each channel, for all its threads.
+__device__ __forceinline__ double sum_slices(
+    double value, double (&scratch)[kStatsWarps][kMergeChannels]) {
+  for (int offset = kWarpSize / 2; offset >= kMergeChannels; offset /= 2) {
+    value += __shfl_down_sync(kAllLanes, value, offset);
   }
-  for (int other = 1; other < kStatsWarps; ++other) {
-    total = merge(total, slices[other][lane]);
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  if (lane < kMergeChannels) {
+    scratch[threadIdx.x / kWarpSize][lane] = value;
+  }
+  __syncthreads();
+  double total = 0;
+  for (int warp = 0; warp < kStatsWarps; ++warp) {
+    total += scratch[warp][lane % kMergeChannels];
+  }
+  return total;
+}
+
+// Merges the chunks and samples of a class, in double: the mean of all parts first, then their
+// squared deviations from it, without a division that the next part would wait for. A block has
+// kMergeChannels channels of one class.
+template <typename A>
+__global__ void __launch_bounds__(kStatsThreads) merge_kernel(
+    const __grid_constant__ LayerTable table, const double2* moments, const int64_t* labels,
+    int64_t num_classes, StatisticsSpan<A> out, LossTerms<A> loss) {
+  __shared__ double counts[kStatsWarps][kMergeChannels];
+  __shared__ double sums[kStatsWarps][kMergeChannels];
+  __shared__ double squares[kStatsWarps][kMergeChannels];
+  const int64_t index = blockIdx.x;
+  const Layer& layer = table.layer[find_layer(table, index, true)];
+  const uint32_t unit = static_cast<uint32_t>(index - layer.merge_begin);
+  const int sample = static_cast<int>(unit / merge_tiles(layer));
+  const uint32_t slice = threadIdx.x / kMergeChannels;
+  const uint32_t channel =
+      unit % merge_tiles(layer) * kMergeChannels + threadIdx.x % kMergeChannels;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const bool active = lane < kMergeChannels && channel < layer.channels;
+  const int64_t k = labels[sample];
+  // Other samples are left out: those without a class, and all but the first of a class.
+  bool stands_for_class = k >= 0 && k < num_classes;
+
+  double count = 0;
+  double sum = 0;
+  stands_for_class =
+      stands_for_class && for_parts(
+                              layer, moments, labels, table.samples, sample, k, slice, channel,
+                              [&](double positions, double mean, double) {
+                                count += positions;
+                                sum += positions * mean;
+                              });
+  double total_mean = 0;
+  double total_m2 = 0;
+  if (stands_for_class) {  // the same for the whole block
+    count = sum_slices(count, counts);
+    total_mean = sum_slices(sum, sums) / count;
+    for_parts(
+        layer, moments, labels, table.samples, sample, k, slice, channel,
+        [&](double positions, double mean, double m2) {
+          const double deviation = mean - total_mean;
+          total_m2 += m2 + positions * (deviation * deviation);
+        });
+    total_m2 = sum_slices(total_m2, squares);
+  }
+  if (threadIdx.x >= kWarpSize) {
+    return;
   }
 
   A mean = 0;
   A var = 0;
   if (stands_for_class && active) {
-    mean = static_cast<A>(total.mean);
-    var = static_cast<A>(total.m2 / total.count);
+    mean = static_cast<A>(total_mean);
+    var = static_cast<A>(total_m2 / count);
     const int64_t at = k * out.class_stride + layer.channel_begin + channel;
     out.mean[at] = mean;
     out.var[at] = var;
   }
-  if (stands_for_class && out.count != nullptr && channel == 0) {
-    out.count[k] = static_cast<int64_t>(total.count);
+  if (stands_for_class && out.count != nullptr && channel == 0 && lane == 0) {
+    out.count[k] = static_cast<int64_t>(count);
   }
   for (int64_t t = 0; t < loss.sets; ++t) {
     double distance = 0;

@@ -9,20 +9,21 @@
 namespace fdda::cuda {
 namespace {
 
-// loss[t, l]: a warp adds up what the merge left for set t and one layer of the table.
+// loss[t, l]: a block adds up what the merge left for set t and one layer of the table.
 template <typename A>
-__global__ void __launch_bounds__(kWarpSize) loss_kernel(
+__global__ void __launch_bounds__(kStatsThreads) loss_kernel(
     const __grid_constant__ LayerTable table, const double* distances, int64_t sets,
     int64_t total_layers, A* loss) {
   const int64_t t = blockIdx.x / table.layers;
   const int64_t l = blockIdx.x % table.layers;
   const Layer& layer = table.layer[l];
   const int64_t end = l + 1 < table.layers ? table.layer[l + 1].merge_begin : table.merge_units;
+  __shared__ double scratch[kStatsWarps];
   double total = 0;
-  for (int64_t i = layer.merge_begin + threadIdx.x; i < end; i += kWarpSize) {
+  for (int64_t i = layer.merge_begin + threadIdx.x; i < end; i += kStatsThreads) {
     total += distances[i * sets + t];
   }
-  total = warp_sum(total);
+  total = block_sum<kStatsThreads>(total, scratch);
   if (threadIdx.x == 0) {
     const bool empty = end == layer.merge_begin || layer.channels == 0;
     loss[t * total_layers + layer.number] = empty ? A(0) : static_cast<A>(total / layer.channels);
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor> class_stats_loss_cuda(
       const LossTerms<A> terms = {sets, const_ptr<A>(weights), mutable_ptr<double>(distances)};
       class_statistics<T, A>(op, table, classes, num_classes, out, terms);
       launch(
-          op, &loss_kernel<A>, sets * table.layers, kWarpSize, stream, table,
+          op, &loss_kernel<A>, sets * table.layers, kStatsThreads, stream, table,
           const_ptr<double>(distances), sets, total_layers, mutable_ptr<A>(loss));
     }
   });

@@ -21,6 +21,10 @@ constexpr int kStatsBlocks = 2;
 // Values per unit: enough to hide the start of a warp, few enough to balance unequal layers.
 constexpr int kPlaneChunk = 2048;
 constexpr int kRowsUnitValues = 4096;
+// Channels of a block that merges the parts of a class, 16 bytes of moments each: few, because its
+// other threads share the parts, of which a layer has thousands, and wait for memory.
+constexpr int kMergeChannels = 8;
+constexpr int kMergeSlices = kStatsThreads / kMergeChannels;
 // Layers per launch. Their descriptions travel by value, in the 32 KB a kernel's parameters have.
 constexpr int kMaxLayers = 64;
 
@@ -41,7 +45,7 @@ struct Layer {
   int64_t channel_begin;  // its columns in the statistics [K, sum C]
   int64_t unit_begin;     // its first unit
   int64_t moments_begin;  // its moments [N, chunks, C]
-  int64_t merge_begin;    // its first merge unit: [N, tiles of kWarpSize channels]
+  int64_t merge_begin;    // its first merge unit: [N, tiles of kMergeChannels]
   uint32_t channels;
   uint32_t positions;
   uint32_t chunk;   // positions per unit
@@ -62,7 +66,7 @@ struct LayerTable {
 
 // At least one: without channels there are still samples to count.
 FDDA_HOST_DEVICE uint32_t merge_tiles(const Layer& layer) {
-  return layer.channels == 0 ? 1 : (layer.channels + kWarpSize - 1) / kWarpSize;
+  return layer.channels == 0 ? 1 : (layer.channels + kMergeChannels - 1) / kMergeChannels;
 }
 
 // Fills in how a layer is cut, from channels, positions, planes and packed.
