@@ -108,7 +108,12 @@ def all_trusted(*arguments: object) -> BNSCentres:
     return BNSCentres(centres.statistics, torch.ones_like(centres.correct))
 
 
-def build(method: type[FDDA], device: str, precision: torch.dtype = torch.float32) -> FDDA:
+def build(
+    method: type[FDDA],
+    device: str,
+    precision: torch.dtype = torch.float32,
+    cuda_graphs: bool = True,
+) -> FDDA:
     torch.manual_seed(0)
     teacher = open_model("torchvision:resnet18", weights="none", num_classes=1000).network
     teacher = teacher.eval().requires_grad_(False).to(device)
@@ -125,6 +130,7 @@ def build(method: type[FDDA], device: str, precision: torch.dtype = torch.float3
         QuantizationConfig(),
         seed=0,
         precision=precision,
+        cuda_graphs=cuda_graphs,
     )
     settings = MethodSettings(
         DistillationConfig(),
@@ -144,13 +150,20 @@ def bench_iteration(compare, device):
     methods = {
         "fdda_ext": build(FDDA, device),
         "bfloat16": build(FDDA, device, torch.bfloat16),
-        "plain": build(PlainFDDA, device),
+        "plain": build(PlainFDDA, device, cuda_graphs=False),
     }
-    expected = losses(methods["plain"], 2)
+    if device == "cuda":
+        methods["bfloat16 without graphs"] = build(FDDA, device, torch.bfloat16, False)
+    iterations = 2 if device == "cpu" else 6  # on a GPU the last ones are replayed
+    found = {name: losses(method, iterations) for name, method in methods.items()}
+    expected = found.pop("plain")
     # On a GPU float32 convolutions run in TF32, whose rounding depends on the algorithm.
     close = 1e-3 if device == "cpu" else 1e-2
-    torch.testing.assert_close(losses(methods["fdda_ext"], 2), expected, rtol=close, atol=0)
-    torch.testing.assert_close(losses(methods["bfloat16"], 2), expected, rtol=5e-2, atol=0)
+    for name, values in found.items():
+        rtol = close if name == "fdda_ext" else 5e-2
+        torch.testing.assert_close(values[:2], expected[:2], rtol=rtol, atol=0)
+        # Adam makes a full step of a rounding error: what follows is alike, no more.
+        torch.testing.assert_close(values, expected, rtol=0.3, atol=0)
 
     def step(method: FDDA) -> Callable[[], object]:
         return lambda: method.step(2)

@@ -131,6 +131,8 @@ class TrainConfig:
         precision: Of the float network and the generator while training: float32, or bfloat16
             (autocast; statistics, losses and the quantized network stay in float32). None for
             bfloat16 on a GPU and float32 on a CPU.
+        cuda_graphs: On a GPU, replay the steps of fdda's generator and of the student as CUDA
+            graphs: the same arithmetic in fewer launches.
         profile: Instead of training, run the whole schedule in this many iterations of the method
             after a few unmeasured ones, and write where their time goes: profile.txt, and
             trace.json for chrome://tracing or Perfetto.
@@ -166,6 +168,7 @@ class TrainConfig:
     device: str = "cpu"
     threads: int | None = None
     precision: Literal["float32", "bfloat16"] | None = None
+    cuda_graphs: bool = True
     profile: int | None = None
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
@@ -618,6 +621,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         config.seed,
         getattr(torch, config.precision or ("bfloat16" if device.type == "cuda" else "float32")),
         pixel_range=(-mean / std, (1 - mean) / std),
+        cuda_graphs=config.cuda_graphs,
     )
     return problem, replace(opened, preprocessing=preprocessing)
 

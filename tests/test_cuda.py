@@ -4,6 +4,7 @@ The files of the operators test CUDA too, through their ``device`` fixture. The 
 ``sanitized`` are small and reach every kernel: ``make gpu`` also runs them under compute-sanitizer.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -19,7 +20,7 @@ from torch import Tensor, library
 from fdda_ext.data import calibration_set
 from fdda_ext.deploy import IntegerProgram, capture, lower
 from fdda_ext.errors import UsageError
-from fdda_ext.methods import FDDA
+from fdda_ext.methods import FDDA, Problem
 from fdda_ext.models import load_model
 from fdda_ext.ops import class_batch_stats, class_stats_loss, fake_quantize, int4_pack_weight
 from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
@@ -304,16 +305,46 @@ def test_leaves_the_current_device_alone() -> None:
     assert y.device == x.device and torch.cuda.current_device() == before
 
 
+def on_gpu(task: Problem, **changes: Any) -> Problem:
+    tensors = {"images": task.images.cuda(), "labels": task.labels.cuda()}
+    return replace(task, teacher=task.teacher.cuda(), **tensors, **changes)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_replayed_fdda_iterations_are_the_launched_ones(
+    precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same random numbers, losses and students; a checkpoint in between changes nothing."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    # Long enough for graphs before and after the generator's change of phase.
+    chosen = fdda.settings({"steps": 8}, warmup_iterations=10, misclassified_iterations=6)
+    launched, replayed, resumed = (
+        FDDA(on_gpu(fdda.problem(right=True), precision=precision, cuda_graphs=graphs), chosen)
+        for graphs in (False, True, True)
+    )
+    close = 1e-3 if precision == torch.float32 else 3e-2
+    for iteration in range(launched.iterations):
+        if iteration == 14:
+            resumed.load_state_dict(copy.deepcopy(replayed.state_dict()))
+        expected, found = launched.step(iteration), replayed.step(iteration)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=close, atol=close)
+        if iteration >= 14:
+            again = resumed.step(iteration)
+            torch.testing.assert_close(again["student"], found["student"], rtol=close, atol=close)
+    assert torch.equal(launched.random.get_state(), replayed.random.get_state())
+    assert replayed.replayed_generator.is_captured and replayed.trainer.replayed.is_captured
+    assert not launched.trainer.replayed.is_captured
+    for one, other in zip(
+        launched.student.parameters(), replayed.student.parameters(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=close, atol=close)
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_fdda_iterations_wait_for_nothing_and_lower_to_a_program(precision: torch.dtype) -> None:
-    task = fdda.problem(right=True)
-    task = replace(
-        task,
-        teacher=task.teacher.cuda(),
-        images=task.images.cuda(),
-        labels=task.labels.cuda(),
-        precision=precision,
-    )
+    task = on_gpu(fdda.problem(right=True), precision=precision)
     method = FDDA(task, fdda.settings())
     for iteration in range(method.iterations - 1):
         losses = method.step(iteration)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdda_ext.data import Augmentation
 from fdda_ext.deploy import lower
+from fdda_ext.engine import Replayed
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import (
     FDDA,
@@ -128,6 +130,51 @@ def test_number_of_steps_and_phases():
     students = [it for it in range(7) if "student" in method.step(it)]
     assert students == [4, 5, 6]
     assert method.trainer.steps_done == 3
+
+
+class Recomputed(Replayed):
+    """Without a GPU: a replay runs the captured call again, on the captured memory."""
+
+    def _capture(self, step, inputs):
+        before = None if self._random is None else self._random.get_state()
+        self._inputs = [x.clone() for x in inputs]
+        self._outputs = step(*self._inputs)
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        if self._random is not None:
+            self._random.set_state(before)  # a capture draws nothing
+        self._graph = SimpleNamespace(replay=lambda: self.recompute(step))
+
+    def recompute(self, step):
+        for name, value in step(*self._inputs).items():
+            self._outputs[name].copy_(value)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient.copy_(parameter.grad)
+
+
+def test_replayed_steps_get_their_inputs_and_leave_their_gradients():
+    """All that a CUDA graph needs from its surroundings, on the CPU; test_cuda.py has the rest."""
+    chosen = settings({"steps": 8}, warmup_iterations=10, misclassified_iterations=6)
+    task = problem(right=True)
+    launched = FDDA(task, chosen)
+    with (
+        mock.patch("fdda_ext.methods.alternating.Replayed", Recomputed),
+        mock.patch("fdda_ext.methods.distillation.Replayed", Recomputed),
+    ):
+        replayed = FDDA(task, chosen)
+    for iteration in range(launched.iterations):
+        expected = launched.step(iteration)
+        with mock.patch.object(Problem, "replays", True):
+            found = replayed.step(iteration)
+        assert found == expected
+        # Captured anew when classes without a good centre are no longer drawn.
+        assert replayed.replayed_generator.is_captured == (iteration % 6 > 2 or iteration >= 9)
+        assert replayed.trainer.replayed.is_captured == (iteration >= 13)
+    assert torch.equal(launched.random.get_state(), replayed.random.get_state())
+    for one, other in zip(
+        launched.student.parameters(), replayed.student.parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 def test_generator_loss_is_the_weighted_sum_of_its_terms():

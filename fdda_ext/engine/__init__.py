@@ -16,6 +16,7 @@ from .loop import Progress, Trainable, train
 from .memory import keep_freed_memory, must_fit, peak_memory
 from .profiling import Profile, profile, stage
 from .progress import ProgressBar, progress_bar
+from .replay import Replayed
 from .run_folder import RunFolder
 from .student_file import preprocessing_of, read_student, write_student
 
@@ -25,6 +26,7 @@ __all__ = [
     "Profile",
     "Progress",
     "ProgressBar",
+    "Replayed",
     "RunFolder",
     "Trainable",
     "build_parser",

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-__all__ = ["Profile", "profile", "stage"]
+__all__ = ["Profile", "is_profiling", "profile", "stage"]
 
 
 class Profile:
@@ -47,6 +47,11 @@ class Profile:
 
 
 _active: Profile | None = None
+
+
+def is_profiling() -> bool:
+    """Whether stages are measured."""
+    return _active is not None
 
 
 @contextmanager

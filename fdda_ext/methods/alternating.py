@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from ..distribution import gather, shares, sum_gradients_, total
-from ..engine import must_fit, restore_random, stage
+from ..engine import Replayed, must_fit, restore_random, stage
 from ..errors import UsageError
 from ..quantization import calibrate, set_activation_mode
 from ..statistics import capture, running_statistics
@@ -116,6 +116,7 @@ class AlternatingTraining(Method):
             self.generator_optimizer = torch.optim.Adam(
                 self.generator.parameters(), lr=config.lr, betas=(0.5, 0.999)
             )
+        self.replayed_generator = Replayed(self.generator.parameters(), self.random)
         self.quantization = problem.quantization
         self.student = problem.student()
         self.trainer = Student(self.student, problem, distillation)
@@ -146,6 +147,13 @@ class AlternatingTraining(Method):
             for the student; their labels. Of several processes, each returns the labels of all
             images and its share of the images.
         """
+
+    def phase(self, iteration: int) -> Hashable | None:
+        """What the host decides in `generator_loss`; iterations of one phase are one CUDA graph.
+
+        None: it decides something else each time, and none is made.
+        """
+        return None
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """Images ``[count, 3, H, W]`` of random labels ``[count]``, as the generator makes them."""
@@ -186,14 +194,27 @@ class AlternatingTraining(Method):
         for group in self.generator_optimizer.param_groups:
             decays = sum(iteration >= m for m in self.schedule.lr_milestones)
             group["lr"] = self.schedule.lr * 0.1**decays
+
+        def step() -> dict[str, Tensor]:
+            return self.generator_gradients(iteration)
+
+        phase = self.phase(iteration)
+        replayed = phase is not None and self.problem.replays
+        found = self.replayed_generator(step, key=phase) if replayed else step()
+        images, labels = found.pop("images"), found.pop("labels")
+        sum_gradients_(self.generator.parameters())
+        with stage("generator: optimizer"):
+            self.generator_optimizer.step()
+        return total(found), images, labels
+
+    def generator_gradients(self, iteration: int) -> dict[str, Tensor]:
+        """Forward and backward pass: the losses, ``images`` and ``labels`` of `generator_loss`."""
         losses, images, labels = self.generator_loss(iteration)
         with stage("generator: backward"):
             self.generator_optimizer.zero_grad(set_to_none=True)
             losses["generator"].backward()
-            sum_gradients_(self.generator.parameters())
-        with stage("generator: optimizer"):
-            self.generator_optimizer.step()
-        return total(losses), images.detach(), labels
+        found = {name: loss.detach() for name, loss in losses.items()}
+        return found | {"images": images.detach(), "labels": labels}
 
     @torch.no_grad()
     def range_step(self, iteration: int, images: Tensor) -> None:

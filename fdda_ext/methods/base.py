@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..data import Augmentation
+from ..distribution import world_size
 from ..errors import UsageError
 from ..quantization import QuantizationConfig, prepare
 
@@ -39,6 +40,7 @@ class Problem:
             losses, the student and all that is trained stay in float32.
         pixel_range: Least and largest value of each colour of a normalised image, ``[3, 1, 1]``
             each; None if unknown.
+        cuda_graphs: On a GPU, replay steps as CUDA graphs.
     """
 
     teacher: nn.Module
@@ -50,6 +52,7 @@ class Problem:
     seed: int
     precision: torch.dtype = torch.float32
     pixel_range: tuple[Tensor, Tensor] | None = None
+    cuda_graphs: bool = True
 
     def autocast(self) -> torch.autocast:
         """The context in which teacher and generator run."""
@@ -65,6 +68,11 @@ class Problem:
     def device(self) -> torch.device:
         """Where everything is."""
         return self.images.device
+
+    @property
+    def replays(self) -> bool:
+        """Whether steps become CUDA graphs: not where processes exchange statistics in them."""
+        return self.cuda_graphs and self.device.type == "cuda" and world_size() == 1
 
     def student(self) -> GraphModule:
         """A fake-quantized copy of the teacher, its ranges not yet set."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..data import augment
 from ..distribution import shard, share_of, sum_gradients_, total
-from ..engine import must_fit, stage
+from ..engine import Replayed, must_fit, stage
 from ..errors import UsageError
 from ..quantization import bits_table, project_scales_, scale_parameters
 from ..reconstruction import (
@@ -208,6 +208,13 @@ class Student:
         if config.rounding is not None:
             alphas = [layer.alpha for layer in self.soft]
             self.optimizers.append(torch.optim.Adam(alphas, lr=config.rounding.lr))
+        self.parameters: list[Tensor] = [
+            parameter
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+        self.replayed = Replayed(self.parameters)
 
     def rate_factor(self) -> float:
         """Cosine annealing: 1 at the start, 0 after a half period, 1 again; and the milestones."""
@@ -258,17 +265,25 @@ class Student:
             settings__distillation__real_batch=self.config.real_batch,
             settings__distillation__generated_batch=self.config.generated_batch,
         ):
-            loss = share * self.loss(images, labels)
-            with stage("student: backward"):
-                for optimizer in self.optimizers:
-                    optimizer.zero_grad(set_to_none=True)
-                if regulariser is None:
-                    loss.backward()
-                else:
-                    assert self.config.rounding is not None
-                    (loss + share * self.config.rounding.weight * regulariser).backward()
-                groups = [g for optimizer in self.optimizers for g in optimizer.param_groups]
-                sum_gradients_(p for group in groups for p in group["params"])
+
+            def gradients(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+                loss = share * self.loss(images, labels)
+                with stage("student: backward"):
+                    for optimizer in self.optimizers:
+                        optimizer.zero_grad(set_to_none=True)
+                    if regulariser is None:
+                        loss.backward()
+                    else:
+                        assert self.config.rounding is not None
+                        (loss + share * self.config.rounding.weight * regulariser).backward()
+                return {"student": loss.detach()}
+
+            # What a method put in place, and AdaRound's course, may change with the step.
+            if self.problem.replays and self.loss == self.divergence and not self.soft:
+                found = self.replayed(gradients, images, labels)
+            else:
+                found = gradients(images, labels)
+            sum_gradients_(self.parameters)
             with stage("student: optimizer"):
                 for optimizer in self.optimizers:
                     optimizer.step()
@@ -282,7 +297,7 @@ class Student:
             metrics["decided"] = share_decided(self.soft)
         if regulariser is not None:
             metrics["regulariser"] = regulariser.detach()
-        return metrics | total({"student": loss})
+        return metrics | total(found)
 
     def regulariser(self) -> Tensor | None:
         """AdaRound's; None where no rounding is learned, and before it sets in."""

@@ -182,6 +182,11 @@ class FDDA(AlternatingTraining):
         }
         return losses, images[:own], labels_a
 
+    @override
+    def phase(self, iteration: int) -> bool:
+        """Whether classes of no good centre are still drawn."""
+        return iteration < self.config.misclassified_iterations
+
     def class_losses(
         self, iteration: int, inputs: Sequence[Tensor], classes: Tensor, class_index: Tensor
     ) -> tuple[Tensor, Tensor]:
