@@ -42,6 +42,14 @@ STABLE_TORCH_LIBRARY(fdda, m) {
       "int zero_point, float low, float high, float residual_scale, int residual_zero_point, "
       "float out_scale, int out_zero_point, int out_bits, int bits=8, bool winograd=False) -> "
       "Tensor");
+  // images float32 [N, C, H, W], or uint8 with table [C * 256] -> codes uint8 [N, H, W, C].
+  m.def(
+      "_int4_image_codes(Tensor images, Tensor? table, float inverse_scale, int zero_point, "
+      "int quant_max) -> Tensor");
+  // x uint8 [N, H, W, C] -> its largest codes uint8 [N, size[0], size[1], C]. Both on CUDA alone.
+  m.def(
+      "_int4_max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "int[] size) -> Tensor");
   // images float32 or uint8 [N, C, H, W]; constants, workspace uint8; records int64 -> the
   // last value [N, H, W, C]; int4_program_cpu.cpp describes the records. The time of every step is
   // written to nanoseconds int64.

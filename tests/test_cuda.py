@@ -16,9 +16,10 @@ import torch
 from test_cuda_host import CONV_CASES
 from test_int4_conv2d import make_case, run
 from torch import Tensor, library
+from torch.nn import functional as F
 
 from fdda_ext.data import calibration_set
-from fdda_ext.deploy import IntegerProgram, capture, lower
+from fdda_ext.deploy import CodeGrid, IntegerProgram, capture, lower
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import FDDA, Problem
 from fdda_ext.models import load_model
@@ -173,6 +174,28 @@ def test_sanitized_int4_conv2d_off_the_borders(case: str) -> None:
     moved = {n: unaligned(v.cuda()) if isinstance(v, Tensor) else v for n, v in options.items()}
     actual = run(*(unaligned(tensor.cuda()) for tensor in tensors), moved)
     assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("channels", [3, 12, 64])
+def test_sanitized_int4_steps_of_programs(channels: int) -> None:
+    """Codes of images and the largest code of each window."""
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randint(0, 256, (3, channels, 33, 31), generator=generator, dtype=torch.uint8)
+    images, grid = raw.float() / 64 - 2, CodeGrid(0.25, 5, 4)
+    expected = grid.quantize(images).permute(0, 2, 3, 1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        moved = images.cuda().contiguous(memory_format=layout)
+        codes = torch.ops.fdda._int4_image_codes(moved, None, grid.inverse_scale, 5, 15)
+        assert torch.equal(codes.cpu(), expected)
+    table = torch.arange(256, dtype=torch.uint8).flip(0).repeat(channels).cuda()
+    codes = torch.ops.fdda._int4_image_codes(raw.cuda(), table, 1.0, 0, 0)
+    assert torch.equal(codes.cpu(), 255 - raw.permute(0, 2, 3, 1))
+    geometry = ((3, 3), (2, 2), (1, 1), (1, 1))
+    largest = F.max_pool2d(raw.float(), *geometry).to(torch.uint8)
+    pooled = torch.ops.fdda._int4_max_pool(
+        raw.cuda().permute(0, 2, 3, 1), *geometry, largest.shape[2:]
+    )
+    assert torch.equal(pooled.permute(0, 3, 1, 2).cpu(), largest)
 
 
 def test_int4_conv2d_passes_opcheck() -> None:

@@ -21,10 +21,11 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from test_int4_conv2d import BAD, CASES, make_case
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from fdda_ext.data import calibration_set
-from fdda_ext.deploy import IntegerProgram, lower
+from fdda_ext.deploy import CodeGrid, IntegerProgram, lower
 from fdda_ext.models import load_model
 from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
 
@@ -509,6 +510,66 @@ def test_winograd_is_refused(simt: SimpleNamespace) -> None:
         simt.int4_pack_weight(weight, 1, True)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, "slice"])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 3, 4, 4), (3, 1, 3, 3), (2, 5, 6, 2)])
+def test_image_codes(simt: SimpleNamespace, shape: tuple[int, ...], layout: Any) -> None:
+    """Ties, values beyond the grid, tails of a thread's four pixels; bytes by their table."""
+    generator = torch.Generator().manual_seed(0)
+    grid = CodeGrid(0.25, 5, 4)
+    raw = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    table = torch.randint(0, 16, (shape[1], 256), generator=generator, dtype=torch.uint8)
+    for images in (raw, raw.float() / 64 - 2):
+        if layout == "slice":
+            images = torch.cat([images, images], 3)[:, :, :, : shape[3]]
+        else:
+            images = images.contiguous(memory_format=layout)
+        if images.dtype == torch.uint8:
+            columns = zip(table, images.unbind(1), strict=True)
+            expected = torch.stack([column[plane.long()] for column, plane in columns], 3)
+            actual = simt._int4_image_codes(images, table.flatten(), 1.0, 0, 0)
+        else:
+            expected = grid.quantize(images).permute(0, 2, 3, 1)
+            actual = simt._int4_image_codes(images, None, grid.inverse_scale, 5, 15)
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 12, 16, 48])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation", "ceil_mode"),
+    [
+        ((3, 3), (2, 2), (1, 1), (1, 1), False),
+        ((3, 2), (2, 1), (1, 1), (1, 2), True),
+        ((2, 2), (2, 2), (0, 0), (1, 1), True),
+    ],
+)
+def test_max_pool(
+    simt: SimpleNamespace,
+    channels: int,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, channels, 9, 8), generator=generator, dtype=torch.uint8)
+    geometry = (kernel, stride, padding, dilation)
+    expected = F.max_pool2d(images.float(), *geometry, ceil_mode).to(torch.uint8)
+    for codes in (images.permute(0, 2, 3, 1).contiguous(), images.permute(0, 2, 3, 1)):
+        actual = simt._int4_max_pool(codes, *geometry, expected.shape[2:])
+        assert torch.equal(actual.permute(0, 3, 1, 2), expected)
+
+
+def test_steps_refuse_what_they_cannot_read(simt: SimpleNamespace) -> None:
+    images = torch.zeros(1, 3, 4, 4)
+    with pytest.raises(ValueError, match="expected images to be float32, got float64"):
+        simt._int4_image_codes(images.double(), None, 1.0, 0, 15)
+    with pytest.raises(ValueError, match="expected table with images of bytes alone, got none"):
+        simt._int4_image_codes(images.byte(), None, 1.0, 0, 15)
+    with pytest.raises(ValueError, match="expected x to be uint8, got float32"):
+        simt._int4_max_pool(images, *[(2, 2)] * 4, (1, 1))
+
+
 @pytest.fixture(scope="module", params=["glyphs_resnet", "glyphs_mobilenet"])
 def program(request: pytest.FixtureRequest) -> IntegerProgram:
     images, _ = calibration_set("glyphs")
@@ -537,6 +598,10 @@ def test_whole_programs(
         calls.append(arguments)
         return simt.int4_conv2d(*arguments)
 
+    steps = sys.modules["fdda_ext.deploy.device"]
+    monkeypatch.setattr(steps, "_has_kernels", lambda x: True)
+    monkeypatch.setattr(steps, "_image_op", simt._int4_image_codes)
+    monkeypatch.setattr(steps, "_pool_op", simt._int4_max_pool)
     monkeypatch.setattr(module, "_pack_op", simt.int4_pack_weight)
     monkeypatch.setattr(module, "_conv_op", convolution)
     assert torch.equal(program.on_device(torch.device("cpu"))(images), expected)

@@ -48,6 +48,11 @@ __device__ __forceinline__ int dot4(uint32_t codes, uint32_t weights, int sum) {
   return result;
 }
 
+// The larger of each pair of bytes.
+__device__ __forceinline__ uint32_t larger_bytes(uint32_t a, uint32_t b) {
+  return __vmaxu4(a, b);
+}
+
 // Four matrices of 8 rows of 16 bytes in shared memory: lane l gives the address of row l % 8 of
 // matrix l / 8, and gets bytes 4 (l % 4) to 4 (l % 4) + 3 of row l / 4 of each matrix.
 __device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void* row) {

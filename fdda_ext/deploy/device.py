@@ -1,4 +1,4 @@
-"""A program as a CUDA device runs it: integer sums by `int4_conv2d`, the rest by torch's operators.
+"""A program as a CUDA device runs it: almost all by kernels, the rest by torch's operators.
 
 Nothing waits for the device and nothing is copied to it, so that a CUDA graph can capture a whole
 program (`deploy/graph.py`).
@@ -30,6 +30,10 @@ __all__ = ["DeviceProgram"]
 
 Pair = tuple[int, int]
 
+# Private to a program: their arguments were checked as it was built.
+_image_op = torch.ops.fdda._int4_image_codes.default
+_pool_op = torch.ops.fdda._int4_max_pool.default
+
 
 class DeviceProgram:
     """What `IntegerProgram` runs on a CUDA device; on a CPU it computes the same.
@@ -54,7 +58,6 @@ class DeviceProgram:
         self._tensors: dict[str, Tensor] = {}
         known = {image.name: image}
         steps: list[Instruction] = []
-        of_bytes: list[Instruction] = []  # the same for uint8 images
         for step in instructions:
             name = step.output.name
             known[name] = step.output
@@ -66,17 +69,17 @@ class DeviceProgram:
             else:
                 self._tensors |= {n: tensor.to(device) for n, tensor in plain.items()}
             if isinstance(step, MaxPool):
-                step = _HalfMaxPool(step.inputs, step.output, step)
+                step = _KernelMaxPool(step.inputs, step.output, step)
+            if isinstance(step, Quantize):
+                step = _ImageCodes(step.inputs, step.output)
+                if normalise is not None:
+                    self._tensors |= _table(step, normalise, device)
             steps.append(step)
-            if isinstance(step, Quantize) and normalise is not None:
-                self._tensors |= _table(step, normalise, device)
-                step = _LookUp(step.inputs, step.output)
-            of_bytes.append(step)
-        self._steps = {torch.float32: steps, torch.uint8: of_bytes}
+        self._steps = steps
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of float32 or uint8 images ``[N, C, H, W]``."""
-        return run_instructions(self._image, self._steps[images.dtype], self._tensors, images)
+        return run_instructions(self._image, self._steps, self._tensors, images)
 
 
 @dataclass(frozen=True)
@@ -126,29 +129,34 @@ def _packed(
 
 
 def _table(
-    step: Quantize, normalise: Callable[[Tensor], Tensor], device: torch.device
+    step: _ImageCodes, normalise: Callable[[Tensor], Tensor], device: torch.device
 ) -> dict[str, Tensor]:
     """The code of every channel's every byte, made on the CPU: devices divide in other ways."""
     assert step.output.grid is not None
     channels = step.output.shape[0]
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, channels, 1, 256)
-    rows = 256 * torch.arange(channels, dtype=torch.int32)
     table = step.output.grid.quantize(normalise(every)).flatten()
-    name = step.output.name
-    return {f"{name}.table": table.to(device), f"{name}.rows": rows.to(device)}
+    return {f"{step.output.name}.table": table.to(device)}
 
 
 @dataclass(frozen=True)
-class _LookUp(Instruction):
-    """Codes of bytes."""
+class _ImageCodes(Instruction):
+    """Codes of float32 images, or of bytes by their table."""
 
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        table, rows = (tensors[f"{self.output.name}.{part}"] for part in ("table", "rows"))
-        pixels = x[0].permute(0, 2, 3, 1)
-        places = (pixels.to(torch.int32) + rows).flatten()
-        return table.index_select(0, places).view(pixels.shape).permute(0, 3, 1, 2)
+        grid, images = self.output.grid, x[0]
+        assert grid is not None
+        table = tensors[f"{self.output.name}.table"] if images.dtype == torch.uint8 else None
+        if _has_kernels(images):
+            codes = _image_op(images, table, grid.inverse_scale, grid.zero_point, grid.quant_max)
+            return codes.permute(0, 3, 1, 2)
+        if table is None:
+            return grid.quantize(images).contiguous(memory_format=torch.channels_last)
+        rows = 256 * torch.arange(images.shape[1])
+        places = images.permute(0, 2, 3, 1).to(torch.int64) + rows
+        return table[places].permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -192,8 +200,8 @@ class _KernelLayer(Instruction):
 
 
 @dataclass(frozen=True)
-class _HalfMaxPool(Instruction):
-    """The largest code of each window, in float16, which holds codes exactly."""
+class _KernelMaxPool(Instruction):
+    """The largest code of each window."""
 
     step: MaxPool
 
@@ -201,11 +209,18 @@ class _HalfMaxPool(Instruction):
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
         step = self.step
-        codes = x[0] if inputs[0].grid is None else x[0].half()
-        largest = F.max_pool2d(
-            codes, step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode
-        )
-        return largest.to(x[0].dtype)
+        geometry = (step.kernel, step.stride, step.padding, step.dilation)
+        if inputs[0].grid is None:
+            return F.max_pool2d(x[0], *geometry, step.ceil_mode)
+        if not _has_kernels(x[0]):
+            return step.run(inputs, x, tensors)
+        largest = _pool_op(_pixels(x[0]), *geometry, self.output.shape[1:])
+        return largest.permute(0, 3, 1, 2)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """On a CPU, where a program is run by its own code, these steps serve tests alone."""
+    return x.is_cuda
 
 
 def _pixels(x: Tensor) -> Tensor:

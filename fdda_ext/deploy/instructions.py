@@ -75,10 +75,14 @@ class CodeGrid:
 
     # Scales are numbers, not tensors, so that nothing has to be copied to the device of x.
 
+    @property
+    def inverse_scale(self) -> float:
+        """One over the scale, in float32 as the kernels have it."""
+        return float(torch.ones(()) / torch.tensor(self.scale))
+
     def quantize(self, x: Tensor) -> Tensor:
         """Codes, uint8, of float32 ``x``."""
-        inverse = (torch.ones(()) / torch.tensor(self.scale)).item()  # float32, as in the kernels
-        codes = (x * inverse).round_().add_(self.zero_point)
+        codes = (x * self.inverse_scale).round_().add_(self.zero_point)
         return codes.clamp_(0, self.quant_max).to(torch.uint8)
 
     def dequantize(self, codes: Tensor) -> Tensor:

@@ -15,3 +15,4 @@
 #include "cuda/class_stats_loss_cuda.cu"
 #include "cuda/fake_quantize_cuda.cu"
 #include "cuda/int4_conv2d_cuda.cu"
+#include "cuda/int4_program_cuda.cu"

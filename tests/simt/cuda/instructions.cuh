@@ -45,6 +45,14 @@ inline int dot4(uint32_t codes, uint32_t weights, int sum) {
   return sum;
 }
 
+inline uint32_t larger_bytes(uint32_t a, uint32_t b) {
+  uint32_t largest = 0;
+  for (int shift = 0; shift < 32; shift += 8) {
+    largest |= std::max(a >> shift & 0xff, b >> shift & 0xff) << shift;
+  }
+  return largest;
+}
+
 inline void load_matrices(uint32_t (&result)[4], const void* row) {
   const int lane = static_cast<int>(simt::current % 32);
   simt::exchange(row, [&](const char (&slots)[32][16]) {
