@@ -69,7 +69,8 @@ def bench_layer(compare, device, layer, batch):
         return F.conv2d(images, filters, bias, stride, window // 2, 1, groups).relu_()
 
     values = ours(x, weight, layer, out_bits=0)().permute(0, 3, 1, 2)
-    assert (half().float() - values).abs().max() < 0.01 * values.max()
+    # All sums may be negative: then both are 0.
+    assert (half().float() - values).abs().max() <= 0.01 * values.max()
     peers = {"fdda_ext": function, "float16": half}
     pixels = batch * size * size
     if window == stride == 1 and pixels > 16 and channels % 8 == outputs % 8 == 0:

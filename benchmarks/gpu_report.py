@@ -41,8 +41,8 @@ BENCHMARKS = [
     "benchmarks/bench_int4_conv2d.py",
     "benchmarks/bench_fdda_iteration.py",
     "benchmarks/bench_class_stats_loss.py",
-    "benchmarks/bench_fake_quantize.py",
     "benchmarks/bench_program.py",
+    "benchmarks/bench_fake_quantize.py",
     "benchmarks/bench_class_batch_stats.py",
 ]
 

@@ -31,8 +31,12 @@ class Replayed:
         self._parameters = list(parameters)
         self._random = random
         self._key: Hashable = None
-        self._ordinary = 0
+        self._ordinary = 0  # calls since the key changed
         self._graph: torch.cuda.CUDAGraph | None = None
+        # Of the captured step, all in the graph's memory.
+        self._inputs: list[Tensor] = []
+        self._outputs: dict[str, Tensor] = {}
+        self._gradients: list[Tensor | None] = []
 
     def __call__(
         self, step: Callable[..., dict[str, Tensor]], *inputs: Tensor, key: Hashable = None
@@ -49,7 +53,8 @@ class Replayed:
             return step(*inputs)
         key = (key, *((x.shape, x.dtype) for x in inputs))
         if key != self._key:
-            self._key, self._ordinary, self._graph = key, 0, None
+            self._key, self._ordinary = key, 0
+            self._graph, self._inputs, self._outputs, self._gradients = None, [], {}, []
         if self._graph is None:
             if self._ordinary < _ORDINARY:
                 self._ordinary += 1
