@@ -44,6 +44,33 @@ def ours(x: Tensor, weight: Tensor, layer: str, out_bits: int = 4) -> Callable[[
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("layer", [name for name in LAYERS if "depthwise" not in name])
+def bench_tiles(compare, device, monkeypatch, layer, batch):
+    """What csrc/cuda/int4_conv2d_plan.cuh knows of the cost of its tiles comes from these times."""
+    if device != "cuda":
+        pytest.skip("tiles are those of the CUDA kernel")
+    size, channels, outputs, window, _, groups = LAYERS[layer]
+    x = torch.randint(0, 16, (batch, size, size, channels), dtype=torch.uint8, device=device)
+    sizes = (outputs, window, window, channels // groups)
+    function = ours(x, torch.randint(-8, 8, sizes, dtype=torch.int8, device=device), layer)
+    expected = function()
+
+    def in_tile(tile: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            monkeypatch.setenv("FDDA_INT4_TILE", tile)
+            result = function()
+            monkeypatch.delenv("FDDA_INT4_TILE")
+            return result
+
+        return run
+
+    tiles = {f"tile {tile}": in_tile(str(tile)) for tile in range(5 if channels % 16 == 0 else 3)}
+    assert all(torch.equal(run(), expected) for run in tiles.values())
+    with torch.inference_mode():
+        compare(f"int4_conv2d by tiles, {layer}, batch {batch}", {"fdda_ext": function, **tiles})
+
+
 @pytest.mark.parametrize("batch", [1, 32])
 @pytest.mark.parametrize("layer", LAYERS)
 def bench_layer(compare, device, layer, batch):

@@ -139,29 +139,16 @@ def test_sanitized_class_statistics(layout: Callable[[Tensor], Tensor], dtype: t
         torch.testing.assert_close(got.cpu(), wanted, rtol=tolerance, atol=tolerance * scale)
 
 
-def tile_case(name: str) -> dict[str, Any]:
-    """A problem for which this device takes a certain tile of the product of matrices.
-
-    A large device takes the smallest one for all of CONV_CASES.
-    """
-    size = torch.cuda.get_device_properties("cuda").multi_processor_count
-    rows, channels, outputs = {
-        "large": (129, 16, 128),
-        "wide": (129, 48, 64),
-        "wide, bytes": (129, 20, 50),
-        "medium": (70, 32, 64),
-    }[name]
-    case = {"shape": (1, rows, size, channels), "outputs": outputs, "residual": "codes"}
-    return case | {"kernel": (1, 1), "padding": (0, 0), "zero_point": 1}
-
-
 def on_cuda(value: Any) -> Any:
     return value.cuda() if isinstance(value, Tensor) else value
 
 
-@pytest.mark.parametrize("case", [*CONV_CASES, "large", "wide", "wide, bytes", "medium"])
-def test_sanitized_int4_conv2d(case: str) -> None:
-    *tensors, options = make_case(**(CONV_CASES.get(case) or tile_case(case)))
+@pytest.mark.parametrize("tile", range(5))
+@pytest.mark.parametrize("case", CONV_CASES)
+def test_sanitized_int4_conv2d(case: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each tile of a product of matrices."""
+    monkeypatch.setenv("FDDA_INT4_TILE", str(tile))
+    *tensors, options = make_case(**CONV_CASES[case])
     expected = run(*tensors, options)
     moved = {name: on_cuda(value) for name, value in options.items()}
     assert torch.equal(run(*map(on_cuda, tensors), moved).cpu(), expected)

@@ -351,28 +351,29 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return request.param
 
 
-@pytest.fixture(params=["1", "100000"])
-def device_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Multiprocessors: small devices get the largest tiles, large ones the smallest."""
-    monkeypatch.setenv("FDDA_SIMT_MULTIPROCESSORS", request.param)
+@pytest.fixture(params=range(5))
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Each tile of a product of matrices; where bytes lie anywhere, there are but three."""
+    monkeypatch.setenv("FDDA_INT4_TILE", str(request.param))
     return request.param
 
 
 @pytest.mark.parametrize("case", CONV_CASES)
-def test_int4_conv2d(simt: SimpleNamespace, order: str, device_size: str, case: str) -> None:
+def test_int4_conv2d(simt: SimpleNamespace, order: str, tile: int, case: str) -> None:
     problem = make_case(**CONV_CASES[case])
     expected = convolve(CPU, problem)
     assert torch.equal(convolve(simt, problem), expected)
 
 
-@pytest.mark.parametrize("blocks", [3, 6])
-def test_int4_conv2d_in_medium_tiles(
-    simt: SimpleNamespace, order: str, monkeypatch: pytest.MonkeyPatch, blocks: int
+def test_int4_conv2d_in_the_tile_of_least_time(
+    simt: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More multiprocessors than wide tiles, but no more than medium ones."""
-    monkeypatch.setenv("FDDA_SIMT_MULTIPROCESSORS", str(blocks))
-    problem = make_case((2, 9, 9, 80), 60 if blocks == 3 else 100, residual="float")
-    assert torch.equal(convolve(simt, problem), convolve(CPU, problem))
+    """Of small and of large devices."""
+    problem = make_case((2, 9, 9, 80), 100, residual="float")
+    expected = convolve(CPU, problem)
+    for multiprocessors in ("1", "6", "132"):
+        monkeypatch.setenv("FDDA_SIMT_MULTIPROCESSORS", multiprocessors)
+        assert torch.equal(convolve(simt, problem), expected)
 
 
 @pytest.mark.parametrize("case", ["large_tile", "24_channels", "depthwise_runs", "grouped_words"])
@@ -439,7 +440,7 @@ def test_int4_conv2d_on_random_geometry(simt: SimpleNamespace, data: st.DataObje
         numbers = st.integers(low, high)
         return data.draw(st.tuples(numbers, numbers))
 
-    os.environ["FDDA_SIMT_MULTIPROCESSORS"] = data.draw(st.sampled_from(["1", "2", "4", "100"]))
+    os.environ["FDDA_INT4_TILE"] = str(data.draw(st.integers(0, 4)))
     os.environ["FDDA_SIMT_REVERSED"] = data.draw(st.sampled_from(["0", "1"]))
     groups = data.draw(st.integers(1, 4))
     kernel, dilation = pair(1, 4), pair(1, 2)
@@ -463,7 +464,7 @@ def test_int4_conv2d_on_random_geometry(simt: SimpleNamespace, data: st.DataObje
     try:
         assert torch.equal(convolve(simt, problem), convolve(CPU, problem))
     finally:
-        del os.environ["FDDA_SIMT_MULTIPROCESSORS"], os.environ["FDDA_SIMT_REVERSED"]
+        del os.environ["FDDA_INT4_TILE"], os.environ["FDDA_SIMT_REVERSED"]
 
 
 @pytest.mark.parametrize(

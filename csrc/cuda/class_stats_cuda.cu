@@ -156,12 +156,12 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsBlocks)
 }
 
 // Calls `add` with the positions and the moments of every part (chunk of a sample) of class k that
-// falls to this thread: of the kMergeSlices threads with its channel, part i falls to the one in
-// slice i % kMergeSlices. False, at once, if an earlier sample than `sample` is of the class.
+// falls to this thread: of the threads with its channel, `slices` in number, part i falls to number
+// i % slices. False, at once, if an earlier sample than `sample` is of the class.
 template <typename Add>
 __device__ __forceinline__ bool for_parts(
     const Layer& layer, const double2* moments, const int64_t* labels, int samples, int sample,
-    int64_t k, uint32_t slice, uint32_t channel, Add add) {
+    int64_t k, uint32_t slice, uint32_t slices, uint32_t channel, Add add) {
   uint32_t chunk = slice;  // counts on from one sample to the next
   for (int first = 0; first < samples; first += kWarpSize) {
     unsigned members = samples_of_class(labels, samples, first, k);
@@ -172,7 +172,7 @@ __device__ __forceinline__ bool for_parts(
         return false;
       }
 #pragma unroll 8
-      for (; chunk < layer.chunks; chunk += kMergeSlices) {
+      for (; chunk < layer.chunks; chunk += slices) {
         const double2 part =
             channel < layer.channels ? moments[moments_at(layer, n, chunk) + channel] : double2{};
         add(static_cast<double>(chunk_positions(layer, chunk)), part.x, part.y);
@@ -185,41 +185,43 @@ __device__ __forceinline__ bool for_parts(
 
 // The sum over the slices of each channel, for all its threads.
 __device__ __forceinline__ double sum_slices(
-    double value, double (&scratch)[kStatsWarps][kMergeChannels]) {
-  for (int offset = kWarpSize / 2; offset >= kMergeChannels; offset /= 2) {
+    double value, int channels, double (&scratch)[kStatsWarps][kWarpSize]) {
+  for (int offset = kWarpSize / 2; offset >= channels; offset /= 2) {
     value += __shfl_down_sync(kAllLanes, value, offset);
   }
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  if (lane < kMergeChannels) {
+  if (lane < channels) {
     scratch[threadIdx.x / kWarpSize][lane] = value;
   }
   __syncthreads();
   double total = 0;
   for (int warp = 0; warp < kStatsWarps; ++warp) {
-    total += scratch[warp][lane % kMergeChannels];
+    total += scratch[warp][lane % channels];
   }
   return total;
 }
 
 // Merges the chunks and samples of a class, in double: the mean of all parts first, then their
 // squared deviations from it, without a division that the next part would wait for. A block has
-// kMergeChannels channels of one class.
+// merge_channels channels of one class.
 template <typename A>
 __global__ void __launch_bounds__(kStatsThreads) merge_kernel(
     const __grid_constant__ LayerTable table, const double2* moments, const int64_t* labels,
     int64_t num_classes, StatisticsSpan<A> out, LossTerms<A> loss) {
-  __shared__ double counts[kStatsWarps][kMergeChannels];
-  __shared__ double sums[kStatsWarps][kMergeChannels];
-  __shared__ double squares[kStatsWarps][kMergeChannels];
+  __shared__ double counts[kStatsWarps][kWarpSize];
+  __shared__ double sums[kStatsWarps][kWarpSize];
+  __shared__ double squares[kStatsWarps][kWarpSize];
   const int64_t index = blockIdx.x;
   const Layer& layer = table.layer[find_layer(table, index, true)];
   const uint32_t unit = static_cast<uint32_t>(index - layer.merge_begin);
   const int sample = static_cast<int>(unit / merge_tiles(layer));
-  const uint32_t slice = threadIdx.x / kMergeChannels;
+  const int channels = static_cast<int>(layer.merge_channels);
+  const uint32_t slice = threadIdx.x / layer.merge_channels;
+  const uint32_t slices = kStatsThreads / layer.merge_channels;
   const uint32_t channel =
-      unit % merge_tiles(layer) * kMergeChannels + threadIdx.x % kMergeChannels;
+      unit % merge_tiles(layer) * layer.merge_channels + threadIdx.x % layer.merge_channels;
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  const bool active = lane < kMergeChannels && channel < layer.channels;
+  const bool active = lane < channels && channel < layer.channels;
   const int64_t k = labels[sample];
   // Other samples are left out: those without a class, and all but the first of a class.
   bool stands_for_class = k >= 0 && k < num_classes;
@@ -228,23 +230,23 @@ __global__ void __launch_bounds__(kStatsThreads) merge_kernel(
   double sum = 0;
   stands_for_class =
       stands_for_class && for_parts(
-                              layer, moments, labels, table.samples, sample, k, slice, channel,
-                              [&](double positions, double mean, double) {
+                              layer, moments, labels, table.samples, sample, k, slice, slices,
+                              channel, [&](double positions, double mean, double) {
                                 count += positions;
                                 sum += positions * mean;
                               });
   double total_mean = 0;
   double total_m2 = 0;
   if (stands_for_class) {  // the same for the whole block
-    count = sum_slices(count, counts);
-    total_mean = sum_slices(sum, sums) / count;
+    count = sum_slices(count, channels, counts);
+    total_mean = sum_slices(sum, channels, sums) / count;
     for_parts(
-        layer, moments, labels, table.samples, sample, k, slice, channel,
+        layer, moments, labels, table.samples, sample, k, slice, slices, channel,
         [&](double positions, double mean, double m2) {
           const double deviation = mean - total_mean;
           total_m2 += m2 + positions * (deviation * deviation);
         });
-    total_m2 = sum_slices(total_m2, squares);
+    total_m2 = sum_slices(total_m2, channels, squares);
   }
   if (threadIdx.x >= kWarpSize) {
     return;

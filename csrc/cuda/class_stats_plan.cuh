@@ -21,10 +21,10 @@ constexpr int kStatsBlocks = 2;
 // Values per unit: enough to hide the start of a warp, few enough to balance unequal layers.
 constexpr int kPlaneChunk = 2048;
 constexpr int kRowsUnitValues = 4096;
-// Channels of a block that merges the parts of a class, 16 bytes of moments each: few, because its
-// other threads share the parts, of which a layer has thousands, and wait for memory.
-constexpr int kMergeChannels = 8;
-constexpr int kMergeSlices = kStatsThreads / kMergeChannels;
+// Channels of a block that merges the parts of a class: a warp's; or, of layers with many chunks, a
+// quarter of them, as its other threads share the parts, of which there are thousands then.
+constexpr int kFewChunks = 8;
+constexpr int kFewChannels = 8;
 // Layers per launch. Their descriptions travel by value, in the 32 KB a kernel's parameters have.
 constexpr int kMaxLayers = 64;
 
@@ -45,7 +45,7 @@ struct Layer {
   int64_t channel_begin;  // its columns in the statistics [K, sum C]
   int64_t unit_begin;     // its first unit
   int64_t moments_begin;  // its moments [N, chunks, C]
-  int64_t merge_begin;    // its first merge unit: [N, tiles of kMergeChannels]
+  int64_t merge_begin;    // its first merge unit: [N, tiles of merge_channels]
   uint32_t channels;
   uint32_t positions;
   uint32_t chunk;   // positions per unit
@@ -54,6 +54,7 @@ struct Layer {
   uint32_t lanes;   // groups of channels side by side in a warp; with planes unused
   uint32_t planes;  // 1: planes, 0: rows
   uint32_t packed;  // rows: groups of kPackSize channels, aligned; otherwise of one
+  uint32_t merge_channels;
 };
 
 struct LayerTable {
@@ -66,7 +67,8 @@ struct LayerTable {
 
 // At least one: without channels there are still samples to count.
 FDDA_HOST_DEVICE uint32_t merge_tiles(const Layer& layer) {
-  return layer.channels == 0 ? 1 : (layer.channels + kMergeChannels - 1) / kMergeChannels;
+  return layer.channels == 0 ? 1
+                             : (layer.channels + layer.merge_channels - 1) / layer.merge_channels;
 }
 
 // Fills in how a layer is cut, from channels, positions, planes and packed.
@@ -83,6 +85,7 @@ FDDA_HOST_DEVICE void plan_layer(Layer& layer, int pack_size) {
     layer.chunk = static_cast<uint32_t>(kRowsUnitValues / (layer.lanes * group_size));
   }
   layer.chunks = static_cast<uint32_t>(ceil_divide(layer.positions, layer.chunk));
+  layer.merge_channels = layer.chunks <= kFewChunks ? kWarpSize : kFewChannels;
 }
 
 // How many units, merge units and moments a layer has; all zero if it has no positions.

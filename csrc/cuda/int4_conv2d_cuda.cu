@@ -2,8 +2,10 @@
 // in any order, and what follows them is written once (common/integer_epilogue.h).
 //
 // One launch, by the kind of the weight (int4_layout.cuh): products of matrices on tensor cores, in
-// the largest tile that fills the device; depthwise; or groups too narrow for either. Nothing waits
+// the tile that takes least time; depthwise; or groups too narrow for either. Nothing waits
 // for the device, so everything can be captured in a CUDA graph.
+
+#include <cstdlib>
 
 #include "common/int4_conv2d_checks.h"
 #include "cuda/int4_direct.cuh"
@@ -77,11 +79,22 @@ bool is_aligned(const void* pointer, uintptr_t bytes) {
 
 // Launches ----------------------------------------------------------------------------------------
 
-template <typename Tile, typename Units>
-void launch_matrix(const char* op, const ConvCall& call, cudaStream_t stream) {
-  launch(
-      op, &int4_matrix_kernel<Tile, Units>, matrix_blocks<Tile>(call.shape), Tile::kThreads, stream,
-      call);
+// FDDA_INT4_TILE=n forces the n-th tile of a list, modulo its length: to measure and to test them.
+template <typename Units, typename... Tiles>
+void launch_tile(
+    const char* op, const ConvCall& call, TileList<Tiles...> tiles, const TileCost* costs,
+    cudaStream_t stream) {
+  const char* forced = std::getenv("FDDA_INT4_TILE");
+  int wanted = forced == nullptr ? best_tile(tiles, costs, call.shape, multiprocessors(op))
+                                 : std::atoi(forced) % static_cast<int>(sizeof...(Tiles));
+  const auto launch_if_wanted = [&](auto kernel, int64_t blocks, int threads) {
+    if (wanted-- == 0) {
+      launch(op, kernel, blocks, threads, stream, call);
+    }
+  };
+  (launch_if_wanted(
+       &int4_matrix_kernel<Tiles, Units>, matrix_blocks<Tiles>(call.shape), Tiles::kThreads),
+   ...);
 }
 
 void launch_int4_matrix(const char* op, const ConvCall& call, cudaStream_t stream) {
@@ -89,16 +102,10 @@ void launch_int4_matrix(const char* op, const ConvCall& call, cudaStream_t strea
   const bool in_units = is_aligned(call.x, kUnitBytes) && s.channels % kUnitBytes == 0 &&
                         s.weight.group_channels % kUnitBytes == 0 &&
                         s.weight.kernel_y * s.weight.kernel_x <= kMaxTaps;
-  const TileKind tile = matrix_tile(s, in_units, multiprocessors(op));
-  if (!in_units) {
-    return tile == TileKind::kWide ? launch_matrix<WideTile, SegmentUnits>(op, call, stream)
-                                   : launch_matrix<SmallTile, SegmentUnits>(op, call, stream);
-  }
-  switch (tile) {
-    case TileKind::kLarge: return launch_matrix<LargeTile, TapUnits>(op, call, stream);
-    case TileKind::kWide: return launch_matrix<WideTile, TapUnits>(op, call, stream);
-    case TileKind::kMedium: return launch_matrix<MediumTile, TapUnits>(op, call, stream);
-    default: return launch_matrix<SmallTile, TapUnits>(op, call, stream);
+  if (in_units) {
+    launch_tile<TapUnits>(op, call, UnitTiles(), kUnitCosts, stream);
+  } else {
+    launch_tile<SegmentUnits>(op, call, SegmentTiles(), kSegmentCosts, stream);
   }
 }
 
