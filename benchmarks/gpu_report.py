@@ -47,6 +47,18 @@ BENCHMARKS = [
 ]
 
 
+def without_paths(text: str) -> str:
+    """For a report to be published: nothing of where things are on the machine."""
+    for path, name in (
+        (PYTHON, "python3"),
+        (str(ROOT), "."),
+        (tempfile.gettempdir(), "TMP"),
+        (sys.prefix, "PREFIX"),
+    ):
+        text = text.replace(path, name)
+    return text
+
+
 @dataclass(frozen=True)
 class Step:
     """A command, its limit in seconds, what it adds to the environment."""
@@ -84,10 +96,11 @@ class Step:
             output, _ = process.communicate()
             status = -1
         seconds = round(time.monotonic() - start, 1)
+        output = without_paths(output)
         print(f"[{status}] {' '.join(self.command)} ({seconds} s)", flush=True)
         if status:
             print(output[-1500:], flush=True)
-        command = " ".join([Path(self.command[0]).name, *self.command[1:]])
+        command = without_paths(" ".join(self.command))
         return {"command": command, "status": status, "seconds": seconds, "output": output[-4000:]}
 
 

@@ -1,6 +1,7 @@
-"""Turn the JSON of ``make bench`` into docs/benchmarks.md.
+"""Turn the JSON of ``make bench`` into docs/benchmarks.md, that of ``make gpu`` into docs/gpu.md.
 
 python benchmarks/report.py benchmarks/out/cpu.json docs/benchmarks.md [COST.md ...]
+python benchmarks/report.py benchmarks/results/gpu-DEVICE-COMMIT.json docs/gpu.md
 
 Tables that benchmarks/inference_cost.py printed follow at the end.
 """
@@ -27,6 +28,19 @@ column "plain Function" (one multiplication forward, nothing backward).
 "program" runs whole networks at 224x224, W4A4 with all layers at 4 bits, from float images to
 logits; the eight-bit peers, OpenVINO with NNCF and ONNX Runtime (QDQ), are measured where they are
 installed.
+"""
+
+
+GPU_INTRODUCTION = """\
+# Benchmarks on a GPU
+
+Made by `make gpu` and `benchmarks/report.py`. Microseconds: the median of a call, up to the end of
+its work, and in brackets the sum of its kernels' times on the device, without the gaps between
+them; "x" is the peer's kernel time over ours. A call of a single operator is bound by the host,
+which launches it; what counts then is the bracket, as in a CUDA graph or a longer queue. Inputs are
+the same from call to call and mostly stay in the second-level cache, for all peers alike. All peers
+of a line took turns in one run, after a check that they compute the same. "copy" moves the bytes
+that the operation must at least read and write, with `copy_`: it is the floor.
 """
 
 
@@ -80,6 +94,37 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def device_cell(peer: dict[str, float], ours: dict[str, float]) -> str:
+    ratio = peer["device_us"] / ours["device_us"]
+    return f"{peer['median_us']:.0f} ({peer['device_us']:.1f}, {ratio:.2f}x)"
+
+
+def render_gpu(report: dict[str, Any]) -> str:
+    """The Markdown page of one report of ``make gpu``."""
+    lines = [
+        GPU_INTRODUCTION,
+        f"{report['date']}. Machine: {report['device']}; torch {report['torch']}; CUDA "
+        f"{report['cuda']}; Python {report['python']}; commit {report['commit'][:8]}.",
+        "",
+    ]
+    families: dict[str, dict[str, dict[str, Any]]] = {}
+    for group, info in report["measurements"].items():
+        family, _, case = group.partition(", ")
+        times = {name: peer for name, peer in info.items() if isinstance(peer, dict)}
+        families.setdefault(family, {})[case] = times
+    for family, cases in families.items():
+        peers = list(dict.fromkeys(n for times in cases.values() for n in times if n != "fdda_ext"))
+        lines += [f"## {family}", "", "| case | fdda_ext | " + " | ".join(peers) + " |"]
+        lines.append("|---" * (len(peers) + 2) + "|")
+        for case, times in cases.items():
+            own = times["fdda_ext"]
+            cells = [device_cell(times[name], own) if name in times else "" for name in peers]
+            ours = f"{own['median_us']:.0f} ({own['device_us']:.1f})"
+            lines.append(f"| {case} | {ours} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def profile(benchmark: dict[str, Any]) -> list[str]:
     """A table of where a program's time goes, and how far each step is from its floor."""
     info = benchmark["extra_info"]
@@ -118,7 +163,8 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("cost", type=Path, nargs="*")
     options = parser.parse_args()
-    page = render(json.loads(options.report.read_text()))
+    report = json.loads(options.report.read_text())
+    page = render_gpu(report) if "measurements" in report else render(report)
     if options.cost:
         page += "\n" + COST + "\n".join(table(path.read_text()) for path in options.cost)
     options.page.write_text(page)
