@@ -247,6 +247,38 @@ def test_files_and_commands_that_the_text_names_exist(page):
             assert module or (ROOT / path).exists() or path in files_of(page), span
 
 
+COMMANDS = ("train", "evaluate", "export", "pretrain", "compare", "visualize", "data.synthetic")
+#: Options of other programs that the pages name.
+FOREIGN = {"--nproc-per-node", "--nnodes", "--no-build-isolation", "--fmad", "--no-deps"}
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, set[str]]:
+    """What every command and every program takes, with underscores; "" for all of them together."""
+    found: dict[str, set[str]] = {}
+    for name in COMMANDS:
+        with contextlib.redirect_stdout(io.StringIO()) as help_text, pytest.raises(SystemExit):
+            importlib.import_module(f"fdda_ext.{name}").main(["--help"])
+        found[f"fdda_ext.{name}"] = set(re.findall(r"--[\w.-]+", help_text.getvalue()))
+    for program in [*(ROOT / "python").glob("*.py"), ROOT / "benchmarks" / "gpu_report.py"]:
+        found[program.name] = set(re.findall(r"\"(--[\w-]+)\"", program.read_text()))
+    found = {name: {o.replace("-", "_") for o in every} for name, every in found.items()}
+    return {**found, "": set.union(*found.values()) | {o.replace("-", "_") for o in FOREIGN}}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_options_that_the_text_names_exist(page, options):
+    for span in re.findall(r"`([^`]*--\w[^`]*)`", prose(page)):
+        command = re.match(r"(?:python )?(?:-m )?(fdda_ext\.\w+(?:\.\w+)?|\S+\.py) ", span)
+        name = Path(command[1]).name if command else ""
+        known = options[name if name in options else ""]
+        for option in re.findall(r"(?<!\S)--[\w.-]*\w", span):
+            wanted = re.sub(r"[A-Z]{2,}", r"\\w+", re.escape(option.replace("-", "_")))
+            # A section stands for what is in it, and --no_ for the opposite.
+            wanted = wanted.replace("__no_", "__(no_)?")
+            assert any(re.match(rf"{wanted}\b", o) for o in known), (span, option)
+
+
 def files_of(page: Path) -> set[str | None]:
     return {block.file for block in blocks(page)}
 
