@@ -229,7 +229,7 @@ class TrainConfig:
 #: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
 _NOT_STORED = (
     *("out", "resume", "max_time", "threads", "profile", "workers", "test_batch"),
-    *("max_unreadable", "report"),
+    *("max_unreadable", "report", "cuda_graphs"),
 )
 #: Options that stand for others.
 _EXPANDED = ("preset", "config", "bits")
@@ -510,8 +510,9 @@ def measure_stages(
     table = measured.table()
     console.print(table)
     mean = sum(measured.iterations) / len(measured.iterations)
+    bound = "at most" if problem.replays else "about"  # stages are launched, never replayed
     console.print(
-        f"{planned} iterations of the whole schedule: about {mean * planned / 60:.1f} min; "
+        f"{planned} iterations of the whole schedule: {bound} {mean * planned / 60:.1f} min; "
         f"trace in {folder / 'trace.json'}",
         highlight=False,
     )

@@ -79,14 +79,16 @@ bool is_aligned(const void* pointer, uintptr_t bytes) {
 
 // Launches ----------------------------------------------------------------------------------------
 
-// FDDA_INT4_TILE=n forces the n-th tile of a list, modulo its length: to measure and to test them.
+// FDDA_INT4_TILE=n forces the n-th tile of a list, modulo its length, to measure and to test them;
+// what is no number counts as 0.
 template <typename Units, typename... Tiles>
 void launch_tile(
     const char* op, const ConvCall& call, TileList<Tiles...> tiles, const TileCost* costs,
     cudaStream_t stream) {
   const char* forced = std::getenv("FDDA_INT4_TILE");
-  int wanted = forced == nullptr ? best_tile(tiles, costs, call.shape, multiprocessors(op))
-                                 : std::atoi(forced) % static_cast<int>(sizeof...(Tiles));
+  int wanted = forced == nullptr
+                   ? best_tile(tiles, costs, call.shape, multiprocessors(op))
+                   : static_cast<int>(std::strtoul(forced, nullptr, 10) % sizeof...(Tiles));
   const auto launch_if_wanted = [&](auto kernel, int64_t blocks, int threads) {
     if (wanted-- == 0) {
       launch(op, kernel, blocks, threads, stream, call);
