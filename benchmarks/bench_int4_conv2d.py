@@ -47,7 +47,7 @@ def ours(x: Tensor, weight: Tensor, layer: str, out_bits: int = 4) -> Callable[[
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("layer", [name for name in LAYERS if "depthwise" not in name])
 def bench_tiles(compare, device, monkeypatch, layer, batch):
-    """What csrc/cuda/int4_conv2d_plan.cuh knows of the cost of its tiles comes from these times."""
+    """Beside the tile that csrc/cuda/int4_conv2d_plan.cuh chooses, each that it chooses from."""
     if device != "cuda":
         pytest.skip("tiles are those of the CUDA kernel")
     size, channels, outputs, window, _, groups = LAYERS[layer]

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +47,17 @@ BENCHMARKS = [
 ]
 
 
+#: Process groups of the steps that are under way.
+RUNNING: set[int] = set()
+
+
+def end(number: int, frame: object) -> None:
+    """On a signal: end what was started, too, and leave at once."""
+    for group in list(RUNNING):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(128 + number)
+
+
 def without_paths(text: str) -> str:
     """For a report to be published: nothing of where things are on the machine."""
     for path, name in (
@@ -72,7 +83,9 @@ class Step:
         start = time.monotonic()
         limit = min(self.limit, deadline - start)
         if limit <= 0:
-            return {"command": " ".join(self.command), "status": -2, "seconds": 0, "output": ""}
+            print(f"[-2] {' '.join(self.command)} (no time left)", flush=True)
+            command = without_paths(" ".join(self.command))
+            return {"command": command, "status": -2, "seconds": 0, "output": ""}
         try:
             # A group of its own, so that what it started ends with it.
             process = subprocess.Popen(
@@ -88,6 +101,7 @@ class Step:
         except FileNotFoundError as error:
             print(f"[127] {error}", flush=True)
             return {"command": self.command[0], "status": 127, "seconds": 0, "output": str(error)}
+        RUNNING.add(process.pid)
         try:
             output, _ = process.communicate(timeout=limit)
             status = process.returncode
@@ -95,6 +109,8 @@ class Step:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             status = -1
+        finally:
+            RUNNING.discard(process.pid)
         seconds = round(time.monotonic() - start, 1)
         output = without_paths(output)
         print(f"[{status}] {' '.join(self.command)} ({seconds} s)", flush=True)
@@ -151,6 +167,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu_report: expected torch to reach a CUDA device, got none", file=sys.stderr)
         return 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
     start = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_properties("cuda")
@@ -175,9 +193,9 @@ def main() -> int:
         deadline = start + share * options.seconds
         chosen = {n: step for n, step in chosen.items() if not n.startswith(tuple(options.skip))}
         with ThreadPoolExecutor(at_once) as pool:
-            found = pool.map(lambda step: step.run(deadline), chosen.values())
-            for name, result in zip(chosen, found, strict=True):
-                steps[name] = result
+            futures = {pool.submit(step.run, deadline): name for name, step in chosen.items()}
+            for done in as_completed(futures):
+                steps[futures[done]] = done.result()
                 path.write_text(json.dumps(report, indent=1) + "\n")
 
     architecture = {"FDDA_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{device.major}.{device.minor}"}
@@ -185,13 +203,15 @@ def main() -> int:
     run({"build": Step(build, 900, architecture)}, 0.5)
     with tempfile.TemporaryDirectory() as folder:
         run({**tests(), **runs(folder)}, 0.5, at_once=max(2, (os.cpu_count() or 2) - 1))
-        log = Path(folder) / "benchmarks"
+        log = path.with_suffix(".log")  # stays if this is cut short
+        log.unlink(missing_ok=True)
         environment = {"FDDA_BENCH_DEVICE": "cuda", "FDDA_BENCH_LOG": str(log)}
         run({"benchmarks": Step([*PYTEST, *BENCHMARKS], 1800, environment)})
         if log.exists():
             for line in log.read_text().splitlines():
                 measured = json.loads(line)
                 measurements[measured.pop("group")] = measured
+            log.unlink()
     path.write_text(json.dumps(report, indent=1) + "\n")
     failed = [name for name, result in steps.items() if result["status"]]
     print(f"{path}: {'failed: ' + ', '.join(failed) if failed else 'all passed'}")

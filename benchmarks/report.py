@@ -34,13 +34,14 @@ installed.
 GPU_INTRODUCTION = """\
 # Benchmarks on a GPU
 
-Made by `make gpu` and `benchmarks/report.py`. Microseconds: the median of a call, up to the end of
-its work, and in brackets the sum of its kernels' times on the device, without the gaps between
-them; "x" is the peer's kernel time over ours. A call of a single operator is bound by the host,
-which launches it; what counts then is the bracket, as in a CUDA graph or a longer queue. Inputs are
-the same from call to call and mostly stay in the second-level cache, for all peers alike. All peers
-of a line took turns in one run, after a check that they compute the same. "copy" moves the bytes
-that the operation must at least read and write, with `copy_`: it is the floor.
+Made by `make gpu` and `benchmarks/report.py`. Microseconds: the median of a call ± the
+interquartile range, up to the end of its work, and in brackets the sum of its kernels' times on the
+device, without the gaps between them; "x" is the peer's kernel time over ours. A call of a single
+operator is bound by the host, which launches it, here a virtual machine whose speed varied; what
+counts then is the bracket, as in a CUDA graph or a longer queue. Inputs are the same from call to
+call and mostly stay in the second-level cache, for all peers alike. All peers of a line took turns
+in one run, after a check that they compute the same. "copy" moves the bytes that the operation must
+at least read and write, with `copy_`: it is the floor.
 """
 
 
@@ -55,7 +56,7 @@ keeps the weights in the layouts of both algorithms, and times them when it firs
 
 
 def cell(peer: dict[str, float], ours: float) -> str:
-    return f"{peer['median_us']:.0f} ± {peer['iqr_us']:.0f} ({peer['median_us'] / ours:.2f}x)"
+    return f"{host_time(peer)} ({peer['median_us'] / ours:.2f}x)"
 
 
 def render(report: dict[str, Any]) -> str:
@@ -85,7 +86,7 @@ def render(report: dict[str, Any]) -> str:
             ours = times["fdda_ext"]["median_us"]
             cells = [cell(times[name], ours) if name in times else "" for name in peers]
             case = benchmark["group"].partition(", ")[2]
-            own = f"{ours:.0f} ± {times['fdda_ext']['iqr_us']:.0f}"
+            own = host_time(times["fdda_ext"])
             lines.append(f"| {case} | {own} | " + " | ".join(cells) + " |")
         lines.append("")
     for benchmark in report["benchmarks"]:
@@ -96,7 +97,11 @@ def render(report: dict[str, Any]) -> str:
 
 def device_cell(peer: dict[str, float], ours: dict[str, float]) -> str:
     ratio = peer["device_us"] / ours["device_us"]
-    return f"{peer['median_us']:.0f} ({peer['device_us']:.1f}, {ratio:.2f}x)"
+    return f"{host_time(peer)} ({peer['device_us']:.1f}, {ratio:.2f}x)"
+
+
+def host_time(peer: dict[str, float]) -> str:
+    return f"{peer['median_us']:.0f} ± {peer['iqr_us']:.0f}"
 
 
 def render_gpu(report: dict[str, Any]) -> str:
@@ -119,7 +124,7 @@ def render_gpu(report: dict[str, Any]) -> str:
         for case, times in cases.items():
             own = times["fdda_ext"]
             cells = [device_cell(times[name], own) if name in times else "" for name in peers]
-            ours = f"{own['median_us']:.0f} ({own['device_us']:.1f})"
+            ours = f"{host_time(own)} ({own['device_us']:.1f})"
             lines.append(f"| {case} | {ours} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)

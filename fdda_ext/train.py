@@ -132,7 +132,7 @@ class TrainConfig:
             (autocast; statistics, losses and the quantized network stay in float32). None for
             bfloat16 on a GPU and float32 on a CPU.
         cuda_graphs: On a GPU, replay the steps of fdda's generator and of the student as CUDA
-            graphs: the same arithmetic in fewer launches.
+            graphs: the same arithmetic in fewer launches, but the memory of both steps at once.
         profile: Instead of training, run the whole schedule in this many iterations of the method
             after a few unmeasured ones, and write where their time goes: profile.txt, and
             trace.json for chrome://tracing or Perfetto.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import test_fdda as fdda
+import test_zero_shot as zero_shot
 import torch
 from test_cuda_host import CONV_CASES
 from test_int4_conv2d import make_case, run
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from fdda_ext.data import calibration_set
 from fdda_ext.deploy import CodeGrid, IntegerProgram, capture, lower
 from fdda_ext.errors import UsageError
-from fdda_ext.methods import FDDA, Problem
+from fdda_ext.methods import FDDA, Problem, build_method
 from fdda_ext.models import load_model
 from fdda_ext.ops import class_batch_stats, class_stats_loss, fake_quantize, int4_pack_weight
 from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
@@ -350,6 +351,28 @@ def test_replayed_fdda_iterations_are_the_launched_ones(
         launched.student.parameters(), replayed.student.parameters(), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("grid", ["deploy", "paper"])
+@pytest.mark.parametrize("name", ["distill", "gdfq", "qimera", "di", "adi"])
+def test_replayed_student_steps_are_the_launched_ones(
+    name: str, grid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every kind of method with a student; the images change while the graph stays."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    chosen = zero_shot.tiny()
+    student = replace(chosen.distillation, steps=10, real_batch=3, generated_batch=3)
+    chosen = replace(chosen, distillation=student)
+    launched, replayed = (
+        build_method(name, on_gpu(fdda.problem(right=True, grid=grid), cuda_graphs=graphs), chosen)
+        for graphs in (False, True)
+    )
+    for iteration in range(launched.iterations):
+        expected, found = launched.step(iteration), replayed.step(iteration)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-2, atol=1e-2)
+    assert replayed.trainer.replayed.is_captured
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)

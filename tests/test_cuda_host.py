@@ -7,6 +7,7 @@ launch.cuh for what that can and cannot show). The operators appear as torch.ops
 import ctypes
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -569,6 +570,29 @@ def test_steps_refuse_what_they_cannot_read(simt: SimpleNamespace) -> None:
         simt._int4_image_codes(images.byte(), None, 1.0, 0, 15)
     with pytest.raises(ValueError, match="expected x to be uint8, got float32"):
         simt._int4_max_pool(images, *[(2, 2)] * 4, (1, 1))
+    codes, ones = torch.zeros(1, 4, 4, 3, dtype=torch.uint8), (1, 1)
+    for name, pair, least in (
+        ("kernel", [2], 1),
+        ("stride", [], 1),
+        ("padding", [0, -1], 0),
+        ("dilation", [1, 2**40], 1),
+        ("size", [0, 1], 1),
+    ):
+        pairs = {"kernel": ones, "stride": ones, "padding": (0, 0), "dilation": ones, "size": ones}
+        told = re.escape(f"expected {name} to be two of at least {least}, got {pair}")
+        with pytest.raises(ValueError, match=told):
+            simt._int4_max_pool(codes, *(pairs | {name: pair}).values())
+    with pytest.raises(ValueError, match="expected size to end before pixel"):
+        simt._int4_max_pool(codes, ones, (2**20, 1), (0, 0), ones, (2**20, 1))
+
+
+def test_steps_can_be_traced() -> None:
+    with FakeTensorMode():
+        images = torch.empty(2, 3, 8, 8, device="cuda:0")
+        codes = CPU._int4_image_codes(images, None, 1.0, 0, 15)
+        assert codes.shape == (2, 8, 8, 3) and codes.dtype == torch.uint8
+        largest = CPU._int4_max_pool(codes, (2, 2), (2, 2), (0, 0), (1, 1), (4, 4))
+        assert largest.shape == (2, 4, 4, 3) and largest.device == codes.device
 
 
 @pytest.fixture(scope="module", params=["glyphs_resnet", "glyphs_mobilenet"])

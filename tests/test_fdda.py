@@ -1,6 +1,9 @@
 """FDDA against its paper: what is drawn, what each loss sees, how the schedule runs."""
 
+import gc
 import math
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -175,6 +178,39 @@ def test_replayed_steps_get_their_inputs_and_leave_their_gradients():
         launched.student.parameters(), replayed.student.parameters(), strict=True
     ):
         assert torch.equal(one, other)
+
+
+def test_steps_that_no_graph_can_hold_name_the_option(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.Mock())
+    monkeypatch.setattr(torch.cuda, "Stream", mock.Mock())
+    for context in ("device_of", "graph"):
+        monkeypatch.setattr(torch.cuda, context, lambda *_, **__: nullcontext())
+
+    calls = []
+
+    def step() -> dict:
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        return {}
+
+    replayed = Replayed([torch.zeros(1)])
+    for _ in range(3):
+        replayed(step)
+    with pytest.raises(UsageError, match=r"expected cuda_graphs false .* stream is capturing"):
+        replayed(step)
+
+
+def test_a_finished_method_lets_go_of_its_steps():
+    """Not only when Python collects cycles: a graph holds the memory of a whole step."""
+    method = FDDA(problem(), settings())
+    steps = [weakref.ref(method.trainer.replayed), weakref.ref(method.replayed_generator)]
+    gc.disable()
+    try:
+        del method
+        assert [step() for step in steps] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_generator_loss_is_the_weighted_sum_of_its_terms():

@@ -107,7 +107,8 @@ struct TileList {};
 // memory, and where it may not. Costs were fitted to the times of 18 tiles at the layers of
 // ResNet-18 and MobileNetV2, batches of 1, 8 and 32, on an H100; the tiles left out are nowhere
 // more than a few percent better. With them the choice is within 1 % of the best tile in the mean,
-// 15 % at worst; the largest tile that fills the device was within 15 % in the mean. Other devices
+// 15 % at worst; the largest tile that fills the device was within 16 % in the mean
+// (benchmarks/fit_tiles.py). Other devices
 // have other times, but alike ratios.
 using UnitTiles = TileList<
     MatrixTile<16, 1, 16, 4, 4>, MatrixTile<32, 1, 32, 4, 3>, MatrixTile<64, 2, 32, 1, 4>,

@@ -186,6 +186,26 @@ __global__ void __launch_bounds__(kStepThreads) int4_max_pool_kernel(
   store_pack(reinterpret_cast<Word*>(to), largest);
 }
 
+// Height and width.
+struct IntPair {
+  int y;
+  int x;
+};
+
+IntPair int_pair(
+    const char* op, const char* argument, const std::vector<int64_t>& values, int64_t least) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  const auto fits = [&](int64_t value) { return value >= least && value <= kMost; };
+  if (values.size() != 2 || !fits(values[0]) || !fits(values[1])) {
+    std::string text = "[";
+    for (size_t i = 0; i < values.size(); ++i) {
+      text += (i ? ", " : "") + std::to_string(values[i]);
+    }
+    refuse(op, argument, "to be two of at least " + std::to_string(least), text + "]");
+  }
+  return {static_cast<int>(values[0]), static_cast<int>(values[1])};
+}
+
 Tensor int4_max_pool_cuda(
     const Tensor& x, std::vector<int64_t> kernel, std::vector<int64_t> stride,
     std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> size) {
@@ -194,40 +214,53 @@ Tensor int4_max_pool_cuda(
   if (x.dim() != 4) {
     refuse(op, "x", "to be [N, H, W, C]", shape_text(x));
   }
+  const IntPair windows = int_pair(op, "kernel", kernel, 1);
+  const IntPair strides = int_pair(op, "stride", stride, 1);
+  const IntPair borders = int_pair(op, "padding", padding, 0);
+  const IntPair dilations = int_pair(op, "dilation", dilation, 1);
+  const IntPair sizes = int_pair(op, "size", size, 1);
   constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-  if (x.size(1) * x.size(2) * x.size(3) > kMost || x.size(0) * size[0] * size[1] > kMost) {
+  const int64_t pixels = int64_t{sizes.y} * sizes.x;
+  const auto reach = [](int count, int step, int taps, int dilation) {
+    return (count - int64_t{1}) * step + (taps - int64_t{1}) * dilation;
+  };
+  if (reach(sizes.y, strides.y, windows.y, dilations.y) > kMost ||
+      reach(sizes.x, strides.x, windows.x, dilations.x) > kMost) {
+    refuse(op, "size", "to end before pixel 2^31", sizes.y, " x ", sizes.x);
+  }
+  if (x.size(1) * x.size(2) * x.size(3) > kMost || (x.size(0) > 0 && pixels > kMost / x.size(0))) {
     refuse(op, "x", "to have images of fewer than 2^31 codes, and as many pixels", shape_text(x));
   }
   const DeviceGuard guard(x.get_device_index());
   const Tensor codes = as_contiguous(x);
-  Tensor out = empty(x, {x.size(0), size[0], size[1], x.size(3)}, ScalarType::Byte);
+  Tensor out = empty(x, {x.size(0), sizes.y, sizes.x, x.size(3)}, ScalarType::Byte);
   ConvShape s = {};
   s.height = static_cast<int>(x.size(1));
   s.width = static_cast<int>(x.size(2));
   s.channels = static_cast<int>(x.size(3));
-  s.stride_y = static_cast<int>(stride[0]);
-  s.stride_x = static_cast<int>(stride[1]);
-  s.pad_y = static_cast<int>(padding[0]);
-  s.pad_x = static_cast<int>(padding[1]);
-  s.dilation_y = static_cast<int>(dilation[0]);
-  s.dilation_x = static_cast<int>(dilation[1]);
-  s.out_height = static_cast<int>(size[0]);
-  s.out_width = static_cast<int>(size[1]);
-  s.weight.kernel_y = static_cast<int>(kernel[0]);
-  s.weight.kernel_x = static_cast<int>(kernel[1]);
+  s.stride_y = strides.y;
+  s.stride_x = strides.x;
+  s.pad_y = borders.y;
+  s.pad_x = borders.x;
+  s.dilation_y = dilations.y;
+  s.dilation_x = dilations.x;
+  s.out_height = sizes.y;
+  s.out_width = sizes.x;
+  s.weight.kernel_y = windows.y;
+  s.weight.kernel_x = windows.x;
   if (out.numel() == 0) {
     return out;
   }
-  const uintptr_t borders = reinterpret_cast<uintptr_t>(codes.const_data_ptr());
+  const uintptr_t address = reinterpret_cast<uintptr_t>(codes.const_data_ptr());
   const auto run = [&](auto kernel_of, int channels) {
     const int64_t items = out.numel() / channels;
     launch(
         op, kernel_of, ceil_divide(items, kStepThreads), kStepThreads, current_stream(x), s, items,
         const_ptr<uint8_t>(codes), mutable_ptr<uint8_t>(out));
   };
-  if (s.channels % 16 == 0 && borders % 16 == 0) {
+  if (s.channels % 16 == 0 && address % 16 == 0) {
     run(&int4_max_pool_kernel<uint32_t, 4>, 16);
-  } else if (s.channels % 4 == 0 && borders % 4 == 0) {
+  } else if (s.channels % 4 == 0 && address % 4 == 0) {
     run(&int4_max_pool_kernel<uint32_t, 1>, 4);
   } else {
     run(&int4_max_pool_kernel<uint8_t, 1>, 1);

@@ -71,7 +71,8 @@ class DeviceProgram:
             if isinstance(step, MaxPool):
                 step = _KernelMaxPool(step.inputs, step.output, step)
             if isinstance(step, Quantize):
-                step = _ImageCodes(step.inputs, step.output)
+                assert step.output.grid is not None
+                step = _ImageCodes(step.inputs, step.output, step.output.grid.inverse_scale)
                 if normalise is not None:
                     self._tensors |= _table(step, normalise, device)
             steps.append(step)
@@ -143,6 +144,8 @@ def _table(
 class _ImageCodes(Instruction):
     """Codes of float32 images, or of bytes by their table."""
 
+    inverse_scale: float
+
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
@@ -150,7 +153,7 @@ class _ImageCodes(Instruction):
         assert grid is not None
         table = tensors[f"{self.output.name}.table"] if images.dtype == torch.uint8 else None
         if _has_kernels(images):
-            codes = _image_op(images, table, grid.inverse_scale, grid.zero_point, grid.quant_max)
+            codes = _image_op(images, table, self.inverse_scale, grid.zero_point, grid.quant_max)
             return codes.permute(0, 3, 1, 2)
         if table is None:
             return grid.quantize(images).contiguous(memory_format=torch.channels_last)

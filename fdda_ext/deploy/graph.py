@@ -32,7 +32,7 @@ class CapturedProgram:
                 for _ in range(_WARM_UP):
                     self._program(self._images)
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, stream=stream):
                 self._logits = self._program(self._images)
 
     @torch.no_grad()

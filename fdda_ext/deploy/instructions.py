@@ -78,7 +78,7 @@ class CodeGrid:
     @property
     def inverse_scale(self) -> float:
         """One over the scale, in float32 as the kernels have it."""
-        return float(torch.ones(()) / torch.tensor(self.scale))
+        return float(torch.ones((), device="cpu") / torch.tensor(self.scale, device="cpu"))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes, uint8, of float32 ``x``."""

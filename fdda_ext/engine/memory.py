@@ -42,10 +42,12 @@ def keep_freed_memory() -> None:
 def peak_memory(device: torch.device) -> int:
     """The most memory that was in use at a time so far, MiB: on a GPU torch's, else the process's.
 
+    On a GPU with what torch keeps for itself, as a CUDA graph's memory lies there between replays.
+
     Linux hands the peak that getrusage knows on to programs a process starts; /proc has their own.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
+        return torch.cuda.max_memory_reserved(device) >> 20
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith("VmHWM:"):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
+from .memory import is_out_of_memory
 from .profiling import is_profiling
 
 __all__ = ["Replayed"]
@@ -48,6 +50,9 @@ class Replayed:
             inputs: What it is called with, on the GPU.
             key: What the host decides in it: with another key, or inputs of other shapes, the step
                 is another one and captured anew.
+
+        Raises:
+            UsageError: If the step cannot be captured.
         """
         if is_profiling():  # which waits for the device after every stage
             return step(*inputs)
@@ -61,11 +66,15 @@ class Replayed:
                 return step(*inputs)
             self._capture(step, inputs)
         assert self._graph is not None
+        with torch.cuda.device_of(self._parameters[0]):
+            return self._replay(self._graph, inputs)
+
+    def _replay(self, graph: torch.cuda.CUDAGraph, inputs: Iterable[Tensor]) -> dict[str, Tensor]:
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        self._graph.replay()
+        graph.replay()
         return {name: tensor.clone() for name, tensor in self._outputs.items()}
 
     @property
@@ -78,8 +87,25 @@ class Replayed:
         graph = torch.cuda.CUDAGraph()
         if self._random is not None:
             graph.register_generator_state(self._random)
-        # Threads that load images may go on using the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._outputs = step(*self._inputs)
+        try:
+            # On a stream of this device: torch's own for captures is of the first that had one.
+            # Threads that load images may go on using the device meanwhile.
+            with (
+                torch.cuda.device_of(self._parameters[0]),
+                torch.cuda.graph(
+                    graph,
+                    stream=torch.cuda.Stream(self._parameters[0].device),
+                    capture_error_mode="thread_local",
+                ),
+            ):
+                self._outputs = step(*self._inputs)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                "train: expected cuda_graphs false with a network that waits for the device or "
+                f"copies to it, got true, and a step that no CUDA graph can hold ({reason})"
+            ) from error
         self._gradients = [parameter.grad for parameter in self._parameters]
         self._graph = graph

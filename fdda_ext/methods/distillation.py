@@ -168,7 +168,7 @@ class Student:
         self.config = config
         self.steps_done = 0
         #: Of a batch of images and labels, a scalar; a method may put its own in place.
-        self.loss: Callable[[Tensor, Tensor], Tensor] = self.divergence
+        self.loss: Callable[[Tensor, Tensor], Tensor] | None = None
         #: The network as it is trained: with weights rounded softly where rounding is learned.
         self.function, self.soft = network, list[SoftlyRounded]()
         if config.rounding is not None:
@@ -232,7 +232,7 @@ class Student:
             UsageError: If it is "discrepancy" and no loss was put in place of `divergence`, or
                 rounding is learned, which that loss does not see.
         """
-        if self.config.objective == "discrepancy" and self.loss == self.divergence:
+        if self.config.objective == "discrepancy" and self.loss is None:
             raise UsageError(
                 "distillation: expected objective divergence with this method, got discrepancy"
             )
@@ -267,7 +267,7 @@ class Student:
         ):
 
             def gradients(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-                loss = share * self.loss(images, labels)
+                loss = share * (self.loss or self.divergence)(images, labels)
                 with stage("student: backward"):
                     for optimizer in self.optimizers:
                         optimizer.zero_grad(set_to_none=True)
@@ -279,7 +279,7 @@ class Student:
                 return {"student": loss.detach()}
 
             # What a method put in place, and AdaRound's course, may change with the step.
-            if self.problem.replays and self.loss == self.divergence and not self.soft:
+            if self.problem.replays and self.loss is None and not self.soft:
                 found = self.replayed(gradients, images, labels)
             else:
                 found = gradients(images, labels)

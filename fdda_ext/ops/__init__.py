@@ -3,6 +3,7 @@
 Importing this package registers ``torch.ops.fdda.*`` for the CPU and, where built, CUDA.
 """
 
+import fdda_ext.ops.int4_program  # noqa: F401  (registers fake kernels, no more)
 from fdda_ext.ops.class_batch_stats import class_batch_stats
 from fdda_ext.ops.class_stats_loss import class_stats_loss
 from fdda_ext.ops.fake_quantize import fake_quantize

@@ -1,0 +1,100 @@
+"""What the tiles of int4_conv2d cost on a GPU, fitted to measured times.
+
+python benchmarks/fit_tiles.py [benchmarks/results/int4-tiles-nvidia-h100.csv]
+
+Prints the constants of csrc/cuda/int4_conv2d_plan.cuh (kUnitCosts, kSegmentCosts), whose model this
+is, and how far the tile that takes least time by the model is from the fastest of all that were
+measured. The table has a row for every layer, batch and tile; a tile is named after the parameters
+of MatrixTile: rows, panels, rows of a warp, slices, stages.
+"""
+
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import least_squares
+
+TABLE = Path(__file__).parent / "results" / "int4-tiles-nvidia-h100.csv"
+#: Of an H100: multiprocessors, and what each has.
+MULTIPROCESSORS, THREADS, REGISTERS, SHARED_BYTES = 132, 2048, 65536, 227 * 1024
+#: Registers of a thread, by the rows of its warp, as the compiler tells.
+REGISTERS_OF_ROWS = {64: 126, 32: 96, 16: 80}
+LAUNCH = 2.0  # microseconds, the same for all
+#: The lists of the plan, in its order; the image's first layers have no units of 16 channels.
+CHOSEN = {
+    "kUnitCosts": ("16x1x16x4x4", "32x1x32x4x3", "64x2x32x1x4", "128x1x32x1x4", "64x4x64x1x4"),
+    "kSegmentCosts": ("32x1x32x2x4", "128x1x32x1x4", "128x2x32x1x4"),
+}
+SEGMENTS = ("7x7 3-", "3x3 3-", "1x1 24-")
+
+Row = dict[str, str]
+
+
+def sizes(tile: str) -> tuple[int, int, int, int, int]:
+    rows, panels, warp_rows, slices, stages = map(int, tile.split("x"))
+    return rows, panels, warp_rows, slices, stages
+
+
+def resident(tile: str) -> int:
+    """Blocks that a multiprocessor holds."""
+    rows, panels, warp_rows, slices, stages = sizes(tile)
+    threads = rows // warp_rows * panels * slices * 32
+    shared = stages * slices * (rows * 64 + panels * 2048) + 1024
+    registers = REGISTERS_OF_ROWS[warp_rows] * threads
+    return min(THREADS // threads, SHARED_BYTES // shared, REGISTERS // registers)
+
+
+def time_of(tile: str, row: Row, start: float, step: float, share: float) -> float:
+    """As tile_time in the plan, and the launch."""
+    steps = -(-int(row["chunks"]) // sizes(tile)[3])
+    blocks = -(-int(row["blocks"]) // MULTIPROCESSORS)
+
+    def side_by_side(count: int) -> float:
+        return start + steps * max(step, count * share) if count else 0.0
+
+    full, rest = divmod(blocks, resident(tile))
+    return LAUNCH + full * side_by_side(resident(tile)) + side_by_side(rest)
+
+
+def fit(tile: str, rows: Sequence[Row]) -> list[float]:
+    """start, step and share with the least error of the logarithm, outliers counting less."""
+
+    def errors(logarithms: np.ndarray) -> list[float]:
+        cost = np.exp(logarithms)
+        return [np.log(time_of(tile, row, *cost) / float(row["microseconds"])) for row in rows]
+
+    starts = ([0.5, step, step - 1] for step in (-2.0, -1.0, 0.0))
+    best = min((least_squares(errors, x, loss="soft_l1") for x in starts), key=lambda r: r.cost)
+    return [max(round(float(value), 2), 0.01) for value in np.exp(best.x)]
+
+
+def main(path: Path = TABLE) -> None:
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    for name, tiles in CHOSEN.items():
+        own = [r for r in rows if r["layer"].startswith(SEGMENTS) == (name == "kSegmentCosts")]
+        costs = {tile: fit(tile, [r for r in own if r["tile"] == tile]) for tile in tiles}
+        cases: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+        for row in own:
+            cases[row["batch"], row["layer"]][row["tile"]] = row
+        behind = []
+        for measured in cases.values():
+            chosen = min(tiles, key=lambda t: time_of(t, measured[t], *costs[t]))
+            fastest = min(float(row["microseconds"]) for row in measured.values())
+            behind.append(float(measured[chosen]["microseconds"]) / fastest)
+        print(f"{name}:")
+        for tile, cost in costs.items():
+            print(
+                f"  {{{resident(tile)}, {', '.join(f'{value:.2f}' for value in cost)}}},  // {tile}"
+            )
+        mean = np.exp(np.mean(np.log(behind)))
+        print(
+            f"  behind the fastest of all tiles: {mean:.3f} in the mean, {max(behind):.3f} at worst"
+        )
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
