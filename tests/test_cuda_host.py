@@ -5,6 +5,7 @@ launch.cuh for what that can and cannot show). The operators appear as torch.ops
 """
 
 import ctypes
+import importlib
 import mmap
 import os
 import re
@@ -375,6 +376,22 @@ def test_int4_conv2d_in_the_tile_of_least_time(
     for multiprocessors in ("1", "6", "132"):
         monkeypatch.setenv("FDDA_SIMT_MULTIPROCESSORS", multiprocessors)
         assert torch.equal(convolve(simt, problem), expected)
+
+
+def test_costs_of_tiles_choose_nearly_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that were timed: what int4_conv2d_plan.cuh says of the constants in it."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    fit_tiles = importlib.import_module("fit_tiles")
+    plan = (ROOT / "csrc" / "cuda" / "int4_conv2d_plan.cuh").read_text()
+    rows = fit_tiles.read(fit_tiles.TABLE)
+    for name, tiles in fit_tiles.CHOSEN.items():
+        listed = re.search(rf"{name}\[\] = \{{(.*?)\}};", plan, re.S)
+        assert listed, name
+        numbers = [list(map(float, c.split(","))) for c in re.findall(r"\{([^{}]+)\}", listed[1])]
+        assert [n[0] for n in numbers] == [fit_tiles.resident(tile) for tile in tiles]
+        costs = {tile: n[1:] for tile, n in zip(tiles, numbers, strict=True)}
+        mean, worst = fit_tiles.behind_the_fastest(rows[name], costs)
+        assert mean < 1.015 and worst < 1.16
 
 
 @pytest.mark.parametrize("case", ["large_tile", "24_channels", "depthwise_runs", "grouped_words"])

@@ -35,6 +35,10 @@ FDDA_HOST_DEVICE int pack_offset(const T* pointer) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T) % kPackSize<T>);
 }
 
+inline bool is_aligned(const void* pointer, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
 // Values [begin, end) of a stretch of memory: single ones up to `body`, packs up to `tail`, single
 // ones up to `end`.
 //

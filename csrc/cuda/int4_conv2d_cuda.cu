@@ -28,8 +28,6 @@ __global__ void __launch_bounds__(kPackThreads)
 
 // Shapes ------------------------------------------------------------------------------------------
 
-constexpr int64_t kMostBytes = (int64_t{1} << 31) - 1;
-
 WeightShape weight_shape(const char* op, const ConvGeometry& g) {
   // With the padding that a layout may add.
   if (g.taps() * (g.group_channels() + kUnitBytes) > kMostBytes - kChunkBytes ||
@@ -71,10 +69,6 @@ ConvShape conv_shape(const char* op, const ConvGeometry& g) {
   s.pixels = static_cast<int>(g.pixels());
   s.weight = weight_shape(op, g);
   return s;
-}
-
-bool is_aligned(const void* pointer, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
 // Launches ----------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@
 
 namespace fdda::cuda {
 
+// Of an image's bytes, and of all results' pixels.
+constexpr int64_t kMostBytes = (int64_t{1} << 31) - 1;
+
 // One image, the window, and how many pixels there are. An image has fewer than 2^31 bytes.
 struct ConvShape {
   int height;
@@ -106,8 +109,8 @@ struct TileList {};
 // The tiles to choose from, and their costs: where each unit of 16 bytes lies on its border in
 // memory, and where it may not. Costs were fitted to the times of 18 tiles at the layers of
 // ResNet-18 and MobileNetV2, batches of 1, 8 and 32, on an H100; the tiles left out are nowhere
-// more than a few percent better. With them the choice is within 1 % of the best tile in the mean,
-// 15 % at worst; the largest tile that fills the device was within 16 % in the mean
+// more than a few percent better. With them the choice is within 1.3 % of the best tile in the
+// mean, 15 % at worst; the largest tile that fills the device was within 16 % in the mean
 // (benchmarks/fit_tiles.py). Other devices
 // have other times, but alike ratios.
 using UnitTiles = TileList<

@@ -194,8 +194,7 @@ struct IntPair {
 
 IntPair int_pair(
     const char* op, const char* argument, const std::vector<int64_t>& values, int64_t least) {
-  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-  const auto fits = [&](int64_t value) { return value >= least && value <= kMost; };
+  const auto fits = [&](int64_t value) { return value >= least && value <= kMostBytes; };
   if (values.size() != 2 || !fits(values[0]) || !fits(values[1])) {
     std::string text = "[";
     for (size_t i = 0; i < values.size(); ++i) {
@@ -219,16 +218,16 @@ Tensor int4_max_pool_cuda(
   const IntPair borders = int_pair(op, "padding", padding, 0);
   const IntPair dilations = int_pair(op, "dilation", dilation, 1);
   const IntPair sizes = int_pair(op, "size", size, 1);
-  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
   const int64_t pixels = int64_t{sizes.y} * sizes.x;
   const auto reach = [](int count, int step, int taps, int dilation) {
     return (count - int64_t{1}) * step + (taps - int64_t{1}) * dilation;
   };
-  if (reach(sizes.y, strides.y, windows.y, dilations.y) > kMost ||
-      reach(sizes.x, strides.x, windows.x, dilations.x) > kMost) {
+  if (reach(sizes.y, strides.y, windows.y, dilations.y) > kMostBytes ||
+      reach(sizes.x, strides.x, windows.x, dilations.x) > kMostBytes) {
     refuse(op, "size", "to end before pixel 2^31", sizes.y, " x ", sizes.x);
   }
-  if (x.size(1) * x.size(2) * x.size(3) > kMost || (x.size(0) > 0 && pixels > kMost / x.size(0))) {
+  if (x.size(1) * x.size(2) * x.size(3) > kMostBytes ||
+      (x.size(0) > 0 && pixels > kMostBytes / x.size(0))) {
     refuse(op, "x", "to have images of fewer than 2^31 codes, and as many pixels", shape_text(x));
   }
   const DeviceGuard guard(x.get_device_index());
@@ -251,16 +250,15 @@ Tensor int4_max_pool_cuda(
   if (out.numel() == 0) {
     return out;
   }
-  const uintptr_t address = reinterpret_cast<uintptr_t>(codes.const_data_ptr());
   const auto run = [&](auto kernel_of, int channels) {
     const int64_t items = out.numel() / channels;
     launch(
         op, kernel_of, ceil_divide(items, kStepThreads), kStepThreads, current_stream(x), s, items,
         const_ptr<uint8_t>(codes), mutable_ptr<uint8_t>(out));
   };
-  if (s.channels % 16 == 0 && address % 16 == 0) {
+  if (s.channels % 16 == 0 && is_aligned(codes.const_data_ptr(), 16)) {
     run(&int4_max_pool_kernel<uint32_t, 4>, 16);
-  } else if (s.channels % 4 == 0 && address % 4 == 0) {
+  } else if (s.channels % 4 == 0 && is_aligned(codes.const_data_ptr(), 4)) {
     run(&int4_max_pool_kernel<uint32_t, 1>, 4);
   } else {
     run(&int4_max_pool_kernel<uint8_t, 1>, 1);

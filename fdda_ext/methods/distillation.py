@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -265,19 +266,7 @@ class Student:
             settings__distillation__real_batch=self.config.real_batch,
             settings__distillation__generated_batch=self.config.generated_batch,
         ):
-
-            def gradients(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-                loss = share * (self.loss or self.divergence)(images, labels)
-                with stage("student: backward"):
-                    for optimizer in self.optimizers:
-                        optimizer.zero_grad(set_to_none=True)
-                    if regulariser is None:
-                        loss.backward()
-                    else:
-                        assert self.config.rounding is not None
-                        (loss + share * self.config.rounding.weight * regulariser).backward()
-                return {"student": loss.detach()}
-
+            gradients = partial(self.gradients, share=share, regulariser=regulariser)
             # What a method put in place, and AdaRound's course, may change with the step.
             if self.problem.replays and self.loss is None and not self.soft:
                 found = self.replayed(gradients, images, labels)
@@ -298,6 +287,20 @@ class Student:
         if regulariser is not None:
             metrics["regulariser"] = regulariser.detach()
         return metrics | total(found)
+
+    def gradients(
+        self, images: Tensor, labels: Tensor, *, share: float, regulariser: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Forward and backward pass of ``share`` of the loss; its value as ``student``."""
+        loss = objective = share * (self.loss or self.divergence)(images, labels)
+        if regulariser is not None:
+            assert self.config.rounding is not None
+            objective = loss + share * self.config.rounding.weight * regulariser
+        with stage("student: backward"):
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            objective.backward()
+        return {"student": loss.detach()}
 
     def regulariser(self) -> Tensor | None:
         """AdaRound's; None where no rounding is learned, and before it sets in."""
