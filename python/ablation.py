@@ -1,7 +1,7 @@
 """Ablation of FDDA: its losses one at a time, noise, weights, images per class, first layer.
 
     python python/ablation.py                               the losses, twenty minutes of a core
-    python python/ablation.py --groups all --budget full    everything, three seeds: hours
+    python python/ablation.py --groups all --budget full --jobs 8    everything, in whole schedules
     python python/ablation.py --groups noise --budget full --preset paper --device cuda \\
         --model torchvision:resnet18 --data imagenet:PATH
 
@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from common import finished_run, mean_and_spread, write_csv, write_table
+from common import finished_runs, mean_and_spread, positive, write_csv, write_table
 
 from fdda_ext.engine import run_command
 from fdda_ext.train import parse_arguments
@@ -94,6 +94,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", default="short")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", choices=BUDGETS, default="short")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     return parser.parse_args()
 
@@ -124,22 +125,24 @@ def main() -> None:
         rows[NO_IMAGES] = [*rows[NO_IMAGES], *constants_for_gdfq(options.preset)]
     budget, seeds = BUDGETS[options.budget]
     folder = options.out / options.budget / f"{options.model.replace(':', '-')}-{options.bits}"
-    top1: dict[str, list[float]] = {}
-    for row, changes in rows.items():
-        for seed in seeds:
-            run = folder / f"{row.replace('/', ' of ')}, seed {seed}"
-            shared = ("model", "data", "bits", "preset", "device")
-            arguments = [f"--{name}={getattr(options, name)}" for name in shared]
-            # In the end, as the last of an option counts.
-            arguments += [f"--seed={seed}", "--baselines=[]", "--threads=1", *budget, *changes]
-            top1.setdefault(row, []).append(finished_run(run, arguments)["top1"])
+    shared = [f"--{n}={getattr(options, n)}" for n in ("model", "data", "bits", "preset", "device")]
+    runs = {
+        # Changes in the end, as the last of an option counts.
+        folder / f"{row.replace('/', ' of ')}, seed {seed}": [
+            *(*shared, f"--seed={seed}", "--baselines=[]", "--threads=1", *budget, *changes)
+        ]
+        for row, changes in rows.items()
+        for seed in seeds
+    }
+    ends = iter(finished_runs(runs, options.jobs))
+    top1 = {row: [next(ends)["top1"] for _ in seeds] for row in rows}
     differences = {
         row: [a - b for a, b in zip(values, top1[FULL], strict=True)]
         for row, values in top1.items()
         if row != FULL
     }
-    runs = [(row, s, x) for row, xs in top1.items() for s, x in zip(seeds, xs, strict=True)]
-    write_csv(folder / "runs.csv", ("row", "seed", "top-1 %"), runs)
+    lines = [(row, s, x) for row, xs in top1.items() for s, x in zip(seeds, xs, strict=True)]
+    write_csv(folder / "runs.csv", ("row", "seed", "top-1 %"), lines)
     title = f"FDDA, {options.model}, {options.bits}"
     table = [
         (row, mean_and_spread(values), mean_and_spread(differences[row]) if row != FULL else "")

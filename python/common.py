@@ -4,7 +4,9 @@ import argparse
 import csv
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,21 @@ def finished_run(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
         train([*arguments[:2], "--resume"] if begun else arguments)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
+
+
+def finished_runs(runs: Mapping[Path, Sequence[str]], jobs: int) -> list[dict[str, Any]]:
+    """What `finished_run` says of each, so many at a time, in processes of their own."""
+    if jobs == 1:
+        return [finished_run(*run) for run in runs.items()]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        return list(pool.map(finished_run, runs.keys(), runs.values()))
+
+
+def positive(value: str) -> int:
+    """For argparse: a number of things of which there must be one."""
+    if not value.isdecimal() or int(value) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {value}")
+    return int(value)
 
 
 def one(value: str) -> str:

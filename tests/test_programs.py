@@ -98,7 +98,7 @@ def test_size_and_speed(tmp_path):
 
 
 def test_ablation_goes_on_run_by_run(tmp_path):
-    first = run("ablation", tmp_path, "--groups", "layers").splitlines()
+    first = run("ablation", tmp_path, "--groups", "layers", "--jobs", "2").splitlines()
     (folder,) = (tmp_path / "smoke").iterdir()
     names = [row["row"] for row in table(folder / "runs.csv")]
     depths = (0.0, 0.25, 0.75)
