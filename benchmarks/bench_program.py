@@ -1,15 +1,14 @@
 """Whole networks at W4A4 as integer programs, against the float network and, where they are
 installed, OpenVINO and ONNX Runtime with eight bits. Weights are random: only speed is measured."""
 
-import copy
 import importlib.util
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
-from peers import onnxruntime_int8, openvino_int8
-from torch import Tensor, nn
+from peers import float16, onnxruntime_int8, openvino_int8
+from torch import Tensor
 
 from fdda_ext.deploy import capture, lower
 from fdda_ext.models import load_model
@@ -31,13 +30,6 @@ def peak_gops() -> float:
         int4_linear(codes, packed, zeros, zeros, zeros.int(), out_bits=4, bits=4)
         times.append(time.perf_counter() - start)
     return 2 * rows * inputs * outputs / min(times) / 1e9
-
-
-def float16_peers(network: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
-    """On tensor cores: eager, and compiled in a CUDA graph."""
-    half, small = copy.deepcopy(network).half(), images.half()
-    compiled = torch.compile(half, dynamic=False, mode="reduce-overhead")
-    return {"eager float16": lambda: half(small), "graph float16": lambda: compiled(small)}
 
 
 @pytest.mark.parametrize("batch", [1, 16])
@@ -74,7 +66,7 @@ def bench_network(compare, benchmark, device, tmp_path, spec, batch):
         ours = capture(program, images)
         assert torch.equal(ours(images), program(images))
         peers |= {"fdda_ext without a graph": lambda: program(images)}
-        peers |= float16_peers(network, last)
+        peers |= float16(network, last)
     with torch.inference_mode():
         name = spec.partition(":")[2]
         compare(f"program, {name}, batch {batch}", {"fdda_ext": lambda: ours(images), **peers})

@@ -1,5 +1,6 @@
-"""Networks with eight bits in other runtimes, which must be installed: OpenVINO, ONNX Runtime."""
+"""Networks by others: eight bits in OpenVINO and ONNX Runtime, which must be installed; float16."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,10 @@ def onnxruntime_int8(network: nn.Module, images: Tensor, folder: Path) -> Callab
     session = onnxruntime.InferenceSession(quantized, options, ["CPUExecutionProvider"])
     feed = {"x": images.numpy()}
     return lambda: session.run(None, feed)
+
+
+def float16(network: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
+    """On a GPU's tensor cores: eager, and compiled in a CUDA graph."""
+    half, small = copy.deepcopy(network).half(), images.half()
+    compiled = torch.compile(half, dynamic=False, mode="reduce-overhead")
+    return {"eager float16": lambda: half(small), "graph float16": lambda: compiled(small)}

@@ -41,7 +41,8 @@ operator is bound by the host, which launches it, here a virtual machine whose s
 counts then is the bracket, as in a CUDA graph or a longer queue. Inputs are the same from call to
 call and mostly stay in the second-level cache, for all peers alike. All peers of a line took turns
 in one run, after a check that they compute the same. "copy" moves the bytes that the operation must
-at least read and write, with `copy_`: it is the floor.
+at least read and write, with `copy_`: it is the floor. "tile 3" is `int4_conv2d` made to take the
+fourth of `csrc/cuda/int4_conv2d_plan.cuh`'s tiles for such a layer, beside the one that it chooses.
 """
 
 

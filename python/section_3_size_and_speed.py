@@ -7,7 +7,8 @@ Weights are random: size and speed only. Sizes are counted as papers do, bits ti
 convolutions and linear layers, with all layers alike or the ends at 8 bits; and measured, in bytes
 of the exported file, which holds weights in their bits without gaps, scales and instructions. Times
 are of the float network in PyTorch, the program, and, on a CPU and where installed, ONNX Runtime's
-and OpenVINO's 8 bits, in turn: median and quartiles. A network that is done is not measured again
+and OpenVINO's 8 bits, in turn: median and quartiles. On a GPU programs are CUDA graphs, and float16
+with and without such a graph stands beside. A network that is done is not measured again
 on the same machine with the same versions. Below --out: size and speed as .csv and .md, and
 section_3.png.
 """
@@ -30,7 +31,7 @@ from common import write_table
 from torch import nn
 
 from fdda_ext import build_info
-from fdda_ext.deploy import lower, save_program
+from fdda_ext.deploy import capture, lower, save_program
 from fdda_ext.engine import check_machine, run_command
 from fdda_ext.models import load_model
 from fdda_ext.quantization import QuantizationConfig, bits_table, calibrate, prepare
@@ -141,8 +142,14 @@ def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
         x = images[:batch].to(options.device)
         last = x.contiguous(memory_format=torch.channels_last)
         runs = {FLOAT: lambda last=last: network(last)}
-        runs |= int8_peers(network, x, folder) if is_cpu else {}
-        runs |= {name: lambda p=program, x=x: p(x) for name, program in programs.items()}
+        runs |= (
+            int8_peers(network, x, folder)
+            if is_cpu
+            else import_module("peers").float16(network, last)
+        )
+        for name, program in programs.items():
+            ours = program if is_cpu else capture(program, x)
+            runs[name] = lambda ours=ours, x=x: ours(x)
         if not is_cpu:
             runs = {name: waiting(run) for name, run in runs.items()}
         times = {name: quartiles(t) for name, t in time_in_turn(runs, calls, clock).items()}
