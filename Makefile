@@ -5,7 +5,7 @@
 #   make lint                         formatting, types, layer rules
 #   make sanitize                     the operators' tests under AddressSanitizer and UBSan
 #   make bench                        CPU benchmarks against real peers
-#   make cuda                         compile the CUDA kernels for every architecture
+#   make cuda                         build with the CUDA kernels for every architecture
 #   make gpu                          on a machine with a GPU: build, test, sanitize, measure
 #   make clean
 #
@@ -62,9 +62,11 @@ lint: $(VENV)/package.stamp $(VENV)/tools.stamp
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/lint-imports
 
-# A build of its own, at -O1, as checks in optimized code take minutes to compile. Python itself is
-# not built with the sanitizers, so they are loaded before it.
+# A build of its own, at -O1 and with calls for checks, as others take minutes to compile. What is
+# left out of "undefined", address finds, too. Python itself is not built with the sanitizers, so
+# they are loaded before it.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZERS += -fno-sanitize=null,object-size,vptr --param asan-instrumentation-with-call-threshold=0
 OP_TESTS := tests/test_fake_quantize.py tests/test_class_batch_stats.py tests/test_class_stats_loss.py \
   tests/test_int4_conv2d.py tests/test_deploy.py::test_hostile_records_are_refused_or_run \
   tests/test_deploy.py::test_every_algorithm_gives_the_same_bits
@@ -79,11 +81,11 @@ bench: $(VENV)/package.stamp $(VENV)/tools.stamp
 	mkdir -p benchmarks/out
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/out/cpu.json $(ARGS)
 
-# Needs nvcc, but neither a GPU nor a torch with CUDA.
+# The package with its CUDA kernels. Needs nvcc, but neither a GPU nor a torch with CUDA.
 cuda: $(VENV)/torch.stamp
-	FDDA_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" \
-	  $(BIN)/python setup.py --quiet build --build-base build/cuda --build-lib build/cuda/lib
-	cd build/cuda/lib && $(CURDIR)/$(BIN)/python -c \
+	rm -f $(VENV)/package.stamp
+	FDDA_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" $(MAKE) $(VENV)/package.stamp
+	$(BIN)/python -c \
 	  "import fdda_ext; i = fdda_ext.build_info(); print(i); assert len(i.cuda_archs) == 6, i"
 
 # Uses the machine's own Python and torch, which must have CUDA; writes one JSON to OUT.

@@ -27,7 +27,7 @@ from fdda_ext.visualization import COLOURS, MARKERS, new_figure
 
 #: Of fdda_ext.compare: what every run may take; seeds; and of fdda_ext.train.
 BUDGETS = {
-    "smoke": ("--student_images=256", "0", ["--test_limit=71", "--evaluate_every=1"]),
+    "smoke": ("--student_images=128", "0", ["--test_limit=71", "--evaluate_every=1"]),
     "short": ("--budget=60", "0,1,2", ["--test_limit=2130", "--evaluate_every=20"]),
     "full": ("--budget=600", "0,1,2", ["--evaluate_limit=2000", "--evaluate_every=25"]),
 }

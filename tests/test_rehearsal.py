@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 def test_ten_classes_from_images_to_integers(tmp_path):
     command = [
         *(sys.executable, ROOT / "python" / "rehearse_imagenet.py", "--out", tmp_path),
-        *("--classes", "10", "--per-class", "6", "--val-per-class", "2", "--epochs", "2"),
+        *("--classes", "10", "--per-class", "2", "--val-per-class", "1", "--epochs", "1"),
         *("--iterations", "4", "--train-args"),
-        "--settings.fdda.generator.channels=32 --settings.fdda.batch=4 "
-        "--settings.distillation.real_batch=4 --settings.distillation.generated_batch=4 "
+        "--settings.fdda.generator.channels=16 --settings.fdda.batch=2 "
+        "--settings.distillation.real_batch=2 --settings.distillation.generated_batch=2 "
         "--evaluate_every 2 --evaluate_limit 10 --no_report",
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)

@@ -140,9 +140,15 @@ class NativeProgram:
         self._records: dict[tuple[torch.dtype, tuple[bool, ...]], Tensor] = {}
         self._local = threading.local()
 
-    @torch.compiler.disable  # it is one operator already, and plans by the clock
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of float32 or uint8 images ``[N, C, H, W]``."""
+        if torch.compiler.is_compiling():
+            # It is one operator already, and plans by the clock. As a decorator this would import
+            # torch's compiler, seconds that every command would wait.
+            return torch.compiler.disable(self._call)(images)
+        return self._call(images)
+
+    def _call(self, images: Tensor) -> Tensor:
         return self.run(images, self.plan(images))
 
     def run(self, images: Tensor, plan: tuple[bool, ...], times: Tensor | None = None) -> Tensor:

@@ -15,8 +15,10 @@ from .grid import MIN_SCALE, Grid
 __all__ = ["Histogram", "RangeRule", "find_range"]
 
 # Shares of the full range that the search tries, then smaller steps around the best.
-_COARSE = torch.linspace(0.05, 1.0, 39).tolist()
-_FINE = (0.95, 0.9625, 0.975, 0.9875, 1.0125, 1.025, 1.0375, 1.05)
+_COARSE = torch.linspace(0.05, 1.0, 39)[:, None]
+_FINE = torch.tensor((0.95, 0.9625, 0.975, 0.9875, 1.0125, 1.025, 1.0375, 1.05))[:, None]
+#: Values that are quantized in one call: as many candidates as come to so many, at least one.
+_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -80,29 +82,35 @@ def _least_error(
     best = torch.full_like(low, math.inf)
     best_low, best_high = low, high
 
-    def attempt(candidate_low: Tensor, candidate_high: Tensor) -> None:
+    def attempt(lows: Tensor, highs: Tensor) -> None:
+        """Try candidates ``[K, C]``; of equal ones the first stays."""
         nonlocal best, best_low, best_high
-        error = (grid.quantize(values, candidate_low, candidate_high) - values).abs_()
+        k = len(lows)
+        x = values.expand(k, *values.shape).flatten(0, 1)
+        error = (grid.quantize(x, lows.flatten(), highs.flatten()) - x).abs_()
         error = error.square_() if exponent == 2 else error.pow_(exponent)
-        total = error.sum(1) if counts is None else (error.double() * counts).sum(1).to(best)
-        better = total < best
-        best = torch.where(better, total, best)
-        best_low = torch.where(better, candidate_low, best_low)
-        best_high = torch.where(better, candidate_high, best_high)
+        error = error.view(k, *values.shape)
+        total = error.sum(2) if counts is None else (error.double() * counts).sum(2).to(best)
+        if k > 1:
+            first = total.argmin(0, keepdim=True)
+            total, lows, highs = (t.gather(0, first) for t in (total, lows, highs))
+        better = total[0] < best
+        best = torch.where(better, total[0], best)
+        best_low = torch.where(better, lows[0], best_low)
+        best_high = torch.where(better, highs[0], best_high)
 
-    for share in _COARSE:
-        attempt(low * share, high * share)
-    middle_low, middle_high = best_low, best_high
-    for factor in _FINE:
-        attempt(
-            torch.maximum(middle_low * factor, low),
-            torch.minimum(middle_high * factor, high),
-        )
+    def search(lows: Tensor, highs: Tensor) -> None:
+        pairs = torch.broadcast_tensors(lows, highs)
+        for chunk in zip(
+            *(t.split(max(1, _AT_ONCE // values.numel())) for t in pairs), strict=True
+        ):
+            attempt(*chunk)
+
+    search(low * _COARSE, high * _COARSE)
+    search(torch.maximum(best_low * _FINE, low), torch.minimum(best_high * _FINE, high))
     if grid.kind in ("asymmetric", "paper"):
-        for share in _COARSE:
-            attempt(best_low, high * share)
-        for share in _COARSE:
-            attempt(low * share, best_high)
+        search(best_low, high * _COARSE)
+        search(low * _COARSE, best_high)
     return best_low, best_high
 
 
