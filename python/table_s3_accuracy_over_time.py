@@ -23,6 +23,7 @@ from common import mean_and_spread, one, write_csv, write_table
 from fdda_ext.compare import Setting, main as compare
 from fdda_ext.engine import run_command
 from fdda_ext.errors import UsageError
+from fdda_ext.methods import Method, method_class
 from fdda_ext.visualization import COLOURS, MARKERS, new_figure
 
 #: Of fdda_ext.compare: what every run may take; seeds; and of fdda_ext.train.
@@ -51,7 +52,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of each run, instead of the budget's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/table_s3"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    for method in options.methods:
+        if method_class(method.partition("+")[0]).step is Method.step:
+            raise UsageError(f"table_s3: expected methods that train step by step, got {method}")
+    return options
 
 
 def curves(folder: Path, options: argparse.Namespace) -> dict[str, list[Curve]]:
@@ -72,8 +77,6 @@ def curves(folder: Path, options: argparse.Namespace) -> dict[str, list[Curve]]:
     for method, seed in itertools.product(options.methods, seeds.split(",")):
         run = runs / f"{method}-seed{seed}"
         end = json.loads((run / "summary.json").read_text())
-        if not (run / "metrics.jsonl").exists():
-            raise UsageError(f"table_s3: expected methods that train step by step, got {method}")
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         points = [(line["seconds"], line["top1"]) for line in lines if "top1" in line]
         measured[method, seed] = [p for p in points if p[0] < end["seconds"]]
