@@ -1,5 +1,6 @@
 """The command that trains a float network."""
 
+import functools
 import subprocess
 import sys
 from importlib.resources import files
@@ -84,14 +85,22 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     assert "did you mean glyphs_resnet" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def whole_test_split():
+    """Its images are drawn once for all networks."""
+    dataset = load_dataset("glyphs", "test")
+    dataset.pixels = functools.cache(dataset.pixels)
+    return BatchSource(dataset)
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", sorted(EMBEDDED))
-def test_shipped_weights_have_their_accuracy_on_the_whole_test_split(name):
+def test_shipped_weights_have_their_accuracy_on_the_whole_test_split(name, whole_test_split):
     path = files("fdda_ext") / "models" / "weights" / f"{name}.safetensors"
     with safe_open(str(path), "pt") as file:
         metadata = file.metadata()
     assert metadata["command"].startswith(f"python -m fdda_ext.pretrain --model {name}")
-    accuracy = evaluate(load_model(name), BatchSource(load_dataset("glyphs", "test")))
+    accuracy = evaluate(load_model(name), whole_test_split)
     assert accuracy.count == 150 * 71
     assert accuracy.top1 >= 88
     # Another release of the font renderer may move a few images.
