@@ -62,11 +62,10 @@ lint: $(VENV)/package.stamp $(VENV)/tools.stamp
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/lint-imports
 
-# A build of its own, at -O1 and with calls for checks, as others take minutes to compile. What is
-# left out of "undefined", address finds, too. Python itself is not built with the sanitizers, so
-# they are loaded before it.
+# A build of its own, at -O1 and with calls for the checks of addresses, as others take minutes to
+# compile. Python itself is not built with the sanitizers, so they are loaded before it.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-SANITIZERS += -fno-sanitize=null,object-size,vptr --param asan-instrumentation-with-call-threshold=0
+SANITIZERS += --param asan-instrumentation-with-call-threshold=0
 OP_TESTS := tests/test_fake_quantize.py tests/test_class_batch_stats.py tests/test_class_stats_loss.py \
   tests/test_int4_conv2d.py tests/test_deploy.py::test_hostile_records_are_refused_or_run \
   tests/test_deploy.py::test_every_algorithm_gives_the_same_bits

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fdda_ext.errors import UsageError
+from fdda_ext.quantization import ranges
 from fdda_ext.quantization.grid import Grid, paper_quantize
 from fdda_ext.quantization.ranges import Histogram, RangeRule, find_range
 
@@ -124,6 +125,19 @@ def test_rows_do_not_influence_each_other():
             alone = find_range(values[part], None, low[part], high[part], grid, RangeRule(name))
             torch.testing.assert_close(whole[0][part], alone[0])
             torch.testing.assert_close(whole[1][part], alone[1])
+
+
+def test_so_many_candidates_at_once_as_fit_find_the_same(monkeypatch):
+    torch.manual_seed(0)
+    values = torch.randn(5, 300)
+    grid, rule = Grid(bits=3, kind="asymmetric"), RangeRule("lp", 2.4)
+    found = []
+    for at_once in (1, 4000, 1 << 20):
+        monkeypatch.setattr(ranges, "_AT_ONCE", at_once)
+        found.append(find_range(values, None, values.amin(1), values.amax(1), grid, rule))
+    assert all(torch.equal(a, b) for ends in found[1:] for a, b in zip(found[0], ends, strict=True))
+    nothing = find_range(values[:, :0], None, -torch.ones(5), torch.ones(5), grid, rule)
+    assert all(torch.isfinite(end).all() for end in nothing)
 
 
 def test_lsq_scale_is_twice_the_mean_magnitude_over_the_root_of_quant_max():

@@ -81,6 +81,7 @@ def _least_error(
     """Shrink both ends together; where they are free of each other, then each on its own."""
     best = torch.full_like(low, math.inf)
     best_low, best_high = low, high
+    at_once = max(1, _AT_ONCE // max(1, values.numel()))
 
     def attempt(lows: Tensor, highs: Tensor) -> None:
         """Try candidates ``[K, C]``; of equal ones the first stays."""
@@ -100,11 +101,9 @@ def _least_error(
         best_high = torch.where(better, highs[0], best_high)
 
     def search(lows: Tensor, highs: Tensor) -> None:
-        pairs = torch.broadcast_tensors(lows, highs)
-        for chunk in zip(
-            *(t.split(max(1, _AT_ONCE // values.numel())) for t in pairs), strict=True
-        ):
-            attempt(*chunk)
+        lows, highs = torch.broadcast_tensors(lows, highs)
+        for pair in zip(lows.split(at_once), highs.split(at_once), strict=True):
+            attempt(*pair)
 
     search(low * _COARSE, high * _COARSE)
     search(torch.maximum(best_low * _FINE, low), torch.minimum(best_high * _FINE, high))
