@@ -136,7 +136,7 @@ def test_a_full_disk_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UsageError, match=f"room for 1 MiB in {tmp_path}, .*No space left"):
-        collect(lambda x: (x,), torch.zeros(4, 256, 16, 16), 0)
+        collect(lambda x: (x,), [torch.zeros(4, 256, 16, 16)], 0)
 
 
 def test_caches_on_disk_hold_the_same(tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_caches_on_disk_hold_the_same(tmp_path, monkeypatch):
     images = torch.randn(70, 3, 4, 5)
     chosen = torch.tensor([69, 0, 31, 32])
     for limit in (2**20, 0):
-        first, second = collect(lambda x: (x * 2, x.flatten(1)), images, limit)
+        first, second = collect(lambda x: (x * 2, x.flatten(1)), [images], limit)
         assert torch.equal(first.read(chosen), images[chosen] * 2)
         assert first.read(chosen).is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(second.read(chosen), images[chosen].flatten(1))
@@ -215,7 +215,7 @@ def rounding_beside_a_search(
     function = torch.fx.symbolic_trace(nn.Sequential(nn.Identity()))
     soft = SoftlyRounded(plain)
     function.set_submodule("0", soft)
-    (inputs,), (targets,) = (collect(lambda t: (t,), t, 2**20) for t in (x, target))
+    (inputs,), (targets,) = (collect(lambda t: (t,), [t], 2**20) for t in (x, target))
     reconstruction = Reconstruction(
         function,
         Data([inputs], targets),

@@ -36,7 +36,6 @@ from typing_extensions import override
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.quantizer import LearnedWeightQuantizer
 from ..reconstruction import (
-    Data,
     Reconstruction,
     RelativeAdam,
     Unit,
@@ -118,9 +117,7 @@ class AdaQuant(ReconstructionMethod):
 
     @override
     def begin(self, phase: str, unit: Unit) -> Reconstruction:
-        source = self.student if self.config.sequential else self.reference
-        (targets,) = self.cache(self.reference, unit.output)
-        data = Data(self.cache(source, *unit.inputs), targets)
+        data = self.data(unit) if self.config.sequential else self.float_data(unit)
         function = unit.of(self.student)
         set_ranges(self.quantizers(unit), function, data)
         return Reconstruction(

@@ -126,25 +126,21 @@ class BRECQ(ReconstructionMethod):
     @override
     def begin(self, phase: str, unit: Unit) -> Reconstruction:
         if phase == "scales":
-            return self._scales(unit, self._float_data(unit))
-        (targets,) = self.cache(self.reference, unit.output)
-        weights = None
-        if self.config.objective == "fisher":
-            weights = squared_gradients(
-                self.student,
-                self.reference,
-                unit,
-                self.problem.images,
-                self.config.cache_megabytes * 2**20,
-            )
+            return self._scales(unit, self.float_data(unit))
         with activations_in_float(self.student):
-            inputs = self.cache(self.student, *unit.inputs)
+            data = self.data(unit)
+        if self.config.objective == "fisher":
+            limit = self.config.cache_megabytes * 2**20
+            weights = squared_gradients(
+                self.student, self.reference, unit, self.problem.images, limit
+            )
+            data = replace(data, weights=weights)
         function, layers = self.softened(unit)
         for name in unit.quantizers:
             function.set_submodule(name, nn.Identity())
         return Reconstruction(
             function,
-            Data(inputs, targets, weights=weights),
+            data,
             output_error,
             [torch.optim.Adam([layer.alpha for layer in layers], lr=self.config.rounding.lr)],
             steps=self.config.steps,
@@ -153,19 +149,13 @@ class BRECQ(ReconstructionMethod):
             rounding=self.config.rounding,
         )
 
-    def _float_data(self, unit: Unit) -> Data:
-        """Inputs and targets of the float network."""
-        targets, *inputs = self.cache(self.reference, unit.output, *unit.inputs)
-        return Data(inputs, targets)
-
     @override
     def end(self) -> None:
         """Set the ranges that the second stage has not: of the weights as they are now."""
         staged = [unit for phase, unit, _ in self.tasks if phase == "scales"]
         for unit in self.units:
             if unit not in staged and unit.quantizers:
-                data = self._float_data(unit)
-                set_ranges(self.quantizers(unit), unit.of(self.student), data)
+                set_ranges(self.quantizers(unit), unit.of(self.student), self.float_data(unit))
 
     def _scales(self, unit: Unit, data: Data) -> Reconstruction:
         function = unit.of(self.student)

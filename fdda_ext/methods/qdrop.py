@@ -14,14 +14,13 @@ the paper's grid has no step sizes to learn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import override
 
 from ..reconstruction import (
-    Data,
     Dropped,
     Reconstruction,
     Unit,
@@ -72,9 +71,7 @@ class QDrop(ReconstructionMethod):
 
     @override
     def begin(self, phase: str, unit: Unit) -> Reconstruction:
-        targets, *float_inputs = self.cache(self.reference, unit.output, *unit.inputs)
-        inputs = self.cache(self.student, *unit.inputs)
-        data = Data(inputs, targets, float_inputs=float_inputs)
+        data = replace(self.data(unit), float_inputs=self.float_data(unit).inputs)
         function, layers = self.softened(unit)
         quantizers = self.quantizers(unit)
         set_ranges(quantizers, function, data)

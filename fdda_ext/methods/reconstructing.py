@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,17 +32,16 @@ from ..errors import UsageError
 from ..quantization import allocate_bits, bits_table, calibrate
 from ..quantization.quantizer import ActivationQuantizer, LearnedActivationQuantizer
 from ..reconstruction import (
-    Cache,
+    Data,
+    Frontier,
     Reconstruction,
     SoftlyRounded,
     Unit,
     check_ranges_stay,
-    collect,
     float_copy,
     prediction_costs,
     share_decided,
     soften_,
-    values_of,
 )
 from .base import Method, Problem
 
@@ -137,6 +136,12 @@ class ReconstructionMethod(Method):
         calibrate(self.student, problem.images)
         self.reference = float_copy(self.student)
         self.units = self.partition()
+        #: Inputs of every unit as the student has them when its turn comes.
+        self.inputs = self.frontier(self.student, [unit.inputs for unit in self.units])
+        #: Output and inputs of every unit in the float network.
+        self.float_values = self.frontier(
+            self.reference, [(unit.output, *unit.inputs) for unit in self.units]
+        )
         #: What to do, in order: phase, unit, steps.
         self.tasks = self.plan()
         self.iterations = sum(steps for _, _, steps in self.tasks)
@@ -162,10 +167,20 @@ class ReconstructionMethod(Method):
 
     # ---- what a method builds a reconstruction from ------------------------------------------
 
-    def cache(self, network: GraphModule, *names: str) -> list[Cache]:
+    def frontier(self, network: GraphModule, stops: Sequence[Sequence[str]]) -> Frontier:
         """Values of nodes of the student or the reference on all images."""
         limit = self.schedule.cache_megabytes * 2**20
-        return collect(values_of(network, names), self.problem.images, limit)
+        return Frontier(network, stops, self.problem.images, limit)
+
+    def float_data(self, unit: Unit) -> Data:
+        """Inputs and targets of the float network."""
+        targets, *inputs = self.float_values.at(self.units.index(unit))
+        return Data(inputs, targets)
+
+    def data(self, unit: Unit) -> Data:
+        """Inputs of the student as it is, targets of the float network."""
+        inputs = self.inputs.at(self.units.index(unit))
+        return replace(self.float_data(unit), inputs=inputs)
 
     def softened(self, unit: Unit) -> tuple[GraphModule, list[SoftlyRounded]]:
         """The unit as a function with soft weights, and these."""

@@ -7,6 +7,7 @@ after.
 """
 
 from .cache import Cache, collect
+from .frontier import Frontier
 from .normalisation import retune_norms
 from .reconstruct import (
     Data,
@@ -34,6 +35,7 @@ __all__ = [
     "Cache",
     "Data",
     "Dropped",
+    "Frontier",
     "Granularity",
     "Reconstruction",
     "RelativeAdam",

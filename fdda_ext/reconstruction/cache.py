@@ -56,9 +56,10 @@ class Cache:
             values = values.permute(0, 2, 3, 1)
         self.rows[begin : begin + len(values)] = values.reshape(len(values), -1)
 
-    def batches(self) -> Iterator[Tensor]:
-        """All images, a batch of indices at a time."""
-        yield from torch.arange(len(self), device=self.device).split(BATCH)
+    def split(self, size: int) -> Iterator[Tensor]:
+        """The values of ``size`` images at a time, as a tensor's `split`."""
+        for images in torch.arange(len(self), device=self.device).split(size):
+            yield self.read(images)
 
     def read(self, images: Tensor) -> Tensor:
         """Values ``[m, ...]`` of ``images``, int64 ``[m]``."""
@@ -70,21 +71,23 @@ class Cache:
 
 
 def collect(
-    values: Callable[[Tensor], Sequence[Tensor]], images: Tensor, limit: int
+    values: Callable[..., Sequence[Tensor]], sources: Sequence[Tensor | Cache], limit: int
 ) -> list[Cache]:
-    """Caches of ``values``, which maps a batch of ``images [n, 3, H, W]`` to tensors ``[m, ...]``.
+    """Caches of ``values``, which maps a batch of each of ``sources`` to tensors ``[m, ...]``.
 
     Args:
         values: Runs without gradients.
-        images: Calibration images.
+        sources: Of n images each: the images ``[n, 3, H, W]`` or what is kept of them.
         limit: See `Cache`, for each.
     """
     caches: list[Cache] = []
-    for index, batch in enumerate(images.split(BATCH)):
+    begin = 0
+    for batch in zip(*(source.split(BATCH) for source in sources), strict=True):
         with torch.no_grad():
-            found = values(batch)
+            found = values(*batch)
         if not caches:
-            caches = [Cache(len(images), value, limit) for value in found]
+            caches = [Cache(len(sources[0]), value, limit) for value in found]
         for cache, value in zip(caches, found, strict=True):
-            cache.write(index * BATCH, value)
+            cache.write(begin, value)
+        begin += len(batch[0])
     return caches

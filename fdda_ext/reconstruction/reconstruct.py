@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,7 +18,7 @@ from ..quantization import project_scales_
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.student import activation_quantizers, collecting
-from .cache import Cache, collect
+from .cache import BATCH, Cache, collect
 from .rounding import RoundingConfig, SoftlyRounded, share_decided
 from .units import Unit, region
 
@@ -84,12 +84,17 @@ def activations_in_float(student: nn.Module) -> Iterator[None]:
             quantizer.mode = mode
 
 
-def values_of(network: GraphModule, names: Sequence[str]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """A function of images that gives the values of the nodes ``names``."""
-    function, _ = region(network, names, ())
+def values_of(
+    network: GraphModule, names: Sequence[str], known: Collection[str] = ()
+) -> Callable[..., Sequence[Tensor]]:
+    """A function of images that gives the values of the nodes ``names``.
 
-    def run(images: Tensor) -> Sequence[Tensor]:
-        found = function(images)
+    With nodes ``known``, of those and the images that it takes, see `arguments_of`.
+    """
+    function, _ = region(network, names, known)
+
+    def run(*arguments: Tensor) -> Sequence[Tensor]:
+        found = function(*arguments)
         return (found,) if len(names) == 1 else cast(Sequence[Tensor], found)
 
     return run
@@ -104,8 +109,8 @@ def set_ranges(quantizers: Sequence[ActivationQuantizer], function: nn.Module, d
     if not quantizers:
         return
     with collecting(quantizers):
-        for images in data.targets.batches():
-            function(*(cache.read(images) for cache in data.inputs))
+        for inputs in zip(*(cache.split(BATCH) for cache in data.inputs), strict=True):
+            function(*inputs)
 
 
 def squared_gradients(
@@ -137,7 +142,7 @@ def squared_gradients(
         return (gradient.square(),)
 
     with activations_in_float(student):
-        (cache,) = collect(squares, images, limit)
+        (cache,) = collect(squares, [images], limit)
     cache.rows /= cache.rows.mean().clamp_min(torch.finfo(torch.float32).tiny)
     return cache
 

@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from ..quantization.layers import QuantizedConv2d
 from ..quantization.operations import operation, shape, tensor_inputs
 
-__all__ = ["Granularity", "Unit", "partition", "region"]
+__all__ = ["Granularity", "Unit", "arguments_of", "partition", "region"]
 
 Granularity = Literal["layer", "block", "network"]
 
@@ -65,27 +65,42 @@ def region(
     Returns:
         A function of one tensor, or a tuple for several outputs; and its arguments by name.
     """
-    nodes = {node.name: node for node in network.graph.nodes}
-    given = {name for name in known if name in nodes}
-    given.update(n.name for n in network.graph.nodes if n.op == "placeholder")
-    wanted = [nodes[name] for name in outputs]
-    needed, pending = set(wanted), list(wanted)
-    while pending:
-        node = pending.pop()
-        if node.name not in given:
-            pending += [n for n in node.all_input_nodes if n not in needed]
-            needed.update(node.all_input_nodes)
+    needed, arguments = _needed(network, outputs, known)
     graph = Graph()
     copies: dict[Node, Node] = {}
-    arguments = [n for n in network.graph.nodes if n in needed and n.name in given]
     for node in arguments:
         copies[node] = graph.placeholder(node.name)
     for node in network.graph.nodes:
         if node in needed and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    results = [copies[node] for node in wanted]
+    named = {node.name: copy for node, copy in copies.items()}
+    results = [named[name] for name in outputs]
     graph.output(results[0] if len(results) == 1 else tuple(results))
     return GraphModule(network, graph), tuple(node.name for node in arguments)
+
+
+def arguments_of(
+    network: GraphModule, outputs: Sequence[str], known: Collection[str]
+) -> tuple[str, ...]:
+    """The arguments of that `region`, by name."""
+    return tuple(node.name for node in _needed(network, outputs, known)[1])
+
+
+def _needed(
+    network: GraphModule, outputs: Sequence[str], known: Collection[str]
+) -> tuple[set[Node], list[Node]]:
+    """The nodes that ``outputs`` are computed by, and those of them that are given, in order."""
+    nodes = {node.name: node for node in network.graph.nodes}
+    given = {name for name in known if name in nodes}
+    given.update(n.name for n in network.graph.nodes if n.op == "placeholder")
+    pending = [nodes[name] for name in outputs]
+    needed = set(pending)
+    while pending:
+        node = pending.pop()
+        if node.name not in given:
+            pending += [n for n in node.all_input_nodes if n not in needed]
+            needed.update(node.all_input_nodes)
+    return needed, [n for n in network.graph.nodes if n in needed and n.name in given]
 
 
 def partition(
