@@ -374,14 +374,14 @@ def test_views_mix_the_classes():
     images = torch.cat([task.images.mul(0.1).add(k)[:4] for k in range(4)])
     task = replace(task, images=images, labels=torch.arange(4).repeat_interleave(4))
     method = build_method("bitsplit", task, settings(batch=4, statistics_views=40))
-    for batch in method._views(1):
+    for batch in method._views(1, method.random):
         assert len(batch.mean((1, 2, 3)).round().unique()) > 1
-    every = torch.cat(list(method._views(1)))
+    every = torch.cat(list(method._views(1, method.random)))
     assert sorted(every.mean((1, 2, 3)).round().tolist()) == [k for k in range(4) for _ in range(4)]
     method._renew_statistics()
     norm = method.student.get_submodule("1")
     x = torch.nn.functional.conv2d(
-        torch.cat(list(method._views(8))), method.student.get_submodule("0").weight, padding=1
+        torch.cat(list(method._views(8, method.random))), method.student.get_submodule("0").weight, padding=1
     )
     share = norm.running_var / x.var((0, 2, 3))
     assert float(share.mean()) > 0.7, "of few classes in a batch it would be a tenth"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -33,8 +34,10 @@ from fdda_ext.quantization.layers import QuantizedLinear
 from fdda_ext.quantization.quantizer import ActivationQuantizer, build_weight_quantizer
 from fdda_ext.quantization.student import collecting
 from fdda_ext.reconstruction import (
+    BATCH,
     Data,
     Dropped,
+    Frontier,
     Reconstruction,
     RelativeAdam,
     RoundingConfig,
@@ -127,6 +130,38 @@ def test_float_copy_is_the_teacher():
     reference = float_copy(student)
     torch.testing.assert_close(reference(task.images), task.teacher(task.images))
     assert not torch.equal(student(task.images), reference(task.images))
+
+
+@torch.no_grad()
+def test_a_frontier_passes_every_layer_once_and_forgets_what_is_not_needed():
+    task = replace(problem(), teacher=load("torchvision:shufflenet_v2_x0_5"))
+    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    student = task.student()
+    calibrate(student, images)
+    units = partition(student, "layer", images[:1], quantize="input")
+    stops = [(unit.output, *unit.inputs) for unit in units]
+    layers = [name for unit in units for name in unit.layers]
+    seen = Counter()
+    for name in layers:
+        student.get_submodule(name).register_forward_hook(
+            lambda layer, x, y, name=name: seen.update({name: len(x[0])})
+        )
+    frontier = Frontier(student, stops, images, 2**30)
+    walked, held = [], []
+    for index in range(len(stops)):
+        walked.append(frontier.at(index))
+        held.append(len(frontier.known))
+    assert seen == dict.fromkeys(layers, len(images))
+    assert max(held) <= 6, "the image, output and inputs of a unit, and a branch that goes on"
+    for index in (0, 5, 30, len(stops) - 1):
+        whole = [values_of(student, stops[index])(batch) for batch in images.split(BATCH)]
+        for cache, values in zip(walked[index], zip(*whole, strict=True), strict=True):
+            found = torch.cat(list(cache.split(BATCH)))
+            torch.testing.assert_close(found, torch.cat(values), rtol=1e-4, atol=1e-5)
+    # Back, and straight to a stop: the same to the bit.
+    for again in (frontier, Frontier(student, stops, images, 2**30)):
+        for first, second in zip(walked[20], again.at(20), strict=True):
+            assert torch.equal(first.rows, second.rows)
 
 
 def test_a_full_disk_is_named(monkeypatch, tmp_path):

@@ -34,14 +34,14 @@ ReLU, see `fdda_ext.methods.channel_scales`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
@@ -49,13 +49,14 @@ from ..data import augment
 from ..engine import must_fit, restore_random, stage
 from ..errors import UsageError
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
-from ..quantization.operations import shape
+from ..quantization.operations import shape, tensor_inputs
 from ..quantization.ranges import RangeRule
 from ..quantization.student import activation_quantizers, collecting
 from ..quantization.tracing import trace
+from ..reconstruction import BATCH, Frontier
 from .base import Method, Problem
 from .channel_scales import fold_channel_scales_
-from .patches import input_of, patches, rows
+from .patches import patches, rows
 
 if TYPE_CHECKING:
     from .settings import MethodSettings
@@ -71,8 +72,8 @@ class BitSplitConfig:
     """Data and rounds of Bit-Split.
 
     Attributes:
-        views: How often every calibration image is seen, augmented, by each layer; 0 for once as
-            it is.
+        views: How many augmented views of every calibration image the layers see; 0 for the image
+            as it is.
         positions: Of the output, drawn in every view of a convolution's input.
         weight_rounds: Of step B, at most.
         rounds: Of step C, at most.
@@ -84,7 +85,8 @@ class BitSplitConfig:
             weights take over before they are split, so that they make up for its errors, too.
         statistics_views: How often batch normalisation sees every image for its new statistics; 0
             keeps the old ones.
-        batch: Images in a forward pass.
+        batch: Images in a forward pass, but for those that fill caches.
+        cache_megabytes: Inputs of a layer that are larger are kept in a file.
     """
 
     views: int = 2
@@ -96,6 +98,7 @@ class BitSplitConfig:
     channel_scales: bool = False
     statistics_views: int = 13
     batch: int = 64
+    cache_megabytes: int = 4096
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -106,6 +109,7 @@ class BitSplitConfig:
             ("damping", 0),
             ("statistics_views", 0),
             ("batch", 2),
+            ("cache_megabytes", 0),
         ):
             if not least <= getattr(self, name) < math.inf:
                 raise UsageError(
@@ -212,8 +216,7 @@ class Responses:
 
     def add(self, x: Tensor, float_x: Tensor) -> None:
         """Count rows ``x [G, K, N]``, and the responses to the rows ``float_x``."""
-        x = x.double()
-        y = self.weight @ float_x.double().transpose(1, 2)
+        y = self.weight.to(float_x) @ float_x.transpose(1, 2)
         self.gram += x.transpose(1, 2) @ x
         self.cross += y @ x
         self.energy += y.square().sum(2)
@@ -316,8 +319,19 @@ class BitSplit(Method):
             and isinstance(modules[str(node.target)], (QuantizedConv2d, QuantizedLinear))
         ]
         self.iterations = len(self.layers) + 1
+        called = {str(node.target) for node in self.layers}
+        own = [n for n in self.teacher.graph.nodes if n.op == "call_module" and n.target in called]
+        #: What enters every layer in the float network, and in the student when its turn comes.
+        # Views have their own random numbers, so that a run that is resumed has the same ones.
+        views = torch.cat(list(self._views(self.config.views, problem.random())))
+        self.float_inputs = self._frontier(self.teacher, own, views)
+        self.inputs = self._frontier(self.student, self.layers, views)
 
-    def _views(self, count: int) -> Iterator[Tensor]:
+    def _frontier(self, network: GraphModule, layers: Sequence[Node], views: Tensor) -> Frontier:
+        inputs = [[tensor_inputs(layer)[0].name] for layer in layers]
+        return Frontier(network, inputs, views, self.config.cache_megabytes * 2**20)
+
+    def _views(self, count: int, random: torch.Generator) -> Iterator[Tensor]:
         """Batches of ``count`` augmented views of every calibration image; of 0, of itself.
 
         Views are shuffled: images come class by class, and a batch of few classes has statistics of
@@ -328,24 +342,24 @@ class BitSplit(Method):
         if not count:
             yield from images.tensor_split(batches)
         for _ in range(count):
-            order = torch.randperm(len(images), generator=self.random, device=images.device)
+            order = torch.randperm(len(images), generator=random, device=images.device)
             for chosen in order.tensor_split(batches):
-                yield augment(images[chosen], self.problem.augmentation, self.random)
+                yield augment(images[chosen], self.problem.augmentation, random)
 
     @override
     @torch.no_grad()
     def step(self, iteration: int) -> Mapping[str, Tensor]:
         with must_fit(settings__bitsplit__batch=self.config.batch):
             if iteration < len(self.layers):
-                return {"error": self._quantize_weights(self.layers[iteration])}
+                return {"error": self._quantize_weights(iteration)}
             return {"error": self._quantize_activations()}
 
-    def _quantize_weights(self, node: Node) -> Tensor:
+    def _quantize_weights(self, iteration: int) -> Tensor:
         """Steps A to C on one layer; returns the relative squared error of its responses.
 
         Of a classifier, that of its weights.
         """
-        layer = self.student.get_submodule(str(node.target))
+        layer = self.student.get_submodule(str(self.layers[iteration].target))
         assert isinstance(layer, (QuantizedConv2d, QuantizedLinear))
         weight = rows(layer, layer.weight)
         planes = Planes(weight, layer.weight_quantizer.grid.bits)
@@ -356,19 +370,19 @@ class BitSplit(Method):
             relative = error.sum() / planes.weight.square().sum()
         if isinstance(layer, QuantizedConv2d):
             with stage("responses"):
-                responses = self._responses(node, layer)
+                responses = self._responses(iteration, layer)
             with stage("reconstruction"):
                 responses.reconstruct(planes, self.config.rounds)
                 relative = responses.error(planes).sum() / responses.energy.sum()
         _bake(layer, planes)
         return relative
 
-    def _responses(self, node: Node, layer: QuantizedConv2d) -> Responses:
+    def _responses(self, iteration: int, layer: QuantizedConv2d) -> Responses:
         responses = Responses(rows(layer, layer.weight))
-        name, count = str(node.target), shape(node)[2:].numel()
-        for images in self._views(self.config.views):
-            float_x = input_of(self.teacher, name, images)
-            x = input_of(self.student, name, images) if self.config.compensate else float_x
+        count = shape(self.layers[iteration])[2:].numel()
+        (float_inputs,) = self.float_inputs.at(iteration)
+        (inputs,) = self.inputs.at(iteration) if self.config.compensate else (float_inputs,)
+        for x, float_x in zip(inputs.split(BATCH), float_inputs.split(BATCH), strict=True):
             order = torch.rand(len(x), count, generator=self.random, device=x.device).argsort(1)
             positions = order[:, : self.config.positions]
             responses.add(patches(layer, x, positions), patches(layer, float_x, positions))
@@ -383,11 +397,11 @@ class BitSplit(Method):
             if not quantizer.signed:
                 quantizer.rule = RangeRule("lloyd")
         with stage("activations"), collecting(quantizers):
-            for images in self._views(self.config.views):
+            for images in self._views(self.config.views, self.random):
                 self.student(images)
         self._renew_statistics()
-        expected = torch.cat([self.teacher(images) for images in self._views(0)])
-        logits = torch.cat([self.student(images) for images in self._views(0)])
+        expected = torch.cat([self.teacher(images) for images in self._views(0, self.random)])
+        logits = torch.cat([self.student(images) for images in self._views(0, self.random)])
         return (logits - expected).square().sum() / expected.square().sum()
 
     def _renew_statistics(self) -> None:
@@ -416,7 +430,7 @@ class BitSplit(Method):
         ]
         try:
             with stage("statistics"), torch.enable_grad():  # else layers fold their normalisation
-                for images in self._views(self.config.statistics_views):
+                for images in self._views(self.config.statistics_views, self.random):
                     self.student(images)
         finally:
             for handle in handles:

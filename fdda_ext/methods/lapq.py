@@ -20,19 +20,20 @@ taken out again, in the mean of the batch normalisation that follows or in the l
 Other than in the paper and the authors' code: weights have a range for every channel, which all
 channels of a layer multiply by one m; the zero is on the grid, as `Grid` has it; every tensor that
 the configuration quantizes takes part, ends included, where the code leaves first and last layer,
-classifier and residual sums in float; activation ranges of phase 1 are found in one pass with
-activations in float, where the code's see earlier layers quantized; calibration images are training
-images, where the code takes validation images; a parabola that opens downwards or has its vertex
-outside the exponents gives way to the best exponent measured; a line search is Brent's bounded one
-within a reach around the current point, since L is a step function far from convex, and is only
-taken if L falls. The code takes the mean error of a channel's weights from each of them, which puts
-them off the grid: a product with the sum of the inputs for every pixel. An integer program has e_c,
-what all errors amount to on average, for nothing.
+classifier and residual sums in float; activation ranges of phase 1 are of the float network's
+values, where the code's see earlier layers quantized; calibration images are training images, where
+the code takes validation images; a parabola that opens downwards or has its vertex outside the
+exponents gives way to the best exponent measured; a line search is Brent's bounded one within a
+reach around the current point, since L is a step function far from convex, and is only taken if L
+falls. The code takes the mean error of a channel's weights from each of them, which puts them off
+the grid: a product with the sum of the inputs for every pixel. An integer program has e_c, what all
+errors amount to on average, for nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -48,11 +49,11 @@ from ..engine import must_fit, stage
 from ..errors import UsageError
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.quantizer import ActivationQuantizer
-from ..quantization.ranges import RangeRule, find_range
-from ..quantization.student import collecting
-from ..quantization.tracing import trace
+from ..quantization.ranges import Histogram, RangeRule, find_range
+from ..quantization.student import activation_quantizers, collecting
+from ..reconstruction import float_copy
 from .base import Method, Problem
-from .patches import input_of, patches, rows
+from .patches import patches, rows
 
 if TYPE_CHECKING:
     from .settings import MethodSettings
@@ -272,6 +273,10 @@ class _Range:
         self.node = node
         self.low = self.high = torch.zeros(())
 
+    def find(self, rule: RangeRule) -> None:
+        """Choose the ends by ``rule``."""
+        raise NotImplementedError
+
     def set(self, multiplier: float) -> None:
         """Multiply the ends."""
         raise NotImplementedError
@@ -302,8 +307,8 @@ class _WeightRanges(_Range):
         if self.shift is not None:
             self.unshifted, self.mean_input = self.shift.detach().clone(), mean_input
 
+    @override
     def find(self, rule: RangeRule) -> None:
-        """Choose the ranges by ``rule``."""
         weight = self.layer.weight.detach().flatten(1)
         grid = self.layer.weight_quantizer.grid
         self.low, self.high = find_range(weight, None, *weight.aminmax(dim=1), grid, rule)
@@ -320,14 +325,22 @@ class _WeightRanges(_Range):
 
 
 class _ActivationRange(_Range):
-    """That of an activation."""
+    """That of an activation.
+
+    Attributes:
+        histogram: Of its values in the float network.
+    """
 
     def __init__(self, node: Node, quantizer: ActivationQuantizer) -> None:
         super().__init__(node)
         self.quantizer = quantizer
+        self.histogram = Histogram()
 
-    def found(self) -> None:
-        """Keep the range that the quantizer has."""
+    @override
+    def find(self, rule: RangeRule) -> None:
+        self.quantizer.rule = rule
+        self.quantizer.calibrate(self.histogram)
+        self.quantizer.mode = "quantize"
         self.low, self.high = self.quantizer.low.clone(), self.quantizer.high.clone()
 
     @override
@@ -359,8 +372,7 @@ class LAPQ(Method):
                 self.weights.append(_WeightRanges(node, module))
             elif isinstance(module, ActivationQuantizer):
                 self.activations.append(_ActivationRange(node, module))
-        if self.config.bias_correction:
-            self._correct(modules)
+        self._measure(modules)
         self.ranges: list[_Range] = [*self.weights, *self.activations]
         self.exponents = torch.linspace(
             self.config.least_exponent,
@@ -375,32 +387,38 @@ class LAPQ(Method):
         self.iterations = self.config.exponents + 1 + round(searches)
         self._set_exponent(float(self.exponents[0]))
 
-    def _correct(self, modules: dict[str, nn.Module]) -> None:
-        network = trace(self.problem.teacher, self.problem.images[:1])
-        for ranges in self.weights:
-            means = [
-                patches(ranges.layer, input_of(network, str(ranges.node.target), x).mean(0)[None])
-                .mean(1)
-                .mul(len(x) / len(self.problem.images))
-                for x in self.batches
-            ]
-            after = list(ranges.node.users)
-            norm = modules.get(str(after[0].target)) if len(after) == 1 else None
-            ranges.correct(norm, torch.stack(means).sum(0))
+    @torch.no_grad()
+    def _measure(self, modules: dict[str, nn.Module]) -> None:
+        """See what the float network's activations are, and what every layer reads on average."""
+        network = float_copy(self.student)
+        sums: dict[nn.Module, Tensor] = {}
+        images = Counter[nn.Module]()
+
+        def add(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            assert isinstance(layer, (nn.Conv2d, nn.Linear))
+            total = patches(layer, arguments[0].sum(0)[None]).mean(1)
+            sums[layer] = sums[layer] + total if layer in sums else total
+            images[layer] += len(arguments[0])
+
+        layers = [network.get_submodule(str(ranges.node.target)) for ranges in self.weights]
+        for layer in layers:
+            layer.register_forward_pre_hook(add)
+        with collecting(activation_quantizers(network)) as histograms:
+            for batch in self.batches:
+                network(batch)
+        for activation, histogram in zip(self.activations, histograms, strict=True):
+            activation.histogram = histogram
+        if self.config.bias_correction:
+            for ranges, layer in zip(self.weights, layers, strict=True):
+                after = list(ranges.node.users)
+                norm = modules.get(str(after[0].target)) if len(after) == 1 else None
+                ranges.correct(norm, sums[layer] / images[layer])
 
     @torch.no_grad()
     def _set_exponent(self, p: float) -> None:
         """Every tensor's own range of least error to the power ``p``."""
-        rule = RangeRule("lp", exponent=p)
-        for weights in self.weights:
-            weights.find(rule)
-        for activation in self.activations:
-            activation.quantizer.rule = rule
-        with collecting([a.quantizer for a in self.activations]):
-            for batch in self.batches:
-                self.student(batch)
-        for activation in self.activations:
-            activation.found()
+        for ranges in self.ranges:
+            ranges.find(RangeRule("lp", exponent=p))
 
     def loss(self, logits: Tensor) -> float:
         """L of logits ``[n, K]`` of all images."""

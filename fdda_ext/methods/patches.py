@@ -48,11 +48,21 @@ def patches(layer: nn.Conv2d | nn.Linear, x: Tensor, positions: Tensor | None = 
         return x[None]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    columns = F.unfold(padded, layer.kernel_size, layer.dilation, stride=layer.stride)
-    if positions is not None:
-        columns = columns.gather(2, positions[:, None].expand(-1, columns.shape[1], -1))
-    grouped = columns.unflatten(1, (layer.groups, -1))  # [n, G, N, p]
-    return grouped.permute(1, 0, 3, 2).flatten(1, 2)
+    count, channels, height, width = padded.shape
+    down, right = (
+        step * torch.arange(size, device=x.device)
+        for step, size in zip(layer.dilation, layer.kernel_size, strict=True)
+    )
+    offsets = (down[:, None] * width + right).flatten()  # of a patch, from its corner
+    across = (width - 1 - int(right[-1])) // layer.stride[1] + 1
+    if positions is None:
+        high = (height - 1 - int(down[-1])) // layer.stride[0] + 1
+        positions = torch.arange(high * across, device=x.device).expand(count, -1)
+    corners = positions // across * layer.stride[0] * width + positions % across * layer.stride[1]
+    pixels = (corners[..., None] + offsets).flatten(1)  # [n, p * kH * kW]
+    taken = padded.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1))
+    grouped = taken.view(count, layer.groups, channels // layer.groups, -1, len(offsets))
+    return grouped.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
 
 
 def rows(layer: nn.Conv2d | nn.Linear, weight: Tensor) -> Tensor:

@@ -74,13 +74,17 @@ def calibrate(student: nn.Module, batches: Tensor | Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def collecting(quantizers: Sequence[ActivationQuantizer]) -> Iterator[None]:
-    """Set the ranges of ``quantizers`` from what passes through them inside; then they quantize."""
+def collecting(quantizers: Sequence[ActivationQuantizer]) -> Iterator[list[Histogram]]:
+    """Set the ranges of ``quantizers`` from what passes through them inside; then they quantize.
+
+    Yields:
+        What passes, of each.
+    """
     histograms = [Histogram() for _ in quantizers]
     for quantizer, histogram in zip(quantizers, histograms, strict=True):
         quantizer.mode, quantizer.histogram = "collect", histogram
     try:
-        yield
+        yield histograms
     finally:
         for quantizer in quantizers:
             quantizer.mode, quantizer.histogram = "float", None

@@ -6,7 +6,7 @@ included. ``prediction_costs`` (sensitivity.py) may come before, ``retune_norms`
 after.
 """
 
-from .cache import Cache, collect
+from .cache import BATCH, Cache, collect
 from .frontier import Frontier
 from .normalisation import retune_norms
 from .reconstruct import (
@@ -32,6 +32,7 @@ from .sensitivity import prediction_costs
 from .units import Granularity, Unit, partition, region
 
 __all__ = [
+    "BATCH",
     "Cache",
     "Data",
     "Dropped",
