@@ -152,7 +152,8 @@ def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
             runs[name] = lambda ours=ours, x=x: ours(x)
         if not is_cpu:
             runs = {name: waiting(run) for name, run in runs.items()}
-        times = {name: quartiles(t) for name, t in time_in_turn(runs, calls, clock).items()}
+        with torch.inference_mode():
+            times = {name: quartiles(t) for name, t in time_in_turn(runs, calls, clock).items()}
         for name, (low, median, high) in times.items():
             ms = (1e3 * median, 1e3 * low, 1e3 * high)
             numbers = (*ms, batch / median, times[FLOAT][1] / median)

@@ -9,7 +9,6 @@ import torch
 from scipy.optimize import minimize
 from test_bitsplit import problem_of_small_network
 from test_fdda import problem
-from torch import nn
 from torch.nn import functional as F
 
 from fdda_ext import train
@@ -18,7 +17,6 @@ from fdda_ext.errors import UsageError
 from fdda_ext.methods import LAPQConfig, MethodSettings, build_method
 from fdda_ext.methods.lapq import Powell, vertex
 from fdda_ext.quantization import QuantizationConfig, prepare
-from fdda_ext.quantization.layers import QuantizedConv2d, QuantizedLinear
 from fdda_ext.quantization.student import activation_quantizers, collecting
 
 TINY = LAPQConfig(exponents=3, sweeps=0.5, tolerance=0.1, batch=4)
@@ -153,15 +151,13 @@ def test_ranges_of_an_exponent_are_those_of_the_lp_rule():
     method._set_exponent(3.0)
     config = QuantizationConfig(weight_range="lp", activation_range="lp", lp_exponent=3.0)
     expected = prepare(task.teacher, config, task.images[:1])
-    # Weights have their ranges from `prepare`; those of activations are the float network's.
-    layers = [m for m in expected.modules() if isinstance(m, (QuantizedConv2d, QuantizedLinear))]
-    quantizers = [layer.weight_quantizer for layer in layers]
-    for layer in layers:
-        layer.weight_quantizer = nn.Identity()
-    with torch.no_grad(), collecting(activation_quantizers(expected)):
-        expected(task.images)
-    for layer, quantizer in zip(layers, quantizers, strict=True):
-        layer.weight_quantizer = quantizer
+    # Activations are those that weights at the first exponent leave.
+    first = replace(config, lp_exponent=TINY.least_exponent)
+    seen = prepare(task.teacher, first, task.images[:1])
+    with torch.no_grad(), collecting(activation_quantizers(seen)) as histograms:
+        seen(task.images)
+    for quantizer, histogram in zip(activation_quantizers(expected), histograms, strict=True):
+        quantizer.calibrate(histogram)
     for key, tensor in expected.state_dict().items():
         assert torch.equal(tensor, method.student.state_dict()[key]), key
 

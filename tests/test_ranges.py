@@ -140,6 +140,18 @@ def test_so_many_candidates_at_once_as_fit_find_the_same(monkeypatch):
     assert all(torch.isfinite(end).all() for end in nothing)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", ["lp", "lsq", "percentile", "minmax"])
+@pytest.mark.parametrize("counted", [False, True])
+def test_ranges_are_found_where_the_values_are(kind, rule, counted):
+    """On a device other than the processor's, here one without values: nothing else is mixed in."""
+    values = torch.empty(5, 400, device="meta")
+    counts = torch.empty(5, 400, dtype=torch.int64, device="meta") if counted else None
+    low, high = values.aminmax(dim=1)
+    for end in find_range(values, counts, low, high, Grid(kind, 4), RangeRule(rule)):
+        assert end.device == values.device
+
+
 def test_lsq_scale_is_twice_the_mean_magnitude_over_the_root_of_quant_max():
     values, grid = rows(), Grid("symmetric", 4)
     low, high = values.aminmax(dim=1)

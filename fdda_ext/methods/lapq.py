@@ -20,14 +20,15 @@ taken out again, in the mean of the batch normalisation that follows or in the l
 Other than in the paper and the authors' code: weights have a range for every channel, which all
 channels of a layer multiply by one m; the zero is on the grid, as `Grid` has it; every tensor that
 the configuration quantizes takes part, ends included, where the code leaves first and last layer,
-classifier and residual sums in float; activation ranges of phase 1 are of the float network's
-values, where the code's see earlier layers quantized; calibration images are training images, where
-the code takes validation images; a parabola that opens downwards or has its vertex outside the
-exponents gives way to the best exponent measured; a line search is Brent's bounded one within a
-reach around the current point, since L is a step function far from convex, and is only taken if L
-falls. The code takes the mean error of a channel's weights from each of them, which puts them off
-the grid: a product with the sum of the inputs for every pixel. An integer program has e_c, what all
-errors amount to on average, for nothing.
+classifier and residual sums in float; activation ranges of phase 1 are of what one pass sees with
+activations in float and weights at the first exponent, where the code's see earlier layers
+quantized; calibration images are training images, where the code takes validation images; a
+parabola that opens downwards or has its vertex outside the exponents gives way to the best exponent
+measured; a line search is Brent's bounded one within a reach around the current point, since L is a
+step function far from convex, and is only taken if L falls. The code takes the mean error of a
+channel's weights from each of them, which puts them off the grid: a product with the sum of the
+inputs for every pixel. An integer program has e_c, what all errors amount to on average, for
+nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from ..errors import UsageError
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.ranges import Histogram, RangeRule, find_range
-from ..quantization.student import activation_quantizers, collecting
+from ..quantization.student import collecting
 from ..reconstruction import float_copy
 from .base import Method, Problem
 from .patches import patches, rows
@@ -328,7 +329,7 @@ class _ActivationRange(_Range):
     """That of an activation.
 
     Attributes:
-        histogram: Of its values in the float network.
+        histogram: Of its values on all images.
     """
 
     def __init__(self, node: Node, quantizer: ActivationQuantizer) -> None:
@@ -372,7 +373,9 @@ class LAPQ(Method):
                 self.weights.append(_WeightRanges(node, module))
             elif isinstance(module, ActivationQuantizer):
                 self.activations.append(_ActivationRange(node, module))
-        self._measure(modules)
+        if self.config.bias_correction:
+            self._correct(modules)
+        self._see_activations()
         self.ranges: list[_Range] = [*self.weights, *self.activations]
         self.exponents = torch.linspace(
             self.config.least_exponent,
@@ -388,8 +391,8 @@ class LAPQ(Method):
         self._set_exponent(float(self.exponents[0]))
 
     @torch.no_grad()
-    def _measure(self, modules: dict[str, nn.Module]) -> None:
-        """See what the float network's activations are, and what every layer reads on average."""
+    def _correct(self, modules: dict[str, nn.Module]) -> None:
+        """See what every layer reads on average in the float network."""
         network = float_copy(self.student)
         sums: dict[nn.Module, Tensor] = {}
         images = Counter[nn.Module]()
@@ -403,16 +406,23 @@ class LAPQ(Method):
         layers = [network.get_submodule(str(ranges.node.target)) for ranges in self.weights]
         for layer in layers:
             layer.register_forward_pre_hook(add)
-        with collecting(activation_quantizers(network)) as histograms:
+        for batch in self.batches:
+            network(batch)
+        for ranges, layer in zip(self.weights, layers, strict=True):
+            after = list(ranges.node.users)
+            norm = modules.get(str(after[0].target)) if len(after) == 1 else None
+            ranges.correct(norm, sums[layer] / images[layer])
+
+    @torch.no_grad()
+    def _see_activations(self) -> None:
+        """Count the values of activations that nothing but weights have changed."""
+        for weights in self.weights:
+            weights.find(RangeRule("lp", exponent=self.config.least_exponent))
+        with collecting([a.quantizer for a in self.activations]) as histograms:
             for batch in self.batches:
-                network(batch)
+                self.student(batch)
         for activation, histogram in zip(self.activations, histograms, strict=True):
             activation.histogram = histogram
-        if self.config.bias_correction:
-            for ranges, layer in zip(self.weights, layers, strict=True):
-                after = list(ranges.node.users)
-                norm = modules.get(str(after[0].target)) if len(after) == 1 else None
-                ranges.correct(norm, sums[layer] / images[layer])
 
     @torch.no_grad()
     def _set_exponent(self, p: float) -> None:

@@ -105,11 +105,12 @@ def _least_error(
         for pair in zip(lows.split(at_once), highs.split(at_once), strict=True):
             attempt(*pair)
 
-    search(low * _COARSE, high * _COARSE)
-    search(torch.maximum(best_low * _FINE, low), torch.minimum(best_high * _FINE, high))
+    coarse, fine = _COARSE.to(low), _FINE.to(low)
+    search(low * coarse, high * coarse)
+    search(torch.maximum(best_low * fine, low), torch.minimum(best_high * fine, high))
     if grid.kind in ("asymmetric", "paper"):
-        search(best_low, high * _COARSE)
-        search(low * _COARSE, best_high)
+        search(best_low, high * coarse)
+        search(low * coarse, best_high)
     return best_low, best_high
 
 
