@@ -381,7 +381,9 @@ def test_views_mix_the_classes():
     method._renew_statistics()
     norm = method.student.get_submodule("1")
     x = torch.nn.functional.conv2d(
-        torch.cat(list(method._views(8, method.random))), method.student.get_submodule("0").weight, padding=1
+        torch.cat(list(method._views(8, method.random))),
+        method.student.get_submodule("0").weight,
+        padding=1,
     )
     share = norm.running_var / x.var((0, 2, 3))
     assert float(share.mean()) > 0.7, "of few classes in a batch it would be a tenth"
