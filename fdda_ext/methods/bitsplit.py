@@ -24,11 +24,12 @@ the code can do but does not (`compensate`); every convolution gets A, B and C a
 configuration gives it, the classifier A and B as there, where the code has 8 bits for the first
 convolution and the classifier; b = 2 is one plane, -1, 0 or 1; an input that is always 0 and an
 output without weights keep their digits, for which the formulas divide by 0; C may be damped; it
-ends when no digit changes; X is of augmented calibration images alone, and so are the statistics;
-signed tensors have the configured range rule; Lloyd's iterations see a histogram, zeros included,
-which cannot move s. The paper's activation quantizer with a scale for every input channel, which
-its code has not, is an option (`channel_scales`), for layers that alone read a normalisation and a
-ReLU, see `fdda_ext.methods.channel_scales`.
+ends when no digit changes; X is of augmented calibration images alone, the same views for all
+layers, and so are the statistics, of views of their own; signed tensors have the configured range
+rule; Lloyd's iterations see a histogram, zeros included, which cannot move s. The paper's
+activation quantizer with a scale for every input channel, which its code has not, is an option
+(`channel_scales`), for layers that alone read a normalisation and a ReLU, see
+`fdda_ext.methods.channel_scales`.
 """
 
 from __future__ import annotations
@@ -215,7 +216,10 @@ class Responses:
         self.energy = self.weight.new_zeros(groups, m)
 
     def add(self, x: Tensor, float_x: Tensor) -> None:
-        """Count rows ``x [G, K, N]``, and the responses to the rows ``float_x``."""
+        """Count rows ``x [G, K, N]``, and the responses to the rows ``float_x``.
+
+        Both float32, as the products of these rows are; their sums are float64.
+        """
         y = self.weight.to(float_x) @ float_x.transpose(1, 2)
         self.gram += x.transpose(1, 2) @ x
         self.cross += y @ x
@@ -319,12 +323,13 @@ class BitSplit(Method):
             and isinstance(modules[str(node.target)], (QuantizedConv2d, QuantizedLinear))
         ]
         self.iterations = len(self.layers) + 1
-        called = {str(node.target) for node in self.layers}
-        own = [n for n in self.teacher.graph.nodes if n.op == "call_module" and n.target in called]
+        names = {str(node.target) for node in self.layers}
+        nodes = self.teacher.graph.nodes
+        originals = [n for n in nodes if n.op == "call_module" and n.target in names]
         #: What enters every layer in the float network, and in the student when its turn comes.
         # Views have their own random numbers, so that a run that is resumed has the same ones.
         views = torch.cat(list(self._views(self.config.views, problem.random())))
-        self.float_inputs = self._frontier(self.teacher, own, views)
+        self.float_inputs = self._frontier(self.teacher, originals, views)
         self.inputs = self._frontier(self.student, self.layers, views)
 
     def _frontier(self, network: GraphModule, layers: Sequence[Node], views: Tensor) -> Frontier:
