@@ -74,7 +74,7 @@ def circumstances(options: argparse.Namespace) -> str:
         where = torch.cuda.get_device_name(options.device)
     else:
         where = f"{processor()}, {build_info().isa}, threads: {options.threads}"
-    return f"{where}; {versions}; images {height}x{height}"
+    return f"{where}; {versions}; images {height}x{height}, no gradients"
 
 
 def processor() -> str:
@@ -152,7 +152,7 @@ def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
             runs[name] = lambda ours=ours, x=x: ours(x)
         if not is_cpu:
             runs = {name: waiting(run) for name, run in runs.items()}
-        with torch.inference_mode():
+        with torch.inference_mode():  # parameters of the peers want gradients
             times = {name: quartiles(t) for name, t in time_in_turn(runs, calls, clock).items()}
         for name, (low, median, high) in times.items():
             ms = (1e3 * median, 1e3 * low, 1e3 * high)

@@ -15,8 +15,8 @@ from fdda_ext.deploy import lower
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import BitSplitConfig, MethodSettings, build_method
 from fdda_ext.methods.bitsplit import Planes, Responses
-from fdda_ext.methods.channel_scales import channel_steps, fold_channel_scales_
-from fdda_ext.methods.patches import input_of, patches, rows
+from fdda_ext.methods.channel_scales import channel_steps, fold_channel_scales_, input_of
+from fdda_ext.methods.patches import patches, rows
 from fdda_ext.quantization.grid import Grid
 from fdda_ext.quantization.ranges import Histogram, RangeRule
 from fdda_ext.quantization.tracing import trace
@@ -177,6 +177,60 @@ def test_damping_pulls_towards_the_weights_themselves():
     )
 
 
+def test_products_of_float32_rows_are_those_of_float64():
+    planes = Planes(weights(), 4)
+    _, x, float_x = known(planes)
+    exact, single = Responses(planes.weight), Responses(planes.weight)
+    for part in range(0, 200, 40):
+        rows_of_part = [y[:, part : part + 40].float() for y in (x, float_x)]
+        exact.add(*(y.double() for y in rows_of_part))
+        single.add(*rows_of_part)
+    for name in ("gram", "cross", "energy"):
+        found, expected = getattr(single, name), getattr(exact, name)
+        assert found.dtype == torch.float64
+        assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("views", [0, 2])
+def test_layers_read_views_of_the_student_and_of_the_float_network(compensate, views):
+    task = problem_of_small_network()
+    method = build_method("bitsplit", task, settings(compensate=compensate, views=views))
+    images = torch.cat(list(method._views(views, task.random())))
+    added = []
+
+    def add(self: Responses, x: Tensor, float_x: Tensor) -> None:
+        added.append((x, float_x))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Responses, "add", add)
+        patch.setattr(Responses, "reconstruct", lambda *_: None)
+        patch.setattr(Responses, "error", lambda *_: torch.zeros(1))
+        for iteration, node in enumerate(method.layers):
+            layer = method.student.get_submodule(str(node.target))
+            if isinstance(layer, nn.Linear):
+                continue
+            before = method.random.get_state()
+            student, teacher = (
+                input_of(network, str(node.target), images)
+                for network in (method.student, task.teacher)
+            )
+            method.step(iteration)
+            method.random.set_state(before)
+            positions = torch.rand(
+                len(images), node.meta["shape"][2:].numel(), generator=method.random
+            )
+            positions = positions.argsort(1)[:, :20]
+            ((x, float_x),) = added
+            added.clear()
+            expected = student if compensate else teacher
+            torch.testing.assert_close(x, patches(layer, expected, positions))
+            torch.testing.assert_close(float_x, patches(layer, teacher, positions))
+            assert (compensate and iteration > 0) or torch.equal(x, float_x)
+            if compensate and iteration > 0:
+                assert not torch.allclose(x, float_x, atol=1e-3)
+
+
 # ---- patches --------------------------------------------------------------------------------
 
 
@@ -186,6 +240,8 @@ def test_damping_pulls_towards_the_weights_themselves():
         nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
         nn.Conv2d(4, 4, (1, 3), padding="same", groups=4, dilation=2, bias=False),
         nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", groups=2, bias=False),
+        nn.Conv2d(4, 8, (2, 3), (2, 1), (0, 2), (1, 2), padding_mode="circular", bias=False),
+        nn.Conv2d(4, 2, (2, 4), padding="same", groups=2, bias=False),
         nn.Linear(4, 6, bias=False),
     ],
 )
@@ -391,7 +447,14 @@ def test_views_mix_the_classes():
 
 @pytest.mark.parametrize(
     "change",
-    [{"views": -1}, {"positions": 0}, {"rounds": -1}, {"damping": float("nan")}, {"batch": 1}],
+    [
+        {"views": -1},
+        {"positions": 0},
+        {"rounds": -1},
+        {"damping": float("nan")},
+        {"batch": 1},
+        {"cache_megabytes": -1},
+    ],
 )
 def test_bad_settings_are_refused(change):
     with pytest.raises(UsageError, match=f"bitsplit: expected {next(iter(change))} at least"):

@@ -8,12 +8,14 @@ import math
 import os
 import tempfile
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from test_bitsplit import problem_of_small_network
 from test_fdda import CLASSES, problem
 from test_prepare_zoo import NETWORKS, load
 from torch import Tensor, nn
@@ -42,6 +44,7 @@ from fdda_ext.reconstruction import (
     RelativeAdam,
     RoundingConfig,
     SoftlyRounded,
+    activations_in_float,
     collect,
     float_copy,
     output_error,
@@ -170,7 +173,7 @@ def test_a_full_disk_is_named(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UsageError, match=f"room for 1 MiB in {tmp_path}, .*No space left"):
+    with pytest.raises(UsageError, match=f"room for 1 MiB, .* in {tmp_path}, .*No space left"):
         collect(lambda x: (x,), [torch.zeros(4, 256, 16, 16)], 0)
 
 
@@ -288,6 +291,56 @@ def test_rounding_is_mostly_as_good_as_a_search_over_all_whatever_the_seed():
     as_good = sum(found <= 1.02 * best for best, found, _ in errors)
     assert as_good >= 10, "AdaRound descends, and may end in a minimum that is not the least"
     assert sum(nearest <= 1.02 * best for best, _, nearest in errors) <= 6, "it takes learning"
+
+
+#: One layer or block after the other, whatever enters it.
+WAYS = [
+    ("brecq", {}),
+    ("brecq", {"granularity": "layer"}),
+    ("qdrop", {}),
+    ("qdrop", {"granularity": "layer"}),
+    ("adaquant", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), WAYS)
+@pytest.mark.parametrize("grid", ["deploy", "paper"])
+def test_units_of_a_branched_network_read_what_the_final_student_makes(name, changes, grid):
+    task = problem_of_small_network(grid=grid)
+    method = build_method(name, task, tiny(**changes))
+    read = []
+    for iteration in range(len(method.units) * 4):
+        method.step(iteration)
+        if iteration % 4 == 0:
+            read.append([torch.cat(list(cache.split(4))) for cache in method.current.data.inputs])
+    with activations_in_float(method.student) if name == "brecq" else nullcontext():
+        for unit, found in zip(method.units, read, strict=True):
+            with torch.no_grad():
+                expected = values_of(method.student, unit.inputs)(task.images)
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_caches_in_files_change_nothing(name):
+    task = problem_of_small_network()
+    methods = [build_method(name, task, tiny(cache_megabytes=size)) for size in (4096, 0)]
+    assert run(methods[0]) == run(methods[1])
+
+
+def test_an_argument_that_no_one_reads_does_not_matter():
+    class Network(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+            return self.network(x)
+
+    task = problem()
+    for name in (*NAMES, "bitsplit"):
+        whole = build_method(name, replace(task, teacher=Network(task.teacher)), tiny())
+        assert run(whole) == run(build_method(name, task, tiny()))
 
 
 # ---- losses ---------------------------------------------------------------------------------
@@ -563,10 +616,10 @@ def test_state_resumes_exactly_and_the_student_is_a_program(name, grid, changes)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_stopped_between_units_and_early_in_one_resumes(name):
-    task = problem()
+    task = problem_of_small_network()
     whole = build_method(name, task, tiny())
     run(whole)
-    for half in (4, 5):
+    for half in (4, 13):
         halves, resumed = (build_method(name, task, tiny()) for _ in range(2))
         run(halves, end=half)
         resumed.load_state_dict(halves.state_dict())

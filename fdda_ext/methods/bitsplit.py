@@ -35,7 +35,7 @@ activation quantizer with a scale for every input channel, which its code has no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ from ..quantization.operations import shape, tensor_inputs
 from ..quantization.ranges import RangeRule
 from ..quantization.student import activation_quantizers, collecting
 from ..quantization.tracing import trace
-from ..reconstruction import BATCH, Frontier
+from ..reconstruction import BATCH, Frontier, float_copy, partition
 from .base import Method, Problem
 from .channel_scales import fold_channel_scales_
 from .patches import patches, rows
@@ -323,18 +323,20 @@ class BitSplit(Method):
             and isinstance(modules[str(node.target)], (QuantizedConv2d, QuantizedLinear))
         ]
         self.iterations = len(self.layers) + 1
-        names = {str(node.target) for node in self.layers}
-        nodes = self.teacher.graph.nodes
-        originals = [n for n in nodes if n.op == "call_module" and n.target in names]
+        with must_fit(settings__bitsplit__views=self.config.views):
+            # Drawn from the seed, so that a run that is resumed has the same ones.
+            views = torch.cat(list(self._views(self.config.views, problem.random())))
         #: What enters every layer in the float network, and in the student when its turn comes.
-        # Views have their own random numbers, so that a run that is resumed has the same ones.
-        views = torch.cat(list(self._views(self.config.views, problem.random())))
-        self.float_inputs = self._frontier(self.teacher, originals, views)
-        self.inputs = self._frontier(self.student, self.layers, views)
+        self.float_inputs = self._frontier(float_copy(self.student), views)
+        self.inputs = self._frontier(self.student, views)
 
-    def _frontier(self, network: GraphModule, layers: Sequence[Node], views: Tensor) -> Frontier:
-        inputs = [[tensor_inputs(layer)[0].name] for layer in layers]
-        return Frontier(network, inputs, views, self.config.cache_megabytes * 2**20)
+    def _frontier(self, network: GraphModule, views: Tensor) -> Frontier:
+        units = partition(self.student, "layer", views[:1], quantize="input")
+        stops = [
+            (tensor_inputs(layer)[0].name, *unit.inputs)
+            for layer, unit in zip(self.layers, units, strict=True)
+        ]
+        return Frontier(network, stops, views, self.config.cache_megabytes * 2**20)
 
     def _views(self, count: int, random: torch.Generator) -> Iterator[Tensor]:
         """Batches of ``count`` augmented views of every calibration image; of 0, of itself.
@@ -354,9 +356,12 @@ class BitSplit(Method):
     @override
     @torch.no_grad()
     def step(self, iteration: int) -> Mapping[str, Tensor]:
-        with must_fit(settings__bitsplit__batch=self.config.batch):
-            if iteration < len(self.layers):
+        if iteration < len(self.layers):
+            with must_fit(settings__bitsplit__cache_megabytes=self.config.cache_megabytes):
                 return {"error": self._quantize_weights(iteration)}
+        self.float_inputs.restart()
+        self.inputs.restart()
+        with must_fit(settings__bitsplit__batch=self.config.batch):
             return {"error": self._quantize_activations()}
 
     def _quantize_weights(self, iteration: int) -> Tensor:
@@ -385,8 +390,8 @@ class BitSplit(Method):
     def _responses(self, iteration: int, layer: QuantizedConv2d) -> Responses:
         responses = Responses(rows(layer, layer.weight))
         count = shape(self.layers[iteration])[2:].numel()
-        (float_inputs,) = self.float_inputs.at(iteration)
-        (inputs,) = self.inputs.at(iteration) if self.config.compensate else (float_inputs,)
+        float_inputs, *_ = self.float_inputs.at(iteration)
+        inputs, *_ = self.inputs.at(iteration) if self.config.compensate else (float_inputs,)
         for x, float_x in zip(inputs.split(BATCH), float_inputs.split(BATCH), strict=True):
             order = torch.rand(len(x), count, generator=self.random, device=x.device).argsort(1)
             positions = order[:, : self.config.positions]
@@ -453,6 +458,7 @@ class BitSplit(Method):
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.student.load_state_dict(state["student"])
+        self.inputs.restart()
         restore_random(self.random, state["random"])
 
 

@@ -16,9 +16,31 @@ from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..quantization.operations import operation, tensor_inputs
-from .patches import input_of
 
-__all__ = ["channel_steps", "fold_channel_scales_"]
+__all__ = ["channel_steps", "fold_channel_scales_", "input_of"]
+
+
+class _Reached(Exception):  # noqa: N818  (not an error)
+    pass
+
+
+@torch.no_grad()
+def input_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
+    """What enters the layer called ``name`` on ``images [n, 3, H, W]``; nothing after it runs."""
+    found: list[Tensor] = []
+
+    def keep(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        found.append(arguments[0])
+        raise _Reached
+
+    handle = network.get_submodule(name).register_forward_pre_hook(keep)
+    try:
+        network(images)
+    except _Reached:
+        return found[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"{name} does not run")
 
 
 def channel_steps(x: Tensor, bits: int) -> Tensor:

@@ -373,9 +373,10 @@ class LAPQ(Method):
                 self.weights.append(_WeightRanges(node, module))
             elif isinstance(module, ActivationQuantizer):
                 self.activations.append(_ActivationRange(node, module))
-        if self.config.bias_correction:
-            self._correct(modules)
-        self._see_activations()
+        with must_fit(settings__lapq__batch=self.config.batch):
+            if self.config.bias_correction:
+                self._correct(modules)
+            self._see_activations()
         self.ranges: list[_Range] = [*self.weights, *self.activations]
         self.exponents = torch.linspace(
             self.config.least_exponent,
@@ -388,7 +389,6 @@ class LAPQ(Method):
         self.powell = Powell(ones, math.inf, self.config.reach, self.config.tolerance)
         searches = self.config.sweeps * (len(self.ranges) + 1)
         self.iterations = self.config.exponents + 1 + round(searches)
-        self._set_exponent(float(self.exponents[0]))
 
     @torch.no_grad()
     def _correct(self, modules: dict[str, nn.Module]) -> None:

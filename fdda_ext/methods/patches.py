@@ -6,30 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["input_of", "patches", "rows"]
-
-
-class _Reached(Exception):  # noqa: N818  (not an error)
-    pass
-
-
-@torch.no_grad()
-def input_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
-    """What enters the layer called ``name`` on ``images [n, 3, H, W]``; nothing after it runs."""
-    found: list[Tensor] = []
-
-    def keep(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found.append(arguments[0])
-        raise _Reached
-
-    handle = network.get_submodule(name).register_forward_pre_hook(keep)
-    try:
-        network(images)
-    except _Reached:
-        return found[0]
-    finally:
-        handle.remove()
-    raise AssertionError(f"{name} does not run")
+__all__ = ["patches", "rows"]
 
 
 def patches(layer: nn.Conv2d | nn.Linear, x: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -265,6 +265,7 @@ class ReconstructionMethod(Method):
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.student.load_state_dict(state["student"])
+        self.inputs.restart()
         self.task, self.current = state["task"], None
         self.progress = [dict(unit) for unit in state["progress"]]
         if state["current"] is not None:

@@ -29,7 +29,7 @@ from .rounding import (
     soften_,
 )
 from .sensitivity import prediction_costs
-from .units import Granularity, Unit, partition, region
+from .units import Granularity, Unit, arguments_of, partition, region
 
 __all__ = [
     "BATCH",
@@ -44,6 +44,7 @@ __all__ = [
     "SoftlyRounded",
     "Unit",
     "activations_in_float",
+    "arguments_of",
     "check_ranges_stay",
     "collect",
     "float_copy",

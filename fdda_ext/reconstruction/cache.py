@@ -41,8 +41,9 @@ class Cache:
                         os.posix_fallocate(file.fileno(), 0, size)
                 except OSError as error:
                     raise UsageError(
-                        f"reconstruction: expected room for {size / 2**20:.0f} MiB in "
-                        f"{gettempdir()}, which TMPDIR names, got: {error.strerror}"
+                        f"caches: expected room for {size / 2**20:.0f} MiB, more than "
+                        f"cache_megabytes, in {gettempdir()}, which TMPDIR names, got: "
+                        f"{error.strerror}"
                     ) from None
                 rows = torch.from_file(file.name, shared=True, size=numel, dtype=example.dtype)
         self.rows = rows.view(images, -1)

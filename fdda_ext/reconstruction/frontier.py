@@ -18,9 +18,10 @@ __all__ = ["Frontier"]
 class Frontier:
     """Values of nodes on all images, each stop's computed from those of the stop before.
 
-    So all stops together cost one pass through the network, where a pass from the image to each of
-    them would cost half as many as there are stops. What lies between two stops may change until
-    the latter is reached, and not afterwards.
+    Where each stop names all that is computed so far and read later, as the inputs of units do,
+    all together cost one pass through the network; a pass from the image to each would cost half as
+    many as there are stops. What lies between two stops may change until the latter is reached, and
+    not afterwards.
 
     Args:
         network: To be computed.
@@ -35,8 +36,13 @@ class Frontier:
         self.network = network
         self.stops = stops
         self.limit = limit
-        (image,) = (node.name for node in network.graph.nodes if node.op == "placeholder")
+        nodes = network.graph.nodes
+        (image,) = (node.name for node in nodes if node.op == "placeholder" and node.users)
         self.begin: dict[str, Tensor | Cache] = {image: images}
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all values but the images."""
         self.known = self.begin
         self.reached = -1
 
@@ -47,7 +53,7 @@ class Frontier:
         go back is to begin again with the image.
         """
         if stop < self.reached:
-            self.reached, self.known = -1, self.begin
+            self.restart()
         while self.reached < stop:
             self._advance()
         return [cast(Cache, self.known[name]) for name in self.stops[stop]]
