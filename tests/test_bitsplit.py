@@ -226,9 +226,7 @@ def test_layers_read_views_of_the_student_and_of_the_float_network(compensate, v
             expected = student if compensate else teacher
             torch.testing.assert_close(x, patches(layer, expected, positions))
             torch.testing.assert_close(float_x, patches(layer, teacher, positions))
-            assert (compensate and iteration > 0) or torch.equal(x, float_x)
-            if compensate and iteration > 0:
-                assert not torch.allclose(x, float_x, atol=1e-3)
+            assert torch.equal(x, float_x) != (compensate and iteration > 0)
 
 
 # ---- patches --------------------------------------------------------------------------------
