@@ -261,7 +261,10 @@ def options() -> dict[str, set[str]]:
             importlib.import_module(f"fdda_ext.{name}").main(["--help"])
         found[f"fdda_ext.{name}"] = set(re.findall(r"--[\w.-]+", help_text.getvalue()))
     for program in [*(ROOT / "python").glob("*.py"), ROOT / "benchmarks" / "gpu_report.py"]:
-        found[program.name] = set(re.findall(r"\"(--[\w-]+)\"", program.read_text()))
+        text = program.read_text()
+        if "import cost_table" in text:  # which reads its options
+            text += (ROOT / "python" / "common.py").read_text()
+        found[program.name] = set(re.findall(r"\"(--[\w-]+)\"", text))
     found = {name: {o.replace("-", "_") for o in every} for name, every in found.items()}
     return {**found, "": set.union(*found.values()) | {o.replace("-", "_") for o in FOREIGN}}
 
