@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
@@ -326,17 +326,15 @@ class BitSplit(Method):
         with must_fit(settings__bitsplit__views=self.config.views):
             # Drawn from the seed, so that a run that is resumed has the same ones.
             views = torch.cat(list(self._views(self.config.views, problem.random())))
-        #: What enters every layer in the float network, and in the student when its turn comes.
-        self.float_inputs = self._frontier(float_copy(self.student), views)
-        self.inputs = self._frontier(self.student, views)
-
-    def _frontier(self, network: GraphModule, views: Tensor) -> Frontier:
         units = partition(self.student, "layer", views[:1], quantize="input")
         stops = [
             (tensor_inputs(layer)[0].name, *unit.inputs)
             for layer, unit in zip(self.layers, units, strict=True)
         ]
-        return Frontier(network, stops, views, self.config.cache_megabytes * 2**20)
+        limit = self.config.cache_megabytes * 2**20
+        #: What enters every layer in the float network, and in the student when its turn comes.
+        self.float_inputs = Frontier(float_copy(self.student), stops, views, limit)
+        self.inputs = Frontier(self.student, stops, views, limit)
 
     def _views(self, count: int, random: torch.Generator) -> Iterator[Tensor]:
         """Batches of ``count`` augmented views of every calibration image; of 0, of itself.

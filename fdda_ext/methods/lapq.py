@@ -34,7 +34,6 @@ nothing.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -395,13 +394,11 @@ class LAPQ(Method):
         """See what every layer reads on average in the float network."""
         network = float_copy(self.student)
         sums: dict[nn.Module, Tensor] = {}
-        images = Counter[nn.Module]()
 
         def add(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             assert isinstance(layer, (nn.Conv2d, nn.Linear))
             total = patches(layer, arguments[0].sum(0)[None]).mean(1)
             sums[layer] = sums[layer] + total if layer in sums else total
-            images[layer] += len(arguments[0])
 
         layers = [network.get_submodule(str(ranges.node.target)) for ranges in self.weights]
         for layer in layers:
@@ -411,7 +408,7 @@ class LAPQ(Method):
         for ranges, layer in zip(self.weights, layers, strict=True):
             after = list(ranges.node.users)
             norm = modules.get(str(after[0].target)) if len(after) == 1 else None
-            ranges.correct(norm, sums[layer] / images[layer])
+            ranges.correct(norm, sums[layer] / len(self.problem.images))
 
     @torch.no_grad()
     def _see_activations(self) -> None:
