@@ -37,7 +37,14 @@ from .engine.checkpoint import atomic_write_text
 from .errors import UsageError
 from .methods import METHODS, build_method, method_class
 from .quantization import parse_bits
-from .train import TrainConfig, build_problem, parse_arguments, preset_path, test_batches
+from .train import (
+    TrainConfig,
+    build_problem,
+    parse_arguments,
+    preset_path,
+    test_batches,
+    without_unused,
+)
 from .visualization import comparison, some_images
 
 __all__ = ["CompareConfig", "Setting", "main"]
@@ -272,15 +279,11 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
         step = preset["settings"]["distillation"]
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in step.items()}
         common = [f"--settings.distillation.{name}={text}" for name, text in texts.items()]
-    return [
-        *(
-            f"--method={_method_of(cell.method)}",
-            f"--preset={config.preset}",
-            f"--seed={cell.seed}",
-        ),
-        *("--baselines=[]", f"--threads={config.threads}"),
-        *(*cell.setting.arguments(), *common, *_constants_of(cell.method), *rest),
-    ]
+    own = [f"--method={_method_of(cell.method)}", f"--preset={config.preset}", "--baselines=[]"]
+    # What is meant for all runs need not concern every method; what a variant adds must.
+    shared = [f"--seed={cell.seed}", f"--threads={config.threads}", *cell.setting.arguments()]
+    used = without_unused([*own, *shared, *common, *rest])
+    return [*used, *_constants_of(cell.method)]
 
 
 # ---- equal budgets ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from fdda_ext.engine import (
     train,
     write_student,
 )
+from fdda_ext.engine.interrupt import held_interrupt
 from fdda_ext.errors import UnreadableImageError, UsageError
 
 
@@ -438,3 +440,66 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     assert done.stderr.startswith("error: expected to write and read files, got: ")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "s").exists()
+
+
+def test_folder_of_a_run_that_computed_nothing_is_removed(tmp_path):
+    path = tmp_path / "new" / "deeper" / "run"
+    folder = RunFolder(path, "seed: 0\n", resume=False)
+    with pytest.raises(UsageError, match="wrong"), folder.removed_if_unused():
+        RunFolder(path / "baselines" / "mse", "seed: 0\n", resume=True)
+        (path / "metrics.jsonl").touch()
+        raise UsageError("wrong")
+    assert list(tmp_path.iterdir()) == []
+    RunFolder(path, "seed: 0\n", resume=False)  # so the same command can be given again
+
+
+@pytest.mark.parametrize("result", ["checkpoint.safetensors", "baselines/mse/summary.json"])
+def test_folder_with_a_result_stays_after_an_error(tmp_path, result):
+    folder = RunFolder(tmp_path / "run", "seed: 0\n", resume=False)
+    with pytest.raises(KeyboardInterrupt), folder.removed_if_unused():
+        (folder.path / result).parent.mkdir(parents=True, exist_ok=True)
+        (folder.path / result).write_text("{}")
+        raise KeyboardInterrupt
+    assert (folder.path / result).exists()
+
+
+def test_folder_of_another_run_is_never_removed(tmp_path):
+    RunFolder(tmp_path / "run", "seed: 0\n", resume=False)
+    resumed = RunFolder(tmp_path / "run", "seed: 0\n", resume=True)
+    with pytest.raises(UsageError), resumed.removed_if_unused():
+        raise UsageError("wrong")
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+class Interrupted(Walk):
+    """A walk during which Ctrl-C is pressed."""
+
+    def step(self, iteration):
+        if iteration == self.stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return super().step(-1)
+
+
+def test_ctrl_c_ends_training_after_a_whole_iteration(tmp_path):
+    whole = Walk()
+    train(whole, None, description="walk", show=False)
+    cut = Interrupted(stop_at=12)
+    progress = train(cut, None, description="walk", show=False)
+    assert (progress.iterations, progress.interrupted) == (13, True)
+    # What it was stopped with is stored, so that it goes on to the same end.
+    folder = RunFolder(tmp_path / "run", "seed: 0\n", resume=False)
+    progress = train(Interrupted(stop_at=12), folder, description="walk", show=False)
+    assert (progress.iterations, progress.interrupted) == (13, True)
+    resumed = Walk()
+    progress = train(resumed, folder, description="walk", show=False)
+    assert (progress.iterations, progress.interrupted) == (30, False)
+    assert torch.equal(resumed.position, whole.position)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), held_interrupt() as pressed:
+        assert not pressed()
+        signal.raise_signal(signal.SIGINT)
+        assert pressed()
+        signal.raise_signal(signal.SIGINT)

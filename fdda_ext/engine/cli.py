@@ -161,8 +161,8 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         _leave(f"error{signature()}: expected sizes that fit the memory, got {reason}", 2)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
+    except KeyboardInterrupt as interruption:
+        _leave(f"interrupted; {interruption}" if interruption.args else "interrupted", 130)
 
 
 def _leave(message: str, status: int) -> NoReturn:

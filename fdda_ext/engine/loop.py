@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ..distribution import from_first, is_first
 from ..errors import UsageError
 from .checkpoint import load_state, save_state
+from .interrupt import held_interrupt
 from .progress import ProgressBar, progress_bar
 from .run_folder import RunFolder
 
@@ -59,10 +60,12 @@ class Progress:
     Attributes:
         iterations: Iterations done.
         seconds: Time spent in them, over all resumptions.
+        interrupted: Whether Ctrl-C ended it.
     """
 
     iterations: int
     seconds: float
+    interrupted: bool = False
 
 
 def _truncate_metrics(folder: RunFolder, iterations: int) -> None:
@@ -100,7 +103,7 @@ def _restore(
 
 def train(
     trainable: Trainable,
-    folder: RunFolder,
+    folder: RunFolder | None,
     *,
     description: str,
     max_seconds: float | None = None,
@@ -109,14 +112,18 @@ def train(
     evaluation: Evaluation | None = None,
     evaluate_every: int | None = None,
     device: torch.device | str = "cpu",
+    show: bool = True,
 ) -> Progress:
     """Run ``trainable`` from the folder's checkpoint, if there is one, to its end.
 
     Of several processes, all read the checkpoint and take the steps; the first writes.
 
+    The first Ctrl-C ends the loop after the iteration under way; its state is stored like that of a
+    time-out. A second Ctrl-C raises KeyboardInterrupt at once.
+
     Args:
         trainable: What to train, freshly built; its state is replaced by the checkpoint's.
-        folder: Where metrics and checkpoints go.
+        folder: Where metrics and checkpoints go; None to write nothing.
         description: Shown beside the progress bar.
         max_seconds: Stop after the first iteration that ends later than this, resumptions counted
             together; the state is then stored, so that a later call goes on.
@@ -127,15 +134,18 @@ def train(
             not count as training.
         evaluate_every: Iterations between two of them; None for never.
         device: Where a checkpoint's tensors are put.
+        show: Whether to show a progress bar.
 
     Returns:
-        Iterations and seconds; fewer iterations than ``trainable.iterations`` after a time-out.
+        Iterations and seconds; fewer iterations than ``trainable.iterations`` after a time-out or
+        an interruption.
 
     Raises:
         UsageError: If the checkpoint is not this run's, or a metric is no longer finite.
         LostProcessError: If another process of the run has ended.
     """
-    with folder.lock() if is_first() else nullcontext():
+    locked = folder.lock() if folder is not None and is_first() else nullcontext()
+    with locked, held_interrupt() as interrupted:
         return _train(
             trainable,
             folder,
@@ -146,12 +156,14 @@ def train(
             evaluation if evaluate_every else None,
             evaluate_every or 1,
             device,
+            show,
+            interrupted,
         )
 
 
 def _train(
     trainable: Trainable,
-    folder: RunFolder,
+    folder: RunFolder | None,
     description: str,
     max_seconds: float | None,
     checkpoint_seconds: float,
@@ -159,12 +171,16 @@ def _train(
     evaluation: Evaluation | None,
     evaluate_every: int,
     device: torch.device | str,
+    show: bool,
+    interrupted: Callable[[], bool],
 ) -> Progress:
     done, seconds_before = 0, 0.0
-    if from_first(folder.checkpoint.exists):
+    if folder is not None and from_first(folder.checkpoint.exists):
         done, seconds_before = _restore(trainable, folder, device)
-    if is_first():
-        _truncate_metrics(folder, done)
+    #: Where this process writes.
+    own = folder if is_first() else None
+    if own is not None:
+        _truncate_metrics(own, done)
     start = saved = time.monotonic()
     evaluating = saving = 0.0
 
@@ -172,25 +188,25 @@ def _train(
         return seconds_before + time.monotonic() - start - evaluating
 
     def save() -> None:
-        if not is_first():
+        if own is None:
             return
         state = {
-            "config": folder.fingerprint,
+            "config": own.fingerprint,
             "trainable": trainable.state_dict(),
             "iterations": done,
             "seconds": elapsed(),
         }
-        save_state(folder.checkpoint, state)
+        save_state(own.checkpoint, state)
 
     with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar())
-        if is_first():
-            writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=done)
+        bar = stack.enter_context(progress_bar(shown=show))
+        if own is not None:
+            writer = SummaryWriter(str(own.path / "tensorboard"), purge_step=done)
             stack.enter_context(writer)
-            metrics_file = stack.enter_context(folder.metrics.open("a"))
+            metrics_file = stack.enter_context(own.metrics.open("a"))
 
         def note(values: Mapping[str, float]) -> None:
-            if not is_first():
+            if own is None:
                 return
             line = {"iteration": done, "seconds": round(elapsed(), 3), **values}
             metrics_file.write(json.dumps(line) + "\n")
@@ -201,7 +217,9 @@ def _train(
         task = bar.add_task(description, total=trainable.iterations, completed=done, shown="")
         while done < trainable.iterations:
             # Also how a process notices, before it waits for ever on a GPU, that another is lost.
-            if from_first(lambda: max_seconds is not None and elapsed() >= max_seconds):
+            if from_first(
+                lambda: interrupted() or (max_seconds is not None and elapsed() >= max_seconds)
+            ):
                 break
             metrics = trainable.step(done)
             if done % log_every == 0 or done + 1 == trainable.iterations:
@@ -229,4 +247,4 @@ def _train(
                 saved = time.monotonic()
                 saving = saved - begin
     save()
-    return Progress(done, elapsed())
+    return Progress(done, elapsed(), from_first(interrupted))
