@@ -323,7 +323,7 @@ def _collect(
             f"got {found_labels.dtype} of shape {tuple(found_labels.shape)}"
         )
     found_labels = found_labels.long()
-    if not (0 <= int(found_labels.min()) and int(found_labels.max()) < num_classes):
+    if not (int(found_labels.min()) >= 0 and int(found_labels.max()) < num_classes):
         raise UsageError(
             f"quantize: expected labels between 0 and {num_classes - 1}, as the network gives "
             f"{num_classes} logits, got {int(found_labels.min())} to {int(found_labels.max())}"

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import quantizing
 from .data import calibration_set, load_dataset, takes_preprocessing
 from .distribution import (
     alone,
@@ -30,7 +31,6 @@ from .distribution import (
     from_first,
     is_first,
     joined,
-    local_device,
     signature,
     world_size,
 )
@@ -71,7 +71,6 @@ from .methods import (
 )
 from .models import TrainedNetwork, open_model
 from .preprocessing import Preprocessing, PreprocessingConfig
-from . import quantizing
 from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits
 from .quantizing import check_problem, run_method
 from .visualization import write_report
@@ -652,7 +651,6 @@ def _open_folder(path: Path, config: str, resume: bool, inputs: str) -> RunFolde
     Raises:
         UsageError: See `RunFolder`; or if another process has other weights or images.
     """
-
     made: list[RunFolder] = []
 
     def make() -> str:
