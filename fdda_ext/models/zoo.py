@@ -8,6 +8,7 @@ import inspect
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -90,8 +91,8 @@ def open_model(
     if spec not in EMBEDDED and (library not in (*_SOURCES, _OWN) or not name):
         libraries = (f"{library}:NAME" for library in _SOURCES)
         names = (*EMBEDDED, *libraries, f"{_OWN}:NAME.CLASS")
-        close = difflib.get_close_matches(spec, EMBEDDED, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        close = _closest_network(spec)
+        hint = f"; did you mean {close}?" if close else ""
         raise UsageError(f"model: expected one of {', '.join(names)}, got {spec}{hint}")
     chosen = "none" if weights is None else weights
     if chosen == "none" or (chosen == "default" and spec in EMBEDDED):
@@ -134,6 +135,31 @@ def open_model(
     return TrainedNetwork(network.eval(), preprocessing, f"{path}, saved from {origin}")
 
 
+def _closest_network(name: str) -> str | None:
+    """The known network whose name is most like ``name``, which lacks a library or has another."""
+    name = name.rpartition(":")[2]
+    known = {embedded: embedded for embedded in EMBEDDED}
+    for library in reversed(_SOURCES):  # the first library's networks count most
+        if find_spec(library) is not None:
+            known.update({other: f"{library}:{other}" for other in _names_in(library)})
+    close = difflib.get_close_matches(name, known, n=1)
+    return known[close[0]] if close else None
+
+
+def _names_in(library: str) -> list[str]:
+    """Names of all networks of a library that is installed."""
+    torchvision = import_torchvision()  # timm and pytorchcv import it, and it may need its help
+    if library == "torchvision":
+        return list(torchvision.models.list_models(module=torchvision.models))
+    if library == "timm":
+        import timm
+
+        return list(timm.list_models())
+    from pytorchcv.model_provider import _models
+
+    return list(_models)
+
+
 def _build(spec: str, num_classes: int | None, weights: str | None) -> nn.Module:
     """The network; ``weights`` None for random ones."""
     if spec in EMBEDDED:
@@ -156,6 +182,9 @@ def _own(name: str, num_classes: int | None) -> nn.Module:
         network = build(num_classes=num_classes) if _takes_classes(build) else build()
     except Exception as error:  # whatever the user's code may raise
         reason = f"{type(error).__name__} ({' '.join(str(error).split())[:200]})"
+        close = difflib.get_close_matches(attribute, dir(sys.modules.get(module)), n=1)
+        if isinstance(error, AttributeError) and close and close[0] != attribute:
+            reason += f"; did you mean {_OWN}:{module}.{close[0]}?"
         raise UsageError(
             f"model: expected {spec} to be a class, or a function, on Python's path that makes a "
             f"network when called with num_classes={num_classes}, got {reason}"
@@ -214,7 +243,7 @@ def _from_library(
     known: list[str]
     if library == "torchvision":
         models = import_torchvision().models
-        known = models.list_models(module=models)
+        known = _names_in(library)
         which = "DEFAULT" if weights == "default" else weights
         build = lambda: models.get_model(name, weights=which, **classes)  # noqa: E731
     elif find_spec(library) is None:
@@ -223,18 +252,16 @@ def _from_library(
             f"pip install --no-deps {library}"
         )
     elif library == "timm":
-        import_torchvision()  # timm and pytorchcv import it, and it may need its help
+        known = _names_in(library)
         import timm
 
-        known = timm.list_models()
         if "." in name:
             known += timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
         build = lambda: timm.create_model(name, pretrained=trained, **classes)  # noqa: E731
     else:
-        import_torchvision()
-        from pytorchcv.model_provider import _models, get_model
+        known = _names_in(library)
+        from pytorchcv.model_provider import get_model
 
-        known = list(_models)
         build = lambda: get_model(name, pretrained=trained, **classes)  # noqa: E731
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
