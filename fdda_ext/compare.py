@@ -30,7 +30,9 @@ from .engine import (
     build_parser,
     instantiate_or_refuse,
     parse_or_refuse,
+    render_percent,
     run_command,
+    standard_error,
     with_underscores,
 )
 from .engine.checkpoint import atomic_write_text
@@ -485,6 +487,8 @@ class Result:
         made_images: Made, mean.
         peak_memory: MiB, the largest.
         share: Of the preset's schedule.
+        images: Tested.
+        of: Images that those tested are a sample of; 0 if they are no sample.
     """
 
     row: str
@@ -495,6 +499,8 @@ class Result:
     made_images: float
     peak_memory: int
     share: float
+    images: int
+    of: int = 0
 
     @property
     def mean(self) -> float:
@@ -523,6 +529,8 @@ def results_of(config: CompareConfig, setting: Setting, shares: dict[str, float]
             statistics.mean(s["made_images"] for s in found),
             max(s["peak_memory"] for s in found),
             found[0]["share"],
+            found[0]["images"],
+            found[0].get("of", 0),
         )
         for row, found in rows.items()
     ]
@@ -531,10 +539,19 @@ def results_of(config: CompareConfig, setting: Setting, shares: dict[str, float]
 def render(setting: Setting, results: Sequence[Result]) -> str:
     """One table in Markdown; the best mean is bold."""
     best = max(result.mean for result in results)
+    first = results[0]
+    note = f"Float network: {render_percent(first.float_top1, first.images, first.of)} % top-1."
+    if first.images < first.of:
+        error = max(standard_error(result.mean, first.images, first.of) for result in results)
+        note += (
+            f" Tested on {first.images} of {first.of} images: one accuracy has a standard error of "
+            f"at most {error:.2f} points. All rows have the same images, so that differences "
+            "between them are known better. Behind ± in the table stands the spread of the seeds."
+        )
     lines = [
         f"### {setting.title}",
         "",
-        f"Float network: {results[0].float_top1:.2f} % top-1.",
+        note,
         "",
         "| method | top-1 % | drop | training s | real images | made images | peak MiB "
         "| schedule |",
@@ -560,19 +577,21 @@ def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
     tables = [(s, found) for s in settings_of(config) if (found := results_of(config, s, shares))]
     text = "\n".join(render(setting, results) for setting, results in tables)
     atomic_write_text(out / "comparison.md", text)
+    lines: list[dict[str, Any]] = []
+    for setting in settings_of(config):
+        for cell in cells_of(config, setting):
+            if (summary := summary_of(cell, out)) is None:
+                continue
+            summary.pop("config")
+            line = {**asdict(setting), "mode": cell.mode, "seed": cell.seed, **summary}
+            lines.append({**line, "schedule_share": shares[cell.pace]})
+    # Runs of an earlier version lack columns.
+    columns = list(dict.fromkeys(name for line in lines for name in line))
     with (out / "comparison.csv").open("w", newline="") as file:
-        writer: csv.DictWriter[str] | None = None
-        for setting in settings_of(config):
-            for cell in cells_of(config, setting):
-                if (summary := summary_of(cell, out)) is None:
-                    continue
-                summary.pop("config")
-                line = {**asdict(setting), "mode": cell.mode, "seed": cell.seed, **summary}
-                line["schedule_share"] = shares[cell.pace]
-                if writer is None:
-                    writer = csv.DictWriter(file, list(line))
-                    writer.writeheader()
-                writer.writerow(line)
+        writer = csv.DictWriter(file, columns)
+        if lines:
+            writer.writeheader()
+        writer.writerows(lines)
     if tables:
         panels = {
             setting.title.replace(", first", ",\nfirst"): (
@@ -642,7 +661,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = f"[{number}/{len(cells)}] {cell.setting.name}, {cell.row}, seed {cell.seed}"
             found = summary_of(cell, Path(config.out))
             if failure is None and found is not None:
-                console.print(f"{name}: {found['top1']:.2f} %", highlight=False, markup=False)
+                top1 = render_percent(found["top1"], found["images"], found.get("of", 0))
+                console.print(f"{name}: {top1} %", highlight=False, markup=False)
             else:
                 failures.append(f"{name}: {failure}")
                 console.print(failures[-1], highlight=False, markup=False)

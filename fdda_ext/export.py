@@ -14,6 +14,7 @@ from .data import load_dataset
 from .deploy import IntegerProgram, load_program, load_student, lower, save_program, stored_bytes
 from .engine import (
     build_parser,
+    check_machine,
     instantiate_or_refuse,
     parse_or_refuse,
     preprocessing_of,
@@ -41,13 +42,16 @@ class ExportConfig:
         run: A run folder, or a student.safetensors.
         out: The file to write; None for model.int4.safetensors beside the student.
         profile: Also measure every layer, at so many images; 0 for not.
+        threads: CPU threads, for `profile` too; None leaves torch's choice.
     """
 
     run: str
     out: str | None = None
     profile: int = 0
+    threads: int | None = None
 
     def __post_init__(self) -> None:
+        check_machine("export", threads=self.threads)
         if not 0 <= self.profile <= 4096:
             raise UsageError(f"export: expected profile to be 0 to 4096 images, got {self.profile}")
         if "" in (self.run, self.out):
@@ -56,6 +60,8 @@ class ExportConfig:
 
 def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
     """Export, and read back what was written."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     source = Path(config.run)
     student, recipe = load_student(source, "export")
     mean: tuple[float, ...] | None = None

@@ -55,6 +55,7 @@ from .engine import (
     parse_or_refuse,
     peak_memory,
     profile,
+    render_percent,
     run_command,
     with_underscores,
     write_student,
@@ -120,9 +121,10 @@ class TrainConfig:
         model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME, pytorchcv:NAME, or
             module:NAME.CLASS for your own, which is called with num_classes.
         weights: "default" for the trained weights that come with the model, torchvision's name of
-            others, a file (safetensors, or a torch file of plain tensors) of this or another
-            library, MODEL=FILE to say which network a file is of, order=FILE to go by the order of
-            its tensors, or "none" for random ones, drawn by `seed`.
+            others, a file (safetensors, or a torch file as training scripts write it) of this or
+            another library, FILE#NAME to take one of several sets in it (model.pt#state_dict_ema),
+            MODEL=FILE to say which network a file is of, order=FILE to go by the order of its
+            tensors, or "none" for random ones, drawn by `seed`.
         data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH or imagenet (PATH from the
             environment variable IMAGENET).
         image_size: Height and width; None for the data set's own, or what the weights want.
@@ -149,11 +151,13 @@ class TrainConfig:
             after a few unmeasured ones, and write where their time goes: profile.txt, and
             trace.json for chrome://tracing or Perfetto.
         split: Where accuracy is measured: "test", or "validation" while settings are chosen.
-        test_limit: Evaluate on so many images of it only; None for all.
+        test_limit: Evaluate on so many images of it only, a sample in which every class has its
+            share, the same for every seed; None for all.
         test_batch: Images evaluated together.
         evaluate_every: Measure accuracy every so many iterations of training, for metrics.jsonl
             (the paper's epoch has 200); None for the end only.
-        evaluate_limit: On so many images; None for those of the end.
+        evaluate_limit: On so many images, a sample like that of `test_limit`; None for those of the
+            end.
         keep_best: Keep the student that was best in these measurements as best.safetensors. The
             table still has the last one: a choice on the test split flatters.
         exportable: Refuse a network that could not be exported to an integer program, before any
@@ -454,6 +458,7 @@ class Row:
         made_images: Images it has made and shown to the student.
         peak_memory: Of the process or, on a GPU, of what torch asked for there, MiB.
         float_top1: Of the network that was quantized.
+        of: Images that those tested are a sample of; 0 if they are no sample.
     """
 
     name: str
@@ -467,6 +472,7 @@ class Row:
     made_images: int = 0
     peak_memory: int = 0
     float_top1: float = 0.0
+    of: int = 0
 
     @property
     def finished(self) -> bool:
@@ -483,6 +489,7 @@ def _row(name: str, accuracy: Accuracy, progress: Progress, planned: int) -> Row
         progress.seconds,
         progress.iterations,
         planned,
+        of=accuracy.of,
     )
 
 
@@ -628,17 +635,18 @@ def _best_top1(folder: RunFolder) -> float:
 
 def render_rows(rows: list[Row], bits: str, split: str = "test") -> Table:
     """The final table."""
-    table = Table(
-        title=f"top-1 over {rows[0].images} {split} images, {bits}, last step of training"
-    )
+    images = f"{rows[0].images} {split} images"
+    if rows[0].images < rows[0].of:
+        images = f"{rows[0].images} of {rows[0].of} {split} images (± standard error)"
+    table = Table(title=f"top-1 over {images}, {bits}, last step of training")
     for column in ("", "top-1 %", "top-5 %", "drop", "training s"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
         name = row.name if row.finished else f"{row.name} ({row.iterations} of {row.planned})"
         table.add_row(
             name,
-            f"{row.top1:.2f}",
-            f"{row.top5:.2f}",
+            render_percent(row.top1, row.images, row.of),
+            render_percent(row.top5, row.images, row.of),
             f"{rows[0].top1 - row.top1:.2f}",
             f"{row.seconds:.0f}" if row.planned else "",
         )
@@ -831,10 +839,7 @@ def _run_in(
     if doubt is not None:
         console.print(f"[yellow]warning:[/] {escape(doubt)}", highlight=False)
     accuracy = evaluate(problem.teacher, test, device=problem.device, label="float: testing")
-    console.print(
-        f"float: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, {accuracy.count} images",
-        highlight=False,
-    )
+    console.print(f"float: {accuracy}", highlight=False)
     session = _Session(config, problem, preprocessing, test, curve, accuracy.top1)
     rows = [_row("float", accuracy, Progress(0, 0.0), 0)]
     left = None if config.max_time is None else 60 * config.max_time

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fdda_ext.compare import main as compare
-from fdda_ext.engine import RunFolder
+from fdda_ext.engine import RunFolder, standard_error
 from fdda_ext.train import main as train, parse_arguments
 
 
@@ -57,6 +57,17 @@ def mean_and_spread(values: Sequence[float]) -> str:
     """Mean and, of several values, standard deviation."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
+
+
+def sample_note(summary: Mapping[str, Any]) -> str:
+    """What to know about accuracies over a sample; nothing if all images were tested."""
+    top1, images, of = (float(summary.get(name) or 0) for name in ("top1", "images", "of"))
+    if images >= of:
+        return ""
+    return (
+        f" Tested on {images:.0f} of {of:.0f} images: one accuracy has a standard error of "
+        f"{standard_error(top1, int(images), int(of)):.2f} points."
+    )
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -140,4 +151,5 @@ def cost_table(description: str | None, name: str, methods: Sequence[str]) -> No
     header = ("method", "published", "minutes here", "top-1 %", "real images", "made images", "MiB")
     float_top1 = float(lines[0]["float_top1"])
     note = f"Float network: {float_top1:.2f} %, {lines[0]['images']} test images, preset "
-    write_table(options.out / options.budget / name, title, header, rows, note + options.preset)
+    note += f"{options.preset}.{sample_note(lines[0])}"
+    write_table(options.out / options.budget / name, title, header, rows, note)

@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import mean_and_spread, one, write_csv, write_table
+from common import mean_and_spread, one, sample_note, write_csv, write_table
 
 from fdda_ext.compare import Setting, main as compare
 from fdda_ext.engine import run_command
@@ -144,6 +144,8 @@ def main() -> None:
         cells = [[at(curve, part) for curve in runs] for part in PARTS]
         rows.append([method, *("" if np.isnan(c).any() else mean_and_spread(c) for c in cells)])
     note = " ".join(crossings(a, b, found) for a, b in itertools.combinations(found, 2))
+    summary = next(folder.glob("*/*/summary.json"), None)
+    note += sample_note(json.loads(summary.read_text())) if summary else ""
     title = f"Top-1 % over training time, {options.model}, {options.bits}"
     header = ("method", *(f"{part}/7 of the budget" for part in PARTS))
     write_table(folder / "table", title, header, rows, note)

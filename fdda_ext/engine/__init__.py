@@ -11,7 +11,14 @@ from .cli import (
     with_underscores,
 )
 from .diagnosis import diagnose
-from .evaluation import Accuracy, BatchSource, count_outputs, evaluate
+from .evaluation import (
+    Accuracy,
+    BatchSource,
+    count_outputs,
+    evaluate,
+    render_percent,
+    standard_error,
+)
 from .loop import Progress, Trainable, train
 from .memory import keep_freed_memory, must_fit, peak_memory
 from .profiling import Profile, profile, stage
@@ -47,10 +54,12 @@ __all__ = [
     "profile",
     "progress_bar",
     "read_student",
+    "render_percent",
     "restore_random",
     "run_command",
     "save_state",
     "stage",
+    "standard_error",
     "train",
     "with_underscores",
     "write_student",
