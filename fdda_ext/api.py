@@ -103,8 +103,9 @@ def quantize(
             ``{"settings.distillation.lr": 1e-4, "quantization.first_last_bits": 8}``.
         max_images: See ``images``.
         augmentation: How images may be varied; None for random crops and flips.
-        mean, std: Normalisation of the images, one value for each channel. Methods that optimise
-            images keep them in the range of real ones; an exported program takes uint8 images.
+        mean: Normalisation of the images, one value for each channel. With it, methods that
+            optimise images keep them in the range of real ones.
+        std: The deviation that belongs to ``mean``.
         exportable: Refuse a network that could not be exported to an integer program before any
             time is spent.
         progress: Whether to show a progress bar.
@@ -423,7 +424,8 @@ def _made(student: GraphModule, command: str) -> dict[str, Any]:
     made = student.meta.get(_KEY) if isinstance(student, GraphModule) else None
     if made is None:
         raise UsageError(
-            f"{command}: expected student to be from fdda_ext.quantize, got {type(student).__name__}"
+            f"{command}: expected student to be from fdda_ext.quantize, "
+            f"got {type(student).__name__}"
         )
     return dict(made)
 
@@ -459,14 +461,15 @@ class Report:
     obstacles: tuple[str, ...]
 
     def __str__(self) -> str:
-        trained = f"{self.iterations} of {self.planned} iterations in {self.seconds:.0f} s"
+        trained = "ranges without training"
+        if self.planned:
+            trained = f"{self.iterations} of {self.planned} iterations in {self.seconds:.0f} s"
+        possible = "every operation has an integer counterpart"
         lines = [
-            f"{self.method}, {self.bits}: {trained if self.planned else 'ranges without training'}, "
-            f"{self.images} calibration images",
+            f"{self.method}, {self.bits}: {trained}, {self.images} calibration images",
             f"{len(self.layers)} layers with {self.weights} weights: {self.weight_bytes} bytes, "
             f"{self.float_bytes} in float32",
-            "export: "
-            + ("; ".join(self.obstacles) or "every operation has an integer counterpart"),
+            f"export: {'; '.join(self.obstacles) or possible}",
             "",
             render_bits(self.layers),
         ]

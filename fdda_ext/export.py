@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from .data import load_dataset
-from .deploy import IntegerProgram, load_program, load_student, lower, save_program, stored_bytes
+from .deploy import IntegerProgram, check_target, export_student, load_student, stored_bytes
 from .engine import (
     build_parser,
     check_machine,
@@ -26,6 +27,8 @@ __all__ = ["ExportConfig", "main", "run"]
 
 _DESCRIPTION = """\
 Write the integer program of a run's student: packed weights, scales and instructions, no code.
+Before the file takes its place, the program runs on a few images and must give the student's logits
+to the last bit.
 
 examples:
   python -m fdda_ext.export --run runs/a                  writes runs/a/model.int4.safetensors
@@ -59,27 +62,32 @@ class ExportConfig:
 
 
 def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
-    """Export, and read back what was written."""
+    """Export a student whose program gives the same logits on a few images.
+
+    Raises:
+        UsageError: If there is no student, it has no integer program, or the file cannot be written.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     source = Path(config.run)
+    folder = source if source.is_dir() else source.parent
+    path = Path(config.out) if config.out else folder / "model.int4.safetensors"
+    if config.out:
+        check_target(path, "out")
     student, recipe = load_student(source, "export")
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    images: Tensor | None = None
     try:
         how = preprocessing_of(recipe, "export")
         dataset = load_dataset(
             str(recipe["data"]), "test", image_size=recipe["image_size"], preprocessing=how
         )
         mean, std = dataset.mean, dataset.std
+        images, _ = dataset.images(range(min(len(dataset), 3)))
     except UsageError:
-        pass  # the images are elsewhere: the program then takes normalised ones alone
-    folder = source if source.is_dir() else source.parent
-    path = Path(config.out) if config.out else folder / "model.int4.safetensors"
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"export: expected out to be a file in a folder that exists, got {path}")
-    save_program(path, lower(student, mean, std))
-    return path, load_program(path)
+        pass  # the images are elsewhere: without mean and std the program takes normalised ones
+    return path, export_student(student, path, mean, std, images)
 
 
 def render_sizes(program: IntegerProgram, file_bytes: int) -> Table:

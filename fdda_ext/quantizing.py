@@ -51,7 +51,8 @@ def build_problem(
         precision: "float32" or "bfloat16" for the float network and the generator; None for
             bfloat16 on a GPU and float32 on a CPU.
         augmentation: How images may be varied; None for random crops and flips.
-        mean, std: Normalisation of the images, one value for each channel; None if unknown.
+        mean: Normalisation of the images, one value for each channel; None if unknown.
+        std: The deviation that belongs to ``mean``.
         cuda_graphs: Whether to replay steps as CUDA graphs on a GPU.
     """
     place = torch.device(local_device(device))
