@@ -21,8 +21,16 @@ from torch.fx import GraphModule
 from torch.utils.data import DataLoader, Dataset
 
 from .data import Augmentation
-from .deploy import export_obstacles
-from .engine import RunFolder, check_machine, count_outputs, read_student, write_student
+from .deploy import IntegerProgram, export_obstacles, export_student
+from .engine import (
+    Accuracy,
+    RunFolder,
+    check_machine,
+    count_correct,
+    count_outputs,
+    read_student,
+    write_student,
+)
 from .engine.checkpoint import atomic_write_text
 from .errors import UsageError
 from .methods import (
@@ -45,7 +53,16 @@ from .quantization import (
 from .quantizing import build_problem, check_problem, run_method
 from .train import inputs_digest, parse_arguments
 
-__all__ = ["Images", "Report", "quantize", "report", "restore", "save"]
+__all__ = [
+    "Images",
+    "Report",
+    "evaluate",
+    "export",
+    "quantize",
+    "report",
+    "restore",
+    "save",
+]
 
 _log = logging.getLogger("fdda_ext")
 
@@ -53,8 +70,9 @@ _log = logging.getLogger("fdda_ext")
 #: images, each with or without labels.
 Images: TypeAlias = "Tensor | Dataset[Any] | Iterable[Any]"
 
-#: Where a student keeps how it was made. torch.fx copies ``meta`` with a network.
-_KEY = "fdda_ext"
+#: Where a student keeps how it was made: in ``meta``, which a copy of it has, and in an attribute,
+#: which survives pickling.
+_KEY = "made_by_fdda_ext"
 _BATCH = 64
 
 
@@ -114,7 +132,8 @@ def quantize(
 
     Returns:
         The student: a module in evaluation mode, on ``device``, from images ``[N, C, H, W]`` to
-        logits ``[N, K]``.
+        logits ``[N, K]``. Under ``torch.no_grad()`` its logits are those of the exported program,
+        bit for bit; with gradients it can be trained further.
 
     Raises:
         UsageError: If an argument is wrong, or the network cannot be quantized as asked.
@@ -136,6 +155,8 @@ def quantize(
         raise UsageError(f"quantize: expected max_images at least 1, got {max_images}")
     if resume and out is None:
         raise UsageError("quantize: expected out with resume, got none")
+    if (mean is None) != (std is None):
+        raise UsageError("quantize: expected mean and std together, got one of them")
     own = next(network.parameters()).device
     found, found_labels, num_classes = _collect(images, labels, network, own, max_images)
     if found_labels is None:
@@ -182,7 +203,7 @@ def quantize(
                 *("interrupted" if done.interrupted else "stopped", done.iterations),
                 *(trained.iterations, where),
             )
-        student.meta[_KEY] = {
+        made = {
             **stored,
             "quantization": asdict(trained.quantization),
             "num_classes": num_classes,
@@ -195,6 +216,7 @@ def quantize(
             "mean": None if mean is None else list(mean),
             "std": None if std is None else list(std),
         }
+        _note(student, made)
         if folder is not None:
             save(student, folder.path / "student.safetensors")
             trained.save_artifacts(folder.path)
@@ -255,7 +277,7 @@ def restore(network: nn.Module, path: str | Path) -> GraphModule:
         raise UsageError(
             f"restore: expected {path} to hold a student of {type(network).__name__}, got {reason}"
         ) from None
-    student.meta[_KEY] = made
+    _note(student, made)
     return student
 
 
@@ -419,15 +441,86 @@ def _must_quantize(student: GraphModule) -> None:
         raise KeyboardInterrupt("interrupted before the ranges of activations were found")
 
 
+def _note(student: GraphModule, made: dict[str, Any]) -> None:
+    """Keep how ``student`` was made with it."""
+    student.meta[_KEY] = made
+    setattr(student, _KEY, made)
+
+
 def _made(student: GraphModule, command: str) -> dict[str, Any]:
     """How `quantize` made ``student``."""
-    made = student.meta.get(_KEY) if isinstance(student, GraphModule) else None
+    made = None
+    if isinstance(student, GraphModule):
+        made = student.meta.get(_KEY) or getattr(student, _KEY, None)
     if made is None:
         raise UsageError(
             f"{command}: expected student to be from fdda_ext.quantize, "
             f"got {type(student).__name__}"
         )
     return dict(made)
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, images: Images, labels: Tensor | None = None) -> Accuracy:
+    """Measure the accuracy of a network, a student or an integer program.
+
+    Args:
+        network: From images ``[N, C, H, W]`` to logits ``[N, K]``. It is put in evaluation mode.
+        images: A float tensor ``[n, C, H, W]``, or a Dataset, DataLoader or iterable of pairs
+            ``(images, labels)``.
+        labels: Classes of the images of a tensor, int64 ``[n]``.
+
+    Returns:
+        Top-1 and top-5 accuracy in per cent, and the number of images. It prints as a sentence.
+
+    Raises:
+        UsageError: If there is no image, a label is missing or not below K.
+    """
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    pairs = (images, labels) if isinstance(images, Tensor) and labels is not None else images
+    network.eval()
+    correct1 = correct5 = count = 0
+    for batch, classes in batches_of(pairs, "evaluate"):
+        if classes is None:
+            raise UsageError("evaluate: expected a label for every image, got images alone")
+        logits = network(batch.to(device)).cpu()
+        among = count_correct(logits, classes.cpu())
+        correct1, correct5, count = correct1 + among[0], correct5 + among[1], count + len(batch)
+    if not count:
+        raise UsageError("evaluate: expected at least one image, got none")
+    return Accuracy(100 * correct1 / count, 100 * correct5 / count, count)
+
+
+def export(
+    student: GraphModule,
+    path: str | Path,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> IntegerProgram:
+    """Write the integer program of a student to one file, which `fdda_ext.load` reads.
+
+    Program and student run on a few images first. A program that differs is not written.
+
+    Args:
+        student: From `quantize`.
+        path: The file, such as "network.int4.safetensors".
+        mean: Normalisation of the images, one value for each channel, so that the program also
+            takes uint8 images; None for the one that `quantize` was given.
+        std: The deviation that belongs to ``mean``.
+
+    Returns:
+        The program, on the CPU.
+
+    Raises:
+        UsageError: If the student cannot be exported, or the file cannot be written.
+    """
+    made = _made(student, "export")
+    mean, std = (given or made[name] for given, name in ((mean, "mean"), (std, "std")))
+    if (mean is None) != (std is None):
+        raise UsageError("export: expected mean and std together, got one of them")
+    normalisation = (None, None) if mean is None or std is None else (tuple(mean), tuple(std))
+    return export_student(student, path, *normalisation)
 
 
 @dataclass(frozen=True)

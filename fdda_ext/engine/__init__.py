@@ -14,6 +14,7 @@ from .diagnosis import diagnose
 from .evaluation import (
     Accuracy,
     BatchSource,
+    count_correct,
     count_outputs,
     evaluate,
     render_percent,
@@ -38,6 +39,7 @@ __all__ = [
     "Trainable",
     "build_parser",
     "check_machine",
+    "count_correct",
     "count_outputs",
     "cpu_state",
     "decode_workers",

@@ -21,6 +21,7 @@ from .progress import ProgressBar, progress_bar
 __all__ = [
     "Accuracy",
     "BatchSource",
+    "count_correct",
     "count_outputs",
     "evaluate",
     "render_percent",
@@ -241,6 +242,26 @@ def count_outputs(network: nn.Module, images: Tensor, command: str) -> int:
     return int(logits.shape[-1])
 
 
+def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
+    """How many labels have the highest logit, and how many are among the five highest.
+
+    Args:
+        logits: ``[N, K]``.
+        labels: int64 ``[N]``, on the same device.
+
+    Raises:
+        UsageError: If a label is not between 0 and K - 1.
+    """
+    least, largest = int(labels.min()), int(labels.max())
+    if least < 0 or largest >= logits.shape[1]:
+        raise UsageError(
+            f"evaluate: expected labels between 0 and {logits.shape[1] - 1}, as the network gives "
+            f"{logits.shape[1]} logits, got {least if least < 0 else largest}"
+        )
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return int(best[:, 0].sum()), int(best.any(1).sum())
+
+
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
@@ -273,14 +294,8 @@ def evaluate(
             with must_fit(test_batch=min(batches.batch_size, len(batches.dataset))):
                 images = batches.normalise(pixels.to(device, non_blocking=True))
                 logits = network(images).cpu()
-            if int(labels.max()) >= logits.shape[1]:
-                raise UsageError(
-                    f"evaluate: expected labels below the network's {logits.shape[1]} classes, "
-                    f"got {int(labels.max())}"
-                )
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            correct1 += int(best[:, 0].sum())
-            correct5 += int(best.any(1).sum())
+            among = count_correct(logits, labels)
+            correct1, correct5 = correct1 + among[0], correct5 + among[1]
             count += labels.shape[0]
             if shown is not None and task is not None:
                 done = min(count * world_size(), len(batches.dataset))

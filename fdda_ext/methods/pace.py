@@ -32,8 +32,8 @@ def fitting_share(
 ) -> float:
     """Find the share of its schedule that a method can run in ``seconds``, trials included.
 
-    Short trials are run, each with four times the share of the one before, until the whole schedule
-    is seen to fit, or another trial would make them longer than a tenth of the time.
+    Short trials are run, each of a longer schedule than the one before, until the whole schedule is
+    seen to fit, or another trial would make them longer than a tenth of the time.
 
     Args:
         build: Builds the method with the settings of a schedule.
@@ -55,22 +55,25 @@ def fitting_share(
         return now()
 
     begin = clock()
+    limit = _TRIAL_SHARE * seconds
     share = _FIRST_SHARE
     shorter: tuple[float, float] | None = None  # share and seconds of the trial before
     while True:
         start = clock()
         method = build(settings.scaled(share))
-        built = clock()
-        for iteration in range(method.iterations):
-            method.step(iteration)
-        end = clock()
         if method.iterations == 0:
             return 1.0
-        fixed, whole = built - start, (end - built) / share
-        if shorter is not None and end - start > shorter[1]:
+        built = end = clock()
+        done = 0
+        while done < method.iterations and (done < 2 or end - begin < limit):
+            method.step(done)
+            done, end = done + 1, clock()
+        fixed, steps = built - start, (end - built) / done * method.iterations
+        whole = steps / share
+        if shorter is not None and fixed + steps > shorter[1]:
             # Two trials also tell what iterations take that is the same for any schedule.
-            whole = (end - start - shorter[1]) / (share - shorter[0])
-            fixed = max(end - start - whole * share, 0.0)
+            whole = (fixed + steps - shorter[1]) / (share - shorter[0])
+            fixed = max(fixed + steps - whole * share, 0.0)
         left = seconds - (end - begin) - fixed
         if left <= 0:
             raise UsageError(
@@ -79,6 +82,9 @@ def fitting_share(
             )
         if whole <= left:
             return 1.0
-        if share == 1 or end - begin + 4 * (end - start) > _TRIAL_SHARE * seconds:
+        # A schedule of few iterations is rounded up to them, and says little of a longer one.
+        growth = 4 if method.iterations >= 8 else 16
+        if share == 1 or end - begin + built - start + growth * steps > limit:
             return float(f"{left / whole:.3g}")
-        share, shorter = min(4 * share, 1.0), (share, end - start)
+        shorter = (share, built - start + steps)
+        share = min(growth * share, 1.0)
