@@ -48,6 +48,7 @@ from .engine import (
     diagnose,
     digest,
     evaluate,
+    format_duration,
     instantiate_or_refuse,
     keep_freed_memory,
     must_fit,
@@ -512,7 +513,7 @@ def measure_stages(
     mean = sum(measured.iterations) / len(measured.iterations)
     bound = "at most" if problem.replays else "about"  # stages are launched, never replayed
     console.print(
-        f"{planned} iterations of the whole schedule: {bound} {mean * planned / 60:.1f} min; "
+        f"{planned} iterations of the whole schedule: {bound} {format_duration(mean * planned)}; "
         f"trace in {folder / 'trace.json'}",
         highlight=False,
     )
@@ -533,7 +534,7 @@ def render_rows(rows: list[Row], bits: str, split: str = "test") -> Table:
     table = Table(
         title=f"top-1 over {rows[0].images} {split} images, {bits}, last step of training"
     )
-    for column in ("", "top-1 %", "top-5 %", "drop", "training s"):
+    for column in ("", "top-1 %", "top-5 %", "drop", "training"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
         name = row.name if row.finished else f"{row.name} ({row.iterations} of {row.planned})"
@@ -542,7 +543,7 @@ def render_rows(rows: list[Row], bits: str, split: str = "test") -> Table:
             f"{row.top1:.2f}",
             f"{row.top5:.2f}",
             f"{rows[0].top1 - row.top1:.2f}",
-            f"{row.seconds:.0f}" if row.planned else "",
+            format_duration(row.seconds) if row.planned else "",
         )
     return table
 

@@ -11,6 +11,7 @@ from .cli import (
     with_underscores,
 )
 from .diagnosis import diagnose
+from .duration import Stopwatch, format_duration, format_significant
 from .evaluation import Accuracy, BatchSource, count_outputs, evaluate
 from .loop import Progress, Trainable, train
 from .memory import keep_freed_memory, must_fit, peak_memory
@@ -28,6 +29,7 @@ __all__ = [
     "ProgressBar",
     "Replayed",
     "RunFolder",
+    "Stopwatch",
     "Trainable",
     "build_parser",
     "check_machine",
@@ -37,6 +39,8 @@ __all__ = [
     "diagnose",
     "digest",
     "evaluate",
+    "format_duration",
+    "format_significant",
     "instantiate_or_refuse",
     "keep_freed_memory",
     "load_state",
