@@ -28,6 +28,7 @@ from .data import ImageDataset, takes_preprocessing
 from .engine import (
     RunFolder,
     build_parser,
+    format_duration,
     instantiate_or_refuse,
     parse_or_refuse,
     render_percent,
@@ -296,8 +297,8 @@ _TRIALS = (10, 40)
 _SHARES = (1 / 64, 64.0)
 
 
-def trial(config: TrainConfig, most: float) -> tuple[float, float, float]:
-    """What a run takes whatever its schedule, and what its whole schedule takes, 0 for none.
+def trial(config: TrainConfig, most: float) -> tuple[float, float, float] | None:
+    """What a run takes whatever its schedule, and what its whole schedule takes.
 
     Two shortened schedules of different lengths are run, the second ever longer until it takes half
     as long again as the first. A machine's speed changes while other processes come and go; so
@@ -311,14 +312,15 @@ def trial(config: TrainConfig, most: float) -> tuple[float, float, float]:
             what a run takes whatever its schedule.
 
     Returns:
-        Both, in yardsticks, and the seconds of one.
+        Both, in yardsticks, and the seconds of one; None for a method that does not train. A
+        schedule that is too short for the clock takes 0.
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
     problem, _ = build_problem(config)
     settings = config.settings
     planned = build_method(config.method, problem, settings).iterations
     if planned == 0:
-        return 0.0, 0.0, 1.0
+        return None
     images = problem.images[:32].clone().requires_grad_()
     on_cpu = problem.device.type == "cpu" and config.threads == 1
 
@@ -345,11 +347,12 @@ def trial(config: TrainConfig, most: float) -> tuple[float, float, float]:
             spent += now() - begin
             own.append(yardstick())
         yardsticks.extend(own)
-        return spent / statistics.mean(own)
+        length = statistics.mean(own)
+        return spent / length if length else 0.0  # the clock has not moved
 
     shares = [min(iterations / planned, 1.0) for iterations in _TRIALS]
     took = [run(shares[0])]
-    length = statistics.median(yardsticks)
+    length = statistics.median(yardsticks) or statistics.mean(yardsticks)  # of a coarse clock
     if took[0] * length >= most:
         return took[0], took[0] / shares[0], length
     took.append(run(shares[1]))
@@ -357,7 +360,7 @@ def trial(config: TrainConfig, most: float) -> tuple[float, float, float]:
     while took[1] < 1.5 * took[0] and shares[1] < 1:
         shares[1] = min(4 * shares[1], 1.0)
         took[1] = run(shares[1])
-    length = statistics.median(yardsticks)
+    length = statistics.median(yardsticks) or statistics.mean(yardsticks)  # of a coarse clock
     if shares[0] == shares[1] or took[1] <= took[0]:  # too few iterations to tell
         return 0.0, took[1] / shares[1], length
     whole = (took[1] - took[0]) / (shares[1] - shares[0])
@@ -385,17 +388,18 @@ def schedule_share(
         has_step = METHODS[run.method].distils and seen
         return config.student_images / seen if has_step else 1.0
     assert config.budget is not None
-    fixed, whole, length = trial(run, config.budget)
-    if whole == 0:  # nothing to train
+    found = trial(run, config.budget)
+    if found is None:
         return 1.0
+    fixed, whole, length = found
     length = yardsticks.setdefault(cell.pace.partition("/")[0], length)
     fixed, whole = fixed * length, whole * length
     if fixed >= config.budget:
         raise UsageError(
-            f"compare: expected budget to exceed the {fixed:.0f} s that {cell.method} takes "
-            f"before it trains, got {config.budget:g}"
+            f"compare: expected budget to exceed the {format_duration(fixed)} that {cell.method} "
+            f"takes before it trains, got {config.budget:g} s"
         )
-    share = (config.budget - fixed) / whole
+    share = (config.budget - fixed) / whole if whole else _SHARES[1]
     return float(f"{min(max(share, _SHARES[0]), _SHARES[1]):.3g}")
 
 
@@ -553,15 +557,14 @@ def render(setting: Setting, results: Sequence[Result]) -> str:
         "",
         note,
         "",
-        "| method | top-1 % | drop | training s | real images | made images | peak MiB "
-        "| schedule |",
+        "| method | top-1 % | drop | training | real images | made images | peak MiB | schedule |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
         top1 = f"{r.mean:.2f} ± {r.spread:.2f}"
         lines.append(
             f"| {r.row} | {f'**{top1}**' if r.mean == best else top1} "
-            f"| {r.float_top1 - r.mean:.2f} | {r.seconds:.0f} | {r.real_images} "
+            f"| {r.float_top1 - r.mean:.2f} | {format_duration(r.seconds)} | {r.real_images} "
             f"| {r.made_images:.0f} | {r.peak_memory} | {r.share:.3g} |"
         )
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from .deploy import IntegerProgram, check_target, export_student, load_student, 
 from .engine import (
     build_parser,
     check_machine,
+    format_significant,
     instantiate_or_refuse,
     parse_or_refuse,
     preprocessing_of,
@@ -109,9 +110,10 @@ def render_times(program: IntegerProgram, images: int) -> Table:
     for row in rows:
         rate = 2 * row.products / row.seconds / 1e9 if row.seconds else 0.0
         table.add_row(
-            row.name, row.algorithm, f"{row.seconds * 1e6:.0f}", f"{rate:.0f}" if rate else ""
+            *(row.name, row.algorithm, format_significant(1e6 * row.seconds)),
+            format_significant(rate) if rate else "",
         )
-    table.add_row("all", "", f"{sum(row.seconds for row in rows) * 1e6:.0f}", "")
+    table.add_row("all", "", format_significant(1e6 * sum(row.seconds for row in rows)), "")
     return table
 
 

@@ -49,6 +49,7 @@ from .engine import (
     diagnose,
     digest,
     evaluate,
+    format_duration,
     instantiate_or_refuse,
     keep_freed_memory,
     must_fit,
@@ -617,7 +618,7 @@ def measure_stages(
     mean = sum(measured.iterations) / len(measured.iterations)
     bound = "at most" if problem.replays else "about"  # stages are launched, never replayed
     console.print(
-        f"{planned} iterations of the whole schedule: {bound} {mean * planned / 60:.1f} min; "
+        f"{planned} iterations of the whole schedule: {bound} {format_duration(mean * planned)}; "
         f"trace in {folder / 'trace.json'}",
         highlight=False,
     )
@@ -639,7 +640,7 @@ def render_rows(rows: list[Row], bits: str, split: str = "test") -> Table:
     if rows[0].images < rows[0].of:
         images = f"{rows[0].images} of {rows[0].of} {split} images (± standard error)"
     table = Table(title=f"top-1 over {images}, {bits}, last step of training")
-    for column in ("", "top-1 %", "top-5 %", "drop", "training s"):
+    for column in ("", "top-1 %", "top-5 %", "drop", "training"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
         name = row.name if row.finished else f"{row.name} ({row.iterations} of {row.planned})"
@@ -648,7 +649,7 @@ def render_rows(rows: list[Row], bits: str, split: str = "test") -> Table:
             render_percent(row.top1, row.images, row.of),
             render_percent(row.top5, row.images, row.of),
             f"{rows[0].top1 - row.top1:.2f}",
-            f"{row.seconds:.0f}" if row.planned else "",
+            format_duration(row.seconds) if row.planned else "",
         )
     return table
 

@@ -78,16 +78,20 @@ def curves(folder: Path, options: argparse.Namespace) -> dict[str, list[Curve]]:
         run = runs / f"{method}-seed{seed}"
         end = json.loads((run / "summary.json").read_text())
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        points = [(line["seconds"], line["top1"]) for line in lines if "top1" in line]
-        measured[method, seed] = [p for p in points if p[0] < end["seconds"]]
-        measured[method, seed].append((end["seconds"], end["top1"]))
+        points = [line for line in lines if "top1" in line]
+        last = end["iterations"] - 1  # its measurement is the run's result
+        points = [p for p in points if p["iteration"] < last] + [{**end, "iteration": last}]
+        measured[method, seed] = [(p["iteration"], p["seconds"], p["top1"]) for p in points]
     found: dict[str, list[Curve]] = {}
     rows = []
     for (method, seed), points in measured.items():
-        seconds, top1 = np.array(points).T
-        whole = seconds[-1]
-        found.setdefault(method, []).append((7 * seconds / whole, top1))
-        rows += [(method, seed, s, f"{7 * s / whole:.3f}", a) for s, a in points]
+        iterations, seconds, top1 = np.array(points).T
+        # The clock may not have moved in a short run; iterations then stand for its time.
+        spent = seconds if seconds[-1] else iterations + 1
+        sevenths = 7 * spent / spent[-1]
+        found.setdefault(method, []).append((sevenths, top1))
+        columns = zip(seconds, sevenths, top1, strict=True)
+        rows += [(method, seed, s, f"{x:.3f}", a) for s, x, a in columns]
     write_csv(folder / "curve.csv", ("method", "seed", "seconds", "sevenths", "top-1 %"), rows)
     return found
 

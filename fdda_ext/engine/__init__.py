@@ -11,6 +11,7 @@ from .cli import (
     with_underscores,
 )
 from .diagnosis import diagnose
+from .duration import Stopwatch, format_duration, format_significant
 from .evaluation import (
     Accuracy,
     BatchSource,
@@ -36,6 +37,7 @@ __all__ = [
     "ProgressBar",
     "Replayed",
     "RunFolder",
+    "Stopwatch",
     "Trainable",
     "build_parser",
     "check_machine",
@@ -46,6 +48,8 @@ __all__ = [
     "diagnose",
     "digest",
     "evaluate",
+    "format_duration",
+    "format_significant",
     "instantiate_or_refuse",
     "keep_freed_memory",
     "load_state",

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ..distribution import from_first, is_first
 from ..errors import UsageError
 from .checkpoint import load_state, save_state
+from .duration import Stopwatch
 from .interrupt import held_interrupt
 from .progress import ProgressBar, progress_bar
 from .run_folder import RunFolder
@@ -26,8 +27,11 @@ __all__ = ["Evaluation", "Progress", "Trainable", "train"]
 #: Measures what is being trained, shows how far it is, and names what it found.
 Evaluation = Callable[[ProgressBar], Mapping[str, float]]
 
-#: Of the time that checkpoints may take: those of ImageNet's generator have half a gigabyte.
+#: The share of the time that checkpoints may take: some have half a gigabyte.
 _SAVING_SHARE = 0.02
+#: The longest time between two checkpoints, seconds: a disk that hangs once, or a machine that
+#: sleeps while it writes, must not put the next one off for days.
+_LONGEST_INTERVAL = 1800.0
 
 
 class Trainable(Protocol):
@@ -127,8 +131,9 @@ def train(
         description: Shown beside the progress bar.
         max_seconds: Stop after the first iteration that ends later than this, resumptions counted
             together; the state is then stored, so that a later call goes on.
-        checkpoint_seconds: Least time between two checkpoints; more where the writing of one would
-            take more than a fiftieth of it.
+        checkpoint_seconds: Least time between two checkpoints, 0 for one after every iteration;
+            otherwise more where the writing of one would take more than a fiftieth of it, but half
+            an hour at most.
         log_every: Metrics of every so manyth iteration are kept (reading them waits for a GPU).
         evaluation: What to measure meanwhile. It must not change what is trained; its time does
             not count as training.
@@ -181,11 +186,8 @@ def _train(
     own = folder if is_first() else None
     if own is not None:
         _truncate_metrics(own, done)
-    start = saved = time.monotonic()
-    evaluating = saving = 0.0
-
-    def elapsed() -> float:
-        return seconds_before + time.monotonic() - start - evaluating
+    watch = Stopwatch(seconds_before)
+    saved, saving = time.monotonic(), 0.0
 
     def save() -> None:
         if own is None:
@@ -194,7 +196,7 @@ def _train(
             "config": own.fingerprint,
             "trainable": trainable.state_dict(),
             "iterations": done,
-            "seconds": elapsed(),
+            "seconds": watch.seconds,
         }
         save_state(own.checkpoint, state)
 
@@ -208,7 +210,7 @@ def _train(
         def note(values: Mapping[str, float]) -> None:
             if own is None:
                 return
-            line = {"iteration": done, "seconds": round(elapsed(), 3), **values}
+            line = {"iteration": done, "seconds": watch.seconds, **values}
             metrics_file.write(json.dumps(line) + "\n")
             metrics_file.flush()
             for name, value in values.items():
@@ -218,7 +220,7 @@ def _train(
         while done < trainable.iterations:
             # Also how a process notices, before it waits for ever on a GPU, that another is lost.
             if from_first(
-                lambda: interrupted() or (max_seconds is not None and elapsed() >= max_seconds)
+                lambda: interrupted() or (max_seconds is not None and watch.seconds >= max_seconds)
             ):
                 break
             metrics = trainable.step(done)
@@ -235,16 +237,17 @@ def _train(
                 shown = [f"{name} {value:.3g}" for name, value in latest]
                 bar.update(task, shown=" ".join([trainable.part, *shown]).strip())
             if evaluation is not None and (done + 1) % evaluate_every == 0:
-                begin = time.monotonic()
+                watch.pause()
                 measured = evaluation(bar)
-                evaluating += time.monotonic() - begin
+                watch.resume()
                 note(measured)
             done += 1
             bar.update(task, completed=done)
-            if time.monotonic() - saved >= max(checkpoint_seconds, saving / _SAVING_SHARE):
+            enough = min(saving / _SAVING_SHARE, _LONGEST_INTERVAL) if checkpoint_seconds else 0.0
+            if time.monotonic() - saved >= max(checkpoint_seconds, enough):
                 begin = time.monotonic()
                 save()
                 saved = time.monotonic()
                 saving = saved - begin
     save()
-    return Progress(done, elapsed(), from_first(interrupted))
+    return Progress(done, watch.seconds, from_first(interrupted))

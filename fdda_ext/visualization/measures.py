@@ -217,9 +217,16 @@ def _outputs(network: nn.Module, places: Mapping[str, str], images: Tensor) -> d
 def time_in_turn(
     runs: Mapping[str, Callable[[], object]],
     calls: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every call; all take turns, so that a busy moment of the machine hits them all."""
+    """Seconds of every call; all take turns, so that a busy moment of the machine hits them all.
+
+    Args:
+        runs: What is timed, by name.
+        calls: Timed calls of each.
+        clock: Gives seconds; None for `time.perf_counter`.
+    """
+    clock = clock or time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # kernels are chosen, memory is asked for
         run()

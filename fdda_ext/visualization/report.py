@@ -20,7 +20,13 @@ from torch.fx import GraphModule
 from ..about import build_info
 from ..data import ImageDataset
 from ..deploy import load_program, load_student
-from ..engine import BatchSource, render_percent, standard_error
+from ..engine import (
+    BatchSource,
+    format_duration,
+    format_significant,
+    render_percent,
+    standard_error,
+)
 from ..engine.checkpoint import atomic_write_text
 from ..methods import Method, Problem, method_class
 from ..quantization import LayerBits, bits_table
@@ -164,12 +170,6 @@ class _Run:
         return 4 * sum(n for _, n in sizes), sum(bits * n for bits, n in sizes) // 8
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def _lead(run: _Run) -> str:
     """One sentence, and the numbers that matter most."""
     own, float_top1 = run.rows.get(run.name), run.float_top1
@@ -182,7 +182,7 @@ def _lead(run: _Run) -> str:
     float_bytes, bytes_ = run.weight_bytes()
     items.append((f"{float_bytes / bytes_:.1f}x", "smaller weights than in 32 bits"))
     if own and own["planned"]:
-        items.append((_duration(own["seconds"]), f"training, {own['iterations']} iterations"))
+        items.append((format_duration(own["seconds"]), f"training, {own['iterations']} iterations"))
     summary = run.method.summary if own else f"{run.method.summary} (unfinished)"
     return page.text(summary) + page.key_numbers(items)
 
@@ -207,7 +207,7 @@ def _accuracy(run: _Run) -> str:
         lines.append(("float", _top({**first, "top1": run.float_top1}, "top1"), "", "", "", ""))
     for name, row in run.rows.items():
         drop = "" if run.float_top1 is None else f"{run.float_top1 - row['top1']:.2f}"
-        time = (_duration(row["seconds"]), row["iterations"]) if row["planned"] else ("", "")
+        time = (format_duration(row["seconds"]), row["iterations"]) if row["planned"] else ("", "")
         lines.append((name, _top(row, "top1"), _top(row, "top5"), drop, *time))
     header = ("", "top-1 %", "top-5 %", "drop, points", "training", "iterations")
     split = yaml.safe_load(run.config).get("split", "test")
@@ -493,7 +493,7 @@ def _speed(run: _Run, path: Path) -> str:
     )
     rows = []
     for name, seconds in times.items():
-        low, median, high = (f"{1e3 * value:.3f}" for value in quartiles(seconds))
+        low, median, high = (format_significant(1e3 * value) for value in quartiles(seconds))
         rows.append((name, median, f"{low} to {high}"))
     text = f"One image, threads: {torch.get_num_threads()}; {_CALLS} calls of each, in turn."
     return page.table(("", "median, ms", "quartiles, ms"), rows, "tnn") + page.text(text)
