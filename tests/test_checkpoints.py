@@ -370,6 +370,10 @@ def test_mistakes_of_evaluate_are_told_before_anything_runs(user, tmp_path, monk
         (["--model=glyphs_resnet", f"--weights={tmp_path}"], "which is a folder"),
         ([*own, f"--weights={tmp_path / 'seven.pt'}"], "for 10 classes, got weights for 7 in"),
         (["--model=module:usernet.Nett", "--weights=none"], "did you mean module:usernet.Net"),
+        (
+            ["--model=torchvision:resnet18", "--weights=IMAGENET_V1"],
+            "torchvision has IMAGENET1K_V1",
+        ),
         (["--model=resnet18"], "got resnet18; did you mean torchvision:resnet18"),
         (["--model=glyphs_resne"], "did you mean glyphs_resnet"),
         (["--model=torchvison:resnet50"], "did you mean torchvision:resnet50"),
