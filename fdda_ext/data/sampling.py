@@ -32,8 +32,8 @@ def fair_sample(labels: Tensor, count: int) -> Tensor:
     All images are put into one order, and the sample is the beginning of it. Hence samples are
     nested. The order is the same on every machine. Image r of the ``n_k`` of class k, in random
     order, stands at ``(r + u_k) / n_k`` on a scale from 0 to 1, where the ``u_k`` are spread evenly
-    over 0 to 1 in random order. So the number of images of a class in the first share t of the
-    scale is less than 1 from ``t * n_k``, and every image is as likely to be drawn as any other.
+    over 0 to 1 in random order, so that no class is favoured. The number of images of a class in
+    the first share t of the scale is less than 1 from ``t * n_k``.
 
     Args:
         labels: int64 ``[n]``.

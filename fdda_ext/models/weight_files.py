@@ -111,7 +111,9 @@ def _named_in(path: Path) -> set[str]:
                 names |= _named_in_pickle(file)
             except ValueError:  # no pickle: torch's reader will say so
                 break
-    return names
+    reader = torch._weights_only_unpickler  # has no public list of what it allows
+    allowed: Mapping[str, Any] = getattr(reader, "_get_allowed_globals", dict)()
+    return names - allowed.keys()
 
 
 def _named_in_pickle(file: BinaryIO) -> set[str]:
@@ -156,12 +158,13 @@ def _torch_file(path: Path) -> Any:
         raise
     except pickle.UnpicklingError:
         refused = sorted(name for name in names if _stand_in(name) is None)
+        what = "is damaged or holds code"
         if any(name.startswith("torch.nn.modules.") for name in names):
-            raise _whole_network(path, refused) from None
-        what = f" ({_told(refused)})" if refused else ""
+            what = "holds a whole pickled network or other code"
+        told = f" ({_told(refused)})" if refused else ""
         raise UsageError(
-            f"model: expected weights to be a file of tensors and plain settings, got {path}, "
-            f"which is damaged or holds code and was not run{what}; {_SAVE}"
+            "model: expected weights to be a file of tensors and plain settings, "
+            f"got {path}, which {what} and was not run{told}; {_SAVE}"
         ) from None
     except Exception as error:  # a damaged file makes the reader stumble in a dozen ways
         reason = " ".join(str(error).split())[:120]
@@ -171,16 +174,11 @@ def _torch_file(path: Path) -> Any:
         ) from None
     has_modules = any(name.startswith("torch.nn.modules.") for name in names)
     if has_modules and not any(isinstance(value, Tensor) for _, value in _leaves(content)):
-        raise _whole_network(path, [])
+        raise UsageError(
+            "model: expected weights to be a file of tensors and plain settings, "
+            f"got {path}, which holds a whole pickled network and was not run; {_SAVE}"
+        )
     return content
-
-
-def _whole_network(path: Path, names: list[str]) -> UsageError:
-    what = f" ({_told(names)})" if names else ""
-    return UsageError(
-        f"model: expected weights to be a file of tensors, got a whole pickled network{what} in "
-        f"{path}, which is code and was not run; {_SAVE}"
-    )
 
 
 def _told(names: list[str]) -> str:

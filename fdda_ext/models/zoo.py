@@ -100,13 +100,19 @@ def open_model(
         return TrainedNetwork(network.eval(), _preprocessing(spec, network), chosen)
     if chosen == "default" and library == _OWN:
         raise UsageError(f"model: expected weights of {spec} to be a file or none, got default")
-    if chosen == "default" or _is_torchvision_weights(spec, chosen):
+    if chosen == "default" or chosen in _torchvision_weights(spec):
         network = _build(spec, num_classes, chosen)
         preprocessing = _preprocessing(spec, network, chosen)
         return TrainedNetwork(network.eval(), preprocessing, f"{library}'s {chosen}")
 
     named = _NAMED_FILE.fullmatch(chosen)
-    path, name = locate_weights(named[2] if named else chosen)
+    try:
+        path, name = locate_weights(named[2] if named else chosen)
+    except UsageError as error:
+        known = _torchvision_weights(spec)
+        if known:
+            raise UsageError(f"{error}; torchvision has {', '.join(known)}") from None
+        raise
     network = _build(spec, num_classes, None)
     file = read_weight_file(path, name)
     if named is not None and named[1] == "order":
@@ -279,14 +285,12 @@ def _from_library(
         ) from None
 
 
-def _is_torchvision_weights(spec: str, weights: str) -> bool:
+def _torchvision_weights(spec: str) -> list[str]:
+    """Names of the trained weights that torchvision has for ``spec``."""
     library, _, name = spec.partition(":")
-    if library != "torchvision":
-        return False
-    models = import_torchvision().models
-    return name in models.list_models(module=models) and (
-        weights in models.get_model_weights(name).__members__
-    )
+    if library != "torchvision" or name not in _names_in(library):
+        return []
+    return list(import_torchvision().models.get_model_weights(name).__members__)
 
 
 def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preprocessing:
