@@ -149,6 +149,9 @@ def run(config: EvaluateConfig) -> Accuracy:
         raise UsageError(
             f"evaluate: expected data of the network's {classes} classes, got {dataset.num_classes}"
         )
+    note = dataset.absent_classes()
+    if note is not None and is_first():
+        Console().print(f"{config.split} data: {note}", highlight=False)
     network.to(config.device)
     workers = decode_workers(config.workers, config.device, dataset.from_files)
     batches = BatchSource(dataset, config.test_batch, workers, config.max_unreadable)

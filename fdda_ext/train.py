@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .data import calibration_set, load_dataset, takes_preprocessing
+from .data import ImageDataset, calibration_set, load_dataset, takes_preprocessing
 from .distribution import (
     alone,
     first_on_machine,
@@ -710,6 +710,9 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         return []
 
     test = test_batches(config, preprocessing, config.test_limit)
+    note = cast(ImageDataset, test.dataset).absent_classes()
+    if note is not None:
+        console.print(f"{config.split} data: {note}", highlight=False)
     curve = test
     if config.evaluate_every and config.evaluate_limit:
         curve = test_batches(config, preprocessing, config.evaluate_limit)

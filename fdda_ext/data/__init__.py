@@ -50,6 +50,11 @@ class _Limited(ImageDataset):
         self.labels = dataset.labels[self._indices]
         self.from_files = dataset.from_files
 
+    @property
+    def classes_present(self) -> int:
+        """Of the whole split."""
+        return self._dataset.classes_present
+
     def pixels(self, index: int) -> Tensor:
         """uint8 ``[3, H, W]``."""
         return self._dataset.pixels(int(self._indices[index]))
@@ -108,7 +113,8 @@ def load_dataset(
         if source == "imagenet" and dataset.num_classes != 1000:
             raise UsageError(
                 f"data: expected {path} to hold ImageNet's 1000 classes, "
-                f"got {dataset.num_classes}; use folder:{path} for other sets"
+                f"got {dataset.num_classes}; use folder:{path} for other sets (where val has fewer "
+                "classes, the folders of train name all of them)"
             )
     else:
         raise UsageError(
@@ -165,10 +171,12 @@ def calibration_set(
         while taken < images_per_class:
             if not order:
                 lost = own.numel() - taken
+                reason = f" and {lost} that cannot be read" if lost else ""
+                if not own.numel():
+                    reason = "; add images of it, or remove the class from the training data"
                 raise UsageError(
                     f"data: expected at least {images_per_class} calibration image(s) of every "
-                    f"class, got {taken} of class {dataset.class_names[k]}"
-                    + (f" and {lost} that cannot be read" if lost else "")
+                    f"class, got {taken} of class {dataset.class_names[k]}{reason}"
                 )
             try:
                 chosen.append(dataset.pixels(order.pop(0)))

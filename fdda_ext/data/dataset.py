@@ -40,6 +40,17 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def classes_present(self) -> int:
+        """How many classes the whole split has images of, also where only some images are used."""
+        return int(self.labels.unique().numel())
+
+    def absent_classes(self) -> str | None:
+        """For people, how many classes the split has images of; None if of all."""
+        if self.classes_present == self.num_classes:
+            return None
+        return f"images of {self.classes_present} of {self.num_classes} classes"
+
     def pixels(self, index: int) -> Tensor:
         """``[3, H, W]`` before `normalise`: uint8, or float32 from 0 to 1 where eight bits lack.
 
