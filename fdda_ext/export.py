@@ -14,6 +14,7 @@ from .data import load_dataset
 from .deploy import IntegerProgram, load_program, load_student, lower, save_program, stored_bytes
 from .engine import (
     build_parser,
+    image_shape_of,
     instantiate_or_refuse,
     parse_or_refuse,
     preprocessing_of,
@@ -63,7 +64,11 @@ def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
     try:
         how = preprocessing_of(recipe, "export")
         dataset = load_dataset(
-            str(recipe["data"]), "test", image_size=recipe["image_size"], preprocessing=how
+            str(recipe["data"]),
+            "test",
+            image_size=recipe["image_size"],
+            preprocessing=how,
+            channels=image_shape_of(recipe, "export")[0],
         )
         mean, std = dataset.mean, dataset.std
     except UsageError:

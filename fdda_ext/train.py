@@ -22,7 +22,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .data import ImageDataset, calibration_set, load_dataset, takes_preprocessing
+from .data import (
+    ImageDataset,
+    calibration_set,
+    choose_preprocessing,
+    load_dataset,
+    takes_preprocessing,
+)
 from .distribution import (
     alone,
     first_on_machine,
@@ -47,7 +53,9 @@ from .engine import (
     decode_workers,
     diagnose,
     digest,
+    doubt_margin,
     evaluate,
+    input_channels,
     instantiate_or_refuse,
     keep_freed_memory,
     must_fit,
@@ -60,6 +68,7 @@ from .engine import (
     write_student,
 )
 from .errors import UsageError
+from .image_size import parse_image_size
 from .methods import METHODS, MethodSettings, Problem, build_method, method_class
 from .models import TrainedNetwork, open_model
 from .preprocessing import Preprocessing, PreprocessingConfig
@@ -113,7 +122,8 @@ class TrainConfig:
             its tensors, or "none" for random ones, drawn by `seed`.
         data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH or imagenet (PATH from the
             environment variable IMAGENET).
-        image_size: Height and width; None for the data set's own, or what the weights want.
+        image_size: A number, or HEIGHTxWIDTH; None for the data set's own, or what the weights
+            want.
         preprocessing: How images from files are prepared, other than the weights want.
         images_per_class: Calibration images of each class.
         quantization: Bits, grid and ranges of every tensor.
@@ -154,7 +164,7 @@ class TrainConfig:
     model: str = "glyphs_resnet"
     weights: str = "default"
     data: str = "glyphs"
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | str | None = None
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     images_per_class: int = 1
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
@@ -195,6 +205,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"train: expected {name} at least {least}, got {value}")
+        if self.image_size is not None:
+            self.image_size = parse_image_size(self.image_size, "train")
         if not 0 < self.schedule_share < math.inf:
             raise UsageError(
                 f"train: expected schedule_share above 0 and finite, got {self.schedule_share}"
@@ -412,6 +424,7 @@ class _Session:
             "model": self.config.model,
             "num_classes": self.problem.num_classes,
             "image_size": self.problem.image_size,
+            "channels": self.problem.channels,
             "data": self.config.data,
             "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
             "method": name,
@@ -593,13 +606,21 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # for weights "none"
         opened = open_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
-    preprocessing = config.preprocessing.apply(opened.preprocessing, config.image_size)
+    channels = input_channels(opened.network, dataset.image_size, "train")
+    preprocessing = choose_preprocessing(
+        dataset,
+        opened.preprocessing,
+        config.preprocessing,
+        image_size=config.image_size,
+        channels=channels,
+    )
     images, labels = calibration_set(
         config.data,
         config.images_per_class,
         seed=config.seed,
         image_size=config.image_size,
         preprocessing=preprocessing,
+        channels=channels,
         max_unreadable=config.max_unreadable,
     )
     teacher = opened.network.to(device).requires_grad_(False)
@@ -610,8 +631,12 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         raise UsageError(
             f"train: expected model to have the data's {dataset.num_classes} classes, got {outputs}"
         )
-    how = preprocessing if takes_preprocessing(config.data) else dataset
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (how.mean, how.std))
+    how = (
+        preprocessing
+        if takes_preprocessing(config.data)
+        else load_dataset(config.data, "calibration", channels=channels)
+    )
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (how.mean, how.std))
     problem = Problem(
         teacher,
         dataset.num_classes,
@@ -650,19 +675,21 @@ def report(
     """
     with alone():
         limit = min(config.test_limit or images, images)
-        return write_report(folder, problem, test_batches(config, preprocessing, limit))
+        batches = test_batches(config, preprocessing, limit, problem.channels)
+        return write_report(folder, problem, batches)
 
 
 def test_batches(
-    config: TrainConfig, preprocessing: Preprocessing | None, limit: int | None
+    config: TrainConfig, preprocessing: Preprocessing | None, limit: int | None, channels: int
 ) -> BatchSource:
-    """Of the split that accuracy is measured on, at most ``limit`` images."""
+    """At most ``limit`` images of so many ``channels`` from the split that is measured."""
     dataset = load_dataset(
         config.data,
         config.split,
         image_size=config.image_size,
         limit=limit,
         preprocessing=preprocessing,
+        channels=channels,
     )
     workers = decode_workers(config.workers, config.device, dataset.from_files)
     return BatchSource(dataset, config.test_batch, workers, config.max_unreadable)
@@ -709,15 +736,19 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         measure_stages(config, problem, path, console)
         return []
 
-    test = test_batches(config, preprocessing, config.test_limit)
+    test = test_batches(config, preprocessing, config.test_limit, problem.channels)
     note = cast(ImageDataset, test.dataset).absent_classes()
     if note is not None:
         console.print(f"{config.split} data: {note}", highlight=False)
     curve = test
     if config.evaluate_every and config.evaluate_limit:
-        curve = test_batches(config, preprocessing, config.evaluate_limit)
-    doubt = diagnose(problem.teacher, test.dataset, problem.num_classes, problem.device)
-    if doubt is not None:
+        curve = test_batches(config, preprocessing, config.evaluate_limit, problem.channels)
+    for doubt in (
+        doubt_margin(problem.teacher, test.dataset, problem.device),
+        diagnose(problem.teacher, test.dataset, problem.num_classes, problem.device),
+    ):
+        if doubt is None:
+            continue
         console.print(f"[yellow]warning:[/] {escape(doubt)}", highlight=False)
     accuracy = evaluate(problem.teacher, test, device=problem.device, label="float: testing")
     console.print(

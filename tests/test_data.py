@@ -164,7 +164,7 @@ def test_bad_folders_are_refused(tmp_path):
     with pytest.raises(UsageError, match="1000 classes, got 2"):
         load_dataset(f"imagenet:{tmp_path / 'c'}", "test")
     Image.new("I;16", (20, 20), 9000).save(tmp_path / "c" / "val" / "cat" / "0.png")
-    with pytest.raises(UsageError, match="readable image, got .*0.png .*more than 8 bits a colour"):
+    with pytest.raises(UsageError, match="readable image, got .*0.png .*than 8 bits a channel"):
         load_dataset(f"folder:{tmp_path / 'c'}", "test", image_size=16)[0]
     (tmp_path / "c" / "val" / "cat" / "0.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match="readable image, got .*0.png"):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnreadableImageError, UsageError
-from ..preprocessing import Preprocessing
+from ..image_size import ImageSize, height_and_width, parse_image_size
+from ..preprocessing import Preprocessing, PreprocessingConfig
 from .augmentation import Augmentation, augment
 from .dataset import ImageDataset
 from .digits import Digits
@@ -25,6 +26,7 @@ __all__ = [
     "Split",
     "augment",
     "calibration_set",
+    "choose_preprocessing",
     "load_dataset",
     "takes_preprocessing",
 ]
@@ -55,19 +57,29 @@ class _Limited(ImageDataset):
         """Of the whole split."""
         return self._dataset.classes_present
 
+    @property
+    def stored_size(self) -> ImageSize | None:
+        """As of the whole set."""
+        return self._dataset.stored_size
+
     def pixels(self, index: int) -> Tensor:
-        """uint8 ``[3, H, W]``."""
+        """As of the whole set, ``[C, H, W]``."""
         return self._dataset.pixels(int(self._indices[index]))
+
+    def pixels_without_margin(self, index: int) -> Tensor | None:
+        """As of the whole set."""
+        return self._dataset.pixels_without_margin(int(self._indices[index]))
 
 
 def load_dataset(
     spec: str,
     split: Split,
     *,
-    image_size: int | None = None,
+    image_size: ImageSize | str | None = None,
     seed: int = 0,
     limit: int | None = None,
     preprocessing: Preprocessing | None = None,
+    channels: int | None = None,
 ) -> ImageDataset:
     """Open a data set.
 
@@ -77,18 +89,22 @@ def load_dataset(
             variable IMAGENET.
         split: "train", "calibration", "validation" (to choose settings on) or "test". The last two
             share no image with each other and the rest.
-        image_size: Height and width; None for the set's own (32, or 224 for folders).
+        image_size: A number for both height and width, or (height, width), or ``"32x64"``; None for
+            the set's own (32), or that of ``preprocessing``.
         seed: Of the images that are rendered.
         limit: At most so many images, spread evenly over the split.
-        preprocessing: Of image files, as the network's weights want them; None for ImageNet's
-            usual one. ``image_size`` overrides its size.
+        preprocessing: How image files are prepared for the network; None for the usual way of
+            ImageNet. ``image_size`` overrides its size.
+        channels: 1 (gray), 3 (RGB) or 4 (RGBA); None for the set's own (3), or those of
+            ``preprocessing``.
 
     Raises:
         UsageError: If there is no such set, or its folder is missing or not as it should be.
     """
     if split not in get_args(Split):
         raise UsageError(f"data: expected split to be one of {get_args(Split)}, got {split}")
-    if image_size is not None and image_size < 8:
+    size = None if image_size is None else parse_image_size(image_size)
+    if size is not None and min(height_and_width(size)) < 8:
         raise UsageError(f"data: expected image_size at least 8, got {image_size}")
     if limit is not None and limit < 1:
         raise UsageError(f"data: expected limit at least 1, got {limit}")
@@ -100,12 +116,13 @@ def load_dataset(
                 "data: expected imagenet:PATH, or PATH in the environment variable IMAGENET, got "
                 "imagenet without"
             )
-    how = (preprocessing or Preprocessing()).for_size(image_size)
+    how = (preprocessing or Preprocessing()).for_size(size)
+    how = how.for_channels(channels or how.channels)
     dataset: ImageDataset
     if spec == "glyphs":
-        dataset = Glyphs(split, image_size or 32, seed)
+        dataset = Glyphs(split, size or 32, seed, channels or 3)
     elif spec == "digits":
-        dataset = Digits(split, image_size or 32)
+        dataset = Digits(split, size or 32, channels or 3)
     elif source == "shards" and path:
         dataset = Shards(Path(path), split, how)
     elif source in ("folder", "imagenet") and path:
@@ -128,13 +145,42 @@ def takes_preprocessing(spec: str) -> bool:
     return spec.partition(":")[0] in ("folder", "shards", "imagenet")
 
 
+def choose_preprocessing(
+    dataset: ImageDataset,
+    default: Preprocessing,
+    config: PreprocessingConfig,
+    *,
+    image_size: ImageSize | str | None,
+    channels: int,
+) -> Preprocessing:
+    """How images of a set from files are to be prepared for a network.
+
+    Without ``image_size`` they keep the size that they have where they are small and all alike, and
+    where no library says which size the network was trained for.
+
+    Args:
+        dataset: Of any split.
+        default: What is known of the network.
+        config: What the user wants otherwise.
+        image_size: What the user wants, or None.
+        channels: Of the images that the network takes.
+
+    Raises:
+        UsageError: If the result breaks a rule of `Preprocessing`.
+    """
+    if image_size is None and default.keep_same_size:
+        image_size = dataset.stored_size
+    return config.apply(default.for_channels(channels), image_size)
+
+
 def calibration_set(
     spec: str,
     images_per_class: int = 1,
     *,
     seed: int = 0,
-    image_size: int | None = None,
+    image_size: ImageSize | str | None = None,
     preprocessing: Preprocessing | None = None,
+    channels: int | None = None,
     max_unreadable: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The little real data a method may use: some images of every class, drawn by ``seed``.
@@ -143,13 +189,14 @@ def calibration_set(
         spec: As for `load_dataset`.
         images_per_class: How many of each.
         seed: Which ones.
-        image_size: Height and width.
-        preprocessing: Of image files.
+        image_size: As for `load_dataset`.
+        preprocessing: Likewise.
+        channels: Likewise.
         max_unreadable: In place of so many damaged files in all another one of the class is drawn;
             each is named in a warning of the logger ``fdda_ext``.
 
     Returns:
-        float32 images ``[K * images_per_class, 3, H, W]``, normalised, not augmented, sorted by
+        float32 images ``[K * images_per_class, C, H, W]``, normalised, not augmented, sorted by
         class, and int64 labels.
 
     Raises:
@@ -159,7 +206,12 @@ def calibration_set(
     if images_per_class < 1:
         raise UsageError(f"data: expected images_per_class at least 1, got {images_per_class}")
     dataset = load_dataset(
-        spec, "calibration", image_size=image_size, seed=seed, preprocessing=preprocessing
+        spec,
+        "calibration",
+        image_size=image_size,
+        seed=seed,
+        preprocessing=preprocessing,
+        channels=channels,
     )
     random = torch.Generator().manual_seed(seed)
     chosen: list[Tensor] = []

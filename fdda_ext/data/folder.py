@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -13,15 +14,17 @@ import torch
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
+from typing_extensions import override
 
 from .._torchvision import import_torchvision
 from ..errors import UnreadableImageError, UsageError
-from ..preprocessing import Preprocessing
+from ..image_size import ImageSize, height_and_width, to_image_size
+from ..preprocessing import CHANNELS, Preprocessing
 from .augmentation import Augmentation
 from .dataset import ImageDataset
 from .listing import Listing, cached_listing, is_hidden, stamp_of
 
-__all__ = ["EXTENSIONS", "ImageFiles", "ImageFolder", "split_folder"]
+__all__ = ["EXTENSIONS", "ImageFiles", "ImageFolder", "prepare_image", "split_folder"]
 
 #: Folders that may hold a split, the first that exists counts.
 _FOLDERS = {
@@ -34,37 +37,35 @@ _FOLDERS = {
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
+#: So many images, spread over a set, tell whether all have one size.
+_SIZED = 16
+#: Only small images are taken as they are for their common size: photographs of one size were
+#: mostly made so for a larger network.
+_SMALL = 100
+
+
 class ImageFiles(ImageDataset):
     """Images that are decoded from files, all prepared in the same way.
 
     Args:
         listing: The files.
-        preprocessing: Of every image.
+        preprocessing: How every image is prepared.
     """
 
     augmentation = Augmentation()
     from_files = True
 
     def __init__(self, listing: Listing, preprocessing: Preprocessing) -> None:
-        transforms = import_torchvision().transforms
         self.listing = listing
         self.labels = listing.labels
         self.class_names = listing.classes
         self.num_classes = len(listing.classes)
         self.mean, self.std = preprocessing.mean, preprocessing.std
         self.image_size = preprocessing.image_size
-        self._transform = transforms.Compose(
-            [
-                transforms.Resize(
-                    preprocessing.resize, transforms.InterpolationMode(preprocessing.interpolation)
-                ),
-                transforms.CenterCrop(preprocessing.image_size),
-                transforms.PILToTensor(),
-            ]
-        )
+        self.preprocessing = preprocessing
 
     def name(self, index: int) -> str:
-        """Of image ``index``, for people."""
+        """Name of image ``index``, for people."""
         raise NotImplementedError
 
     def open(self, index: int) -> IO[bytes]:
@@ -72,18 +73,62 @@ class ImageFiles(ImageDataset):
         raise NotImplementedError
 
     def pixels(self, index: int) -> Tensor:
-        """uint8 ``[3, H, W]``."""
+        """uint8 ``[C, H, W]``."""
+        with self._image(index) as image:
+            return prepare_image(image, self.preprocessing)
+
+    @override
+    def pixels_without_margin(self, index: int) -> Tensor | None:
+        with self._image(index) as image:
+            if prepared_size(image, self.preprocessing)[0] <= image.height:
+                return None
+            return prepare_image(image, self.preprocessing.without_margin)
+
+    @property
+    @override
+    def stored_size(self) -> ImageSize | None:
+        """The size that some images have, if all of these have the same, and it is a small one."""
+        sizes = set()
+        for index in torch.linspace(0, len(self) - 1, min(_SIZED, len(self))).long().tolist():
+            with self._image(index) as image:
+                sizes.add((image.height, image.width))
+        height, width = sizes.pop()
+        one = not sizes and 8 <= min(height, width) < _SMALL
+        return to_image_size(height, width) if one else None
+
+    @contextmanager
+    def _image(self, index: int) -> Iterator[Image.Image]:
+        """Image ``index``, and the refusal of whatever is wrong with it."""
         name = self.name(index)
         try:
             with self.open(index) as file, Image.open(file) as image:
                 if image.mode.startswith(("I", "F")):  # Pillow would silently clip them to white
-                    raise OSError(f"mode {image.mode}, more than 8 bits a colour")
-                return self._transform(image.convert("RGB"))
+                    raise OSError(f"mode {image.mode}, more than 8 bits a channel")
+                yield image
         except Exception as error:  # damage makes the decoders stumble in a dozen ways
             reason = " ".join(str(error).split())[:200]
             raise UnreadableImageError(
                 f"data: expected every file to be a readable image, got {name} ({reason})"
             ) from None
+
+
+def prepared_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Height and width that ``image`` is resized to before the crop."""
+    return preprocessing.resized(image.height, image.width)
+
+
+def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """Convert, resize and crop ``image``: uint8 ``[C, H, W]``, not normalised."""
+    transforms = import_torchvision().transforms
+    functional = transforms.functional
+    converted = image.convert(CHANNELS[preprocessing.channels])
+    size = prepared_size(image, preprocessing)
+    if size != (image.height, image.width):
+        interpolation = transforms.InterpolationMode(preprocessing.interpolation)
+        converted = functional.resize(converted, list(size), interpolation)
+    crop = list(height_and_width(preprocessing.image_size))
+    pixels: Tensor = functional.pil_to_tensor(functional.center_crop(converted, crop))
+    return pixels
 
 
 class ImageFolder(ImageFiles):

@@ -10,15 +10,16 @@ from .cli import (
     run_command,
     with_underscores,
 )
-from .diagnosis import diagnose
-from .evaluation import Accuracy, BatchSource, count_outputs, evaluate
+from .diagnosis import diagnose, doubt_margin
+from .evaluation import Accuracy, BatchSource, evaluate
 from .loop import Progress, Trainable, train
 from .memory import keep_freed_memory, must_fit, peak_memory
+from .probe import check_logits, count_outputs, input_channels
 from .profiling import Profile, profile, stage
 from .progress import ProgressBar, progress_bar
 from .replay import Replayed
 from .run_folder import RunFolder
-from .student_file import preprocessing_of, read_student, write_student
+from .student_file import image_shape_of, preprocessing_of, read_student, write_student
 
 __all__ = [
     "Accuracy",
@@ -30,13 +31,17 @@ __all__ = [
     "RunFolder",
     "Trainable",
     "build_parser",
+    "check_logits",
     "check_machine",
     "count_outputs",
     "cpu_state",
     "decode_workers",
     "diagnose",
     "digest",
+    "doubt_margin",
     "evaluate",
+    "image_shape_of",
+    "input_channels",
     "instantiate_or_refuse",
     "keep_freed_memory",
     "load_state",

@@ -17,7 +17,7 @@ from ..errors import UnreadableImageError, UsageError
 from .memory import must_fit
 from .progress import ProgressBar, progress_bar
 
-__all__ = ["Accuracy", "BatchSource", "count_outputs", "evaluate"]
+__all__ = ["Accuracy", "BatchSource", "evaluate"]
 
 _log = logging.getLogger("fdda_ext")
 
@@ -163,26 +163,6 @@ class BatchSource:
                     kept = None
             yield pixels, labels
         self._kept = kept
-
-
-@torch.no_grad()
-def count_outputs(network: nn.Module, images: Tensor, command: str) -> int:
-    """How many logits ``network`` gives for ``images [N, 3, H, W]``.
-
-    Raises:
-        UsageError: If it cannot take images of this size, or gives other things than logits.
-    """
-    try:
-        logits = network.eval()(images)
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"it gives {type(logits).__name__} instead of logits")
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"{command}: expected image_size that the model can take, "
-            f"got {images.shape[-1]} ({reason})"
-        ) from None
-    return int(logits.shape[-1])
 
 
 @torch.no_grad()

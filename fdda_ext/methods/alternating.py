@@ -135,7 +135,10 @@ class AlternatingTraining(Method):
     def build_generator(self) -> ConditionalGenerator:
         """The generator, on the CPU."""
         return ConditionalGenerator(
-            self.problem.num_classes, self.problem.image_size, self.schedule.generator
+            self.problem.num_classes,
+            self.problem.image_size,
+            self.schedule.generator,
+            self.problem.channels,
         )
 
     @abstractmethod

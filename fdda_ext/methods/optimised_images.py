@@ -171,7 +171,7 @@ class OptimisedImages(Method):
         return ImageOptimisation(
             self.synthesis,
             count,
-            problem.image_size,
+            problem.images.shape[1:],
             self.random,
             problem.pixel_range,
             problem.augmentation.flip,

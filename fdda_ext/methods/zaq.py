@@ -104,7 +104,8 @@ class ZAQ(AlternatingTraining):
 
     @override
     def build_generator(self) -> ConditionalGenerator:
-        return ConditionalGenerator(1, self.problem.image_size, self.config.generator)
+        problem = self.problem
+        return ConditionalGenerator(1, problem.image_size, self.config.generator, problem.channels)
 
     @override
     def draw(self, count: int) -> tuple[Tensor, Tensor]:

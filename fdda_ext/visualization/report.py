@@ -22,6 +22,7 @@ from ..data import ImageDataset
 from ..deploy import load_program, load_student
 from ..engine import BatchSource
 from ..engine.checkpoint import atomic_write_text
+from ..image_size import show_image_size
 from ..methods import Method, Problem, method_class
 from ..quantization import LayerBits, bits_table
 from . import figures, page
@@ -218,7 +219,7 @@ def _what_was_done(run: _Run) -> str:
         ("method", run.name),
         ("network", f"{run.recipe['model']}, weights: {weights}"),
         ("data", f"{run.recipe['data']}, {problem.num_classes} classes"),
-        ("images", f"{problem.image_size}x{problem.image_size} pixels"),
+        ("images", f"{show_image_size(problem.image_size)} pixels, {problem.channels} channel(s)"),
         ("calibration images", f"{len(problem.images)}{seen}"),
         ("bits", f"weights {q.weight_bits}, activations {q.activation_bits}, {ends}"),
         (
