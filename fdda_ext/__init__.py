@@ -21,7 +21,7 @@ def load(path: str | Path) -> torch.nn.Module:
         path: The file, ``model.int4.safetensors`` in a run folder.
 
     Returns:
-        A module from images ``[N, 3, H, W]``, normalised float32 or uint8, to logits ``[N, K]``.
+        A module from images ``[N, C, H, W]``, normalised float32 or uint8, to logits ``[N, K]``.
 
     Raises:
         UsageError: If the file is missing, damaged, or describes no program that could run.

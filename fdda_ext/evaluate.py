@@ -57,8 +57,9 @@ class EvaluateConfig:
         run: A run folder, a student.safetensors, or a program that fdda_ext.export wrote.
         model: A float network instead: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, ...
         weights: Of the float network, as for fdda_ext.train.
-        data: glyphs, digits, folder:PATH, shards:PATH or imagenet:PATH; None for the data the run
-            was made with, or glyphs.
+        data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH, or a set of torchvision's by
+            name, such as cifar10:PATH; None for the data the run was made with, or glyphs.
+        download: Fetch a set of torchvision's to PATH if it is not there.
         image_size: A number, or HEIGHTxWIDTH; None for the run's, or the data set's own.
         preprocessing: How images from files are prepared, other than the weights want, or the run
             did it. A program knows its normalisation only.
@@ -75,6 +76,7 @@ class EvaluateConfig:
     model: str | None = None
     weights: str = "default"
     data: str | None = None
+    download: bool = False
     image_size: int | tuple[int, int] | str | None = None
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     device: str = "cpu"
@@ -124,6 +126,7 @@ class EvaluateConfig:
             limit=self.test_limit,
             preprocessing=how,
             channels=channels,
+            download=self.download,
         )
 
 
@@ -155,7 +158,12 @@ def run(config: EvaluateConfig) -> Accuracy:
         dataset = config.dataset(config.data or str(recipe["data"]), size, default, channels)
     else:
         assert config.model is not None
-        dataset = load_dataset(config.data or "glyphs", config.split, image_size=config.image_size)
+        dataset = load_dataset(
+            config.data or "glyphs",
+            config.split,
+            image_size=config.image_size,
+            download=config.download,
+        )
         opened = open_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
         network = opened.network
         channels = input_channels(network, dataset.image_size, "evaluate")
@@ -185,7 +193,10 @@ def run(config: EvaluateConfig) -> Accuracy:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = build_parser("fdda_ext.evaluate", _DESCRIPTION)
-    parser.add_class_arguments(EvaluateConfig, as_group=False)
+    parser.add_argument(
+        "--download", action="store_true", help="fetch a set of torchvision's to PATH"
+    )
+    parser.add_class_arguments(EvaluateConfig, as_group=False, skip={"download"})
     config = EvaluateConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments)))
     with joined(config.device):
         accuracy = run(replace(config, device=local_device(config.device)))

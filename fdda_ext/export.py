@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .data import load_dataset
+from .data import load_dataset, takes_preprocessing
 from .deploy import IntegerProgram, load_program, load_student, lower, save_program, stored_bytes
 from .engine import (
     build_parser,
@@ -63,16 +63,14 @@ def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
     std: tuple[float, ...] | None = None
     try:
         how = preprocessing_of(recipe, "export")
-        dataset = load_dataset(
-            str(recipe["data"]),
-            "test",
-            image_size=recipe["image_size"],
-            preprocessing=how,
-            channels=image_shape_of(recipe, "export")[0],
-        )
-        mean, std = dataset.mean, dataset.std
+        if takes_preprocessing(str(recipe["data"])):
+            mean, std = how.mean, how.std
+        else:
+            channels = image_shape_of(recipe, "export")[0]
+            dataset = load_dataset(str(recipe["data"]), "test", channels=channels)
+            mean, std = dataset.mean, dataset.std
     except UsageError:
-        pass  # the images are elsewhere: the program then takes normalised ones alone
+        pass  # an unknown set: the program then takes normalised images alone
     folder = source if source.is_dir() else source.parent
     path = Path(config.out) if config.out else folder / "model.int4.safetensors"
     if path.is_dir() or not path.parent.is_dir():

@@ -61,7 +61,8 @@ class PretrainConfig:
     Attributes:
         model: glyphs_resnet or glyphs_mobilenet (or a network of a library, from random
             weights, that returns logits alone).
-        data: glyphs, digits or folder:PATH.
+        data: As for fdda_ext.train.
+        download: Fetch a set of torchvision's to PATH if it is not there.
         out: Folder for MODEL.safetensors.
         epochs: Passes over the training images.
         images: Training images; None for all. They are kept in memory, 3 KB each at 32x32.
@@ -76,6 +77,7 @@ class PretrainConfig:
     model: str
     out: str
     data: str = "glyphs"
+    download: bool = False
     epochs: int = 10
     images: int | None = None
     image_size: int | tuple[int, int] | str | None = None
@@ -109,6 +111,7 @@ def _images_in_memory(config: PretrainConfig, how: Preprocessing) -> tuple[Tenso
         limit=config.images,
         preprocessing=how,
         channels=how.channels,
+        download=config.download,
     )
     shape = (len(dataset), dataset.channels, *height_and_width(dataset.image_size))
     images = torch.empty(shape, dtype=torch.float16)
@@ -126,7 +129,7 @@ def _command(config: PretrainConfig) -> str:
     changed = [
         f"--{field.name} {values[field.name]}"
         for field in fields(config)
-        if field.name != "out" and values[field.name] != field.default
+        if field.name not in ("out", "download") and values[field.name] != field.default
     ]
     return " ".join(["python -m fdda_ext.pretrain", *changed])
 
@@ -165,7 +168,9 @@ def run(config: PretrainConfig) -> Accuracy:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
-    test_set = load_dataset(config.data, "test", image_size=config.image_size)
+    test_set = load_dataset(
+        config.data, "test", image_size=config.image_size, download=config.download
+    )
     torch.manual_seed(config.seed)
     opened = open_model(config.model, weights="none", num_classes=test_set.num_classes)
     network = opened.network
@@ -243,7 +248,10 @@ def run(config: PretrainConfig) -> Accuracy:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = build_parser("fdda_ext.pretrain", _DESCRIPTION)
-    parser.add_class_arguments(PretrainConfig, as_group=False)
+    parser.add_argument(
+        "--download", action="store_true", help="fetch a set of torchvision's to PATH"
+    )
+    parser.add_class_arguments(PretrainConfig, as_group=False, skip={"download"})
     run(PretrainConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments))))
 
 

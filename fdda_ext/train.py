@@ -120,8 +120,9 @@ class TrainConfig:
             others, a file (safetensors, or a torch file of plain tensors) of this or another
             library, MODEL=FILE to say which network a file is of, order=FILE to go by the order of
             its tensors, or "none" for random ones, drawn by `seed`.
-        data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH or imagenet (PATH from the
-            environment variable IMAGENET).
+        data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH, imagenet (PATH from the
+            environment variable IMAGENET), or a set of torchvision's by name, such as cifar10:PATH.
+        download: Fetch a set of torchvision's to PATH if it is not there.
         image_size: A number, or HEIGHTxWIDTH; None for the data set's own, or what the weights
             want.
         preprocessing: How images from files are prepared, other than the weights want.
@@ -164,6 +165,7 @@ class TrainConfig:
     model: str = "glyphs_resnet"
     weights: str = "default"
     data: str = "glyphs"
+    download: bool = False
     image_size: int | tuple[int, int] | str | None = None
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     images_per_class: int = 1
@@ -241,7 +243,7 @@ class TrainConfig:
 #: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
 _NOT_STORED = (
     *("out", "resume", "max_time", "threads", "profile", "workers", "test_batch"),
-    *("max_unreadable", "report", "cuda_graphs"),
+    *("max_unreadable", "report", "cuda_graphs", "download"),
 )
 #: Options that stand for others.
 _EXPANDED = ("preset", "config", "bits")
@@ -337,7 +339,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
     parser.add_argument(
         "--report", action=ActionYesNo, default=True, help="write report.html at the end"
     )
-    flags = {"resume", "keep_best", "report"}
+    parser.add_argument(
+        "--download", action="store_true", help="fetch a set of torchvision's to PATH"
+    )
+    flags = {"resume", "keep_best", "report", "download"}
     parser.add_class_arguments(TrainConfig, as_group=False, skip=flags)
     namespace = parse_or_refuse(parser, arguments)
     stored = namespace.clone()
@@ -602,7 +607,9 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         UsageError: If they do not fit each other.
     """
     device = torch.device(local_device(config.device))
-    dataset = load_dataset(config.data, "calibration", image_size=config.image_size)
+    dataset = load_dataset(
+        config.data, "calibration", image_size=config.image_size, download=config.download
+    )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # for weights "none"
         opened = open_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
@@ -690,6 +697,7 @@ def test_batches(
         limit=limit,
         preprocessing=preprocessing,
         channels=channels,
+        download=config.download,
     )
     workers = decode_workers(config.workers, config.device, dataset.from_files)
     return BatchSource(dataset, config.test_batch, workers, config.max_unreadable)

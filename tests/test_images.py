@@ -41,6 +41,22 @@ def test_other_sizes_are_refused(written):
         parse_image_size(written, "evaluate")
 
 
+@pytest.mark.parametrize("written", ["32x64", "[32,64]", "[32, 64]"])
+def test_options_and_files_of_options_take_sizes(tmp_path, written):
+    config, text = train.parse_arguments([f"--image-size={written}"])
+    assert config.image_size == (32, 64)
+    (tmp_path / "config.yaml").write_text(text)
+    again, stored = train.parse_arguments([f"--config={tmp_path / 'config.yaml'}"])
+    assert (again.image_size, stored) == (config.image_size, text)
+    (tmp_path / "own.yaml").write_text(f"image_size: {written}\n")
+    assert train.parse_arguments([f"--config={tmp_path / 'own.yaml'}"])[0].image_size == (32, 64)
+    square, text = train.parse_arguments(["--image-size=48"])
+    assert square.image_size == 48
+    assert "\nimage_size: 48\n" in text
+    with pytest.raises(UsageError, match="train: expected image_size to be .*, got 32y64"):
+        train.parse_arguments(["--image-size=32y64"])
+
+
 # ---- preparation ----------------------------------------------------------------------------
 
 
@@ -372,7 +388,7 @@ def test_a_run_on_other_images_from_end_to_end(networks, tmp_path, model, size, 
     train.main(
         [
             *(f"--model=module:nets.{model}", "--weights=none", "--data=digits", f"--out={out}"),
-            *(f"--image-size={size}", "--method=fdda", "--baselines=[]", "--test-limit=40"),
+            *(f"--image-size={size}", "--images-per-class=4", "--baselines=[]", "--test-limit=40"),
             *("--schedule-share=0.002", "--settings.fdda.generator.channels=4"),
         ]
     )
@@ -394,7 +410,7 @@ def test_a_run_on_other_images_from_end_to_end(networks, tmp_path, model, size, 
     texts = []
     for source in (out, out / "model.int4.safetensors"):
         evaluate.main([f"--run={source}", "--data=digits", "--test-limit=40"])
-        texts.append(capsys.readouterr().out.split("top-1")[1])
+        texts.append(capsys.readouterr().out.split("top-1")[1].split())
     assert texts[0] == texts[1]
     train.main([f"--out={out}", "--resume"])  # the size is read back from the folder
 

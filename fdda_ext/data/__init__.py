@@ -18,9 +18,11 @@ from .dataset import ImageDataset
 from .digits import Digits
 from .folder import ImageFolder
 from .glyphs import Glyphs
+from .published import PUBLISHED, open_published
 from .shards import Shards
 
 __all__ = [
+    "PUBLISHED",
     "Augmentation",
     "ImageDataset",
     "Split",
@@ -80,13 +82,14 @@ def load_dataset(
     limit: int | None = None,
     preprocessing: Preprocessing | None = None,
     channels: int | None = None,
+    download: bool = False,
 ) -> ImageDataset:
     """Open a data set.
 
     Args:
-        spec: ``glyphs``, ``digits``, ``folder:PATH``, ``shards:PATH`` or ``imagenet:PATH``, a
-            folder of ImageNet's 1000 classes; ``imagenet`` alone finds PATH in the environment
-            variable IMAGENET.
+        spec: ``glyphs``, ``digits``, ``folder:PATH``, ``shards:PATH``, ``imagenet:PATH`` (a folder
+            of ImageNet's 1000 classes; ``imagenet`` alone finds PATH in the environment variable
+            IMAGENET), or ``NAME:PATH`` for a data set of torchvision's, see `PUBLISHED`.
         split: "train", "calibration", "validation" (to choose settings on) or "test". The last two
             share no image with each other and the rest.
         image_size: A number for both height and width, or (height, width), or ``"32x64"``; None for
@@ -95,8 +98,9 @@ def load_dataset(
         limit: At most so many images, spread evenly over the split.
         preprocessing: How image files are prepared for the network; None for the usual way of
             ImageNet. ``image_size`` overrides its size.
-        channels: 1 (gray), 3 (RGB) or 4 (RGBA); None for the set's own (3), or those of
-            ``preprocessing``.
+        channels: 1 (gray), 3 (RGB) or 4 (RGBA); None for those of ``preprocessing``, or the set's
+            own.
+        download: Fetch one of torchvision's sets if its files are not there.
 
     Raises:
         UsageError: If there is no such set, or its folder is missing or not as it should be.
@@ -125,6 +129,16 @@ def load_dataset(
         dataset = Digits(split, size or 32, channels or 3)
     elif source == "shards" and path:
         dataset = Shards(Path(path), split, how)
+    elif source in PUBLISHED and path:
+        dataset = open_published(
+            source,
+            Path(path),
+            split,
+            preprocessing=preprocessing,
+            image_size=size,
+            channels=channels,
+            download=download,
+        )
     elif source in ("folder", "imagenet") and path:
         dataset = ImageFolder(Path(path), split, how)
         if source == "imagenet" and dataset.num_classes != 1000:
@@ -135,14 +149,15 @@ def load_dataset(
             )
     else:
         raise UsageError(
-            f"data: expected glyphs, digits, folder:PATH, shards:PATH or imagenet:PATH, got {spec}"
+            "data: expected glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH or NAME:PATH "
+            f"with NAME one of {', '.join(PUBLISHED)}, got {spec}"
         )
     return dataset if limit is None else _Limited(dataset, limit)
 
 
 def takes_preprocessing(spec: str) -> bool:
-    """Whether the images of ``spec`` come from files, and so can be prepared in several ways."""
-    return spec.partition(":")[0] in ("folder", "shards", "imagenet")
+    """Whether the images of ``spec`` are the user's, and so can be prepared in several ways."""
+    return spec.partition(":")[0] in ("folder", "shards", "imagenet", *PUBLISHED)
 
 
 def choose_preprocessing(
@@ -156,7 +171,8 @@ def choose_preprocessing(
     """How images of a set from files are to be prepared for a network.
 
     Without ``image_size`` they keep the size that they have where they are small and all alike, and
-    where no library says which size the network was trained for.
+    where no library says which size the network was trained for. Images of a published set of one
+    size always keep it.
 
     Args:
         dataset: Of any split.
@@ -168,7 +184,7 @@ def choose_preprocessing(
     Raises:
         UsageError: If the result breaks a rule of `Preprocessing`.
     """
-    if image_size is None and default.keep_same_size:
+    if image_size is None and (default.keep_same_size or not dataset.from_files):
         image_size = dataset.stored_size
     return config.apply(default.for_channels(channels), image_size)
 

@@ -74,12 +74,12 @@ class ImageFiles(ImageDataset):
 
     def pixels(self, index: int) -> Tensor:
         """uint8 ``[C, H, W]``."""
-        with self._image(index) as image:
+        with self.image(index) as image:
             return prepare_image(image, self.preprocessing)
 
     @override
     def pixels_without_margin(self, index: int) -> Tensor | None:
-        with self._image(index) as image:
+        with self.image(index) as image:
             if prepared_size(image, self.preprocessing)[0] <= image.height:
                 return None
             return prepare_image(image, self.preprocessing.without_margin)
@@ -90,14 +90,14 @@ class ImageFiles(ImageDataset):
         """The size that some images have, if all of these have the same, and it is a small one."""
         sizes = set()
         for index in torch.linspace(0, len(self) - 1, min(_SIZED, len(self))).long().tolist():
-            with self._image(index) as image:
+            with self.image(index) as image:
                 sizes.add((image.height, image.width))
         height, width = sizes.pop()
         one = not sizes and 8 <= min(height, width) < _SMALL
         return to_image_size(height, width) if one else None
 
     @contextmanager
-    def _image(self, index: int) -> Iterator[Image.Image]:
+    def image(self, index: int) -> Iterator[Image.Image]:
         """Image ``index``, and the refusal of whatever is wrong with it."""
         name = self.name(index)
         try:

@@ -51,7 +51,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def pixels(self, index: int, /) -> Tensor:
-        """Image ``[3, H, W]``, uint8, or float32 from 0 to 1."""
+        """Image ``[C, H, W]``, uint8, or float32 from 0 to 1."""
         ...
 
     def normalise(self, pixels: Tensor, /) -> Tensor:
@@ -86,7 +86,7 @@ def _collate(items: list[Any]) -> tuple[list[Tensor], list[str]]:
 
 
 class BatchSource:
-    """Batches ``(pixels [B, 3, H, W], labels [B])`` of a data set, any number of times.
+    """Batches ``(pixels [B, C, H, W], labels [B])`` of a data set, any number of times.
 
     Pixels are what the data set stores, uint8 mostly: a quarter of what normalised images would
     take in memory and on the way to a GPU. `normalise` is done there. Small data sets are produced
@@ -177,7 +177,7 @@ def evaluate(
     """Accuracy of ``network`` in evaluation mode over all of ``batches``, those of all processes.
 
     Args:
-        network: From images ``[B, 3, H, W]`` to logits ``[B, K]``.
+        network: From images ``[B, C, H, W]`` to logits ``[B, K]``.
         batches: The data.
         device: Where the network is.
         label: Shown beside the progress bar, which appears when this is not empty.

@@ -116,7 +116,7 @@ class ZAQ(AlternatingTraining):
             return images, self.problem.teacher(images).argmax(1)
 
     def discrepancy(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """D_o, D_f and L_a on ``images [N, 3, H, W]``."""
+        """D_o, D_f and L_a on ``images [N, C, H, W]``."""
         with self.problem.autocast():
             teacher = capture(self.problem.teacher, images)
         student = capture(self.student, images)

@@ -75,7 +75,7 @@ def distances(
 
     Args:
         network: The float network.
-        images: By name, ``[n, 3, H, W]``, normalised.
+        images: By name, ``[n, C, H, W]``, normalised.
         real: Real images, likewise.
         title: Of the figure.
     """

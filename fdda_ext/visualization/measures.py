@@ -98,7 +98,7 @@ def predict(
 
 
 def some_images(batches: BatchSource, count: int, device: torch.device) -> Tensor:
-    """At most ``count`` images ``[n, 3, H, W]`` on ``device``, spread over the data set."""
+    """At most ``count`` images ``[n, C, H, W]`` on ``device``, spread over the data set."""
     step = max(len(batches.dataset) // count, 1)
     kept = torch.cat([pixels[::step] for pixels, _ in batches])[:count]
     return batches.normalise(kept.to(device))
@@ -140,7 +140,7 @@ def statistics_distance(seen: LayerStatistics, real: LayerStatistics) -> list[fl
 
 @torch.no_grad()
 def judge(teacher: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-    """What the float network takes images ``[n, 3, H, W]`` for.
+    """What the float network takes images ``[n, C, H, W]`` for.
 
     Returns:
         Of how many, in per cent, it finds the label that ``labels [n]`` has, and how many different
@@ -162,7 +162,7 @@ def layer_sqnr(teacher: nn.Module, student: GraphModule, images: Tensor) -> dict
     Args:
         teacher: The float network.
         student: The quantized one that `prepare` made of it.
-        images: Normalised images ``[n, 3, H, W]``.
+        images: Normalised images ``[n, C, H, W]``.
     """
     network = trace(teacher, images[:1])
     places = _results(network)

@@ -150,7 +150,7 @@ class _Run:
 
     @cached_property
     def generated(self) -> dict[str, Tensor] | None:
-        """``images [n, 3, H, W]``, normalised, and ``labels [n]``, if the run kept any."""
+        """``images [n, C, H, W]``, normalised, and ``labels [n]``, if the run kept any."""
         path = self.folder / "images.safetensors"
         return load_file(str(path)) if path.exists() else None
 
