@@ -70,7 +70,7 @@ _log = logging.getLogger("fdda_ext")
 #: images, each with or without labels.
 Images: TypeAlias = "Tensor | Dataset[Any] | Iterable[Any]"
 
-#: Where a student keeps how it was made: in ``meta``, which a copy of it has, and in an attribute,
+#: Where a student keeps how it was made: in ``meta``, which copies of it have, and in an attribute,
 #: which survives pickling.
 _KEY = "made_by_fdda_ext"
 _BATCH = 64
@@ -452,6 +452,11 @@ def _made(student: GraphModule, command: str) -> dict[str, Any]:
     made = None
     if isinstance(student, GraphModule):
         made = student.meta.get(_KEY) or getattr(student, _KEY, None)
+        if made and not all("shape" in n.meta for n in student.graph.find_nodes(op="placeholder")):
+            raise UsageError(
+                f"{command}: expected student as quantize or restore gives it, got one that was "
+                "pickled, which loses the shapes of its tensors; use fdda_ext.save and restore"
+            )
     if made is None:
         raise UsageError(
             f"{command}: expected student to be from fdda_ext.quantize, "

@@ -623,14 +623,14 @@ def write_images(config: CompareConfig, rest: Sequence[str]) -> None:
         run, _ = parse_arguments(run_arguments(config, next(iter(cells.values())), rest))
         problem, opened = build_problem(run)
         preprocessing = opened.preprocessing if takes_preprocessing(run.data) else None
-        batches = test_batches(run, preprocessing, _REAL_IMAGES)
+        batches = test_batches(run, preprocessing, _REAL_IMAGES, problem.channels)
         dataset = cast(ImageDataset, batches.dataset)
         real = some_images(batches, _REAL_IMAGES, problem.device)
         made = {
             row: load_file(str(cell.folder(out) / "images.safetensors"))["images"].to(real)
             for row, cell in cells.items()
         }
-        mean, std = (real.new_tensor(x).view(3, 1, 1) for x in (dataset.mean, dataset.std))
+        mean, std = (real.new_tensor(x).view(-1, 1, 1) for x in (dataset.mean, dataset.std))
         pictures = {
             row: (images[:_SHOWN_IMAGES] * std + mean).clamp(0, 1)
             for row, images in {"real": real, **made}.items()

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from .data import ImageDataset, load_dataset, takes_preprocessing
+from .data import ImageDataset, choose_preprocessing, load_dataset, takes_preprocessing
 from .deploy import is_program, load_program, load_student
 from .distribution import is_first, joined, local_device
 from .engine import (
@@ -23,12 +23,15 @@ from .engine import (
     count_outputs,
     decode_workers,
     evaluate,
+    image_shape_of,
+    input_channels,
     instantiate_or_refuse,
     parse_or_refuse,
     preprocessing_of,
     run_command,
 )
 from .errors import UsageError
+from .image_size import ImageSize, height_and_width, parse_image_size, to_image_size
 from .models import open_model
 from .preprocessing import Preprocessing, PreprocessingConfig
 
@@ -55,9 +58,10 @@ class EvaluateConfig:
         model: A float network instead: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, ...
         weights: Of the float network: "default", "none", or a file, FILE#NAME to take one of
             several sets in it; see fdda_ext.train.
-        data: glyphs, digits, folder:PATH, shards:PATH or imagenet:PATH; None for the data the run
-            was made with, or glyphs.
-        image_size: Height and width; None for the run's, or the data set's own.
+        data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH, or a set of torchvision's by
+            name, such as cifar10:PATH; None for the data the run was made with, or glyphs.
+        download: Fetch a set of torchvision's to PATH if it is not there.
+        image_size: A number, or HEIGHTxWIDTH; None for the run's, or the data set's own.
         preprocessing: How images from files are prepared, other than the weights want, or the run
             did it. A program knows its normalisation only.
         device: cpu or cuda.
@@ -75,7 +79,8 @@ class EvaluateConfig:
     model: str | None = None
     weights: str = "default"
     data: str | None = None
-    image_size: int | None = None
+    download: bool = False
+    image_size: int | tuple[int, int] | str | None = None
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     device: str = "cpu"
     threads: int | None = None
@@ -90,6 +95,8 @@ class EvaluateConfig:
         for name in ("run", "model", "data", "image_size"):
             if getattr(self, name) in ("", 0):
                 raise UsageError(f"evaluate: expected {name} not to be empty or 0")
+        if self.image_size is not None:
+            self.image_size = parse_image_size(self.image_size, "evaluate")
         for name, least in (
             ("test_limit", 1),
             ("test_batch", 1),
@@ -101,7 +108,11 @@ class EvaluateConfig:
                 raise UsageError(f"evaluate: expected {name} at least {least}, got {value}")
 
     def dataset(
-        self, data: str | None, image_size: int | None, default: Preprocessing
+        self,
+        data: str | None,
+        image_size: ImageSize | str | None,
+        default: Preprocessing,
+        channels: int | None = None,
     ) -> ImageDataset:
         """The images of ``data`` (None: glyphs), from files prepared as ``default`` unless told."""
         spec = data or "glyphs"
@@ -113,7 +124,13 @@ class EvaluateConfig:
                 f"evaluate: expected preprocessing with images from files only, got data {spec}"
             )
         return load_dataset(
-            spec, self.split, image_size=image_size, limit=self.test_limit, preprocessing=how
+            spec,
+            self.split,
+            image_size=image_size,
+            limit=self.test_limit,
+            preprocessing=how,
+            channels=channels,
+            download=self.download,
         )
 
 
@@ -137,34 +154,52 @@ def run(config: EvaluateConfig) -> Accuracy:
     network: nn.Module
     if config.run is not None and is_program(Path(config.run)):
         network = load_program(Path(config.run))
-        (classes,), image_size = network.output.shape, network.image.shape[-1]
+        (classes,), (channels, height, width) = network.output.shape, network.image.shape
+        image_size = to_image_size(height, width)
         if config.image_size not in (None, image_size):
             raise UsageError(
                 f"evaluate: expected image_size to be the program's {image_size}, "
                 f"got {config.image_size}"
             )
-        default = Preprocessing()
+        default = Preprocessing().for_channels(channels)
         if network.mean is not None and network.std is not None:
             default = replace(default, mean=network.mean, std=network.std)
-        dataset = config.dataset(config.data, image_size, default)
+        dataset = config.dataset(config.data, image_size, default, channels)
     elif config.run is not None:
         network, recipe = load_student(Path(config.run))
         classes = recipe["num_classes"]
-        image_size = config.image_size or int(str(recipe["image_size"]))
+        channels, height, width = image_shape_of(recipe)
+        size = config.image_size or to_image_size(height, width)
         default = preprocessing_of(recipe)
-        dataset = config.dataset(config.data or str(recipe["data"]), image_size, default)
+        dataset = config.dataset(config.data or str(recipe["data"]), size, default, channels)
     else:
         assert config.model is not None
-        dataset = config.dataset(config.data, config.image_size, Preprocessing())
+        dataset = load_dataset(
+            config.data or "glyphs",
+            config.split,
+            image_size=config.image_size,
+            download=config.download,
+        )
         opened = open_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
-        dataset = config.dataset(config.data, config.image_size, opened.preprocessing)
         network = opened.network
-        size = dataset.image_size
-        classes = count_outputs(network, torch.zeros(1, 3, size, size), "evaluate")
+        channels = input_channels(network, dataset.image_size, "evaluate")
+        default = choose_preprocessing(
+            dataset,
+            opened.preprocessing,
+            PreprocessingConfig(),
+            image_size=config.image_size,
+            channels=channels,
+        )
+        dataset = config.dataset(config.data, config.image_size, default, channels)
+        black = torch.zeros(1, channels, *height_and_width(dataset.image_size))
+        classes = count_outputs(network, black, "evaluate")
     if classes != dataset.num_classes:
         raise UsageError(
             f"evaluate: expected data of the network's {classes} classes, got {dataset.num_classes}"
         )
+    note = dataset.absent_classes()
+    if note is not None and is_first():
+        Console().print(f"{config.split} data: {note}", highlight=False)
     network.to(config.device)
     workers = decode_workers(config.workers, config.device, dataset.from_files)
     batches = BatchSource(dataset, config.test_batch, workers, config.max_unreadable)
@@ -174,7 +209,10 @@ def run(config: EvaluateConfig) -> Accuracy:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = build_parser("fdda_ext.evaluate", _DESCRIPTION)
-    parser.add_class_arguments(EvaluateConfig, as_group=False)
+    parser.add_argument(
+        "--download", action="store_true", help="fetch a set of torchvision's to PATH"
+    )
+    parser.add_class_arguments(EvaluateConfig, as_group=False, skip={"download"})
     config = EvaluateConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments)))
     with joined(config.device):
         accuracy = run(replace(config, device=local_device(config.device)))

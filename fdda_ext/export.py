@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .data import load_dataset
+from .data import load_dataset, takes_preprocessing
 from .deploy import IntegerProgram, check_target, export_student, load_student, stored_bytes
 from .engine import (
     build_parser,
     check_machine,
     format_significant,
+    image_shape_of,
     instantiate_or_refuse,
     parse_or_refuse,
     preprocessing_of,
@@ -66,7 +67,8 @@ def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
     """Export a student whose program gives the same logits on a few images.
 
     Raises:
-        UsageError: If there is no student, it has no integer program, or the file cannot be written.
+        UsageError: If there is no student, it has no integer program, or the file cannot be
+            written.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -80,14 +82,16 @@ def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
     std: tuple[float, ...] | None = None
     images: Tensor | None = None
     try:
-        how = preprocessing_of(recipe, "export")
-        dataset = load_dataset(
-            str(recipe["data"]), "test", image_size=recipe["image_size"], preprocessing=how
-        )
+        data, how = str(recipe["data"]), preprocessing_of(recipe, "export")
+        channels, height, width = image_shape_of(recipe, "export")
+        if takes_preprocessing(data):
+            mean, std = how.mean, how.std
+        size = (height, width)
+        dataset = load_dataset(data, "test", image_size=size, preprocessing=how, channels=channels)
         mean, std = dataset.mean, dataset.std
         images, _ = dataset.images(range(min(len(dataset), 3)))
     except UsageError:
-        pass  # the images are elsewhere: without mean and std the program takes normalised ones
+        pass  # the images are elsewhere: random ones serve to compare
     return path, export_student(student, path, mean, std, images)
 
 

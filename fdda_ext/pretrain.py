@@ -21,21 +21,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import load_dataset
+from .data import choose_preprocessing, load_dataset
 from .engine import (
     Accuracy,
     BatchSource,
     build_parser,
+    check_logits,
     check_machine,
     evaluate,
+    input_channels,
     instantiate_or_refuse,
     keep_freed_memory,
     parse_or_refuse,
     run_command,
 )
 from .errors import UsageError
+from .image_size import height_and_width, parse_image_size, show_image_size, to_image_size
 from .models import open_model
-from .preprocessing import Preprocessing
+from .preprocessing import Preprocessing, PreprocessingConfig
 
 __all__ = ["PretrainConfig", "main", "run"]
 
@@ -58,12 +61,13 @@ class PretrainConfig:
     Attributes:
         model: glyphs_resnet or glyphs_mobilenet (or a network of a library, from random
             weights, that returns logits alone).
-        data: glyphs, digits or folder:PATH.
+        data: As for fdda_ext.train.
+        download: Fetch a set of torchvision's to PATH if it is not there.
         out: Folder for MODEL.safetensors.
         epochs: Passes over the training images.
         images: Training images, a sample in which every class has its share; None for all. They are
             kept in memory, 3 KB each at 32x32.
-        image_size: Height and width; None for the data set's own.
+        image_size: A number, or HEIGHTxWIDTH; None for the data set's own.
         batch: Images in a step.
         lr: Highest learning rate of SGD with Nesterov momentum 0.9 and one cycle.
         weight_decay: On all parameters.
@@ -75,9 +79,10 @@ class PretrainConfig:
     model: str
     out: str
     data: str = "glyphs"
+    download: bool = False
     epochs: int = 10
     images: int | None = None
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | str | None = None
     batch: int = 128
     lr: float = 0.1
     weight_decay: float = 5e-4
@@ -87,6 +92,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_machine("pretrain", seed=self.seed, threads=self.threads, device=self.device)
+        if self.image_size is not None:
+            self.image_size = parse_image_size(self.image_size, "pretrain")
         for name in ("epochs", "batch", "lr", "images"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -98,7 +105,7 @@ class PretrainConfig:
 
 
 def _images_in_memory(config: PretrainConfig, how: Preprocessing) -> tuple[Tensor, Tensor]:
-    """All training images ``[n, 3, H, W]``, as float16 to halve the memory, and their labels."""
+    """All training images ``[n, C, H, W]``, as float16 to halve the memory, and their labels."""
     dataset = load_dataset(
         config.data,
         "train",
@@ -106,9 +113,11 @@ def _images_in_memory(config: PretrainConfig, how: Preprocessing) -> tuple[Tenso
         seed=config.seed,
         limit=config.images,
         preprocessing=how,
+        channels=how.channels,
+        download=config.download,
     )
-    size = dataset.image_size
-    images = torch.empty((len(dataset), 3, size, size), dtype=torch.float16)
+    shape = (len(dataset), dataset.channels, *height_and_width(dataset.image_size))
+    images = torch.empty(shape, dtype=torch.float16)
     labels = torch.empty(len(dataset), dtype=torch.int64)
     for index in track(range(len(dataset)), description="training images", transient=True):
         images[index], labels[index] = dataset[index]
@@ -117,10 +126,13 @@ def _images_in_memory(config: PretrainConfig, how: Preprocessing) -> tuple[Tenso
 
 def _command(config: PretrainConfig) -> str:
     """The command line that trains the same weights, without defaults and the folder."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    if isinstance(config.image_size, tuple):
+        values["image_size"] = show_image_size(config.image_size)
     changed = [
-        f"--{field.name} {getattr(config, field.name)}"
+        f"--{field.name} {values[field.name]}"
         for field in fields(config)
-        if field.name != "out" and getattr(config, field.name) != field.default
+        if field.name not in ("out", "download") and values[field.name] != field.default
     ]
     return " ".join(["python -m fdda_ext.pretrain", *changed])
 
@@ -144,13 +156,10 @@ def _check_fit(network: nn.Module, image: Tensor, model: str) -> None:
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
-            f"pretrain: expected image_size that {model} can take, got {image.shape[-1]} ({reason})"
+            f"pretrain: expected image_size that {model} can take, "
+            f"got {show_image_size(to_image_size(*image.shape[-2:]))} ({reason})"
         ) from None
-    if not isinstance(logits, Tensor):
-        raise UsageError(
-            f"pretrain: expected model to return logits alone, got {type(logits).__name__} "
-            f"from {model}"
-        )
+    check_logits(logits, 2, "pretrain")
 
 
 def run(config: PretrainConfig) -> Accuracy:
@@ -162,11 +171,27 @@ def run(config: PretrainConfig) -> Accuracy:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
-    test_set = load_dataset(config.data, "test", image_size=config.image_size)
+    test_set = load_dataset(
+        config.data, "test", image_size=config.image_size, download=config.download
+    )
     torch.manual_seed(config.seed)
     opened = open_model(config.model, weights="none", num_classes=test_set.num_classes)
-    network, how = opened.network, opened.preprocessing
-    test_set = load_dataset(config.data, "test", image_size=config.image_size, preprocessing=how)
+    network = opened.network
+    channels = input_channels(network, test_set.image_size, "pretrain")
+    how = choose_preprocessing(
+        test_set,
+        opened.preprocessing,
+        PreprocessingConfig(),
+        image_size=config.image_size,
+        channels=channels,
+    )
+    test_set = load_dataset(
+        config.data,
+        "test",
+        image_size=config.image_size,
+        preprocessing=how,
+        channels=channels,
+    )
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _check_fit(network, test_set[0][0], config.model)
     folder = _folder(config.out)
@@ -228,7 +253,10 @@ def run(config: PretrainConfig) -> Accuracy:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = build_parser("fdda_ext.pretrain", _DESCRIPTION)
-    parser.add_class_arguments(PretrainConfig, as_group=False)
+    parser.add_argument(
+        "--download", action="store_true", help="fetch a set of torchvision's to PATH"
+    )
+    parser.add_class_arguments(PretrainConfig, as_group=False, skip={"download"})
     run(PretrainConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments))))
 
 

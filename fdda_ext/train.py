@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
@@ -24,7 +24,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import quantizing
-from .data import calibration_set, load_dataset, takes_preprocessing
+from .data import (
+    ImageDataset,
+    calibration_set,
+    choose_preprocessing,
+    load_dataset,
+    takes_preprocessing,
+)
 from .distribution import (
     alone,
     first_on_machine,
@@ -48,8 +54,10 @@ from .engine import (
     decode_workers,
     diagnose,
     digest,
+    doubt_margin,
     evaluate,
     format_duration,
+    input_channels,
     instantiate_or_refuse,
     keep_freed_memory,
     must_fit,
@@ -62,6 +70,7 @@ from .engine import (
     write_student,
 )
 from .errors import UsageError
+from .image_size import parse_image_size
 from .methods import (
     METHODS,
     Method,
@@ -126,9 +135,11 @@ class TrainConfig:
             another library, FILE#NAME to take one of several sets in it (model.pt#state_dict_ema),
             MODEL=FILE to say which network a file is of, order=FILE to go by the order of its
             tensors, or "none" for random ones, drawn by `seed`.
-        data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH or imagenet (PATH from the
-            environment variable IMAGENET).
-        image_size: Height and width; None for the data set's own, or what the weights want.
+        data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH, imagenet (PATH from the
+            environment variable IMAGENET), or a set of torchvision's by name, such as cifar10:PATH.
+        download: Fetch a set of torchvision's to PATH if it is not there.
+        image_size: A number, or HEIGHTxWIDTH; None for the data set's own, or what the weights
+            want.
         preprocessing: How images from files are prepared, other than the weights want.
         images_per_class: Calibration images of each class.
         quantization: Bits, grid and ranges of every tensor.
@@ -173,7 +184,8 @@ class TrainConfig:
     model: str = "glyphs_resnet"
     weights: str = "default"
     data: str = "glyphs"
-    image_size: int | None = None
+    download: bool = False
+    image_size: int | tuple[int, int] | str | None = None
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     images_per_class: int = 1
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
@@ -215,6 +227,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"train: expected {name} at least {least}, got {value}")
+        if self.image_size is not None:
+            self.image_size = parse_image_size(self.image_size, "train")
         if not 0 < self.schedule_share < math.inf:
             raise UsageError(
                 f"train: expected schedule_share above 0 and finite, got {self.schedule_share}"
@@ -250,12 +264,12 @@ class TrainConfig:
 #: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
 _NOT_STORED = (
     *("out", "resume", "max_time", "threads", "profile", "workers", "test_batch"),
-    *("max_unreadable", "report", "cuda_graphs", "exportable"),
+    *("max_unreadable", "report", "cuda_graphs", "exportable", "download"),
 )
 #: Options that stand for others.
 _EXPANDED = ("preset", "config", "bits")
 #: Options without a value.
-_FLAGS = ("resume", "keep_best", "report", "no_report", "print_config", "help")
+_FLAGS = ("resume", "keep_best", "report", "download", "no_report", "print_config", "help")
 #: Images that a report compares float and quantized network on.
 REPORT_IMAGES = 1000
 #: Shipped configuration files.
@@ -431,7 +445,11 @@ def _parse(arguments: list[str]) -> tuple[TrainConfig, str]:
     parser.add_argument(
         "--report", action=ActionYesNo, default=True, help="write report.html at the end"
     )
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"resume", "keep_best", "report"})
+    parser.add_argument(
+        "--download", action="store_true", help="fetch a set of torchvision's to PATH"
+    )
+    flags = {"resume", "keep_best", "report", "download"}
+    parser.add_class_arguments(TrainConfig, as_group=False, skip=flags)
     namespace = parse_or_refuse(parser, arguments)
     stored = namespace.clone()
     for name in (*_NOT_STORED, *_EXPANDED):
@@ -520,6 +538,7 @@ class _Session:
             "model": self.config.model,
             "num_classes": self.problem.num_classes,
             "image_size": self.problem.image_size,
+            "channels": self.problem.channels,
             "data": self.config.data,
             "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
             "method": name,
@@ -697,20 +716,34 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
     Raises:
         UsageError: If they do not fit each other.
     """
-    dataset = load_dataset(config.data, "calibration", image_size=config.image_size)
+    dataset = load_dataset(
+        config.data, "calibration", image_size=config.image_size, download=config.download
+    )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # for weights "none"
         opened = open_model(config.model, weights=config.weights, num_classes=dataset.num_classes)
-    preprocessing = config.preprocessing.apply(opened.preprocessing, config.image_size)
+    channels = input_channels(opened.network, dataset.image_size, "train")
+    preprocessing = choose_preprocessing(
+        dataset,
+        opened.preprocessing,
+        config.preprocessing,
+        image_size=config.image_size,
+        channels=channels,
+    )
     images, labels = calibration_set(
         config.data,
         config.images_per_class,
         seed=config.seed,
         image_size=config.image_size,
         preprocessing=preprocessing,
+        channels=channels,
         max_unreadable=config.max_unreadable,
     )
-    how = preprocessing if takes_preprocessing(config.data) else dataset
+    if takes_preprocessing(config.data):
+        mean, std = preprocessing.mean, preprocessing.std
+    else:
+        own = load_dataset(config.data, "calibration", channels=channels)
+        mean, std = own.mean, own.std
     problem = quantizing.build_problem(
         opened.network,
         images,
@@ -721,8 +754,8 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         device=config.device,
         precision=config.precision,
         augmentation=dataset.augmentation,
-        mean=how.mean,
-        std=how.std,
+        mean=mean,
+        std=std,
         cuda_graphs=config.cuda_graphs,
     )
     outputs = count_outputs(problem.teacher, problem.images[:1], "train")
@@ -756,19 +789,22 @@ def report(
     """
     with alone():
         limit = min(config.test_limit or images, images)
-        return write_report(folder, problem, test_batches(config, preprocessing, limit))
+        batches = test_batches(config, preprocessing, limit, problem.channels)
+        return write_report(folder, problem, batches)
 
 
 def test_batches(
-    config: TrainConfig, preprocessing: Preprocessing | None, limit: int | None
+    config: TrainConfig, preprocessing: Preprocessing | None, limit: int | None, channels: int
 ) -> BatchSource:
-    """Of the split that accuracy is measured on, at most ``limit`` images."""
+    """At most ``limit`` images of so many ``channels`` from the split that is measured."""
     dataset = load_dataset(
         config.data,
         config.split,
         image_size=config.image_size,
         limit=limit,
         preprocessing=preprocessing,
+        channels=channels,
+        download=config.download,
     )
     workers = decode_workers(config.workers, config.device, dataset.from_files)
     return BatchSource(dataset, config.test_batch, workers, config.max_unreadable)
@@ -832,12 +868,19 @@ def _run_in(
         measure_stages(config, problem, path, console)
         return []
 
-    test = test_batches(config, preprocessing, config.test_limit)
+    test = test_batches(config, preprocessing, config.test_limit, problem.channels)
+    note = cast(ImageDataset, test.dataset).absent_classes()
+    if note is not None:
+        console.print(f"{config.split} data: {note}", highlight=False)
     curve = test
     if config.evaluate_every and config.evaluate_limit:
-        curve = test_batches(config, preprocessing, config.evaluate_limit)
-    doubt = diagnose(problem.teacher, test.dataset, problem.num_classes, problem.device)
-    if doubt is not None:
+        curve = test_batches(config, preprocessing, config.evaluate_limit, problem.channels)
+    for doubt in (
+        doubt_margin(problem.teacher, test.dataset, problem.device),
+        diagnose(problem.teacher, test.dataset, problem.num_classes, problem.device),
+    ):
+        if doubt is None:
+            continue
         console.print(f"[yellow]warning:[/] {escape(doubt)}", highlight=False)
     accuracy = evaluate(problem.teacher, test, device=problem.device, label="float: testing")
     console.print(f"float: {accuracy}", highlight=False)

@@ -246,9 +246,9 @@ def test_preprocessing_is_that_of_the_weights(tmp_path, monkeypatch):
 
     half = (0.5, 0.5, 0.5)
     assert opened("torchvision:resnet18") == Preprocessing()
-    assert opened("pytorchcv:mobilenet_w1") == Preprocessing()
+    assert opened("pytorchcv:mobilenet_w1") == Preprocessing(keep_same_size=False)
     assert opened("glyphs_resnet", "default") == Preprocessing()
-    assert opened("timm:mobilenetv1_100") == Preprocessing(half, half, 224, 256, "bicubic")
+    assert opened("timm:mobilenetv1_100") == Preprocessing(half, half, 224, 256, "bicubic", False)
     assert opened("timm:resnet50.tv_in1k").interpolation == "bilinear"
     # A file that still has torchvision's name is known to be its first or second version.
     state = load_model("torchvision:resnet50", weights="none").state_dict()
@@ -277,7 +277,8 @@ def test_preprocessing_can_be_overridden():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mean": (0.5,)}, "mean to be three finite numbers, got"),
+        ({"mean": (0.5, 0.5)}, "mean to be one, three or four finite numbers, got"),
+        ({"mean": (0.5,)}, r"as many numbers in mean \(1\) as in std, got 3"),
         ({"std": (0.0, 1.0, 1.0)}, "std above 0"),
         ({"resize": 200}, r"resize at least image_size \(224\), got 200"),
         ({"image_size": 4}, "image_size at least 8, got 4"),

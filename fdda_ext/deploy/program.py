@@ -28,7 +28,7 @@ class IntegerProgram(nn.Module):
     """A network in integers, from images to logits.
 
     Attributes:
-        image: The input: float32 ``(3, H, W)``, normalised.
+        image: The input: float32 ``(C, H, W)``, normalised.
         mean, std: Of the normalisation, which uint8 images get here; None if unknown.
         instructions: In an order in which every value is made before it is read. The last one makes
             the logits.
@@ -78,7 +78,7 @@ class IntegerProgram(nn.Module):
         """Logits, float32 ``[N, K]``.
 
         Args:
-            images: float32 ``[N, 3, H, W]``, normalised; or uint8, which are normalised here.
+            images: float32 ``[N, C, H, W]``, normalised; or uint8, which are normalised here.
 
         Raises:
             UsageError: If the images have another shape or dtype, or the program cannot normalise.

@@ -10,24 +10,24 @@ from .cli import (
     run_command,
     with_underscores,
 )
-from .diagnosis import diagnose
+from .diagnosis import diagnose, doubt_margin
 from .duration import Stopwatch, format_duration, format_significant
 from .evaluation import (
     Accuracy,
     BatchSource,
     count_correct,
-    count_outputs,
     evaluate,
     render_percent,
     standard_error,
 )
 from .loop import Progress, Trainable, train
 from .memory import keep_freed_memory, must_fit, peak_memory
+from .probe import check_logits, count_outputs, input_channels
 from .profiling import Profile, profile, stage
 from .progress import ProgressBar, progress_bar
 from .replay import Replayed
 from .run_folder import RunFolder
-from .student_file import preprocessing_of, read_student, write_student
+from .student_file import image_shape_of, preprocessing_of, read_student, write_student
 
 __all__ = [
     "Accuracy",
@@ -40,6 +40,7 @@ __all__ = [
     "Stopwatch",
     "Trainable",
     "build_parser",
+    "check_logits",
     "check_machine",
     "count_correct",
     "count_outputs",
@@ -47,9 +48,12 @@ __all__ = [
     "decode_workers",
     "diagnose",
     "digest",
+    "doubt_margin",
     "evaluate",
     "format_duration",
     "format_significant",
+    "image_shape_of",
+    "input_channels",
     "instantiate_or_refuse",
     "keep_freed_memory",
     "load_state",

@@ -22,7 +22,6 @@ __all__ = [
     "Accuracy",
     "BatchSource",
     "count_correct",
-    "count_outputs",
     "evaluate",
     "render_percent",
     "standard_error",
@@ -108,7 +107,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def pixels(self, index: int, /) -> Tensor:
-        """Image ``[3, H, W]``, uint8, or float32 from 0 to 1."""
+        """Image ``[C, H, W]``, uint8, or float32 from 0 to 1."""
         ...
 
     def normalise(self, pixels: Tensor, /) -> Tensor:
@@ -143,7 +142,7 @@ def _collate(items: list[Any]) -> tuple[list[Tensor], list[str]]:
 
 
 class BatchSource:
-    """Batches ``(pixels [B, 3, H, W], labels [B])`` of a data set, any number of times.
+    """Batches ``(pixels [B, C, H, W], labels [B])`` of a data set, any number of times.
 
     Pixels are what the data set stores, uint8 mostly: a quarter of what normalised images would
     take in memory and on the way to a GPU. `normalise` is done there. Small data sets are produced
@@ -222,26 +221,6 @@ class BatchSource:
         self._kept = kept
 
 
-@torch.no_grad()
-def count_outputs(network: nn.Module, images: Tensor, command: str) -> int:
-    """How many logits ``network`` gives for ``images [N, 3, H, W]``.
-
-    Raises:
-        UsageError: If it cannot take images of this size, or gives other things than logits.
-    """
-    try:
-        logits = network.eval()(images)
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"it gives {type(logits).__name__} instead of logits")
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"{command}: expected image_size that the model can take, "
-            f"got {images.shape[-1]} ({reason})"
-        ) from None
-    return int(logits.shape[-1])
-
-
 def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
     """How many labels have the highest logit, and how many are among the five highest.
 
@@ -274,7 +253,7 @@ def evaluate(
     """Accuracy of ``network`` in evaluation mode over all of ``batches``, those of all processes.
 
     Args:
-        network: From images ``[B, 3, H, W]`` to logits ``[B, K]``.
+        network: From images ``[B, C, H, W]`` to logits ``[B, K]``.
         batches: The data.
         device: Where the network is.
         label: Shown beside the progress bar, which appears when this is not empty.

@@ -144,7 +144,10 @@ class AlternatingTraining(Method):
     def build_generator(self) -> ConditionalGenerator:
         """The generator, on the CPU."""
         return ConditionalGenerator(
-            self.problem.num_classes, self.problem.image_size, self.schedule.generator
+            self.problem.num_classes,
+            self.problem.image_size,
+            self.schedule.generator,
+            self.problem.channels,
         )
 
     @abstractmethod
@@ -165,12 +168,12 @@ class AlternatingTraining(Method):
         return None
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Images ``[count, 3, H, W]`` of random labels ``[count]``, as the generator makes them."""
+        """Images ``[count, C, H, W]`` of random labels ``[count]``, as the generator makes them."""
         labels = self.draw_labels(count)
         return self.generator.sample(labels, self.random), labels
 
     def student_images(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the student is shown, of generated images ``[student_batch, 3, H, W]``."""
+        """What the student is shown, of generated images ``[student_batch, C, H, W]``."""
         return images, labels
 
     # ---- the steps --------------------------------------------------------------------------
@@ -302,6 +305,6 @@ class AlternatingTraining(Method):
 
 
 def save_images(path: Path, images: Tensor, labels: Tensor) -> None:
-    """Keep images ``[n, 3, H, W]``, normalised, and their labels ``[n]`` or ``[n, K]``."""
+    """Keep images ``[n, C, H, W]``, normalised, and their labels ``[n]`` or ``[n, K]``."""
     labels = labels if labels.dim() == 1 else labels.argmax(1)
     save_file({"images": images.float().cpu().contiguous(), "labels": labels.cpu()}, str(path))

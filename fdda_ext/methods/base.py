@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from ..data import Augmentation
 from ..distribution import world_size
 from ..errors import UsageError
+from ..image_size import ImageSize, to_image_size
 from ..quantization import QuantizationConfig, prepare
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ class Problem:
     Attributes:
         teacher: The trained network, in evaluation mode, its parameters without gradients.
         num_classes: K.
-        images: Calibration images ``[n, 3, H, W]``, normalised, not augmented.
+        images: Calibration images ``[n, C, H, W]``, normalised, not augmented.
         labels: Their classes, int64 ``[n]``.
         augmentation: How calibration and generated images may be varied.
         quantization: Bits, grid and ranges of the student.
         seed: Of everything random.
         precision: Of teacher and generator. With bfloat16 they run under autocast; statistics,
             losses, the student and all that is trained stay in float32.
-        pixel_range: Least and largest value of each colour of a normalised image, ``[3, 1, 1]``
+        pixel_range: Least and largest value of each channel of a normalised image, ``[C, 1, 1]``
             each; None if unknown.
         cuda_graphs: On a GPU, replay steps as CUDA graphs.
     """
@@ -60,9 +61,14 @@ class Problem:
         return torch.autocast(self.device.type, dtype=self.precision, enabled=enabled)
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> ImageSize:
         """Height and width of the images."""
-        return int(self.images.shape[-1])
+        return to_image_size(*self.images.shape[-2:])
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images, C."""
+        return int(self.images.shape[1])
 
     @property
     def device(self) -> torch.device:

@@ -38,7 +38,7 @@ class _Ranges(Method):
         calibrate(self.student, self.images(problem))
 
     def images(self, problem: Problem) -> Tensor:
-        """Those that ranges are found on, ``[n, 3, H, W]``."""
+        """Those that ranges are found on, ``[n, C, H, W]``."""
         return problem.images
 
     @override

@@ -161,7 +161,7 @@ class ImageSampler:
         self.order = torch.empty(0, dtype=torch.int64, device=problem.device)
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Images ``[B, 3, H, W]`` and labels ``[B]``."""
+        """Images ``[B, C, H, W]`` and labels ``[B]``."""
         if self.order.numel() < self.batch_size:
             self.order = torch.randperm(
                 self.problem.images.shape[0], generator=self.random, device=self.problem.device
@@ -255,14 +255,14 @@ class Student:
             )
 
     def divergence(self, images: Tensor, labels: Tensor) -> Tensor:
-        """`distillation_loss` on ``images [N, 3, H, W]``."""
+        """`distillation_loss` on ``images [N, C, H, W]``."""
         with torch.no_grad(), self.problem.autocast(), stage("student: teacher"):
             teacher_logits = self.problem.teacher(images).float()
         with stage("student: forward"):
             return distillation_loss(self.function(images), teacher_logits, labels, self.config)
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Distil the teacher into the student on ``images [N, 3, H, W]``; name scalar metrics.
+        """Distil the teacher into the student on ``images [N, C, H, W]``; name scalar metrics.
 
         They are ``student``, the loss, and, where rounding is learned, ``decided``, the share of
         roundings that are, and ``regulariser``, once it has set in. Of several processes, which all

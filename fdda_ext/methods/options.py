@@ -56,7 +56,7 @@ def _unused_quantization(
     settings: MethodSettings,
     quantization: QuantizationConfig,
 ) -> str | None:
-    ranges = {quantization.weight_range, quantization.activation_range}
+    ranges = {str(quantization.weight_range), str(quantization.activation_range)}
     if field in method.fixed_ranges:
         return f"{name} always takes {method.fixed_ranges[field]}"
     if method.fixed_ranges:

@@ -86,7 +86,11 @@ class Qimera(GDFQ):
         else:
             embeddings = torch.randn(problem.num_classes, self.config.embedding_dim)
         return SuperposedGenerator(
-            problem.num_classes, problem.image_size, self.config.generator, embeddings
+            problem.num_classes,
+            problem.image_size,
+            self.config.generator,
+            embeddings,
+            problem.channels,
         )
 
     @override

@@ -105,7 +105,8 @@ class ZAQ(AlternatingTraining):
 
     @override
     def build_generator(self) -> ConditionalGenerator:
-        return ConditionalGenerator(1, self.problem.image_size, self.config.generator)
+        problem = self.problem
+        return ConditionalGenerator(1, problem.image_size, self.config.generator, problem.channels)
 
     @override
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
@@ -116,7 +117,7 @@ class ZAQ(AlternatingTraining):
             return images, self.problem.teacher(images).argmax(1)
 
     def discrepancy(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """D_o, D_f and L_a on ``images [N, 3, H, W]``."""
+        """D_o, D_f and L_a on ``images [N, C, H, W]``."""
         with self.problem.autocast():
             teacher = capture(self.problem.teacher, images)
         student = capture(self.student, images)

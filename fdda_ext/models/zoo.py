@@ -135,7 +135,7 @@ def open_model(
         )
     preprocessing = _preprocessing(origin, source, path.name)
     # pytorchcv's networks pool over a fixed window and take images of one size only.
-    size = preprocessing.image_size
+    size = preprocessing.short_side
     state = translate(found.tensors, source, network, names=(origin, spec), image_size=size)
     _fill(network, state, path)
     return TrainedNetwork(network.eval(), preprocessing, f"{path}, saved from {origin}")
@@ -312,6 +312,7 @@ def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preproce
                 transform.crop_size[0],
                 transform.resize_size[0],
                 transform.interpolation.value,
+                keep_same_size=False,
             )
     if library == "timm":
         values: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
@@ -330,10 +331,12 @@ def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preproce
             size,
             math.floor(size / (values.get("crop_pct") or 0.875)),
             "bilinear" if kind == "random" else kind,
+            keep_same_size=False,
         )
     if library == "pytorchcv":
         size = int(network.in_size[0])  # type: ignore[index]
-        return Preprocessing(image_size=size, resize=math.ceil(size / 0.875))
+        resize = math.ceil(size / 0.875)
+        return Preprocessing(image_size=size, resize=resize, keep_same_size=False)
     return Preprocessing()
 
 
@@ -422,7 +425,7 @@ def _origin(spec: str, network: nn.Module, file: WeightFile, num_classes: int | 
         raise _no_fit(network, file, tried)
     equal, refusals = [], []
     for other, (source, state) in candidates.items():
-        size = _preprocessing(other, source).image_size
+        size = _preprocessing(other, source).short_side
         try:
             translate(state, source, network, names=(other, spec), image_size=size)
             equal.append(other)

@@ -149,7 +149,7 @@ def statistics_distance(seen: LayerStatistics, real: LayerStatistics) -> list[fl
 
 @torch.no_grad()
 def judge(teacher: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-    """What the float network takes images ``[n, 3, H, W]`` for.
+    """What the float network takes images ``[n, C, H, W]`` for.
 
     Returns:
         Of how many, in per cent, it finds the label that ``labels [n]`` has, and how many different
@@ -171,7 +171,7 @@ def layer_sqnr(teacher: nn.Module, student: GraphModule, images: Tensor) -> dict
     Args:
         teacher: The float network.
         student: The quantized one that `prepare` made of it.
-        images: Normalised images ``[n, 3, H, W]``.
+        images: Normalised images ``[n, C, H, W]``.
     """
     network = trace(teacher, images[:1])
     places = _results(network)

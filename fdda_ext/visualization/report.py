@@ -28,6 +28,7 @@ from ..engine import (
     standard_error,
 )
 from ..engine.checkpoint import atomic_write_text
+from ..image_size import show_image_size
 from ..methods import Method, Problem, method_class
 from ..quantization import LayerBits, bits_table
 from . import figures, page
@@ -155,7 +156,7 @@ class _Run:
 
     @cached_property
     def generated(self) -> dict[str, Tensor] | None:
-        """``images [n, 3, H, W]``, normalised, and ``labels [n]``, if the run kept any."""
+        """``images [n, C, H, W]``, normalised, and ``labels [n]``, if the run kept any."""
         path = self.folder / "images.safetensors"
         return load_file(str(path)) if path.exists() else None
 
@@ -234,7 +235,7 @@ def _what_was_done(run: _Run) -> str:
         ("method", run.name),
         ("network", f"{run.recipe['model']}, weights: {weights}"),
         ("data", f"{run.recipe['data']}, {problem.num_classes} classes"),
-        ("images", f"{problem.image_size}x{problem.image_size} pixels"),
+        ("images", f"{show_image_size(problem.image_size)} pixels, {problem.channels} channel(s)"),
         ("calibration images", f"{len(problem.images)}{seen}"),
         ("bits", f"weights {q.weight_bits}, activations {q.activation_bits}, {ends}"),
         (
