@@ -134,9 +134,7 @@ class IntegerProgram(nn.Module):
 
     def by_instructions(self, images: Tensor) -> Tensor:
         """The same logits, to the bit, by torch's own operators."""
-        return run_instructions(
-            self.image, self.instructions, self.tensors, self.normalise(images)
-        )
+        return run_instructions(self.image, self.instructions, self.tensors, self.normalise(images))
 
     def _check_dtype(self, images: Tensor) -> None:
         if images.dtype not in (torch.float32, torch.uint8):
