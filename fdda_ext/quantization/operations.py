@@ -18,6 +18,7 @@ __all__ = [
     "GRID_PRESERVING",
     "describe",
     "is_global_pooling",
+    "mean_dimensions",
     "never_negative",
     "operation",
     "place",
@@ -88,6 +89,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.transpose: "reshape",
     torch.squeeze: "reshape",
     torch.unsqueeze: "reshape",
+    torch.unflatten: "reshape",
     F.pixel_shuffle: "reshape",
     F.pixel_unshuffle: "reshape",
     F.channel_shuffle: "reshape",
@@ -95,6 +97,8 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.chunk: "select",
     torch.split: "select",
     torch.narrow: "select",
+    torch.unbind: "select",
+    torch.tensor_split: "select",
     operator.getitem: "select",
     F.pad: "pad",
     F.interpolate: "interpolate",
@@ -104,7 +108,11 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.mul: "mul",
     torch.cat: "cat",
     torch.concat: "cat",
+    torch.clone: "identity",
     F.dropout: "identity",
+    F.dropout1d: "identity",
+    F.alpha_dropout: "identity",
+    F.feature_alpha_dropout: "identity",
     F.dropout2d: "identity",
     F.dropout3d: "identity",
     F.conv1d: "functional_weight",
@@ -136,10 +144,15 @@ _METHODS = {
     "transpose": "reshape",
     "squeeze": "reshape",
     "unsqueeze": "reshape",
+    "unflatten": "reshape",
     "contiguous": "reshape",
     "chunk": "select",
     "split": "select",
     "narrow": "select",
+    "unbind": "select",
+    "tensor_split": "select",
+    "detach": "identity",
+    "clone": "identity",
     "add": "add",
     "mul": "mul",
     "matmul": "functional_weight",
@@ -194,10 +207,20 @@ def _module_operation(module: nn.Module) -> str:
 
 def _is_spatial_mean(node: Node) -> bool:
     """Whether a mean is over height and width."""
+    return mean_dimensions(node) == {2, 3} and len(shape(tensor_inputs(node)[0])) == 4
+
+
+def mean_dimensions(node: Node) -> set[int] | None:
+    """The dimensions that ``node`` averages over, counted from the first; None for no mean."""
+    if node.target not in ("mean", torch.mean) or not tensor_inputs(node):
+        return None
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    if not isinstance(dims, (list, tuple)) or len(dims) != 2:
-        return False
-    return {d % 4 for d in dims if isinstance(d, int)} == {2, 3}
+    rank = len(shape(tensor_inputs(node)[0]))
+    if isinstance(dims, int):
+        return {dims % rank}
+    if isinstance(dims, (list, tuple)):
+        return {d % rank for d in dims if isinstance(d, int)}
+    return set(range(rank))
 
 
 def describe(node: Node, modules: dict[str, nn.Module]) -> str:
