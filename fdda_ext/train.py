@@ -60,7 +60,14 @@ from .engine import (
     write_student,
 )
 from .errors import UsageError
-from .methods import METHODS, MethodSettings, Problem, build_method, method_class
+from .methods import (
+    METHODS,
+    MethodSettings,
+    Problem,
+    build_method,
+    check_method,
+    method_class,
+)
 from .models import TrainedNetwork, open_model
 from .preprocessing import Preprocessing, PreprocessingConfig
 from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits
@@ -687,6 +694,8 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     keep_freed_memory()
     with must_fit(images_per_class=config.images_per_class), first_on_machine():
         problem, opened = build_problem(config)
+    for name in config.rows:
+        check_method(name, problem.teacher)
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
     path = Path(config.out or from_first(lambda: str(_new_folder(config))))
     inputs = inputs_digest(problem)

@@ -93,6 +93,7 @@ class AlternatingTraining(Method):
     """Generator steps and student steps in turn; a method says what their losses and images are."""
 
     distils = True
+    needs_statistics = True
 
     def __init__(
         self, problem: Problem, config: AlternatingConfig, distillation: DistillationConfig

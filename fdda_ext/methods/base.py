@@ -115,6 +115,9 @@ class Method(ABC):
     real_images: ClassVar[bool] = True
     #: Whether it takes the student step that the section `distillation` describes.
     distils: ClassVar[bool] = False
+    #: Whether it needs batch normalisation in the float network, to match its statistics or to
+    #: compare what enters it.
+    needs_statistics: ClassVar[bool] = False
     #: Whether several processes may run it together, see `fdda_ext.distribution`.
     distributed: ClassVar[bool] = False
 
