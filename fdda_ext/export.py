@@ -67,8 +67,7 @@ def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
     """Export a student whose program gives the same logits on a few images.
 
     Raises:
-        UsageError: If there is no student, it has no integer program, or the file cannot be
-            written.
+        UsageError: If there is no student, it has no integer program, or no file can be written.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)

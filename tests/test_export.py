@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdda_ext import export
+from fdda_ext._torchvision import import_torchvision
+from fdda_ext.data import load_dataset
 from fdda_ext.deploy import (
     IntegerProgram,
     export_obstacles,
@@ -18,7 +20,7 @@ from fdda_ext.deploy import (
     load_program,
     lower,
 )
-from fdda_ext.deploy.instructions import CodeGrid, Conv, MaxPool, Quantize, Rescale, Value
+from fdda_ext.deploy.instructions import Conv, MaxPool
 from fdda_ext.engine import write_student
 from fdda_ext.errors import UsageError
 from fdda_ext.models import load_model
@@ -138,8 +140,15 @@ def pooled_sum(n, x):
     return n.fc(x.mean((2, 3)) + F.relu(n.conv2(x)).mean((2, 3)))
 
 
+def shapes_in_between(n, x):
+    """Shapes that no value of a program has, on the way to one that it has."""
+    x = F.relu(n.stem(x)).flatten(2).view(-1, 8, 4, 8, 8).flatten(1).view(-1, 8, SIZE, SIZE)
+    x = F.adaptive_avg_pool2d(F.relu(n.conv2(x)), 1)
+    return n.fc(x.squeeze(-1).squeeze(-1))
+
+
 def two_grids(n, x):
-    """A result that two concatenations round, each to its own grid, and the logits read in float."""
+    """A result that a concatenation rounds to its grid, and that the end reads in float."""
     x = n.bn2(n.conv2(F.relu(n.stem(x))))
     y = n.head(torch.cat([x, F.relu(x)], 1))
     return n.fc((F.relu(y) + x).mean((2, 3)))
@@ -164,6 +173,7 @@ EXPORTED = {
         added_to_itself,
         pooled_and_linear,
         pooled_sum,
+        shapes_in_between,
         two_grids,
     )
 }
@@ -261,17 +271,30 @@ def test_names_of_modules_may_be_those_of_values():
 
 
 def test_depth_does_not_matter():
-    layers = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(300)]
-    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    layers = [nn.Conv2d(3, 3, 1) for _ in range(300)]
+    end = (nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    network = nn.Sequential(*layers, *end)
     student = prepare(network.eval(), QuantizationConfig(), images(1))
     assert export_obstacles(student) == []
 
 
-@pytest.mark.parametrize("spec", ["torchvision:densenet121", "timm:resnetv2_50"])
-def test_networks_that_pool_in_float(spec):
+def densenet() -> nn.Module:
+    return import_torchvision().models.DenseNet(8, (3, 2), 16, num_classes=10)
+
+
+def resnetv2() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    small = {"layers": (1, 2), "channels": (16, 32), "stem_chs": 8}
+    return timm.create_model("resnetv2_50", num_classes=10, **small)
+
+
+@pytest.mark.parametrize("make", [densenet, resnetv2])
+def test_networks_that_pool_in_float(make):
     torch.manual_seed(0)
-    network = settle(load_model(spec, weights=None, num_classes=10))
-    assert_equal(network, 4, torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2)))
+    network = settle(make(), 32)
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    program = assert_equal(network, 4, x)
+    assert any(isinstance(i, MaxPool) and i.output.grid is None for i in program.instructions)
 
 
 # ---- what has no program --------------------------------------------------------------------
@@ -293,15 +316,19 @@ OBSTACLES = {
     "leaky": (nn.LeakyReLU(), r"^act \(LeakyReLU.*\): .* replace it by ReLU"),
     "silu": (nn.SiLU(), r"^act \(SiLU.*\): .* replace it by ReLU"),
     "hardswish": (nn.Hardswish(), r"^act \(Hardswish.*\): .* replace it by ReLU"),
+    "written_shuffle": (
+        lambda x: x.view(-1, 2, 4, SIZE, SIZE).transpose(1, 2).contiguous().flatten(1, 2),
+        r"^Tensor.transpose in .*: moves values",
+    ),
     "shuffle": (nn.ChannelShuffle(2), r"^act \(ChannelShuffle.*\): moves values"),
     "pixel_shuffle": (nn.PixelShuffle(2), r"^act \(PixelShuffle.*\): moves values"),
     "upsample": (nn.Upsample(scale_factor=2), r"^act \(Upsample.*\): has no integer instruction"),
     "padding": (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), r"act .*pads by reflect"),
-    "clamp": (lambda x: torch.clamp(x, min=0), r"clamp.*replace it by ReLU"),
-    "gate": (lambda x: F.relu(x) * x.mean((2, 3), keepdim=True), r"mul.*multiplies tensors"),
-    "scaled": (lambda x: F.relu(x) * 0.5, r"mul.*computes with a constant"),
-    "constant": (lambda x: F.relu(x) + 1.0, r"add.*computes with a constant"),
-    "broadcast": (lambda x: x + x.mean((2, 3), keepdim=True), r"add.*different shapes"),
+    "clamp": (lambda x: torch.clamp(x, min=0), r"^torch.clamp in .*replace it by ReLU"),
+    "gate": (lambda x: F.relu(x) * x.mean((2, 3), keepdim=True), r"^\* in .*: multiplies tensors"),
+    "scaled": (lambda x: F.relu(x) * 0.5, r"^\* in Refused, .*: computes with a constant"),
+    "constant": (lambda x: F.relu(x) + 1.0, r"^\+ in Refused, .*: computes with a constant"),
+    "broadcast": (lambda x: x + x.mean((2, 3), keepdim=True), r"^\+ in .*different shapes"),
     "padded_pool": (lambda x: F.avg_pool2d(x, 3, 1, 1), r"avg_pool2d.*averages over padding"),
     "adaptive_pool": (lambda x: F.adaptive_avg_pool2d(x, 5), r"adaptive_avg_pool2d.*averages"),
     "adaptive_max": (lambda x: F.adaptive_max_pool2d(x, 4), r"adaptive_max_pool2d.*fixed window"),
@@ -309,18 +336,23 @@ OBSTACLES = {
     "rows": (lambda x: torch.cat([x, x], 2), r"cat.*concatenates other things than channels"),
     "channels": (lambda x: F.pad(x, (0, 0, 0, 0, 2, 2)), r"pad.*pads by \(0, 0, 0, 0, 2, 2\)"),
     "batch": (lambda x: x.view(-1, 4, SIZE, SIZE), r"view.*mixes the images of a batch"),
-    "minus": (lambda x: F.relu(x) - x, r"sub.*has no integer instruction"),
+    "minus": (lambda x: F.relu(x) - x, r"^- in Refused, .*has no integer instruction"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OBSTACLES)
-def test_obstacle_is_named_before_training(name):
+def refused(name: str):
+    """A prepared student, what its obstacle is to say, and its images."""
     change, message = OBSTACLES[name]
     torch.manual_seed(0)
     network = Refused(change)
     with torch.no_grad():
         network(images())
-    student = prepare(network.eval(), QuantizationConfig(), images(2))
+    return prepare(network.eval(), QuantizationConfig(), images(2)), message
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_obstacle_is_named_before_training(name):
+    student, message = refused(name)
     obstacles = export_obstacles(student)
     assert len(obstacles) == 1
     assert re.search(message, obstacles[0])
@@ -328,3 +360,141 @@ def test_obstacle_is_named_before_training(name):
     with pytest.raises(UsageError, match="got 1 that have none: ") as refusal:
         lower(student)
     assert obstacles[0] in str(refusal.value)
+
+
+def test_all_obstacles_are_listed_in_order():
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 8, 3, padding_mode="circular"), nn.BatchNorm2d(8)
+            self.act = nn.SiLU()
+            self.block = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Hardswish(), nn.Conv2d(8, 8, 3))
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.block(self.act(self.bn(self.conv(x))))
+            return F.log_softmax(self.fc(torch.tanh(x).mean((2, 3))), dim=1)
+
+    student = prepare(Several().eval(), QuantizationConfig(), images(2))
+    places = [obstacle.split(" ")[0] for obstacle in export_obstacles(student)]
+    assert places == ["conv", "act", "block.1", "torch.tanh", "F.log_softmax"]
+    calibrate(student, images())
+    with pytest.raises(UsageError, match="got 5 that have none") as refusal:
+        lower(student)
+    assert all(obstacle in str(refusal.value) for obstacle in export_obstacles(student))
+    assert "0x" not in str(refusal.value)
+
+
+def test_error_shows_the_first_of_many_obstacles():
+    layers = [layer for _ in range(7) for layer in (nn.Conv2d(3, 3, 1), nn.SiLU())]
+    network = nn.Sequential(*layers, nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    student = prepare(network.eval(), QuantizationConfig(), images(2))
+    assert len(export_obstacles(student)) == 7
+    calibrate(student, images())
+    with pytest.raises(UsageError, match=r"got 7 that have none: 1 \(SiLU.*9 \(.*; and 2 more$"):
+        lower(student)
+
+
+def test_what_is_no_student_of_the_deploy_grid_has_an_obstacle():
+    assert export_obstacles(nn.Linear(2, 2)) == ["Linear is no network from prepare"]
+    student = prepare(build("dense_block"), QuantizationConfig(grid="paper"), images(1))
+    assert len(export_obstacles(student)) == 1
+    assert "grid paper" in export_obstacles(student)[0]
+
+
+# ---- the file -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student() -> torch.fx.GraphModule:
+    student = prepare(build("dense_block"), QuantizationConfig(), images(1))
+    calibrate(student, images())
+    return student
+
+
+def test_export_student_writes_what_it_returns(student, tmp_path):
+    path = tmp_path / "net.safetensors"
+    for normalisation in ((None, None), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))):
+        program = export_student(student, str(path), *normalisation)
+        with torch.no_grad():
+            expected = student(images())
+        assert torch.equal(program(images()), expected)
+        assert torch.equal(load_program(path)(images()), expected)
+        assert (program.mean, program.std) == normalisation
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+@pytest.mark.parametrize("given", [None, 1, 5])
+def test_program_that_differs_is_not_written(student, tmp_path, monkeypatch, given):
+    """By the last bit of one logit, on batches of any size."""
+    seen = []
+
+    def changed(self, x):
+        seen.append(len(x))
+        logits = self.native(x)
+        logits[-1, 0] = torch.nextafter(logits[-1, 0], torch.tensor(torch.inf))
+        return logits if len(x) > 1 else self.native(x)
+
+    monkeypatch.setattr(IntegerProgram, "forward", changed)
+    path = tmp_path / "net.safetensors"
+    path.write_text("kept")
+    with pytest.raises(UsageError, match="logits to the last bit, got others on 3 images; nothing"):
+        export_student(student, path, images=None if given is None else images(given))
+    assert seen == [1, 3]
+    assert path.read_text() == "kept"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_program_that_fails_is_not_written(student, tmp_path, monkeypatch):
+    def failing(self, x):
+        raise ValueError("shapes that fit together")
+
+    monkeypatch.setattr(IntegerProgram, "forward", failing)
+    with pytest.raises(UsageError, match="run on 1 images, got ValueError: shapes that fit"):
+        export_student(student, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_logits_that_are_not_finite_are_said_to_be(tmp_path):
+    student = prepare(build("norm_of_codes"), QuantizationConfig(), images(1))
+    calibrate(student, images())
+    student.get_submodule("bn3").bias.data.fill_(3e38)
+    student.get_submodule("bn3").weight.data.fill_(3e38)
+    with pytest.raises(UsageError, match="finite"):
+        export_student(student, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_target_is_checked_before_work_is_spent(student, tmp_path, monkeypatch):
+    for path in (tmp_path, tmp_path / "none" / "file", Path("/dev/null")):
+        with pytest.raises(UsageError, match="path to be a file in a folder that exists"):
+            export_student(nn.Identity(), path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UsageError, match="path in a folder that can be written to"):
+        export_student(nn.Identity(), tmp_path / "file")
+    for out in (f"{tmp_path}/none/file", f"{tmp_path}"):
+        with pytest.raises(UsageError, match="out to be a file in a folder that exists"):
+            export.main(["--run=missing", f"--out={out}"])
+
+
+def test_command_compares_on_images_of_the_run(tmp_path, monkeypatch):
+    network = load_model("glyphs_mobilenet")
+    dataset = load_dataset("glyphs", "test", limit=3)
+    config = QuantizationConfig()
+    student = prepare(network, config, dataset.images([0])[0])
+    calibrate(student, dataset.images([0, 1, 2])[0])
+    recipe = {"model": "glyphs_mobilenet", "num_classes": 71, "image_size": 32, "data": "glyphs"}
+    recipe["quantization"] = config.__dict__
+    write_student(tmp_path / "student.safetensors", student, recipe)
+    seen = []
+
+    def watched(self, x):
+        seen.append(x)
+        return self.native(x)
+
+    monkeypatch.setattr(IntegerProgram, "forward", watched)
+    path, program = export.run(export.ExportConfig(str(tmp_path)))
+    first = load_dataset("glyphs", "test").images([0, 1, 2])[0]
+    assert [len(x) for x in seen] == [1, 3]
+    assert torch.equal(seen[1], first)
+    assert torch.equal(load_program(path)(first), program(first))

@@ -62,6 +62,8 @@ __all__ = ["export_obstacles", "lower"]
 
 _LAYERS = ("conv", "linear", "avg_pool")
 _CLAMPS = ("relu", "relu6")
+#: So many obstacles are written out in an error; `export_obstacles` has all.
+_SHOWN = 5
 
 _ACTIVATION = "has no integer instruction, replace it by ReLU or ReLU6 before training"
 _SOFTMAX = "has no integer instruction, leave it out: the order of the logits is the same without"
@@ -114,7 +116,8 @@ def lower(
         The program, on the CPU, for images of the size that ``student`` was prepared with.
 
     Raises:
-        UsageError: If the student is not calibrated, or if `export_obstacles` finds any; names all.
+        UsageError: If the student is not calibrated, or if `export_obstacles` finds any; names the
+            first of them.
     """
     for module in student.modules():
         if isinstance(module, ActivationQuantizer) and module.mode != "quantize":
@@ -125,9 +128,11 @@ def lower(
     lowering = _Lowering(student)
     lowering.run()
     if lowering.obstacles:
+        found = list(lowering.obstacles)
+        rest = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         raise UsageError(
             "lower: expected every operation to have an integer instruction, "
-            f"got {len(lowering.obstacles)} that have none: {'; '.join(lowering.obstacles)}"
+            f"got {len(found)} that have none: {'; '.join(found[:_SHOWN] + rest)}"
         )
     return IntegerProgram(lowering.image, lowering.instructions, lowering.tensors, mean, std)
 
@@ -251,7 +256,7 @@ class _Lowering:
     def _unsupported(self, node: Node, reason: str) -> Value:
         """Note an obstacle, and what lies before it; the value stands in for the result."""
         sources = tensor_inputs(node)
-        before = [self.value(source) for source in sources if source.op != "get_attr"]
+        before = [self.value(self._unshaped(n)) for n in sources if n.op != "get_attr"]
         is_element = _type_name(node, self.modules) == "getitem" and any(
             self.kind(source) == "select" for source in sources
         )
@@ -314,14 +319,21 @@ class _Lowering:
     def _reshaped(self, node: Node) -> Value:
         if not self._keeps_order(node):
             return self._unsupported(node, _MOVES)
-        source = self.value(tensor_inputs(node)[0])
+        source = self.value(self._unshaped(node))
         output = Value(self._unused(node.name), _shape(node), source.grid)
         if len(output.shape) not in (1, 3):
             return self._unsupported(
-                node, f"makes a tensor of shape [N, {', '.join(map(str, output.shape))}], a program "
-                "has [N, C] and [N, C, H, W] alone",
-            )  # fmt: skip
+                node,
+                f"makes a tensor of {len(output.shape) + 1} dimensions, programs have [N, C] and "
+                "[N, C, H, W] alone",
+            )
         return self._emit(node, Reshape((source.name,), output))
+
+    def _unshaped(self, node: Node) -> Node:
+        """What ``node`` is another shape of; shapes in between need not be those of a program."""
+        while self.kind(node) == "reshape" and self._keeps_order(node) and self._is_of_batch(node):
+            node = tensor_inputs(node)[0]
+        return node
 
     def _keeps_order(self, node: Node) -> bool:
         module = self.module(node)
@@ -431,13 +443,13 @@ class _Lowering:
             source, other = self._operands(operands)
             residual = (self.value(other).name,)
         norm = self.module(source)
-        affine = None
-        is_fixed = isinstance(norm, (FixedBatchNorm1d, FixedBatchNorm2d))
-        if is_fixed and self._may_fold(source, result):
+        if isinstance(norm, (FixedBatchNorm1d, FixedBatchNorm2d)) and self._may_fold(
+            source, result
+        ):
             source = tensor_inputs(source)[0]
             if norm.layer is None:
-                affine = fold_norm(norm)
                 value = self.value(source) if norm.reads_codes else self.as_float(source)
+                affine = fold_norm(norm)
                 return self._rescale(result, value, grid, low, high, residual, affine)
         if self.kind(source) in _LAYERS and self._may_fold(source, result):
             return self._layer(source, grid, low, high, residual, result)

@@ -2,6 +2,9 @@
 
 import difflib
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
 from .adaquant import AdaQuant, AdaQuantConfig
@@ -65,6 +68,7 @@ __all__ = [
     "ZeroQ",
     "ZeroQConfig",
     "build_method",
+    "check_method",
     "distillation_loss",
     "fitting_share",
     "method_class",
@@ -99,8 +103,9 @@ def build_method(name: str, problem: Problem, settings: MethodSettings) -> Metho
     Of several processes, all begin with the state of the first.
 
     Raises:
-        UsageError: If there is no such method.
+        UsageError: If there is no such method, or it is not for this network.
     """
+    check_method(name, problem.teacher)
     method = method_class(name)(problem, settings)
     if isinstance(trainer := getattr(method, "trainer", None), Student):
         trainer.check_objective()
@@ -109,6 +114,23 @@ def build_method(name: str, problem: Problem, settings: MethodSettings) -> Metho
         begin_alike(state)
         method.load_state_dict(state)
     return method
+
+
+def check_method(name: str, teacher: nn.Module) -> None:
+    """Refuse a method that is not for networks like ``teacher``, before anything is computed.
+
+    Raises:
+        UsageError: If there is no such method, or it needs batch normalisation and there is none.
+    """
+    if not method_class(name).needs_statistics:
+        return
+    if any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in teacher.modules()):
+        return
+    others = [other for other, kind in METHODS.items() if not kind.needs_statistics]
+    raise UsageError(
+        f"{name}: expected model to have batch normalisation, whose statistics this method "
+        f"matches, got {type(teacher).__name__} without; use {', '.join(others)} instead"
+    )
 
 
 def method_class(name: str) -> type[Method]:

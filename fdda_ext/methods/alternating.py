@@ -96,6 +96,7 @@ class AlternatingTraining(Method):
     """Generator steps and student steps in turn; a method says what their losses and images are."""
 
     distils = True
+    needs_statistics = True
 
     @classmethod
     @override

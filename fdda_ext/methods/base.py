@@ -131,6 +131,9 @@ class Method(ABC):
     sections: ClassVar[tuple[str, ...]] = ()
     #: Fields of the quantization that it replaces by rules of its own.
     fixed_ranges: ClassVar[Mapping[str, str]] = {}
+    #: Whether it needs batch normalisation in the float network, to match its statistics or to
+    #: compare what enters it.
+    needs_statistics: ClassVar[bool] = False
     #: Whether several processes may run it together, see `fdda_ext.distribution`.
     distributed: ClassVar[bool] = False
 

@@ -57,6 +57,7 @@ class OptimisedImages(Method):
 
     real_images = False
     distils = True
+    needs_statistics = True
 
     #: Whether images are made for a class; if not, they are of the class the teacher sees in them.
     labelled: bool = True
