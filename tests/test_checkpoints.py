@@ -315,13 +315,19 @@ def test_where_nothing_fits_names_and_the_closest_match_are_told(user, tmp_path)
         "with no head.2.bias",
         "the network has stem.0.weight, stem.0.bias, stem.1.weight and 5 more",
         "the file has model.encoder.stem.0.weight, model.encoder.stem.0.bias",
-        "the closest match under model.encoder has 6 of the 8",
+        "the closest match under model.encoder has 6 of the 8 names",
     ):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
     torch.save({"state_dict": {"a.weight": torch.ones(3)}}, path)
     with pytest.raises(
-        UsageError, match=r"file has state_dict.a.weight; none of them has the name"
+        UsageError, match=r"file has state_dict.a.weight; none of them is one of the network's 8"
+    ):
+        load(path)
+    torch.save({**short, "encoder.stem.0.weight": torch.ones(8, 3, 5, 5)}, path)
+    with pytest.raises(
+        UsageError,
+        match=r"6 of the 8 names, 1 with .*stem.0.weight \(8, 3, 5, 5\), not \(8, 3, 3, 3\)",
     ):
         load(path)
     torch.save({"epoch": 3, "args": argparse.Namespace()}, path)

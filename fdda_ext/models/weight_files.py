@@ -357,21 +357,24 @@ class WeightFile:
 
     def closest(self, network: Mapping[str, Tensor]) -> WeightSet:
         """The set that shares most names with a network, which may be none."""
-        return max(self._sets(network), key=lambda s: len(s.tensors) - len(s.misshapen))
+        return max(self._sets(network), key=lambda s: (len(s.tensors), -len(s.misshapen)))
 
     def in_words(self, network: Mapping[str, Tensor]) -> str:
         """Why no set fits ``network``: names of both, and how close the closest set is."""
         needed = [key for key in network if not _without_effect(key)]
         held = [key for key in self.tensors if not _without_effect(key)]
         closest = self.closest(network)
-        right = [k for k in needed if k in closest.tensors and k not in closest.misshapen]
+        found = [key for key in needed if key in closest.tensors]
         where = f" under {closest.name}" if closest.name else ""
-        if right:
-            match = f"the closest match{where} has {len(right)} of the {len(needed)}"
-        else:
-            match = f"none of them has the name and shape of one of the {len(needed)}"
+        match = f"the closest match{where} has {len(found)} of the {len(needed)} names"
+        if closest.misshapen:
+            key = closest.misshapen[0]
+            got, wanted = (tuple(t[key].shape) for t in (closest.tensors, network))
+            match += f", {len(closest.misshapen)} with another shape ({key} {got}, not {wanted})"
+        if not found:
+            match = f"none of them is one of the network's {len(needed)}"
         return (
-            f"{self.path} with {closest.misfit if right else f'no {needed[0]}'}; the network has "
+            f"{self.path} with {closest.misfit if found else f'no {needed[0]}'}; the network has "
             f"{_told(needed)}; the file has {_told(held)}; {match}"
         )
 
