@@ -28,16 +28,26 @@ from .data import ImageDataset, takes_preprocessing
 from .engine import (
     RunFolder,
     build_parser,
+    format_duration,
     instantiate_or_refuse,
     parse_or_refuse,
+    render_percent,
     run_command,
+    standard_error,
     with_underscores,
 )
 from .engine.checkpoint import atomic_write_text
 from .errors import UsageError
 from .methods import METHODS, build_method, method_class
 from .quantization import parse_bits
-from .train import TrainConfig, build_problem, parse_arguments, preset_path, test_batches
+from .train import (
+    TrainConfig,
+    build_problem,
+    parse_arguments,
+    preset_path,
+    test_batches,
+    without_unused,
+)
 from .visualization import comparison, some_images
 
 __all__ = ["CompareConfig", "Setting", "main"]
@@ -272,15 +282,11 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
         step = preset["settings"]["distillation"]
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in step.items()}
         common = [f"--settings.distillation.{name}={text}" for name, text in texts.items()]
-    return [
-        *(
-            f"--method={_method_of(cell.method)}",
-            f"--preset={config.preset}",
-            f"--seed={cell.seed}",
-        ),
-        *("--baselines=[]", f"--threads={config.threads}"),
-        *(*cell.setting.arguments(), *common, *_constants_of(cell.method), *rest),
-    ]
+    own = [f"--method={_method_of(cell.method)}", f"--preset={config.preset}", "--baselines=[]"]
+    # What is meant for all runs need not concern every method; what a variant adds must.
+    shared = [f"--seed={cell.seed}", f"--threads={config.threads}", *cell.setting.arguments()]
+    used = without_unused([*own, *shared, *common, *rest])
+    return [*used, *_constants_of(cell.method)]
 
 
 # ---- equal budgets ------------------------------------------------------------------------------
@@ -291,8 +297,8 @@ _TRIALS = (10, 40)
 _SHARES = (1 / 64, 64.0)
 
 
-def trial(config: TrainConfig, most: float) -> tuple[float, float, float]:
-    """What a run takes whatever its schedule, and what its whole schedule takes, 0 for none.
+def trial(config: TrainConfig, most: float) -> tuple[float, float, float] | None:
+    """What a run takes whatever its schedule, and what its whole schedule takes.
 
     Two shortened schedules of different lengths are run, the second ever longer until it takes half
     as long again as the first. A machine's speed changes while other processes come and go; so
@@ -306,14 +312,15 @@ def trial(config: TrainConfig, most: float) -> tuple[float, float, float]:
             what a run takes whatever its schedule.
 
     Returns:
-        Both, in yardsticks, and the seconds of one.
+        Both, in yardsticks, and the seconds of one; None for a method that does not train. A
+        schedule that is too short for the clock takes 0.
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
     problem, _ = build_problem(config)
     settings = config.settings
     planned = build_method(config.method, problem, settings).iterations
     if planned == 0:
-        return 0.0, 0.0, 1.0
+        return None
     images = problem.images[:32].clone().requires_grad_()
     on_cpu = problem.device.type == "cpu" and config.threads == 1
 
@@ -340,11 +347,12 @@ def trial(config: TrainConfig, most: float) -> tuple[float, float, float]:
             spent += now() - begin
             own.append(yardstick())
         yardsticks.extend(own)
-        return spent / statistics.mean(own)
+        length = statistics.mean(own)
+        return spent / length if length else 0.0  # the clock has not moved
 
     shares = [min(iterations / planned, 1.0) for iterations in _TRIALS]
     took = [run(shares[0])]
-    length = statistics.median(yardsticks)
+    length = statistics.median(yardsticks) or statistics.mean(yardsticks)  # of a coarse clock
     if took[0] * length >= most:
         return took[0], took[0] / shares[0], length
     took.append(run(shares[1]))
@@ -352,7 +360,7 @@ def trial(config: TrainConfig, most: float) -> tuple[float, float, float]:
     while took[1] < 1.5 * took[0] and shares[1] < 1:
         shares[1] = min(4 * shares[1], 1.0)
         took[1] = run(shares[1])
-    length = statistics.median(yardsticks)
+    length = statistics.median(yardsticks) or statistics.mean(yardsticks)  # of a coarse clock
     if shares[0] == shares[1] or took[1] <= took[0]:  # too few iterations to tell
         return 0.0, took[1] / shares[1], length
     whole = (took[1] - took[0]) / (shares[1] - shares[0])
@@ -380,17 +388,18 @@ def schedule_share(
         has_step = METHODS[run.method].distils and seen
         return config.student_images / seen if has_step else 1.0
     assert config.budget is not None
-    fixed, whole, length = trial(run, config.budget)
-    if whole == 0:  # nothing to train
+    found = trial(run, config.budget)
+    if found is None:
         return 1.0
+    fixed, whole, length = found
     length = yardsticks.setdefault(cell.pace.partition("/")[0], length)
     fixed, whole = fixed * length, whole * length
     if fixed >= config.budget:
         raise UsageError(
-            f"compare: expected budget to exceed the {fixed:.0f} s that {cell.method} takes "
-            f"before it trains, got {config.budget:g}"
+            f"compare: expected budget to exceed the {format_duration(fixed)} that {cell.method} "
+            f"takes before it trains, got {config.budget:g} s"
         )
-    share = (config.budget - fixed) / whole
+    share = (config.budget - fixed) / whole if whole else _SHARES[1]
     return float(f"{min(max(share, _SHARES[0]), _SHARES[1]):.3g}")
 
 
@@ -482,6 +491,8 @@ class Result:
         made_images: Made, mean.
         peak_memory: MiB, the largest.
         share: Of the preset's schedule.
+        images: Tested.
+        of: Images that those tested are a sample of; 0 if they are no sample.
     """
 
     row: str
@@ -492,6 +503,8 @@ class Result:
     made_images: float
     peak_memory: int
     share: float
+    images: int
+    of: int = 0
 
     @property
     def mean(self) -> float:
@@ -520,6 +533,8 @@ def results_of(config: CompareConfig, setting: Setting, shares: dict[str, float]
             statistics.mean(s["made_images"] for s in found),
             max(s["peak_memory"] for s in found),
             found[0]["share"],
+            found[0]["images"],
+            found[0].get("of", 0),
         )
         for row, found in rows.items()
     ]
@@ -528,20 +543,28 @@ def results_of(config: CompareConfig, setting: Setting, shares: dict[str, float]
 def render(setting: Setting, results: Sequence[Result]) -> str:
     """One table in Markdown; the best mean is bold."""
     best = max(result.mean for result in results)
+    first = results[0]
+    note = f"Float network: {render_percent(first.float_top1, first.images, first.of)} % top-1."
+    if first.images < first.of:
+        error = max(standard_error(result.mean, first.images, first.of) for result in results)
+        note += (
+            f" Tested on {first.images} of {first.of} images: one accuracy has a standard error of "
+            f"at most {error:.2f} points. All rows have the same images, so that differences "
+            "between them are known better. Behind ± in the table stands the spread of the seeds."
+        )
     lines = [
         f"### {setting.title}",
         "",
-        f"Float network: {results[0].float_top1:.2f} % top-1.",
+        note,
         "",
-        "| method | top-1 % | drop | training s | real images | made images | peak MiB "
-        "| schedule |",
+        "| method | top-1 % | drop | training | real images | made images | peak MiB | schedule |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
         top1 = f"{r.mean:.2f} ± {r.spread:.2f}"
         lines.append(
             f"| {r.row} | {f'**{top1}**' if r.mean == best else top1} "
-            f"| {r.float_top1 - r.mean:.2f} | {r.seconds:.0f} | {r.real_images} "
+            f"| {r.float_top1 - r.mean:.2f} | {format_duration(r.seconds)} | {r.real_images} "
             f"| {r.made_images:.0f} | {r.peak_memory} | {r.share:.3g} |"
         )
     return "\n".join(lines) + "\n"
@@ -557,19 +580,21 @@ def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
     tables = [(s, found) for s in settings_of(config) if (found := results_of(config, s, shares))]
     text = "\n".join(render(setting, results) for setting, results in tables)
     atomic_write_text(out / "comparison.md", text)
+    lines: list[dict[str, Any]] = []
+    for setting in settings_of(config):
+        for cell in cells_of(config, setting):
+            if (summary := summary_of(cell, out)) is None:
+                continue
+            summary.pop("config")
+            line = {**asdict(setting), "mode": cell.mode, "seed": cell.seed, **summary}
+            lines.append({**line, "schedule_share": shares[cell.pace]})
+    # Runs of an earlier version lack columns.
+    columns = list(dict.fromkeys(name for line in lines for name in line))
     with (out / "comparison.csv").open("w", newline="") as file:
-        writer: csv.DictWriter[str] | None = None
-        for setting in settings_of(config):
-            for cell in cells_of(config, setting):
-                if (summary := summary_of(cell, out)) is None:
-                    continue
-                summary.pop("config")
-                line = {**asdict(setting), "mode": cell.mode, "seed": cell.seed, **summary}
-                line["schedule_share"] = shares[cell.pace]
-                if writer is None:
-                    writer = csv.DictWriter(file, list(line))
-                    writer.writeheader()
-                writer.writerow(line)
+        writer = csv.DictWriter(file, columns)
+        if lines:
+            writer.writeheader()
+        writer.writerows(lines)
     if tables:
         panels = {
             setting.title.replace(", first", ",\nfirst"): (
@@ -639,7 +664,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = f"[{number}/{len(cells)}] {cell.setting.name}, {cell.row}, seed {cell.seed}"
             found = summary_of(cell, Path(config.out))
             if failure is None and found is not None:
-                console.print(f"{name}: {found['top1']:.2f} %", highlight=False, markup=False)
+                top1 = render_percent(found["top1"], found["images"], found.get("of", 0))
+                console.print(f"{name}: {top1} %", highlight=False, markup=False)
             else:
                 failures.append(f"{name}: {failure}")
                 console.print(failures[-1], highlight=False, markup=False)

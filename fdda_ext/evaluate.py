@@ -56,7 +56,8 @@ class EvaluateConfig:
     Attributes:
         run: A run folder, a student.safetensors, or a program that fdda_ext.export wrote.
         model: A float network instead: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, ...
-        weights: Of the float network, as for fdda_ext.train.
+        weights: Of the float network: "default", "none", or a file, FILE#NAME to take one of
+            several sets in it; see fdda_ext.train.
         data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH, or a set of torchvision's by
             name, such as cifar10:PATH; None for the data the run was made with, or glyphs.
         download: Fetch a set of torchvision's to PATH if it is not there.
@@ -64,8 +65,10 @@ class EvaluateConfig:
         preprocessing: How images from files are prepared, other than the weights want, or the run
             did it. A program knows its normalisation only.
         device: cpu or cuda.
+        threads: CPU threads; None leaves torch's choice.
         split: "test" or "validation".
-        test_limit: So many of its images only; None for all.
+        test_limit: So many of its images only, a sample in which every class has its share; None
+            for all.
         test_batch: Images evaluated together.
         workers: Processes that decode images; None for one per core, at most 8, where a GPU waits
             for images from files, and otherwise the main process alone.
@@ -80,6 +83,7 @@ class EvaluateConfig:
     image_size: int | tuple[int, int] | str | None = None
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
     device: str = "cpu"
+    threads: int | None = None
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
     test_batch: int = 250
@@ -87,7 +91,7 @@ class EvaluateConfig:
     max_unreadable: int = 0
 
     def __post_init__(self) -> None:
-        check_machine("evaluate", device=self.device)
+        check_machine("evaluate", threads=self.threads, device=self.device)
         for name in ("run", "model", "data", "image_size"):
             if getattr(self, name) in ("", 0):
                 raise UsageError(f"evaluate: expected {name} not to be empty or 0")
@@ -135,6 +139,18 @@ def run(config: EvaluateConfig) -> Accuracy:
     if (config.run is None) == (config.model is None):
         given = "both" if config.run else "neither"
         raise UsageError(f"evaluate: expected one of --run and --model, got {given}")
+    if config.run is not None and config.weights != "default":
+        raise UsageError(
+            f"evaluate: expected weights with --model only, got {config.weights}; "
+            "a run has its own weights"
+        )
+    if config.run is not None and not Path(config.run).exists():
+        raise UsageError(
+            "evaluate: expected run to be a run folder, a student, or a program of "
+            f"fdda_ext.export, got {config.run}, and there is no such file or folder"
+        )
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     network: nn.Module
     if config.run is not None and is_program(Path(config.run)):
         network = load_program(Path(config.run))
@@ -211,9 +227,7 @@ def _print(config: EvaluateConfig, accuracy: Accuracy) -> None:
             f"[yellow]warning: {config.run} is unfinished; its student is that of the last stop"
         )
     console.print(
-        f"{config.run or config.model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, "
-        f"{accuracy.count} images",
-        highlight=False,
+        f"{config.run or config.model}: {accuracy}", highlight=False, markup=False, soft_wrap=True
     )
 
 

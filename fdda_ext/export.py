@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from .data import load_dataset, takes_preprocessing
-from .deploy import IntegerProgram, load_program, load_student, lower, save_program, stored_bytes
+from .deploy import IntegerProgram, check_target, export_student, load_student, stored_bytes
 from .engine import (
     build_parser,
+    check_machine,
+    format_significant,
     image_shape_of,
     instantiate_or_refuse,
     parse_or_refuse,
@@ -26,6 +29,8 @@ __all__ = ["ExportConfig", "main", "run"]
 
 _DESCRIPTION = """\
 Write the integer program of a run's student: packed weights, scales and instructions, no code.
+Before the file takes its place, the program runs on a few images and must give the student's logits
+to the last bit.
 
 examples:
   python -m fdda_ext.export --run runs/a                  writes runs/a/model.int4.safetensors
@@ -42,13 +47,16 @@ class ExportConfig:
         run: A run folder, or a student.safetensors.
         out: The file to write; None for model.int4.safetensors beside the student.
         profile: Also measure every layer, at so many images; 0 for not.
+        threads: CPU threads, for `profile` too; None leaves torch's choice.
     """
 
     run: str
     out: str | None = None
     profile: int = 0
+    threads: int | None = None
 
     def __post_init__(self) -> None:
+        check_machine("export", threads=self.threads)
         if not 0 <= self.profile <= 4096:
             raise UsageError(f"export: expected profile to be 0 to 4096 images, got {self.profile}")
         if "" in (self.run, self.out):
@@ -56,27 +64,35 @@ class ExportConfig:
 
 
 def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
-    """Export, and read back what was written."""
+    """Export a student whose program gives the same logits on a few images.
+
+    Raises:
+        UsageError: If there is no student, it has no integer program, or the file cannot be
+            written.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     source = Path(config.run)
+    folder = source if source.is_dir() else source.parent
+    path = Path(config.out) if config.out else folder / "model.int4.safetensors"
+    if config.out:
+        check_target(path, "out")
     student, recipe = load_student(source, "export")
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    images: Tensor | None = None
     try:
-        how = preprocessing_of(recipe, "export")
-        if takes_preprocessing(str(recipe["data"])):
+        data, how = str(recipe["data"]), preprocessing_of(recipe, "export")
+        channels, height, width = image_shape_of(recipe, "export")
+        if takes_preprocessing(data):
             mean, std = how.mean, how.std
-        else:
-            channels = image_shape_of(recipe, "export")[0]
-            dataset = load_dataset(str(recipe["data"]), "test", channels=channels)
-            mean, std = dataset.mean, dataset.std
+        size = (height, width)
+        dataset = load_dataset(data, "test", image_size=size, preprocessing=how, channels=channels)
+        mean, std = dataset.mean, dataset.std
+        images, _ = dataset.images(range(min(len(dataset), 3)))
     except UsageError:
-        pass  # an unknown set: the program then takes normalised images alone
-    folder = source if source.is_dir() else source.parent
-    path = Path(config.out) if config.out else folder / "model.int4.safetensors"
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"export: expected out to be a file in a folder that exists, got {path}")
-    save_program(path, lower(student, mean, std))
-    return path, load_program(path)
+        pass  # the images are elsewhere: random ones serve to compare
+    return path, export_student(student, path, mean, std, images)
 
 
 def render_sizes(program: IntegerProgram, file_bytes: int) -> Table:
@@ -98,9 +114,10 @@ def render_times(program: IntegerProgram, images: int) -> Table:
     for row in rows:
         rate = 2 * row.products / row.seconds / 1e9 if row.seconds else 0.0
         table.add_row(
-            row.name, row.algorithm, f"{row.seconds * 1e6:.0f}", f"{rate:.0f}" if rate else ""
+            *(row.name, row.algorithm, format_significant(1e6 * row.seconds)),
+            format_significant(rate) if rate else "",
         )
-    table.add_row("all", "", f"{sum(row.seconds for row in rows) * 1e6:.0f}", "")
+    table.add_row("all", "", format_significant(1e6 * sum(row.seconds for row in rows)), "")
     return table
 
 

@@ -65,13 +65,15 @@ class PretrainConfig:
         download: Fetch a set of torchvision's to PATH if it is not there.
         out: Folder for MODEL.safetensors.
         epochs: Passes over the training images.
-        images: Training images; None for all. They are kept in memory, 3 KB each at 32x32.
+        images: Training images, a sample in which every class has its share; None for all. They are
+            kept in memory, 3 KB each at 32x32.
         image_size: A number, or HEIGHTxWIDTH; None for the data set's own.
         batch: Images in a step.
         lr: Highest learning rate of SGD with Nesterov momentum 0.9 and one cycle.
         weight_decay: On all parameters.
         seed: Of everything random.
         threads: CPU threads; None leaves torch's choice.
+        device: cpu or cuda.
     """
 
     model: str
@@ -86,9 +88,10 @@ class PretrainConfig:
     weight_decay: float = 5e-4
     seed: int = 0
     threads: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_machine("pretrain", seed=self.seed, threads=self.threads)
+        check_machine("pretrain", seed=self.seed, threads=self.threads, device=self.device)
         if self.image_size is not None:
             self.image_size = parse_image_size(self.image_size, "pretrain")
         for name in ("epochs", "batch", "lr", "images"):
@@ -193,6 +196,7 @@ def run(config: PretrainConfig) -> Accuracy:
     _check_fit(network, test_set[0][0], config.model)
     folder = _folder(config.out)
     images, labels = _images_in_memory(config, how)
+    network.to(config.device)
     steps_per_epoch = len(labels) // config.batch
     if steps_per_epoch == 0:
         raise UsageError(
@@ -216,8 +220,9 @@ def run(config: PretrainConfig) -> Accuracy:
             description=f"epoch {epoch + 1} of {config.epochs}",
             transient=True,
         ):
-            batch = images[chosen].float().contiguous(memory_format=torch.channels_last)
-            loss = F.cross_entropy(network(batch), labels[chosen])
+            batch = images[chosen].to(config.device).float()
+            batch = batch.contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(network(batch), labels[chosen].to(config.device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -227,10 +232,10 @@ def run(config: PretrainConfig) -> Accuracy:
                 f"pretrain: expected the loss to stay finite, got {loss.item()} in epoch "
                 f"{epoch + 1}; lower lr"
             )
-    accuracy = evaluate(network, BatchSource(test_set), label="testing")
+    accuracy = evaluate(network, BatchSource(test_set), device=config.device, label="testing")
     path = folder / f"{config.model.replace(':', '-')}.safetensors"
     temporary = path.with_name(path.name + ".tmp")
-    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    state = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     metadata = {
         "command": _command(config),
         "data": config.data,

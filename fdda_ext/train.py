@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import quantizing
 from .data import (
     ImageDataset,
     calibration_set,
@@ -35,7 +37,6 @@ from .distribution import (
     from_first,
     is_first,
     joined,
-    local_device,
     signature,
     world_size,
 )
@@ -55,6 +56,7 @@ from .engine import (
     digest,
     doubt_margin,
     evaluate,
+    format_duration,
     input_channels,
     instantiate_or_refuse,
     keep_freed_memory,
@@ -62,17 +64,26 @@ from .engine import (
     parse_or_refuse,
     peak_memory,
     profile,
+    render_percent,
     run_command,
-    train,
     with_underscores,
     write_student,
 )
 from .errors import UsageError
 from .image_size import parse_image_size
-from .methods import METHODS, MethodSettings, Problem, build_method, method_class
+from .methods import (
+    METHODS,
+    Method,
+    MethodSettings,
+    Problem,
+    build_method,
+    method_class,
+    why_unused,
+)
 from .models import TrainedNetwork, open_model
 from .preprocessing import Preprocessing, PreprocessingConfig
 from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits
+from .quantizing import check_problem, run_method
 from .visualization import write_report
 
 __all__ = [
@@ -85,7 +96,10 @@ __all__ = [
     "report",
     "run",
     "test_batches",
+    "without_unused",
 ]
+
+_log = logging.getLogger("fdda_ext")
 
 _DESCRIPTION = """\
 Quantize a trained network with almost no data.
@@ -117,9 +131,10 @@ class TrainConfig:
         model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME, pytorchcv:NAME, or
             module:NAME.CLASS for your own, which is called with num_classes.
         weights: "default" for the trained weights that come with the model, torchvision's name of
-            others, a file (safetensors, or a torch file of plain tensors) of this or another
-            library, MODEL=FILE to say which network a file is of, order=FILE to go by the order of
-            its tensors, or "none" for random ones, drawn by `seed`.
+            others, a file (safetensors, or a torch file as training scripts write it) of this or
+            another library, FILE#NAME to take one of several sets in it (model.pt#state_dict_ema),
+            MODEL=FILE to say which network a file is of, order=FILE to go by the order of its
+            tensors, or "none" for random ones, drawn by `seed`.
         data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH, imagenet (PATH from the
             environment variable IMAGENET), or a set of torchvision's by name, such as cifar10:PATH.
         download: Fetch a set of torchvision's to PATH if it is not there.
@@ -148,13 +163,17 @@ class TrainConfig:
             after a few unmeasured ones, and write where their time goes: profile.txt, and
             trace.json for chrome://tracing or Perfetto.
         split: Where accuracy is measured: "test", or "validation" while settings are chosen.
-        test_limit: Evaluate on so many images of it only; None for all.
+        test_limit: Evaluate on so many images of it only, a sample in which every class has its
+            share, the same for every seed; None for all.
         test_batch: Images evaluated together.
         evaluate_every: Measure accuracy every so many iterations of training, for metrics.jsonl
             (the paper's epoch has 200); None for the end only.
-        evaluate_limit: On so many images; None for those of the end.
+        evaluate_limit: On so many images, a sample like that of `test_limit`; None for those of the
+            end.
         keep_best: Keep the student that was best in these measurements as best.safetensors. The
             table still has the last one: a choice on the test split flatters.
+        exportable: Refuse a network that could not be exported to an integer program, before any
+            time is spent. False trains it nevertheless.
         report: Write report.html at the end, see fdda_ext.visualize.
         workers: Processes that decode images; None for one per core, at most 8, where a GPU waits
             for images from files, and otherwise the main process alone.
@@ -188,6 +207,7 @@ class TrainConfig:
     evaluate_every: int | None = None
     evaluate_limit: int | None = None
     keep_best: bool = False
+    exportable: bool = True
     report: bool = True
     workers: int | None = None
     max_unreadable: int = 0
@@ -213,8 +233,9 @@ class TrainConfig:
             raise UsageError(
                 f"train: expected schedule_share above 0 and finite, got {self.schedule_share}"
             )
-        if self.keep_best and self.evaluate_every is None:
-            raise UsageError("train: expected evaluate_every with keep_best, got none")
+        for name in ("keep_best", "evaluate_limit"):
+            if getattr(self, name) and self.evaluate_every is None:
+                raise UsageError(f"train: expected evaluate_every with {name}, got none")
         if self.preprocessing.given and not takes_preprocessing(self.data):
             raise UsageError(
                 f"train: expected preprocessing with images from files only, got data {self.data}"
@@ -243,10 +264,12 @@ class TrainConfig:
 #: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
 _NOT_STORED = (
     *("out", "resume", "max_time", "threads", "profile", "workers", "test_batch"),
-    *("max_unreadable", "report", "cuda_graphs", "download"),
+    *("max_unreadable", "report", "cuda_graphs", "exportable", "download"),
 )
 #: Options that stand for others.
 _EXPANDED = ("preset", "config", "bits")
+#: Options without a value.
+_FLAGS = ("resume", "keep_best", "report", "download", "no_report", "print_config", "help")
 #: Images that a report compares float and quantized network on.
 REPORT_IMAGES = 1000
 #: Shipped configuration files.
@@ -306,8 +329,91 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
 
     Returns:
         The configuration, and the part of it that decides the result, as YAML.
+
+    Raises:
+        UsageError: If an argument is wrong, or is an option that no method of the run uses. Such an
+            option in a configuration file, which may serve several methods, is a warning.
     """
     arguments = _expand(with_underscores(arguments))
+    config, text = _parse(arguments)
+    if config.resume:  # the run keeps its configuration, which was checked when it began
+        return config, text
+    for option in _given_in_files(arguments):
+        if reason := _why_unused(option, config):
+            _log.warning("train: %s in a configuration file is not used: %s", option, reason)
+    for option, value in _given(arguments):
+        if reason := _why_unused(option, config):
+            raise UsageError(
+                f"train: expected options that method {config.method} or a baseline uses, "
+                f"got {option} {value}: {reason}"
+            )
+    return config, text
+
+
+def without_unused(arguments: Sequence[str]) -> list[str]:
+    """The command line without the options that `parse_arguments` would refuse as unused."""
+    expanded = _expand(with_underscores(arguments))
+    config, _ = _parse(expanded)
+    unused = {option for option, _ in _given(expanded) if _why_unused(option, config)}
+    kept: list[str] = []
+    rest = iter(expanded)
+    for argument in rest:
+        name, equals, _ = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in unused:
+            if not equals and name not in _FLAGS:
+                next(rest, None)
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _why_unused(option: str, config: TrainConfig) -> str | None:
+    """Why neither the method nor a baseline uses ``option``; None if one does."""
+    kinds = {name: METHODS[name] for name in config.rows if name in METHODS}
+    field = option.removeprefix("quantization.")
+    own = kinds[config.method].fixed_ranges.get(field) if config.method in kinds else None
+    if own is not None and getattr(config.quantization, field) == own:
+        return None  # it asks for what the method does anyway
+    reasons = [
+        why_unused(option, name, kind, config.settings, config.quantization)
+        for name, kind in kinds.items()
+    ]
+    return reasons[-1] if reasons and all(reasons) else None
+
+
+def _given(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Options of the command line and their values, without those of configuration files."""
+    found = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name not in (*_EXPANDED, *_FLAGS):
+            found.append((name, value if equals else next(rest, "")))
+        elif name == "keep_best":
+            found.append((name, ""))
+    return found
+
+
+def _given_in_files(arguments: Sequence[str]) -> list[str]:
+    """Dotted names of all options that configuration files set."""
+    found: list[str] = []
+
+    def walk(prefix: str, content: Any) -> None:
+        if isinstance(content, dict) and content:
+            for key, value in content.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), value)
+        else:
+            found.append(prefix)
+
+    for argument in arguments:
+        path = Path(argument.removeprefix("--config="))
+        if argument.startswith("--config=") and path.is_file():
+            walk("", yaml.safe_load(path.read_bytes()))
+    return list(dict.fromkeys(found))
+
+
+def _parse(arguments: list[str]) -> tuple[TrainConfig, str]:
+    """What `parse_arguments` gives, for arguments from `_expand`; unused options are let pass."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", nargs="?")  # the second parser complains
     first.add_argument("--method", nargs="?")
@@ -371,6 +477,7 @@ class Row:
         made_images: Images it has made and shown to the student.
         peak_memory: Of the process or, on a GPU, of what torch asked for there, MiB.
         float_top1: Of the network that was quantized.
+        of: Images that those tested are a sample of; 0 if they are no sample.
     """
 
     name: str
@@ -384,6 +491,7 @@ class Row:
     made_images: int = 0
     peak_memory: int = 0
     float_top1: float = 0.0
+    of: int = 0
 
     @property
     def finished(self) -> bool:
@@ -400,6 +508,7 @@ def _row(name: str, accuracy: Accuracy, progress: Progress, planned: int) -> Row
         progress.seconds,
         progress.iterations,
         planned,
+        of=accuracy.of,
     )
 
 
@@ -448,32 +557,28 @@ def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: flo
             raise UsageError(
                 f"train: expected {folder.path / 'summary.json'} as a run writes it, got {error}"
             ) from None
-    with must_fit(images_per_class=config.images_per_class):
-        method = build_method(name, problem, config.scheduled)
 
-    def recipe() -> dict[str, Any]:
-        return session.recipe(name, method.quantization)  # it may choose bits while it trains
-
-    def measure(bar: ProgressBar) -> dict[str, float]:
+    def measure(method: Method, bar: ProgressBar) -> dict[str, float]:
         accuracy = evaluate(
             method.student, session.curve, device=problem.device, label="testing", bar=bar
         )
         if config.keep_best and is_first() and accuracy.top1 > _best_top1(folder):
-            kept = {**recipe(), "top1": accuracy.top1, "split": config.split, "best": True}
+            recipe = session.recipe(name, method.quantization)
+            kept = {**recipe, "top1": accuracy.top1, "split": config.split, "best": True}
             write_student(folder.path / "best.safetensors", method.student, kept)
         return {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.count}
 
-    progress = Progress(0, 0.0)
-    if method.iterations:
-        progress = train(
-            method,
-            folder,
-            description=name,
-            max_seconds=max_seconds,
-            evaluation=measure,
-            evaluate_every=config.evaluate_every,
-            device=problem.device,
-        )
+    method, progress = run_method(
+        name,
+        problem,
+        config.scheduled,
+        folder,
+        max_seconds=max_seconds,
+        evaluation=measure,
+        evaluate_every=config.evaluate_every,
+    )
+    if progress.interrupted:
+        raise KeyboardInterrupt(f"go on with --out {config.out or folder.path} --resume")
     memory = peak_memory(problem.device)
     accuracy = evaluate(
         method.student, session.test, device=problem.device, label=f"{name}: testing"
@@ -487,7 +592,9 @@ def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: flo
     )
     if not is_first():
         return row
-    write_student(folder.path / "student.safetensors", method.student, recipe())
+    # A method may choose bits while it trains.
+    recipe = session.recipe(name, method.quantization)
+    write_student(folder.path / "student.safetensors", method.student, recipe)
     (folder.path / "bits.txt").write_text(render_bits(bits_table(method.student)) + "\n")
     with alone():
         method.save_artifacts(folder.path)
@@ -530,7 +637,7 @@ def measure_stages(
     mean = sum(measured.iterations) / len(measured.iterations)
     bound = "at most" if problem.replays else "about"  # stages are launched, never replayed
     console.print(
-        f"{planned} iterations of the whole schedule: {bound} {mean * planned / 60:.1f} min; "
+        f"{planned} iterations of the whole schedule: {bound} {format_duration(mean * planned)}; "
         f"trace in {folder / 'trace.json'}",
         highlight=False,
     )
@@ -548,19 +655,20 @@ def _best_top1(folder: RunFolder) -> float:
 
 def render_rows(rows: list[Row], bits: str, split: str = "test") -> Table:
     """The final table."""
-    table = Table(
-        title=f"top-1 over {rows[0].images} {split} images, {bits}, last step of training"
-    )
-    for column in ("", "top-1 %", "top-5 %", "drop", "training s"):
+    images = f"{rows[0].images} {split} images"
+    if rows[0].images < rows[0].of:
+        images = f"{rows[0].images} of {rows[0].of} {split} images (± standard error)"
+    table = Table(title=f"top-1 over {images}, {bits}, last step of training")
+    for column in ("", "top-1 %", "top-5 %", "drop", "training"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
         name = row.name if row.finished else f"{row.name} ({row.iterations} of {row.planned})"
         table.add_row(
             name,
-            f"{row.top1:.2f}",
-            f"{row.top5:.2f}",
+            render_percent(row.top1, row.images, row.of),
+            render_percent(row.top5, row.images, row.of),
             f"{rows[0].top1 - row.top1:.2f}",
-            f"{row.seconds:.0f}" if row.planned else "",
+            format_duration(row.seconds) if row.planned else "",
         )
     return table
 
@@ -571,12 +679,14 @@ def _open_folder(path: Path, config: str, resume: bool, inputs: str) -> RunFolde
     Raises:
         UsageError: See `RunFolder`; or if another process has other weights or images.
     """
+    made: list[RunFolder] = []
 
     def make() -> str:
-        return RunFolder(path, config, resume=resume, inputs=inputs).fingerprint
+        made.append(RunFolder(path, config, resume=resume, inputs=inputs))
+        return made[0].fingerprint
 
     expected = from_first(make)
-    folder = RunFolder(path, config, resume=True, inputs=inputs)
+    folder = made[0] if made else RunFolder(path, config, resume=True, inputs=inputs)
     if folder.fingerprint != expected:
         raise UsageError(
             "distributed: expected the configuration, weights and images of the first process on "
@@ -606,7 +716,6 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
     Raises:
         UsageError: If they do not fit each other.
     """
-    device = torch.device(local_device(config.device))
     dataset = load_dataset(
         config.data, "calibration", image_size=config.image_size, download=config.download
     )
@@ -630,32 +739,30 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         channels=channels,
         max_unreadable=config.max_unreadable,
     )
-    teacher = opened.network.to(device).requires_grad_(False)
-    # Convolutions are fastest so, on CPUs and on GPUs; whatever follows keeps the format.
-    teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    outputs = count_outputs(teacher, images[:1].to(device), "train")
+    if takes_preprocessing(config.data):
+        mean, std = preprocessing.mean, preprocessing.std
+    else:
+        own = load_dataset(config.data, "calibration", channels=channels)
+        mean, std = own.mean, own.std
+    problem = quantizing.build_problem(
+        opened.network,
+        images,
+        labels,
+        num_classes=dataset.num_classes,
+        quantization=config.quantization,
+        seed=config.seed,
+        device=config.device,
+        precision=config.precision,
+        augmentation=dataset.augmentation,
+        mean=mean,
+        std=std,
+        cuda_graphs=config.cuda_graphs,
+    )
+    outputs = count_outputs(problem.teacher, problem.images[:1], "train")
     if outputs != dataset.num_classes:
         raise UsageError(
             f"train: expected model to have the data's {dataset.num_classes} classes, got {outputs}"
         )
-    how = (
-        preprocessing
-        if takes_preprocessing(config.data)
-        else load_dataset(config.data, "calibration", channels=channels)
-    )
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (how.mean, how.std))
-    problem = Problem(
-        teacher,
-        dataset.num_classes,
-        images.to(device, memory_format=torch.channels_last),
-        labels.to(device),
-        dataset.augmentation,
-        config.quantization,
-        config.seed,
-        getattr(torch, config.precision or ("bfloat16" if device.type == "cuda" else "float32")),
-        pixel_range=(-mean / std, (1 - mean) / std),
-        cuda_graphs=config.cuda_graphs,
-    )
     return problem, replace(opened, preprocessing=preprocessing)
 
 
@@ -722,10 +829,27 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     keep_freed_memory()
     with must_fit(images_per_class=config.images_per_class), first_on_machine():
         problem, opened = build_problem(config)
+        if not config.resume:
+            check_problem(problem, config.rows, exportable=config.exportable)
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
     path = Path(config.out or from_first(lambda: str(_new_folder(config))))
     inputs = inputs_digest(problem)
     folder = _open_folder(path, stored_config, config.resume, inputs)
+    with folder.removed_if_unused():
+        return _run_in(folder, config, stored_config, problem, opened, preprocessing, console)
+
+
+def _run_in(
+    folder: RunFolder,
+    config: TrainConfig,
+    stored_config: str,
+    problem: Problem,
+    opened: TrainedNetwork,
+    preprocessing: Preprocessing | None,
+    console: Console,
+) -> list[Row]:
+    """What `run` does once the folder is there."""
+    path = folder.path
     q = config.quantization
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
         f"{q.first_last_bits} bits" if q.first_last_bits else "included"
@@ -762,10 +886,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
             continue
         console.print(f"[yellow]warning:[/] {escape(doubt)}", highlight=False)
     accuracy = evaluate(problem.teacher, test, device=problem.device, label="float: testing")
-    console.print(
-        f"float: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %, {accuracy.count} images",
-        highlight=False,
-    )
+    console.print(f"float: {accuracy}", highlight=False)
     session = _Session(config, problem, preprocessing, test, curve, accuracy.top1)
     rows = [_row("float", accuracy, Progress(0, 0.0), 0)]
     left = None if config.max_time is None else 60 * config.max_time
@@ -774,7 +895,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         here = (
             folder
             if is_main
-            else _open_folder(path / "baselines" / name, stored_config, True, inputs)
+            else _open_folder(path / "baselines" / name, stored_config, True, folder.inputs)
         )
         row = _train_one(session, name, here, left)
         rows.append(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from .data import takes_preprocessing
@@ -34,10 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
+        "--threads", type=int, help="CPU threads, for the times of the program, too"
+    )
+    parser.add_argument(
         "--max_unreadable", type=int, default=0, help="damaged image files that are left out"
     )
     options = parse_or_refuse(parser, arguments)
-    check_machine("visualize", device=options.device)
+    check_machine("visualize", threads=options.threads, device=options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     if options.images < 1:
         raise UsageError(f"visualize: expected images at least 1, got {options.images}")
     names = ("device", "max_unreadable")

@@ -79,7 +79,7 @@ def test_a_variant_is_its_method_with_other_constants(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fixed", "whole", "share"), [(10.0, 100.0, 0.5), (0.0, 30.0, 2.0), (0.0, 0.0, 1.0)]
+    ("fixed", "whole", "share"), [(10.0, 100.0, 0.5), (0.0, 30.0, 2.0), (0.0, 0.0, 64.0)]
 )
 def test_the_budget_less_what_every_run_takes_gives_the_schedule(monkeypatch, fixed, whole, share):
     monkeypatch.setattr(compare, "trial", lambda config, most: (fixed / 2, whole / 2, 2.0))
@@ -90,13 +90,18 @@ def test_the_budget_less_what_every_run_takes_gives_the_schedule(monkeypatch, fi
     # A later trial, when the machine is twice as slow, is told in the yardsticks of the first.
     monkeypatch.setattr(compare, "trial", lambda config, most: (fixed / 2, whole / 2, 4.0))
     assert compare.schedule_share(config, cell, [], yardsticks) == share
-    assert yardsticks == ({"glyphs_resnet": 2.0} if whole else {})
+    assert yardsticks == {"glyphs_resnet": 2.0}
+    # A method that does not train has no schedule to stretch.
+    monkeypatch.setattr(compare, "trial", lambda config, most: None)
+    assert compare.schedule_share(config, cell, [], {}) == 1
 
 
 def test_a_budget_that_preparation_uses_up_is_refused(monkeypatch):
     monkeypatch.setattr(compare, "trial", lambda config, most: (61.0, 1.0, 1.0))
     config, _ = parse("--budget=60")
-    with pytest.raises(UsageError, match="budget to exceed the 61 s that fdda takes .*, got 60"):
+    with pytest.raises(
+        UsageError, match="budget to exceed the 1.02 min that fdda takes .*, got 60 s"
+    ):
         compare.schedule_share(config, compare.Cell(SETTING, "fdda", "published", 0), [], {})
 
 
@@ -190,8 +195,8 @@ def test_the_table_has_means_and_spreads_of_the_seeds(tmp_path):
         plant(folder / f"fdda-seed{seed}", fdda)
     shares = {f"glyphs_resnet/{method}": 0.5 for method in config.methods}
     text = compare.write_results(config, shares)
-    assert "| gdfq | 82.00 ± 2.65 | 10.00 | 12 | 71 | 640 | 502 | 0.5 |" in text
-    assert "| fdda | **90.50 ± 0.50** | 1.50 | 12 | 71 | 640 | 500 | 0.5 |" in text
+    assert "| gdfq | 82.00 ± 2.65 | 10.00 | 12.0 s | 71 | 640 | 502 | 0.5 |" in text
+    assert "| fdda | **90.50 ± 0.50** | 1.50 | 12.0 s | 71 | 640 | 500 | 0.5 |" in text
     assert "zaq" not in text, "has no finished run"
     assert (tmp_path / "comparison.md").read_text() == text
     lines = list(csv.DictReader((tmp_path / "comparison.csv").open()))

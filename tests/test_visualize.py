@@ -224,7 +224,7 @@ def browse(path: Path, screenshot: Path, height: int) -> list[str]:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,  # against a browser that hangs, not a slow one
     )
     assert screenshot.exists(), done.stderr
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -19,6 +19,7 @@ from .digits import Digits
 from .folder import ImageFolder
 from .glyphs import Glyphs
 from .published import PUBLISHED, open_published
+from .sampling import fair_sample
 from .shards import Shards
 
 __all__ = [
@@ -39,13 +40,17 @@ Split = Literal["train", "calibration", "validation", "test"]
 
 
 class _Limited(ImageDataset):
-    """Some images of a data set, spread evenly over it: folders are sorted by class."""
+    """A fair sample of a data set, see `fair_sample`; images are in the data set's order.
+
+    Attributes:
+        whole: Number of images of the data set that the sample is from.
+    """
 
     def __init__(self, dataset: ImageDataset, limit: int) -> None:
         self._dataset = dataset
-        # In float64: float32 has no number for every index of a large set.
-        spread = torch.linspace(0, len(dataset) - 1, min(limit, len(dataset)), dtype=torch.float64)
-        self._indices = spread.long()
+        # Sorted: neighbours in a folder or an archive are read one after the other.
+        self._indices = fair_sample(dataset.labels, limit).sort().values
+        self.whole = len(dataset)
         self.num_classes = dataset.num_classes
         self.class_names = dataset.class_names
         self.mean, self.std = dataset.mean, dataset.std
@@ -95,7 +100,8 @@ def load_dataset(
         image_size: A number for both height and width, or (height, width), or ``"32x64"``; None for
             the set's own (32), or that of ``preprocessing``.
         seed: Of the images that are rendered.
-        limit: At most so many images, spread evenly over the split.
+        limit: At most so many images: a sample in which every class has its share. It is the same
+            for every seed, and a smaller one is part of a larger one, see `fair_sample`.
         preprocessing: How image files are prepared for the network; None for the usual way of
             ImageNet. ``image_size`` overrides its size.
         channels: 1 (gray), 3 (RGB) or 4 (RGBA); None for those of ``preprocessing``, or the set's

@@ -11,7 +11,15 @@ from .cli import (
     with_underscores,
 )
 from .diagnosis import diagnose, doubt_margin
-from .evaluation import Accuracy, BatchSource, evaluate
+from .duration import Stopwatch, format_duration, format_significant
+from .evaluation import (
+    Accuracy,
+    BatchSource,
+    count_correct,
+    evaluate,
+    render_percent,
+    standard_error,
+)
 from .loop import Progress, Trainable, train
 from .memory import keep_freed_memory, must_fit, peak_memory
 from .probe import check_logits, count_outputs, input_channels
@@ -29,10 +37,12 @@ __all__ = [
     "ProgressBar",
     "Replayed",
     "RunFolder",
+    "Stopwatch",
     "Trainable",
     "build_parser",
     "check_logits",
     "check_machine",
+    "count_correct",
     "count_outputs",
     "cpu_state",
     "decode_workers",
@@ -40,6 +50,8 @@ __all__ = [
     "digest",
     "doubt_margin",
     "evaluate",
+    "format_duration",
+    "format_significant",
     "image_shape_of",
     "input_channels",
     "instantiate_or_refuse",
@@ -52,10 +64,12 @@ __all__ = [
     "profile",
     "progress_bar",
     "read_student",
+    "render_percent",
     "restore_random",
     "run_command",
     "save_state",
     "stage",
+    "standard_error",
     "train",
     "with_underscores",
     "write_student",

@@ -20,6 +20,8 @@ from .dsg import DSG, DSGConfig
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
 from .lapq import LAPQ, LAPQConfig
+from .options import why_unused
+from .pace import fitting_share
 from .qdrop import QDrop, QDropConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
@@ -64,7 +66,9 @@ __all__ = [
     "ZeroQConfig",
     "build_method",
     "distillation_loss",
+    "fitting_share",
     "method_class",
+    "why_unused",
 ]
 
 #: Every method by the name that the command line takes.

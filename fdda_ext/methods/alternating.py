@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +26,9 @@ from ..statistics import capture, running_statistics
 from ..synthesis import ConditionalGenerator, GeneratorConfig
 from .base import Method, MethodConfig, Problem
 from .distillation import DistillationConfig, Student
+
+if TYPE_CHECKING:
+    from .settings import MethodSettings
 
 __all__ = ["AlternatingConfig", "AlternatingTraining", "save_images"]
 
@@ -93,6 +96,12 @@ class AlternatingTraining(Method):
     """Generator steps and student steps in turn; a method says what their losses and images are."""
 
     distils = True
+
+    @classmethod
+    @override
+    def observes(cls, settings: MethodSettings) -> bool:
+        config: AlternatingConfig = getattr(settings, cls.sections[0])
+        return config.ranges_from == "generated"
 
     def __init__(
         self, problem: Problem, config: AlternatingConfig, distillation: DistillationConfig

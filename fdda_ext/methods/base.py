@@ -119,8 +119,18 @@ class Method(ABC):
     presets: ClassVar[str] = "fdda"
     #: Whether it looks at the calibration images; if not, nothing but their shape is used.
     real_images: ClassVar[bool] = True
+    #: Whether it needs the classes of the calibration images.
+    needs_labels: ClassVar[bool] = False
     #: Whether it takes the student step that the section `distillation` describes.
     distils: ClassVar[bool] = False
+    #: Whether it has iterations after its construction.
+    trains: ClassVar[bool] = True
+    #: Whether it learns the ranges of quantizers by gradients.
+    learns_ranges: ClassVar[bool] = True
+    #: The sections of `MethodSettings` that it reads.
+    sections: ClassVar[tuple[str, ...]] = ()
+    #: Fields of the quantization that it replaces by rules of its own.
+    fixed_ranges: ClassVar[Mapping[str, str]] = {}
     #: Whether several processes may run it together, see `fdda_ext.distribution`.
     distributed: ClassVar[bool] = False
 
@@ -137,6 +147,11 @@ class Method(ABC):
     def part(self) -> str:
         """What it is at, in a word or two for the progress bar."""
         return ""
+
+    @classmethod
+    def observes(cls, settings: MethodSettings) -> bool:
+        """Whether it finds activation ranges as moving averages over batches."""
+        return False
 
     @abstractmethod
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:

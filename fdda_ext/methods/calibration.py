@@ -24,6 +24,11 @@ class _Ranges(Method):
 
     rule: ClassVar[Literal["minmax", "mse"]]
     distributed = True
+    trains = False
+    learns_ranges = False
+
+    def __init_subclass__(cls) -> None:
+        cls.fixed_ranges = {"weight_range": cls.rule, "activation_range": cls.rule}
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.quantization = replace(
@@ -77,6 +82,7 @@ class CalibrationDistillation(Method):
     summary = "distillation on the calibration images alone"
     distils = True
     distributed = True
+    sections = ("distillation",)
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         config = settings.distillation

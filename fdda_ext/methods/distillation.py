@@ -99,6 +99,17 @@ class DistillationConfig:
                 f"got {self.cosine_half_period}"
             )
 
+    @property
+    def unused(self) -> dict[str, str]:
+        """Fields that change nothing beside the others as they are, each with the reason."""
+        found: dict[str, str] = {}
+        if self.objective == "discrepancy":
+            names = ("temperature", "weight", "reduction", "cross_entropy_weight")
+            found |= dict.fromkeys(names, "the objective is discrepancy")
+        if self.frozen_scales:
+            found["scale_lr"] = "frozen_scales leaves the scales as they are"
+        return found
+
     def scaled(self, share: float) -> DistillationConfig:
         """The same schedule in ``share`` of its steps."""
         period = self.cosine_half_period

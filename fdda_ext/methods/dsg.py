@@ -84,6 +84,7 @@ class DSG(OptimisedImages):
 
     summary = "no data: ZeroQ with margins around the statistics and a layer of each image's own"
     presets = "dsg"
+    sections = ("dsg", "distillation")
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config = settings.dsg

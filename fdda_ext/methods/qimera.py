@@ -70,6 +70,7 @@ class Qimera(GDFQ):
 
     summary = "no data: GDFQ with images between classes, from superposed class embeddings"
     presets = "qimera"
+    sections = ("qimera", "distillation")
 
     generator: SuperposedGenerator
 

@@ -90,6 +90,7 @@ class ZAQ(AlternatingTraining):
 
     summary = "no data: adversarial generator against the student, on logits and features"
     presets = "zaq"
+    sections = ("zaq", "distillation")
     real_images = False
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:

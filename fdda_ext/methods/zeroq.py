@@ -84,6 +84,7 @@ class ZeroQ(OptimisedImages):
 
     summary = "no data: images optimised to the network's BN statistics set the ranges"
     presets = "zeroq"
+    sections = ("zeroq", "distillation")
     labelled = False
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:

@@ -9,11 +9,18 @@ from .allocation import allocate_bits
 from .config import QuantizationConfig, parse_bits
 from .prepare import prepare
 from .report import LayerBits, bits_table, render_bits
-from .student import calibrate, project_scales_, scale_parameters, set_activation_mode
+from .student import (
+    activation_quantizers,
+    calibrate,
+    project_scales_,
+    scale_parameters,
+    set_activation_mode,
+)
 
 __all__ = [
     "LayerBits",
     "QuantizationConfig",
+    "activation_quantizers",
     "allocate_bits",
     "bits_table",
     "calibrate",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 import sys
+import traceback
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UsageError
 from .layers import FixedBatchNorm2d
-from .operations import operation
+from .operations import operation, place
 
 __all__ = ["trace"]
 
@@ -126,7 +128,24 @@ class _Tracer(Tracer):
             function = target if kind == "call_method" else getattr(target, "__name__", "call")
             name = f"{self.module_name}.{function}".strip("._").replace(".", "_")
         # Without the annotation: where annotations are strings, the graph could not be pickled.
-        return super().create_node(kind, target, args, kwargs, name, None)
+        node = super().create_node(kind, target, args, kwargs, name, None)
+        within = type(self.root).__name__
+        if self.module_name:
+            inner = self.root.get_submodule(self.module_name)
+            within = f"{self.module_name} ({type(inner).__name__})"
+        modules = {str(target): self.root.get_submodule(target)} if kind == "call_module" else {}
+        node.meta["place"] = place(node, modules, within, _calling_line())
+        return node
+
+
+def _calling_line() -> str:
+    """File and line of the innermost running function that is neither torch's nor of this file."""
+    for frame, line in traceback.walk_stack(sys._getframe()):
+        file = frame.f_code.co_filename
+        inside = frame.f_globals.get("__name__", "").split(".")[0] == "torch"
+        if not inside and file != __file__ and not file.startswith("<"):
+            return f"{os.path.basename(file)}:{line}"
+    return ""
 
 
 def _check_graph(network: GraphModule) -> None:
@@ -228,6 +247,7 @@ def _split_norm_act(network: GraphModule) -> None:
             users = list(last.users)
             with network.graph.inserting_after(last):
                 after = network.graph.call_module(f"{name}.{part}", (last,))
+            after.meta["place"] = place(after, modules)
             for user in users:
                 user.replace_input_with(last, after)
             last = after
@@ -308,6 +328,7 @@ def _pad_same(network: GraphModule, example: Tensor) -> None:
         network.set_submodule(str(node.target), plain)
         with network.graph.inserting_before(node):
             pad = network.graph.call_function(F.pad, (before, padding))
+        pad.meta["place"] = f"the padding of {node.meta['place']}"
         node.replace_input_with(before, pad)
     if found:
         network.recompile()
