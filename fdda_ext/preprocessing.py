@@ -12,6 +12,7 @@ from .image_size import (
     height_and_width,
     parse_image_size,
     show_image_size,
+    to_image_size,
 )
 
 __all__ = ["CHANNELS", "Interpolation", "Preprocessing", "PreprocessingConfig"]
@@ -20,8 +21,6 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 #: Pillow's name of images with so many channels: gray, colours, and colours with opacity.
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
-#: Smaller images are not cropped unless the user says so: every pixel counts in them.
-_CROPPED_FROM = 100
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Preprocessing:
 
     An image is resized, with its proportions kept, until its short side is `resize`. Where height
     and width of `image_size` differ, it is resized until it just covers a frame of the proportions
-    of `image_size` whose short side is `resize`.
+    of `image_size` whose short side is `resize`. The difference between `resize` and `image_size`
+    is a margin that is cut off.
 
     The defaults are the usual ones for ImageNet.
 
@@ -40,8 +40,9 @@ class Preprocessing:
         image_size: Size of what is cut out.
         resize: Short side before that.
         interpolation: Of the resizing, antialiased.
-        keep_same_size: Do not resize an image that already has `image_size`. False where the
-            publisher of the weights prescribes `resize` for every image.
+        keep_small: Do not enlarge an image for the sake of the margin: one that has `image_size`
+            stays as it is, and a smaller one is enlarged to `image_size`. False where the publisher
+            of the weights prescribes `resize` for every image.
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -49,7 +50,7 @@ class Preprocessing:
     image_size: ImageSize = 224
     resize: int = 256
     interpolation: Interpolation = "bilinear"
-    keep_same_size: bool = True
+    keep_small: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", parse_image_size(self.image_size, "preprocessing"))
@@ -95,20 +96,18 @@ class Preprocessing:
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size that an image of ``height`` and ``width`` gets before the crop."""
         crop_height, crop_width = height_and_width(self.image_size)
-        if self.keep_same_size and (height, width) == (crop_height, crop_width):
-            return height, width
         scale = self.resize / self.short_side
-        frame_height, frame_width = round(crop_height * scale), round(crop_width * scale)
-        # As torchvision.transforms.Resize rounds: the side that fits exactly, the other one down.
-        if frame_height * width <= frame_width * height:
-            return max(frame_width * height // width, frame_height), frame_width
-        return frame_height, max(frame_height * width // height, frame_width)
+        frame = (round(crop_height * scale), round(crop_width * scale))
+        with_margin = _covering(frame, height, width)
+        if not self.keep_small or with_margin[0] <= height:
+            return with_margin
+        without = _covering((crop_height, crop_width), height, width)
+        return (height, width) if without[0] <= height else without
 
     def for_size(self, image_size: ImageSize | str | None) -> Preprocessing:
         """The same for images of another size.
 
-        The same share is cut away, or nothing where the short side is below 100. Images that
-        already have the size are not resized.
+        The same share is cut away, of images that are large enough.
 
         Args:
             image_size: None for no change.
@@ -119,8 +118,8 @@ class Preprocessing:
         if size == self.image_size:
             return self
         short = min(height_and_width(size))
-        resize = round(short * self.resize / self.short_side) if short >= _CROPPED_FROM else short
-        return replace(self, image_size=size, resize=resize, keep_same_size=True)
+        resize = round(short * self.resize / self.short_side)
+        return replace(self, image_size=size, resize=resize, keep_small=True)
 
     def for_channels(self, channels: int) -> Preprocessing:
         """The same for images of so many channels.
@@ -142,16 +141,22 @@ class Preprocessing:
     @property
     def without_margin(self) -> Preprocessing:
         """The same, but images are resized to the size of the crop at once, if at all."""
-        return replace(self, resize=self.short_side, keep_same_size=True)
+        return replace(self, resize=self.short_side, keep_small=True)
 
-    def describe(self) -> str:
-        """One line for the console."""
-        size, resized = _written(self.image_size), f"resize {self.resize} {self.interpolation}"
-        how = f"{resized}, crop {size}"
-        if self.resize == self.short_side:
-            how = f"{show_image_size(self.image_size)} as they are, others {how}"
-        elif self.keep_same_size:
-            how = f"{how} ({show_image_size(self.image_size)} as they are)"
+    def describe(self, stored_size: ImageSize | None = None) -> str:
+        """One line for the console; ``stored_size`` is that of all images, if they have one."""
+        how = f"resize {self.resize} {self.interpolation}, crop {_written(self.image_size)}"
+        if stored_size is not None:
+            stored = height_and_width(stored_size)
+            resized = self.resized(*stored)
+            how = f"{show_image_size(stored_size)}"
+            how += (
+                " as they are"
+                if resized == stored
+                else (f", resize {show_image_size(to_image_size(*resized))} {self.interpolation}")
+            )
+            if resized != height_and_width(self.image_size):
+                how += f", crop {_written(self.image_size)}"
         return f"{how}, mean {_short(self.mean)}, std {_short(self.std)}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,7 +173,7 @@ class Preprocessing:
         """
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         # Older files lack it, and their networks had every image resized.
-        return Preprocessing(**{"keep_same_size": False, **values})
+        return Preprocessing(**{"keep_small": False, **values})
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ class PreprocessingConfig:
             std=scaled.std if self.std is None else tuple(self.std),
             resize=scaled.resize if self.resize is None else self.resize,
             interpolation=self.interpolation or scaled.interpolation,
-            keep_same_size=scaled.keep_same_size and self.resize is None,
+            keep_small=scaled.keep_small and self.resize is None,
         )
 
 
@@ -223,6 +228,14 @@ def _of_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     colours = values[:3] if len(values) >= 3 else values * 3
     mean = sum(colours) / 3
     return {1: (mean,), 3: colours, 4: (*colours, mean)}[channels]
+
+
+def _covering(frame: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """The least size of the proportions ``height`` to ``width`` that covers ``frame``."""
+    # As torchvision.transforms.Resize rounds: the side that fits exactly, the other one down.
+    if frame[0] * width <= frame[1] * height:
+        return max(frame[1] * height // width, frame[0]), frame[1]
+    return frame[0], max(frame[0] * width // height, frame[1])
 
 
 def _written(size: ImageSize) -> str:

@@ -862,14 +862,17 @@ def _run_in(
     )
     if preprocessing is not None:
         console.print(f"weights: {opened.origin}", highlight=False)
-        console.print(f"images: {preprocessing.describe()}", highlight=False)
 
     if config.profile is not None:
         measure_stages(config, problem, path, console)
         return []
 
     test = test_batches(config, preprocessing, config.test_limit, problem.channels)
-    note = cast(ImageDataset, test.dataset).absent_classes()
+    test_set = cast(ImageDataset, test.dataset)
+    if preprocessing is not None:
+        how = preprocessing.describe(test_set.stored_size)
+        console.print(f"images: {how}", highlight=False)
+    note = test_set.absent_classes()
     if note is not None:
         console.print(f"{config.split} data: {note}", highlight=False)
     curve = test

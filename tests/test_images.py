@@ -41,15 +41,13 @@ def test_other_sizes_are_refused(written):
         parse_image_size(written, "evaluate")
 
 
-@pytest.mark.parametrize("written", ["32x64", "[32,64]", "[32, 64]"])
-def test_options_and_files_of_options_take_sizes(tmp_path, written):
-    config, text = train.parse_arguments([f"--image-size={written}"])
-    assert config.image_size == (32, 64)
-    (tmp_path / "config.yaml").write_text(text)
-    again, stored = train.parse_arguments([f"--config={tmp_path / 'config.yaml'}"])
-    assert (again.image_size, stored) == (config.image_size, text)
-    (tmp_path / "own.yaml").write_text(f"image_size: {written}\n")
-    assert train.parse_arguments([f"--config={tmp_path / 'own.yaml'}"])[0].image_size == (32, 64)
+def test_options_and_files_of_options_take_sizes(tmp_path):
+    for written in ("32x64", "[32,64]"):
+        config, text = train.parse_arguments([f"--image-size={written}"])
+        assert config.image_size == (32, 64)
+        (tmp_path / "config.yaml").write_text(text)
+        again, stored = train.parse_arguments([f"--config={tmp_path / 'config.yaml'}"])
+        assert (again.image_size, stored) == (config.image_size, text)
     square, text = train.parse_arguments(["--image-size=48"])
     assert square.image_size == 48
     assert "\nimage_size: 48\n" in text
@@ -64,15 +62,15 @@ def test_sides_after_resizing_are_those_of_torchvision():
     from fdda_ext._torchvision import import_torchvision
 
     expected = import_torchvision().transforms.functional._compute_resized_output_size
-    how = Preprocessing(keep_same_size=False)
+    how = Preprocessing(keep_small=False)
     for height in range(8, 300, 11):
         for width in range(8, 500, 23):
             assert how.resized(height, width) == tuple(expected((height, width), [256]))
 
 
 def test_an_image_covers_a_frame_that_is_not_square():
-    how = Preprocessing(image_size=(40, 80), resize=50)
-    assert how.resized(40, 80) == (40, 80), "it has the size"
+    how = Preprocessing(image_size=(40, 80), resize=50, keep_small=False)
+    assert how.resized(40, 80) == (50, 100)
     assert how.resized(20, 40) == (50, 100)
     assert how.resized(100, 100) == (100, 100), "as wide as the frame"
     assert how.resized(60, 400) == (50, 333), "as high as the frame"
@@ -82,11 +80,17 @@ def test_an_image_covers_a_frame_that_is_not_square():
         assert new_height == 50 or new_width == 100
 
 
-def test_small_images_get_no_margin_and_images_of_the_right_size_are_kept():
-    assert Preprocessing().for_size(32) == Preprocessing(image_size=32, resize=32)
-    assert Preprocessing().for_size("20x400") == Preprocessing(image_size=(20, 400), resize=20)
-    assert Preprocessing().for_size(112).resize == 128
-    published = Preprocessing(keep_same_size=False)
+def test_images_are_not_enlarged_for_a_margin_unless_that_is_prescribed():
+    small = Preprocessing().for_size(32)
+    assert small == Preprocessing(image_size=32, resize=37)
+    assert small.resized(32, 32) == (32, 32)
+    assert small.resized(35, 50) == (35, 50), "between crop and margin"
+    assert small.resized(16, 24) == (32, 48), "enlarged to the crop"
+    assert small.resized(48, 74) == (37, 57), "made smaller"
+    oblong = Preprocessing().for_size("20x400")
+    assert oblong == Preprocessing(image_size=(20, 400), resize=23)
+    assert oblong.resized(20, 400) == (20, 400)
+    published = Preprocessing(keep_small=False)
     assert published.resized(224, 224) == (256, 256)
     assert published.for_size(224) == published
     assert published.for_size(160).resized(160, 160) == (160, 160)
@@ -97,14 +101,20 @@ def test_small_images_get_no_margin_and_images_of_the_right_size_are_kept():
 
 
 def test_what_is_done_is_said():
-    def said(how):
-        return how.describe().partition(", mean")[0]
+    def said(how, stored=None):
+        return how.describe(stored).partition(", mean")[0]
 
-    small = Preprocessing().for_size(32)
-    assert said(small) == "32x32 as they are, others resize 32 bilinear, crop 32"
-    assert said(Preprocessing()) == "resize 256 bilinear, crop 224 (224x224 as they are)"
-    assert said(Preprocessing(keep_same_size=False)) == "resize 256 bilinear, crop 224"
-    assert said(Preprocessing().for_size("32x64")).endswith("resize 32 bilinear, crop 32x64")
+    small, oblong = (Preprocessing().for_size(size) for size in (32, "32x64"))
+    assert said(Preprocessing()) == "resize 256 bilinear, crop 224"
+    assert said(small, 32) == "32x32 as they are"
+    assert said(small, (34, 60)) == "34x60 as they are, crop 32"
+    assert said(small, 28) == "28x28, resize 32x32 bilinear"
+    assert said(small, (60, 90)) == "60x90, resize 37x55 bilinear, crop 32"
+    assert said(PreprocessingConfig(resize=37).apply(Preprocessing(), 32), 32) == (
+        "32x32, resize 37x37 bilinear, crop 32"
+    )
+    assert said(oblong) == "resize 37 bilinear, crop 32x64"
+    assert said(oblong, (32, 64)) == "32x64 as they are"
 
 
 def test_old_files_prepare_images_as_they_did():
@@ -151,12 +161,12 @@ def test_small_images_of_one_size_are_not_resized_by_default(tmp_path):
         )
 
     own = chosen(Preprocessing())
-    assert (own.image_size, own.resize) == ((20, 32), 20)
+    assert (own.image_size, own.resize) == ((20, 32), 23)
     prepared = load_dataset(spec, "test", preprocessing=own)
     raw = torch.tensor(list(Image.open(dataset.name(0)).tobytes()), dtype=torch.uint8)
     assert torch.equal(prepared.pixels(0), raw.view(20, 32, 3).permute(2, 0, 1))
     assert chosen(Preprocessing(), 24).image_size == 24
-    assert chosen(Preprocessing(keep_same_size=False)).image_size == 224, "as published"
+    assert chosen(Preprocessing(keep_small=False)).image_size == 224, "as published"
     assert chosen(Preprocessing(), resize=30).resized(20, 32) == (30, 48)
 
 
@@ -165,6 +175,9 @@ def test_photographs_and_images_of_several_sizes_have_no_size_of_their_own(tmp_p
     assert load_dataset(spec, "test").stored_size is None
     spec = write_folder(tmp_path / "large", [(120, 120)] * 2)
     assert load_dataset(spec, "test").stored_size is None
+    spec = write_folder(tmp_path / "damaged", [(32, 32)] * 2)
+    (tmp_path / "damaged" / "val" / "a" / "0.png").write_bytes(b"no image")
+    assert load_dataset(spec, "test").stored_size == 32
 
 
 class BrightBorder(nn.Module):
@@ -192,15 +205,15 @@ def test_a_margin_that_changes_answers_is_told(tmp_path):
 
     assert doubt() is None
     found = doubt(resize=40)
-    assert "changes 8 of the float network's 16 first answers: 8 are right, and 16 without" in found
+    assert "changes 8 of 16 answers of the float network: 8 are right, and 16 without" in found
     assert "--preprocessing.resize=32 leaves that out" in found
-    assert "4 of the float network's 8" in doubt(resize=40, limit=8)
+    assert "4 of 8 answers" in doubt(resize=40, limit=8)
     assert doubt_margin(BrightBorder(), load_dataset("glyphs", "test")) is None
 
 
 def test_no_doubt_where_images_are_only_made_smaller(tmp_path):
     spec = write_folder(tmp_path, [(80, 60)] * 4)
-    how = Preprocessing(image_size=32, resize=60, keep_same_size=False)
+    how = Preprocessing(image_size=32, resize=60, keep_small=False)
     assert load_dataset(spec, "test", preprocessing=how).pixels_without_margin(0) is None
 
 
@@ -425,7 +438,7 @@ def test_a_run_on_gray_files(networks, tmp_path, capsys):
         ]
     )
     printed = " ".join(capsys.readouterr().out.split())
-    assert "images: 16x24 as they are, others resize 16 bilinear, crop 16x24, mean 0.3" in printed
+    assert "images: 16x24 as they are, mean 0.3" in printed
     student, recipe = load_student(out)
     assert (recipe["image_size"], recipe["channels"]) == ([16, 24], 1)
     assert evaluate.run(evaluate.EvaluateConfig(run=str(out))).count == 6

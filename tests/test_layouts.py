@@ -246,7 +246,7 @@ def test_preprocessing_is_that_of_the_weights(tmp_path, monkeypatch):
 
     half = (0.5, 0.5, 0.5)
     assert opened("torchvision:resnet18") == Preprocessing()
-    assert opened("pytorchcv:mobilenet_w1") == Preprocessing(keep_same_size=False)
+    assert opened("pytorchcv:mobilenet_w1") == Preprocessing(keep_small=False)
     assert opened("glyphs_resnet", "default") == Preprocessing()
     assert opened("timm:mobilenetv1_100") == Preprocessing(half, half, 224, 256, "bicubic", False)
     assert opened("timm:resnet50.tv_in1k").interpolation == "bilinear"

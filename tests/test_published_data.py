@@ -79,7 +79,7 @@ def test_cifar10_is_read_from_its_published_files(tmp_path):
     assert data.pixels_without_margin(0) is None
     cut = load_dataset(spec, "test", preprocessing=Preprocessing(image_size=32, resize=40))
     assert torch.equal(cut.pixels(7), pixels), "an image that has the size is left alone"
-    asked = Preprocessing(image_size=32, resize=40, keep_same_size=False)
+    asked = Preprocessing(image_size=32, resize=40, keep_small=False)
     margin = load_dataset(spec, "test", preprocessing=asked)
     assert not torch.equal(margin.pixels(7), pixels)
     assert torch.equal(margin.pixels_without_margin(7), pixels)

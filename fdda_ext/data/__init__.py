@@ -190,7 +190,7 @@ def choose_preprocessing(
     Raises:
         UsageError: If the result breaks a rule of `Preprocessing`.
     """
-    if image_size is None and (default.keep_same_size or not dataset.from_files):
+    if image_size is None and (default.keep_small or not dataset.from_files):
         image_size = dataset.stored_size
     return config.apply(default.for_channels(channels), image_size)
 

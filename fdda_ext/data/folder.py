@@ -80,9 +80,13 @@ class ImageFiles(ImageDataset):
     @override
     def pixels_without_margin(self, index: int) -> Tensor | None:
         with self.image(index) as image:
-            if prepared_size(image, self.preprocessing)[0] <= image.height:
+            without = self.preprocessing.without_margin
+            with_size, without_size = (
+                how.resized(image.height, image.width) for how in (self.preprocessing, without)
+            )
+            if with_size[0] <= image.height or with_size == without_size:
                 return None
-            return prepare_image(image, self.preprocessing.without_margin)
+            return prepare_image(image, without)
 
     @property
     @override
@@ -90,11 +94,15 @@ class ImageFiles(ImageDataset):
         """The size that some images have, if all of these have the same, and it is a small one."""
         sizes = set()
         for index in torch.linspace(0, len(self) - 1, min(_SIZED, len(self))).long().tolist():
-            with self.image(index) as image:
-                sizes.add((image.height, image.width))
-        height, width = sizes.pop()
-        one = not sizes and 8 <= min(height, width) < _SMALL
-        return to_image_size(height, width) if one else None
+            try:
+                with self.image(index) as image:
+                    sizes.add((image.height, image.width))
+            except UnreadableImageError:
+                continue  # whoever needs the image counts and names it
+        if len(sizes) != 1:
+            return None
+        ((height, width),) = sizes
+        return to_image_size(height, width) if 8 <= min(height, width) < _SMALL else None
 
     @contextmanager
     def image(self, index: int) -> Iterator[Image.Image]:
@@ -112,17 +120,12 @@ class ImageFiles(ImageDataset):
             ) from None
 
 
-def prepared_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Height and width that ``image`` is resized to before the crop."""
-    return preprocessing.resized(image.height, image.width)
-
-
 def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Convert, resize and crop ``image``: uint8 ``[C, H, W]``, not normalised."""
     transforms = import_torchvision().transforms
     functional = transforms.functional
     converted = image.convert(CHANNELS[preprocessing.channels])
-    size = prepared_size(image, preprocessing)
+    size = preprocessing.resized(image.height, image.width)
     if size != (image.height, image.width):
         interpolation = transforms.InterpolationMode(preprocessing.interpolation)
         converted = functional.resize(converted, list(size), interpolation)

@@ -118,8 +118,8 @@ def doubt_margin(
     right = [int((found == torch.tensor(labels)).sum()) for found in (cut, whole)]
     short = min(height_and_width(source.image_size))
     return (
-        f"the images are enlarged and cut, which changes {differing} of the float network's "
-        f"{count} first answers: {right[0]} are right, and {right[1]} without enlarging; "
+        f"the images are enlarged and cut, which changes {differing} of {count} answers of the "
+        f"float network: {right[0]} are right, and {right[1]} without enlarging; "
         f"--preprocessing.resize={short} leaves that out"
     )
 

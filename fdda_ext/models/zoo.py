@@ -312,7 +312,7 @@ def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preproce
                 transform.crop_size[0],
                 transform.resize_size[0],
                 transform.interpolation.value,
-                keep_same_size=False,
+                keep_small=False,
             )
     if library == "timm":
         values: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
@@ -331,12 +331,12 @@ def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preproce
             size,
             math.floor(size / (values.get("crop_pct") or 0.875)),
             "bilinear" if kind == "random" else kind,
-            keep_same_size=False,
+            keep_small=False,
         )
     if library == "pytorchcv":
         size = int(network.in_size[0])  # type: ignore[index]
         resize = math.ceil(size / 0.875)
-        return Preprocessing(image_size=size, resize=resize, keep_same_size=False)
+        return Preprocessing(image_size=size, resize=resize, keep_small=False)
     return Preprocessing()
 
 
