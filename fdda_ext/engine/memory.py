@@ -5,11 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from ..errors import UsageError
 
@@ -53,6 +58,52 @@ def peak_memory(device: torch.device) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) >> 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside the context and still alive.
+
+    Temporary memory within an operator is not seen, nor is what an allocator keeps beside it.
+
+    Attributes:
+        now: Bytes alive.
+        peak: The most that were alive at a time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {
+            id(x.untyped_storage()) for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)
+        }
+        for x in tree_iter(result):
+            if isinstance(x, Tensor) and id(x.untyped_storage()) not in given:
+                self._add(x.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+
+        def forget(_: object) -> None:
+            del self._known[key]
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, forget)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 @contextmanager

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Method", "MethodConfig", "Problem"]
 
+#: Pixels that pass a network together in training on a CPU: 16 images of 224x224, 784 of 32x32.
+_PIXELS_AT_ONCE = 16 * 224**2
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -41,6 +44,9 @@ class Problem:
         pixel_range: Least and largest value of each colour of a normalised image, ``[3, 1, 1]``
             each; None if unknown.
         cuda_graphs: On a GPU, replay steps as CUDA graphs.
+        images_at_once: So many images at most pass a network together in training, where that does
+            not change the result but for the order of sums; None for as many as have
+            `_PIXELS_AT_ONCE` on a CPU, and for all on a GPU.
     """
 
     teacher: nn.Module
@@ -53,6 +59,7 @@ class Problem:
     precision: torch.dtype = torch.float32
     pixel_range: tuple[Tensor, Tensor] | None = None
     cuda_graphs: bool = True
+    images_at_once: int | None = None
 
     def autocast(self) -> torch.autocast:
         """The context in which teacher and generator run."""
@@ -73,6 +80,15 @@ class Problem:
     def replays(self) -> bool:
         """Whether steps become CUDA graphs: not where processes exchange statistics in them."""
         return self.cuda_graphs and self.device.type == "cuda" and world_size() == 1
+
+    def parts(self, images: int) -> int:
+        """Into how many parts a batch of ``images`` is divided, so that each fits the memory."""
+        limit = self.images_at_once
+        if limit is None:
+            if self.device.type != "cpu":
+                return 1
+            limit = max(_PIXELS_AT_ONCE // self.images[0, 0].numel(), 1)
+        return -(-images // limit)
 
     def student(self) -> GraphModule:
         """A fake-quantized copy of the teacher, its ranges not yet set."""
