@@ -13,7 +13,15 @@ from .cli import (
 from .diagnosis import diagnose
 from .evaluation import Accuracy, BatchSource, count_outputs, evaluate
 from .loop import Progress, Trainable, train
-from .memory import keep_freed_memory, must_fit, peak_memory
+from .memory import (
+    LiveTensors,
+    free_memory,
+    keep_freed_memory,
+    must_fit,
+    parts_of,
+    peak_memory,
+    release_freed_memory,
+)
 from .profiling import Profile, profile, stage
 from .progress import ProgressBar, progress_bar
 from .replay import Replayed
@@ -23,6 +31,7 @@ from .student_file import preprocessing_of, read_student, write_student
 __all__ = [
     "Accuracy",
     "BatchSource",
+    "LiveTensors",
     "Profile",
     "Progress",
     "ProgressBar",
@@ -37,16 +46,19 @@ __all__ = [
     "diagnose",
     "digest",
     "evaluate",
+    "free_memory",
     "instantiate_or_refuse",
     "keep_freed_memory",
     "load_state",
     "must_fit",
     "parse_or_refuse",
+    "parts_of",
     "peak_memory",
     "preprocessing_of",
     "profile",
     "progress_bar",
     "read_student",
+    "release_freed_memory",
     "restore_random",
     "run_command",
     "save_state",

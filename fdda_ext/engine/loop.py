@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ..distribution import from_first, is_first
 from ..errors import UsageError
 from .checkpoint import load_state, save_state
+from .memory import release_freed_memory
 from .progress import ProgressBar, progress_bar
 from .run_folder import RunFolder
 
@@ -161,6 +162,7 @@ def _train(
     device: torch.device | str,
 ) -> Progress:
     done, seconds_before = 0, 0.0
+    release_freed_memory()  # what building the method left in pieces
     if from_first(folder.checkpoint.exists):
         done, seconds_before = _restore(trainable, folder, device)
     if is_first():

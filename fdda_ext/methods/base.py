@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from ..data import Augmentation
 from ..distribution import world_size
+from ..engine import parts_of
 from ..errors import UsageError
 from ..quantization import QuantizationConfig, prepare
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from .settings import MethodSettings
 
 __all__ = ["Method", "MethodConfig", "Problem"]
-
-#: Pixels that pass a network together in training on a CPU: 16 images of 224x224, 784 of 32x32.
-_PIXELS_AT_ONCE = 16 * 224**2
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class Problem:
             each; None if unknown.
         cuda_graphs: On a GPU, replay steps as CUDA graphs.
         images_at_once: So many images at most pass a network together in training, where that does
-            not change the result but for the order of sums; None for as many as have
-            `_PIXELS_AT_ONCE` on a CPU, and for all on a GPU.
+            not change the result but for the order of sums; None for what
+            `fdda_ext.engine.parts_of` says.
     """
 
     teacher: nn.Module
@@ -83,12 +81,9 @@ class Problem:
 
     def parts(self, images: int) -> int:
         """Into how many parts a batch of ``images`` is divided, so that each fits the memory."""
-        limit = self.images_at_once
-        if limit is None:
-            if self.device.type != "cpu":
-                return 1
-            limit = max(_PIXELS_AT_ONCE // self.images[0, 0].numel(), 1)
-        return -(-images // limit)
+        if self.images_at_once is not None:
+            return -(-images // self.images_at_once)
+        return parts_of(images, self.images[0, 0].numel(), self.device)
 
     def student(self) -> GraphModule:
         """A fake-quantized copy of the teacher, its ranges not yet set."""
