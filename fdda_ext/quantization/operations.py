@@ -18,6 +18,7 @@ __all__ = [
     "GRID_PRESERVING",
     "describe",
     "is_global_pooling",
+    "keeps_order",
     "mean_dimensions",
     "never_negative",
     "operation",
@@ -302,6 +303,12 @@ def is_global_pooling(node: Node, modules: dict[str, nn.Module]) -> bool:
     return operation(node, modules) == "avg_pool" and shape(node).numel() == (
         shape(node)[0] * shape(node)[1]
     )
+
+
+def keeps_order(node: Node) -> bool:
+    """Whether a reshaping node leaves the values in their order."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return not any(word in name.lower() for word in ("permute", "transpose", "shuffle"))
 
 
 def never_negative(graph: Graph, modules: dict[str, nn.Module]) -> set[Node]:
