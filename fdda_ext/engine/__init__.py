@@ -20,6 +20,7 @@ from .memory import (
     must_fit,
     parts_of,
     peak_memory,
+    process_memory,
     release_freed_memory,
 )
 from .profiling import Profile, profile, stage
@@ -55,6 +56,7 @@ __all__ = [
     "parts_of",
     "peak_memory",
     "preprocessing_of",
+    "process_memory",
     "profile",
     "progress_bar",
     "read_student",

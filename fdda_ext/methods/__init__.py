@@ -20,6 +20,7 @@ from .dsg import DSG, DSGConfig
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
 from .lapq import LAPQ, LAPQConfig
+from .memory import MemoryEstimate, estimate_memory
 from .qdrop import QDrop, QDropConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
@@ -50,6 +51,7 @@ __all__ = [
     "FDDAConfig",
     "GDFQConfig",
     "LAPQConfig",
+    "MemoryEstimate",
     "Method",
     "MethodSettings",
     "MinMax",
@@ -64,6 +66,7 @@ __all__ = [
     "ZeroQConfig",
     "build_method",
     "distillation_loss",
+    "estimate_memory",
     "method_class",
 ]
 

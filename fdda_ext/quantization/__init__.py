@@ -9,9 +9,16 @@ from .allocation import allocate_bits
 from .config import QuantizationConfig, parse_bits
 from .prepare import prepare
 from .report import LayerBits, bits_table, render_bits
-from .student import calibrate, project_scales_, scale_parameters, set_activation_mode
+from .student import (
+    IMAGES_AT_ONCE,
+    calibrate,
+    project_scales_,
+    scale_parameters,
+    set_activation_mode,
+)
 
 __all__ = [
+    "IMAGES_AT_ONCE",
     "LayerBits",
     "QuantizationConfig",
     "allocate_bits",
