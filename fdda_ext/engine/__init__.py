@@ -28,6 +28,7 @@ from .memory import (
     must_fit,
     parts_of,
     peak_memory,
+    process_memory,
     release_freed_memory,
 )
 from .probe import check_logits, count_outputs, input_channels
@@ -72,6 +73,7 @@ __all__ = [
     "parts_of",
     "peak_memory",
     "preprocessing_of",
+    "process_memory",
     "profile",
     "progress_bar",
     "read_student",

@@ -26,6 +26,7 @@ __all__ = [
     "must_fit",
     "parts_of",
     "peak_memory",
+    "process_memory",
     "release_freed_memory",
 ]
 
@@ -76,6 +77,16 @@ def parts_of(images: int, pixels: int, device: torch.device) -> int:
     if device.type != "cpu":
         return 1
     return -(-images // max(_PIXELS_AT_ONCE // pixels, 1))
+
+
+def process_memory(device: torch.device) -> int:
+    """Bytes that the process has now: on a GPU what torch keeps there, else its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_memory(device) << 20
 
 
 def peak_memory(device: torch.device) -> int:

@@ -30,6 +30,7 @@ from ..distribution import shard, share_of, world_size
 from ..engine import stage
 from ..errors import UsageError
 from ..statistics import (
+    BNSCentres,
     Distortion,
     StatisticsTargets,
     capture,
@@ -135,16 +136,24 @@ class _Drawn(NamedTuple):
 
 
 class FDDA(AlternatingTraining):
-    """The method of the paper; every constant is a setting, with the paper's as default."""
+    """The method of the paper; every constant is a setting, with the paper's as default.
+
+    Args:
+        problem: What to quantize.
+        settings: With the section ``fdda``.
+        centres: Of the teacher; None to compute them from the calibration images.
+    """
 
     summary = "generator aligned with per-class BN statistics, distillation on real and generated"
     distributed = True
     needs_labels = True
     sections = ("fdda", "distillation")
 
-    def __init__(self, problem: Problem, settings: MethodSettings) -> None:
+    def __init__(
+        self, problem: Problem, settings: MethodSettings, centres: BNSCentres | None = None
+    ) -> None:
         self.config = settings.fdda
-        self.centres = compute_centres(
+        self.centres = centres or compute_centres(
             problem.teacher, problem.images, problem.labels, problem.num_classes
         )
         self.num_correct = int(self.centres.correct.sum())
