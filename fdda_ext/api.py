@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.data import DataLoader, Dataset
 
+from .commands.train import inputs_digest, parse_arguments
 from .data import Augmentation
 from .deploy import IntegerProgram, export_obstacles, export_student
 from .engine import (
@@ -51,7 +52,6 @@ from .quantization import (
     set_activation_mode,
 )
 from .quantizing import build_problem, check_problem, run_method
-from .train import inputs_digest, parse_arguments
 
 __all__ = [
     "Images",

@@ -25,8 +25,8 @@ from common import (
     write_table,
 )
 
+from fdda_ext.commands.train import parse_arguments
 from fdda_ext.engine import run_command
-from fdda_ext.train import parse_arguments
 from fdda_ext.visualization import COLOURS, new_figure
 
 FULL = "full method"

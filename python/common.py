@@ -10,9 +10,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fdda_ext.compare import main as compare
+from fdda_ext.commands.compare import main as compare
+from fdda_ext.commands.train import main as train, parse_arguments
 from fdda_ext.engine import RunFolder, format_duration, standard_error
-from fdda_ext.train import main as train, parse_arguments
 
 
 def finished_run(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:

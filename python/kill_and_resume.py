@@ -37,9 +37,10 @@ ARGUMENTS = [
 ]
 _PROGRAM = """
 import functools, sys
-from fdda_ext import train as command
+from fdda_ext import quantizing
+from fdda_ext.commands import train as command
 from fdda_ext.engine import run_command
-command.train = functools.partial(command.train, checkpoint_seconds=0.0, log_every=1)
+quantizing.train = functools.partial(quantizing.train, checkpoint_seconds=0.0, log_every=1)
 run_command(lambda: command.main(sys.argv[1:]))
 """
 

@@ -51,6 +51,7 @@ from torch import nn
 
 import fdda_ext
 from fdda_ext import deploy
+from fdda_ext.commands.train import parse_arguments
 from fdda_ext.data import Augmentation
 from fdda_ext.deploy import load_program, lower, save_program
 from fdda_ext.engine import run_command
@@ -60,7 +61,6 @@ from fdda_ext.methods import Problem
 from fdda_ext.methods.distillation import DistillationConfig, Student
 from fdda_ext.models import load_model
 from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
-from fdda_ext.train import parse_arguments
 
 LIBRARIES = ("torchvision", "timm", "pytorchcv")
 #: Networks of a family that are run unless --per-family says otherwise; None for all.

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from common import mean_and_spread, one, sample_note, write_csv, write_table
 
-from fdda_ext.compare import Setting, main as compare
+from fdda_ext.commands.compare import Setting, main as compare
 from fdda_ext.engine import run_command
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import Method, method_class

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fdda_ext import evaluate
+from fdda_ext.commands import evaluate
 from fdda_ext.errors import UsageError
 from fdda_ext.models import load_model, load_weights, open_model
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fdda_ext import evaluate, train
+from fdda_ext.commands import evaluate, train
 from fdda_ext.engine import read_student, run_command, write_student
 from fdda_ext.errors import UsageError
 
@@ -80,7 +80,8 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     # The process kills itself when it is to write its fifth checkpoint: an iteration is lost.
     program = (
         "import functools, os, signal, sys\n"
-        "from fdda_ext import train as command\n"
+        "from fdda_ext import quantizing\n"
+        "from fdda_ext.commands import train as command\n"
         "from fdda_ext.engine import loop\n"
         "written = []\n"
         "def save_state(path, state, save=loop.save_state):\n"
@@ -88,7 +89,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    written.append(save(path, state))\n"
         "loop.save_state = save_state\n"
-        "command.train = functools.partial(command.train, checkpoint_seconds=0.0)\n"
+        "quantizing.train = functools.partial(quantizing.train, checkpoint_seconds=0.0)\n"
         "command.main(sys.argv[1:])\n"
     )
     done = subprocess.run(
@@ -131,7 +132,7 @@ def test_profile_names_stages_and_trains_nothing(tmp_path, capsys):
     assert any(event.get("name") == "generator: teacher" for event in events)
     assert not (out / "checkpoint.safetensors").exists()
     with pytest.raises(UsageError, match="a method that trains, got method mse"):
-        train.main([*QUICK, "--profile=3", "--method=mse", f"--out={tmp_path / 'other'}"])
+        train.main(["--threads=1", "--profile=3", "--method=mse", f"--out={tmp_path / 'other'}"])
 
 
 def test_print_config_is_a_config_file(tmp_path):
@@ -320,7 +321,8 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
 
 def test_evaluate_refuses_what_does_not_fit(tmp_path):
     out = tmp_path / "run"
-    train.main([*QUICK, "--method=minmax", "--baselines=[]", f"--out={out}"])
+    quick = ["--threads=1", "--test_limit=71", "--no-report"]
+    train.main([*quick, "--method=minmax", "--baselines=[]", f"--out={out}"])
     for arguments, message in (
         ([f"--run={out}", "--data=digits"], "data of the network's 71 classes, got 10"),
         (["--model=glyphs_resnet", "--weights=none", "--data="], "data not to be empty"),

@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fdda_ext import compare, export, train, visualize
+from fdda_ext.commands import compare, export, train, visualize
 from fdda_ext.data import listing, load_dataset
 from fdda_ext.engine import (
     Profile,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from fdda_ext import compare, train
+from fdda_ext.commands import compare, train
 from fdda_ext.errors import UsageError
 
 SETTING = compare.Setting("glyphs_resnet", "W3A3", "same", 1)

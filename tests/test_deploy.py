@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fdda_ext
-from fdda_ext import evaluate, export
+from fdda_ext.commands import evaluate, export
 from fdda_ext.data import calibration_set, load_dataset
 from fdda_ext.deploy import (
     IntegerProgram,

@@ -231,7 +231,7 @@ def test_damaged_images_count_together(monkeypatch):
 
 
 def test_a_process_with_other_weights_is_refused(monkeypatch, tmp_path):
-    from fdda_ext import train
+    from fdda_ext.commands import train
 
     other = RunFolder(tmp_path / "a", "", resume=False, inputs="x").fingerprint
     monkeypatch.setattr(train, "from_first", lambda make: other)

@@ -11,8 +11,8 @@ from test_prepare_zoo import settle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdda_ext import export
 from fdda_ext._torchvision import import_torchvision
+from fdda_ext.commands import export
 from fdda_ext.data import load_dataset
 from fdda_ext.deploy import (
     IntegerProgram,

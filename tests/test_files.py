@@ -3,20 +3,16 @@
 import io
 import os
 import tarfile
-from importlib import import_module
 
 import pytest
 import torch
 from PIL import Image
 
-from fdda_ext import train
+from fdda_ext.commands import evaluate, train
 from fdda_ext.data import calibration_set, listing, load_dataset, synthetic
 from fdda_ext.data.listing import Listing, cached_listing
 from fdda_ext.errors import UnreadableImageError, UsageError
 from fdda_ext.preprocessing import Preprocessing
-
-#: `fdda_ext.evaluate` and `fdda_ext.export` are functions; these are the commands.
-evaluate = import_module("fdda_ext.evaluate")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from importlib import import_module
 from types import ModuleType
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fdda_ext import pretrain, train
+from fdda_ext.commands import evaluate, export, pretrain, train
 from fdda_ext.data import choose_preprocessing, load_dataset
 from fdda_ext.data.dataset import to_channels
 from fdda_ext.deploy import load_program, load_student
@@ -20,10 +19,6 @@ from fdda_ext.image_size import height_and_width, parse_image_size, show_image_s
 from fdda_ext.methods import METHODS, Problem, build_method
 from fdda_ext.models import open_model
 from fdda_ext.preprocessing import Preprocessing, PreprocessingConfig
-
-#: `fdda_ext.evaluate` and `fdda_ext.export` are functions; these are the commands.
-evaluate = import_module("fdda_ext.evaluate")
-export = import_module("fdda_ext.export")
 
 # ---- sizes ----------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 import torch
 
-from fdda_ext import train
+from fdda_ext.commands import train
 from fdda_ext.data import calibration_set
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import METHODS, MethodSettings, Problem, build_method, why_unused

@@ -15,10 +15,10 @@ from PIL import Image
 from test_fdda import problem, settings
 from torch import nn
 
+from fdda_ext.commands.train import parse_arguments
 from fdda_ext.engine import RunFolder, format_duration
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import FDDA
-from fdda_ext.train import parse_arguments
 
 PROGRAMS = Path(__file__).parent.parent / "python"
 SMOKE = ("--budget=smoke",)

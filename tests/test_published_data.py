@@ -4,7 +4,6 @@ import bz2
 import pickle
 import struct
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,11 @@ import torch
 from PIL import Image
 from test_images import network_of
 
-from fdda_ext import train
 from fdda_ext._torchvision import import_torchvision
+from fdda_ext.commands import evaluate, export, train
 from fdda_ext.data import PUBLISHED, calibration_set, load_dataset, takes_preprocessing
 from fdda_ext.errors import UsageError
 from fdda_ext.preprocessing import Preprocessing
-
-#: `fdda_ext.evaluate` and `fdda_ext.export` are functions; these are the commands.
-evaluate = import_module("fdda_ext.evaluate")
-export = import_module("fdda_ext.export")
 
 CIFAR10 = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

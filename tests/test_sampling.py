@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fdda_ext import compare, evaluate, train
+from fdda_ext.commands import compare, evaluate, train
 from fdda_ext.data import load_dataset
 from fdda_ext.data.sampling import fair_sample
 from fdda_ext.engine import Accuracy, BatchSource, evaluate as measure, standard_error
@@ -136,7 +136,7 @@ def test_whatever_prints_an_accuracy_of_a_sample_prints_its_error(tmp_path, caps
     assert f"top-1 {summary['float_top1']:.2f} ± " in (folder.with_suffix(".log")).read_text()
     evaluate.main([f"--run={folder}", "--test_limit=71", "--threads=1"])
     assert f"top-1 {top1} %" in capsys.readouterr().out
-    from fdda_ext import visualize
+    from fdda_ext.commands import visualize
 
     visualize.main([str(folder), "--images=20", "--threads=1"])
     report = (folder / "report.html").read_text()

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fdda_ext import export, train, visualize
+from fdda_ext.commands import export, train, visualize
 from fdda_ext.data import load_dataset
 from fdda_ext.engine import BatchSource
 from fdda_ext.errors import UsageError
