@@ -70,7 +70,7 @@ from .methods import (
 )
 from .models import TrainedNetwork, open_model
 from .preprocessing import Preprocessing, PreprocessingConfig
-from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits
+from .quantization import QuantizationConfig, any_memory_format, bits_table, parse_bits, render_bits
 from .visualization import write_report
 
 __all__ = [
@@ -609,9 +609,10 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         preprocessing=preprocessing,
         max_unreadable=config.max_unreadable,
     )
-    teacher = opened.network.to(device).requires_grad_(False)
+    teacher = opened.network.to(device).eval().requires_grad_(False)
     # Convolutions are fastest so, on CPUs and on GPUs; whatever follows keeps the format.
     teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = any_memory_format(teacher, images[:1].to(device))
     outputs = count_outputs(teacher, images[:1].to(device), "train")
     if outputs != dataset.num_classes:
         raise UsageError(

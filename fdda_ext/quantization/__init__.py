@@ -10,11 +10,13 @@ from .config import QuantizationConfig, parse_bits
 from .prepare import prepare
 from .report import LayerBits, bits_table, render_bits
 from .student import calibrate, project_scales_, scale_parameters, set_activation_mode
+from .tracing import any_memory_format
 
 __all__ = [
     "LayerBits",
     "QuantizationConfig",
     "allocate_bits",
+    "any_memory_format",
     "bits_table",
     "calibrate",
     "parse_bits",
