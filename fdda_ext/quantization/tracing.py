@@ -112,14 +112,7 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     root = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed}).eval()
     for name, module in root.named_modules():
         if parametrize.is_parametrized(module):
-            assert isinstance(module.parametrizations, nn.ModuleDict)
-            for tensor in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, tensor)
-                value = getattr(module, tensor)
-                if not isinstance(value, nn.Parameter):  # it was frozen
-                    delattr(module, tensor)
-                    frozen = nn.Parameter(value.detach().clone(), requires_grad=False)
-                    module.register_parameter(tensor, frozen)
+            _compute_weights(module)
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(module, hook.name)
@@ -134,6 +127,19 @@ def _plain_copy(model: nn.Module) -> nn.Module:
                 f"got one on {title}; remove it first"
             )
     return root
+
+
+def _compute_weights(module: nn.Module) -> None:
+    """Replace the parametrizations of ``module`` by what they give.
+
+    Torch's own function changes the class, which the module that this one is a copy of has, too.
+    """
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    module.__class__ = type(module).__bases__[0]
+    del module.parametrizations
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
 
 
 def _graph(root: nn.Module, example: Tensor) -> Graph:
@@ -426,6 +432,7 @@ def _drop_idle_ceil_mode(network: GraphModule) -> None:
                 _call(network, node, pool)
         else:
             node.args, node.kwargs = (source,), given
+    network.delete_all_unused_submodules()
 
 
 def _pad_same(network: GraphModule, example: Tensor) -> None:
