@@ -18,7 +18,7 @@ from .distribution import local_device
 from .engine import Progress, ProgressBar, RunFolder, must_fit, train
 from .errors import UsageError
 from .methods import Method, MethodSettings, Problem, build_method, check_method
-from .quantization import QuantizationConfig
+from .quantization import QuantizationConfig, any_memory_format
 
 __all__ = ["build_problem", "check_problem", "run_method"]
 
@@ -59,6 +59,7 @@ def build_problem(
     teacher = network.to(place).eval().requires_grad_(False)
     # CPUs and GPUs run convolutions fastest in this memory format. All that follows keeps it.
     teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = any_memory_format(teacher, images[:1].to(place))
     pixel_range = None
     if mean is not None and std is not None:
         shift, scale = (torch.tensor(v, device=place).view(-1, 1, 1) for v in (mean, std))

@@ -17,6 +17,7 @@ from .student import (
     scale_parameters,
     set_activation_mode,
 )
+from .tracing import any_memory_format
 
 __all__ = [
     "IMAGES_AT_ONCE",
@@ -24,6 +25,7 @@ __all__ = [
     "QuantizationConfig",
     "activation_quantizers",
     "allocate_bits",
+    "any_memory_format",
     "bits_table",
     "calibrate",
     "parse_bits",

@@ -41,7 +41,9 @@ __all__ = ["SizedTracer", "fake_images", "is_authors", "shapes_of", "shapes_only
 _BATCHES = (64, 96)
 #: Functions that make a tensor of the sizes in their arguments.
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn")
-_RESHAPES: tuple[Any, ...] = ("view", "view_as", "reshape", "reshape_as", torch.reshape)
+_RESHAPES: tuple[Any, ...] = ("reshape", "reshape_as", torch.reshape)
+#: Whether a view is possible depends on how the layer before lays out its result in memory.
+_VIEWS = {"view": "reshape", "view_as": "reshape_as"}
 _SQUEEZES: tuple[Any, ...] = ("squeeze", torch.squeeze)
 #: Methods that give back their tensor if it has the wanted type and device.
 _CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda")
@@ -219,6 +221,8 @@ class SizedTracer(Tracer):
                     found = getattr(found, part)
             values = [found] * len(_BATCHES)
         else:
+            if kind == "call_method" and not any(isinstance(a, torch.dtype) for a in args):
+                target = _VIEWS.get(target, target)
             for keyword in ("input", "tensors"):  # everything else expects the tensor in front
                 if not args and kind != "call_method" and keyword in kwargs:
                     args = (kwargs[keyword],)
@@ -281,11 +285,7 @@ class SizedTracer(Tracer):
     def _without_batch(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], values: list[Any]
     ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """Target and arguments of a reshaping operation for batches of any size.
-
-        A view becomes a reshape: whether it is possible depends on how the layer before has laid
-        out its result in memory.
-        """
+        """Target and arguments of a reshaping operation for batches of any size."""
         unchanged = target, args, kwargs
         source = self.values.get(args[0].node) if args and isinstance(args[0], Proxy) else None
         if source is None or not all(isinstance(v, Tensor) for v in (*values, *source)):

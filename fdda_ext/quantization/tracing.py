@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError
 from .layers import FixedBatchNorm2d
@@ -33,7 +34,7 @@ from .operations import (
 )
 from .tracer import SizedTracer, fake_images, is_authors, shapes_of, shapes_only
 
-__all__ = ["trace"]
+__all__ = ["any_memory_format", "trace"]
 
 #: Layers that are understood, and the forwards they may have.
 _FORWARDS: dict[type[nn.Module], tuple[Any, ...]] = {
@@ -111,14 +112,7 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     root = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed}).eval()
     for name, module in root.named_modules():
         if parametrize.is_parametrized(module):
-            assert isinstance(module.parametrizations, nn.ModuleDict)
-            for tensor in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, tensor)
-                value = getattr(module, tensor)
-                if not isinstance(value, nn.Parameter):  # it was frozen
-                    delattr(module, tensor)
-                    frozen = nn.Parameter(value.detach().clone(), requires_grad=False)
-                    module.register_parameter(tensor, frozen)
+            _compute_weights(module)
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(module, hook.name)
@@ -133,6 +127,19 @@ def _plain_copy(model: nn.Module) -> nn.Module:
                 f"got one on {title}; remove it first"
             )
     return root
+
+
+def _compute_weights(module: nn.Module) -> None:
+    """Replace the parametrizations of ``module`` by what they give.
+
+    Torch's own function changes the class, which the module that this one is a copy of has, too.
+    """
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    module.__class__ = type(module).__bases__[0]
+    del module.parametrizations
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
 
 
 def _graph(root: nn.Module, example: Tensor) -> Graph:
@@ -175,7 +182,8 @@ def _check_runs(root: nn.Module, example: Tensor) -> None:
     """Refuse a network that does not take ``example``, whether it can be traced or not."""
     images = torch.zeros_like(example)
     try:
-        root(images)
+        with _ReshapingViews():
+            root(images)
         return
     except Exception as error:
         reason, cause = _reason(error), error
@@ -424,6 +432,7 @@ def _drop_idle_ceil_mode(network: GraphModule) -> None:
                 _call(network, node, pool)
         else:
             node.args, node.kwargs = (source,), given
+    network.delete_all_unused_submodules()
 
 
 def _pad_same(network: GraphModule, example: Tensor) -> None:
@@ -475,12 +484,47 @@ def _check_same(network: GraphModule, root: nn.Module, example: Tensor) -> None:
     random = torch.Generator().manual_seed(0)
     images = torch.randn(example.shape, generator=random).to(example)
     # Two images and one of them: a graph that was made for a certain batch size differs, too.
-    if not _close(network(images[:1]), root(images)[:1]):
+    with _ReshapingViews():
+        expected = root(images)
+    if not _close(network(images[:1]), expected[:1]):
         raise UsageError(
             "prepare: expected model to compute the same when traced by torch.fx, "
             f"got other outputs from {type(root).__name__}; it may change tensors in place, or "
             "depend on the batch size"
         )
+
+
+class _ReshapingViews(TorchFunctionMode):
+    """Where views are reshapes, which tensors of every memory format allow."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.view and not any(isinstance(a, torch.dtype) for a in args):
+            func = Tensor.reshape
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def any_memory_format(network: nn.Module, images: Tensor) -> nn.Module:
+    """``network``, or a copy that takes images in channels_last where ``network`` does not.
+
+    Code such as ``x.view(x.size(0), -1)`` needs a tensor that is laid out in memory as it is
+    indexed. The copy is the network's graph, with reshapes in the place of views.
+
+    Args:
+        network: Of one image tensor to one tensor, in evaluation mode.
+        images: ``[N, C, H, W]``, what it takes.
+
+    Raises:
+        UsageError: See `trace`.
+    """
+    try:
+        network(images.contiguous(memory_format=torch.channels_last))
+    except Exception as error:  # it may not take such images at all, which is for others to say
+        if "view size is not compatible" in str(error):
+            return trace(network, images)
+    return network
 
 
 def _close(result: Tensor, expected: Tensor) -> bool:
