@@ -31,7 +31,17 @@ from fdda_ext.deploy import (
     stored_bytes,
 )
 from fdda_ext.deploy.file import pack_codes, unpack_codes
-from fdda_ext.deploy.instructions import CodeGrid, Conv, Linear, Reshape, Value
+from fdda_ext.deploy.instructions import (
+    CodeGrid,
+    Conv,
+    Linear,
+    MaxPool,
+    Pad,
+    Quantize,
+    Rescale,
+    Reshape,
+    Value,
+)
 from fdda_ext.engine import write_student
 from fdda_ext.engine.checkpoint import digest
 from fdda_ext.errors import UsageError
@@ -413,6 +423,33 @@ def test_hostile_manifests_are_refused_or_run(tmp_path_factory, images, seed: in
         return
     if tuple(program.image.shape) == (3, SIZE, SIZE):
         assert program(images[:2]).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "rule"),
+    [
+        (lambda x, grid: Reshape(("image",), Value("y", x.shape, None)), "the image in Quantize"),
+        (lambda x, grid: Quantize((x.name,), Value("y", x.shape, grid)), "the image in Quantize"),
+        (
+            lambda x, grid: MaxPool(
+                (x.name,), Value("y", (3, 1, 1), None), (1, 1), (2**15, 1), (0, 0), (1, 1), False
+            ),
+            "a window of reasonable size",
+        ),
+        (lambda x, grid: Pad((x.name,), Value("y", (3, 3, 4), None), 0, 0, -1, 0), "sides of 0"),
+    ],
+    ids=["image", "quantize", "stride", "pad"],
+)
+def test_programs_that_the_kernels_would_refuse_are_refused_as_they_are_built(step, rule):
+    grid = CodeGrid(0.1, 3, 4)
+    image, x = Value("image", (3, 4, 4), None), Value("x", (3, 4, 4), None)
+    codes = Quantize(("image",), Value("codes", image.shape, grid))
+    floats = Rescale(("codes",), x, None, None)
+    tensors = {"x.scale": torch.ones(1), "x.shift": torch.zeros(1)}
+    with pytest.raises(UsageError, match=rule):
+        IntegerProgram(image, [codes, floats, step(x, grid)], tensors)
+    with pytest.raises(UsageError, match="logits in float32, got codes of 4 bits"):
+        IntegerProgram(image, [codes], {})
 
 
 # ---- the command line -----------------------------------------------------------------------

@@ -124,6 +124,11 @@ def sum_read_twice(n, x):
     return n.end(F.relu(x) + F.relu6(n.bn3(x)) + x)
 
 
+def summed_by_python(n, x):
+    x = F.relu(n.stem(x))
+    return n.end(F.relu(sum([n.conv2(x), x, n.bn3(x)])))
+
+
 def added_to_itself(n, x):
     x = n.stem(x)
     return n.end(F.relu(x + x))
@@ -172,6 +177,7 @@ EXPORTED = {
         norm_of_the_image,
         sum_read_twice,
         added_to_itself,
+        summed_by_python,
         pooled_and_linear,
         pooled_sum,
         shapes_in_between,

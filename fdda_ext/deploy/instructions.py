@@ -415,6 +415,8 @@ class Pad(Instruction):
         """``(C, H', W')``."""
         source = inputs[0]
         require(source.grid == self.output.grid and len(source.shape) == 3, "the same grid")
+        sides = (self.left, self.right, self.top, self.bottom)
+        require(min(sides) >= 0, "sides of 0 or more")
         channels, height, width = source.shape
         return (channels, height + self.top + self.bottom, width + self.left + self.right)
 
@@ -535,7 +537,7 @@ def _window(
     require(math.prod(kernel) <= _MOST_TAPS, "a window of reasonable size")
     sizes = []
     for n, k, s, p, d in zip(shape[1:], kernel, stride, padding, dilation, strict=True):
-        require(0 <= p < 2**15 and k < 2**15 and d < 2**15, "a window of reasonable size")
+        require(0 <= p < 2**15 and max(k, s, d) < 2**15, "a window of reasonable size")
         room = n + 2 * p - d * (k - 1) - 1
         require(room >= 0, "a window that fits the image")
         size = (room + (s - 1 if ceil_mode else 0)) // s + 1

@@ -67,6 +67,10 @@ _SHOWN = 5
 
 _ACTIVATION = "has no integer instruction, replace it by ReLU or ReLU6 before training"
 _SOFTMAX = "has no integer instruction, leave it out: the order of the logits is the same without"
+_SIGMOID = (
+    "has no integer instruction, replace it by ReLU or ReLU6, or use a network without gates "
+    "(squeeze-and-excitation)"
+)
 _GATE = (
     "multiplies tensors, which has no integer instruction, use a network without such gates "
     "(squeeze-and-excitation)"
@@ -93,12 +97,15 @@ _POOLING = (
 #: case, without underscores.
 _REASONS = dict.fromkeys(
     (
-        "celu", "clamp", "clip", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leakyrelu",
-        "logsigmoid", "mish", "prelu", "quickgelu", "rrelu", "selu", "sigmoid", "silu", "softplus",
+        "celu", "clamp", "clip", "elu", "gelu", "hardswish", "hardtanh", "leakyrelu",
+        "logsigmoid", "mish", "prelu", "quickgelu", "rrelu", "selu", "silu", "softplus",
         "softsign", "swish", "tanh", "threshold",
     ),
     _ACTIVATION,
-) | dict.fromkeys(("softmax", "logsoftmax"), _SOFTMAX) | {"mul": _GATE}  # fmt: skip
+) | {
+    "sigmoid": _SIGMOID, "hardsigmoid": _SIGMOID, "softmax": _SOFTMAX, "logsoftmax": _SOFTMAX,
+    "mul": _GATE,
+}  # fmt: skip
 
 
 @torch.no_grad()

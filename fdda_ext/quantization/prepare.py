@@ -94,6 +94,7 @@ def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor)
         raise UsageError(f"prepare: expected example_input of images [N, 3, H, W], got {got}")
     student = trace(model, example_input)
     _write_out_padding(student)
+    _drop_added_zeros(student)
     placements = _plan(student, config)
     _quantize_layers(student, config)
     _insert_quantizers(student, placements, config)
@@ -132,6 +133,17 @@ def _pad_input(network: GraphModule, node: Node, sides: tuple[int, int, int, int
     left, right, top, bottom = sides
     pad.meta["shape"] = torch.Size((batch, channels, height + top + bottom, width + left + right))
     node.replace_input_with(source, pad)
+
+
+def _drop_added_zeros(network: GraphModule) -> None:
+    """Take away additions of the number 0, with which Python's ``sum`` begins."""
+    modules = dict(network.named_modules())
+    for node in list(network.graph.nodes):
+        if operation(node, modules) == "add" and any(
+            isinstance(a, (int, float)) and a == 0 for a in node.args
+        ):
+            node.replace_all_uses_with(tensor_inputs(node)[0])
+            network.graph.erase_node(node)
 
 
 def _plan(network: GraphModule, config: QuantizationConfig) -> list[_Placement]:
