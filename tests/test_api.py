@@ -243,9 +243,7 @@ def test_a_wrong_argument_is_named_before_anything_is_computed(arguments, messag
     given = {"network": network, "images": images, "labels": labels, "method": "minmax"}
     given |= arguments
     with pytest.raises(UsageError, match=message):
-        fdda_ext.quantize(
-            given.pop("network"), given.pop("images"), given.pop("labels"), **given
-        )
+        fdda_ext.quantize(given.pop("network"), given.pop("images"), given.pop("labels"), **given)
 
 
 class Swish(Net):
