@@ -1,6 +1,7 @@
 """Which networks become integer programs, and what is said of the others before training."""
 
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -335,7 +336,10 @@ OBSTACLES = {
     "chunk": (lambda x: torch.chunk(x, 2, 1)[0], r"chunk.*takes a part of a tensor"),
     "rows": (lambda x: torch.cat([x, x], 2), r"cat.*concatenates other things than channels"),
     "channels": (lambda x: F.pad(x, (0, 0, 0, 0, 2, 2)), r"pad.*pads by \(0, 0, 0, 0, 2, 2\)"),
-    "batch": (lambda x: x.view(-1, 4, SIZE, SIZE), r"view.*mixes the images of a batch"),
+    "batch": (
+        lambda x: F.relu(x.view(-1, 4, SIZE, SIZE)).view(-1, 8, SIZE, SIZE),
+        r"^Tensor.*: mixes the images of a batch",
+    ),
     "minus": (lambda x: F.relu(x) - x, r"^- in Refused, .*has no integer instruction"),
 }  # fmt: skip
 
@@ -396,7 +400,13 @@ def test_error_shows_the_first_of_many_obstacles():
 
 
 def test_what_is_no_student_of_the_deploy_grid_has_an_obstacle():
-    assert export_obstacles(nn.Linear(2, 2)) == ["Linear is no network from prepare"]
+    student = prepare(build("pooled_sum"), QuantizationConfig(), images(1))
+    unpickled = pickle.loads(pickle.dumps(student))
+    for network in (nn.Linear(2, 2), torch.fx.symbolic_trace(nn.ReLU()), unpickled):
+        (obstacle,) = export_obstacles(network)
+        assert "is no network as prepare returns it" in obstacle
+        with pytest.raises(UsageError, match="is no network as prepare returns it"):
+            lower(network)
     student = prepare(build("dense_block"), QuantizationConfig(grid="paper"), images(1))
     assert len(export_obstacles(student)) == 1
     assert "grid paper" in export_obstacles(student)[0]

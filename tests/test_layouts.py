@@ -116,9 +116,7 @@ def test_networks_that_compute_something_else_are_refused_and_the_difference_nam
         load_model("torchvision:resnet18", weights=f"torchvision:resnet50={path}")
     with pytest.raises(UsageError, match="nor are they from timm:regnetx_006"):
         load_model("pytorchcv:regnetx006", weights=str(path))
-    with pytest.raises(
-        UsageError, match="weights of timm:regnetx_006, got .* with no stem.conv.weight"
-    ):
+    with pytest.raises(UsageError, match="weights of timm:regnetx_006, got .* with no stem.conv"):
         load_model("pytorchcv:regnetx006", weights=f"timm:regnetx_006={path}")
 
 

@@ -10,11 +10,12 @@ from fdda_ext.statistics import (
     LayerStatistics,
     bns_loss,
     capture,
-    centralised_and_distorted_loss,
+    centralised_and_distorted_targets,
     compute_centres,
     first_class_layer,
     load_centres,
     noise_pull_loss,
+    noise_pull_targets,
     running_statistics,
     save_centres,
 )
@@ -99,9 +100,12 @@ def test_class_losses_equal_the_formula_for_each_class():
     )
     share = torch.tensor([0.5, 0.0, 0.5])
     random = torch.Generator().manual_seed(3)
-    centralised, distorted = centralised_and_distorted_loss(
-        inputs, index, centres, share, Distortion(0.0, 0.0), random
-    )
+    targets = centralised_and_distorted_targets(index, centres, share, Distortion(0.0, 0.0), random)
+    together = targets.distances(inputs)
+    centralised, distorted = together.mean(1)
+    # A layer at a time, with the same bits.
+    alone = [targets.distances([x], layer) for layer, x in enumerate(inputs)]
+    assert torch.cat(alone, 1).equal(together)
     plain = sum(
         0.5 * plain_distance(x[index == k], mean[k], variance[k])
         for x, mean, variance in zip(inputs, *centres, strict=True)
@@ -120,7 +124,9 @@ def test_distorted_loss_at_the_centre_has_the_noise_as_its_expectation():
     index, share = torch.zeros(8, dtype=torch.int64), torch.ones(1)
     random = torch.Generator().manual_seed(0)
     values = [
-        centralised_and_distorted_loss([x], index, centre, share, Distortion(0.5, 1.0), random)
+        centralised_and_distorted_targets(index, centre, share, Distortion(0.5, 1.0), random)
+        .distances([x])
+        .mean(1)
         for _ in range(40)
     ]
     assert max(float(centralised) for centralised, _ in values) < 1e-10
@@ -132,10 +138,15 @@ def test_noise_pull_is_twice_the_distance_to_standard_normal_noise():
     x = [torch.zeros(4, 256, 3, 3)]
     random = torch.Generator().manual_seed(0)
     index, share = torch.zeros(4, dtype=torch.int64), torch.ones(1)
-    values = [float(noise_pull_loss(x, index, share, random)) for _ in range(40)]
+    like = LayerStatistics([torch.zeros(1, 256)], [torch.ones(1, 256)])
+
+    def loss(share: torch.Tensor) -> float:
+        return float(noise_pull_loss(noise_pull_targets(index, like, share, random).distances(x)))
+
+    values = [loss(share) for _ in range(40)]
     # Statistics are 0, so each term is the mean square of standard normal noise: 1.
     assert sum(values) / len(values) == pytest.approx(2 * (1 + 1), rel=0.05)
-    assert float(noise_pull_loss(x, index, torch.zeros(1), random)) == 0
+    assert loss(torch.zeros(1)) == 0
 
 
 def test_centres_are_those_of_each_class_alone(tmp_path):

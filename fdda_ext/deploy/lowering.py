@@ -78,6 +78,8 @@ _CONSTANT = (
 _SHAPES = "adds tensors of different shapes, which has no integer instruction"
 _MOVES = "moves values to other places, which has no integer instruction"
 _SELECTS = "takes a part of a tensor, which has no integer instruction"
+#: Unpickled graphs have lost the shapes of their tensors.
+_NO_STUDENT = "is no network as prepare returns it, call prepare and load_state_dict instead"
 _OTHER = (
     "has no integer instruction, use convolutions, linear layers, batch normalisation, ReLU, "
     "ReLU6, addition, concatenation, max or average pooling"
@@ -119,6 +121,8 @@ def lower(
         UsageError: If the student is not calibrated, or if `export_obstacles` finds any; names the
             first of them.
     """
+    if not isinstance(student, GraphModule) or not _has_shapes(student):
+        raise UsageError(f"lower: expected a student, got one that {_NO_STUDENT}")
     for module in student.modules():
         if isinstance(module, ActivationQuantizer) and module.mode != "quantize":
             raise UsageError(
@@ -151,8 +155,8 @@ def export_obstacles(student: nn.Module) -> list[str]:
         For every obstacle, in order of execution, one sentence with the operation's place and type
         and what to do about it. An empty list means that the student can be exported.
     """
-    if not isinstance(student, GraphModule):
-        return [f"{type(student).__name__} is no network from prepare"]
+    if not isinstance(student, GraphModule) or not _has_shapes(student):
+        return [f"{type(student).__name__} {_NO_STUDENT}"]
     lowering = _Lowering(student)
     lowering.run()
     return list(lowering.obstacles)
@@ -229,10 +233,10 @@ class _Lowering:
         kind = self.kind(node)
         if node.op == "get_attr":
             return self._unsupported(node, "is a tensor of the network itself, use layers alone")
-        if not self._is_of_batch(node):
-            return self._unsupported(node, "mixes the images of a batch, which no program can do")
         if kind == "quantizer":
             return self._quantized(node)
+        if not self._is_of_batch(node):
+            return self._unsupported(node, "mixes the images of a batch, which no program can do")
         if kind == "reshape":
             return self._reshaped(node)
         if kind == "max_pool":
@@ -276,7 +280,7 @@ class _Lowering:
         output = step.output
         if any(name in self.stand_ins for name in step.inputs):
             # One obstacle is enough, as long as its result is not of a usual shape.
-            if len(output.shape) not in (1, 3):
+            if len(output.shape) not in (1, 3) or not self._is_of_batch(node):
                 self.stand_ins.add(output.name)
         else:
             try:
@@ -591,6 +595,10 @@ class _Lowering:
 
 
 _MAX_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+
+
+def _has_shapes(student: GraphModule) -> bool:
+    return any("shape" in node.meta for node in student.graph.nodes)
 
 
 def _arguments(node: Node, names: tuple[str, ...]) -> dict[str, Any]:

@@ -21,7 +21,16 @@ from .evaluation import (
     standard_error,
 )
 from .loop import Progress, Trainable, train
-from .memory import keep_freed_memory, must_fit, peak_memory
+from .memory import (
+    LiveTensors,
+    free_memory,
+    keep_freed_memory,
+    must_fit,
+    parts_of,
+    peak_memory,
+    process_memory,
+    release_freed_memory,
+)
 from .probe import check_logits, count_outputs, input_channels
 from .profiling import Profile, profile, stage
 from .progress import ProgressBar, progress_bar
@@ -32,6 +41,7 @@ from .student_file import image_shape_of, preprocessing_of, read_student, write_
 __all__ = [
     "Accuracy",
     "BatchSource",
+    "LiveTensors",
     "Profile",
     "Progress",
     "ProgressBar",
@@ -52,6 +62,7 @@ __all__ = [
     "evaluate",
     "format_duration",
     "format_significant",
+    "free_memory",
     "image_shape_of",
     "input_channels",
     "instantiate_or_refuse",
@@ -59,11 +70,14 @@ __all__ = [
     "load_state",
     "must_fit",
     "parse_or_refuse",
+    "parts_of",
     "peak_memory",
     "preprocessing_of",
+    "process_memory",
     "profile",
     "progress_bar",
     "read_student",
+    "release_freed_memory",
     "render_percent",
     "restore_random",
     "run_command",

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..distribution import rank, total_counts, world_size
 from ..errors import UnreadableImageError, UsageError
-from .memory import must_fit
+from .memory import must_fit, parts_of
 from .progress import ProgressBar, progress_bar
 
 __all__ = [
@@ -272,7 +272,8 @@ def evaluate(
         for pixels, labels in batches:
             with must_fit(test_batch=min(batches.batch_size, len(batches.dataset))):
                 images = batches.normalise(pixels.to(device, non_blocking=True))
-                logits = network(images).cpu()
+                parts = parts_of(len(images), images[0, 0].numel(), images.device)
+                logits = torch.cat([network(part).cpu() for part in images.tensor_split(parts)])
             among = count_correct(logits, labels)
             correct1, correct5 = correct1 + among[0], correct5 + among[1]
             count += labels.shape[0]

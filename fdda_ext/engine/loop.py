@@ -19,6 +19,7 @@ from ..errors import UsageError
 from .checkpoint import load_state, save_state
 from .duration import Stopwatch
 from .interrupt import held_interrupt
+from .memory import release_freed_memory
 from .progress import ProgressBar, progress_bar
 from .run_folder import RunFolder
 
@@ -180,6 +181,7 @@ def _train(
     interrupted: Callable[[], bool],
 ) -> Progress:
     done, seconds_before = 0, 0.0
+    release_freed_memory()  # what building the method left in pieces
     if folder is not None and from_first(folder.checkpoint.exists):
         done, seconds_before = _restore(trainable, folder, device)
     #: Where this process writes.

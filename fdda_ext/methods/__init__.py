@@ -23,6 +23,7 @@ from .dsg import DSG, DSGConfig
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
 from .lapq import LAPQ, LAPQConfig
+from .memory import MemoryEstimate, estimate_memory
 from .options import why_unused
 from .pace import fitting_share
 from .qdrop import QDrop, QDropConfig
@@ -55,6 +56,7 @@ __all__ = [
     "FDDAConfig",
     "GDFQConfig",
     "LAPQConfig",
+    "MemoryEstimate",
     "Method",
     "MethodSettings",
     "MinMax",
@@ -70,6 +72,7 @@ __all__ = [
     "build_method",
     "check_method",
     "distillation_loss",
+    "estimate_memory",
     "fitting_share",
     "method_class",
     "why_unused",

@@ -222,9 +222,10 @@ class AlternatingTraining(Method):
 
     def generator_gradients(self, iteration: int) -> dict[str, Tensor]:
         """Forward and backward pass: the losses, ``images`` and ``labels`` of `generator_loss`."""
+        # The memory of the last gradients is free for this pass.
+        self.generator_optimizer.zero_grad(set_to_none=True)
         losses, images, labels = self.generator_loss(iteration)
         with stage("generator: backward"):
-            self.generator_optimizer.zero_grad(set_to_none=True)
             losses["generator"].backward()
         found = {name: loss.detach() for name, loss in losses.items()}
         return found | {"images": images.detach(), "labels": labels}

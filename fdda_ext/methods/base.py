@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from ..data import Augmentation
 from ..distribution import world_size
+from ..engine import parts_of
 from ..errors import UsageError
 from ..image_size import ImageSize, to_image_size
 from ..quantization import QuantizationConfig, prepare
@@ -42,6 +43,9 @@ class Problem:
         pixel_range: Least and largest value of each channel of a normalised image, ``[C, 1, 1]``
             each; None if unknown.
         cuda_graphs: On a GPU, replay steps as CUDA graphs.
+        images_at_once: So many images at most pass a network together in training, where that does
+            not change the result but for the order of sums; None for what
+            `fdda_ext.engine.parts_of` says.
     """
 
     teacher: nn.Module
@@ -54,6 +58,7 @@ class Problem:
     precision: torch.dtype = torch.float32
     pixel_range: tuple[Tensor, Tensor] | None = None
     cuda_graphs: bool = True
+    images_at_once: int | None = None
 
     def autocast(self) -> torch.autocast:
         """The context in which teacher and generator run."""
@@ -79,6 +84,12 @@ class Problem:
     def replays(self) -> bool:
         """Whether steps become CUDA graphs: not where processes exchange statistics in them."""
         return self.cuda_graphs and self.device.type == "cuda" and world_size() == 1
+
+    def parts(self, images: int) -> int:
+        """Into how many parts a batch of ``images`` is divided, so that each fits the memory."""
+        if self.images_at_once is not None:
+            return -(-images // self.images_at_once)
+        return parts_of(images, self.images[0, 0].numel(), self.device)
 
     def student(self) -> GraphModule:
         """A fake-quantized copy of the teacher, its ranges not yet set."""

@@ -16,10 +16,10 @@ from .base import Method, Problem
 from .distillation import ImageSampler, Student
 from .settings import MethodSettings
 
-__all__ = ["MSE", "CalibrationDistillation", "MinMax", "Noise"]
+__all__ = ["MSE", "CalibrationDistillation", "MinMax", "Noise", "Ranges"]
 
 
-class _Ranges(Method):
+class Ranges(Method):
     """Ranges of weights and activations set once, from the calibration images."""
 
     rule: ClassVar[Literal["minmax", "mse"]]
@@ -50,7 +50,7 @@ class _Ranges(Method):
         self.student.load_state_dict(state["student"])
 
 
-class MinMax(_Ranges):
+class MinMax(Ranges):
     """Every range reaches from the least to the largest value seen."""
 
     summary = "min-max ranges, no training"
@@ -69,7 +69,7 @@ class Noise(MinMax):
         return torch.randn(problem.images.shape, generator=random, device=problem.device)
 
 
-class MSE(_Ranges):
+class MSE(Ranges):
     """Every range minimises the mean squared quantization error of its tensor."""
 
     summary = "ranges of least squared error, no training"

@@ -302,16 +302,27 @@ class Student:
     def gradients(
         self, images: Tensor, labels: Tensor, *, share: float, regulariser: Tensor | None
     ) -> dict[str, Tensor]:
-        """Forward and backward pass of ``share`` of the loss; its value as ``student``."""
-        loss = objective = share * (self.loss or self.divergence)(images, labels)
-        if regulariser is not None:
-            assert self.config.rounding is not None
-            objective = loss + share * self.config.rounding.weight * regulariser
-        with stage("student: backward"):
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            objective.backward()
-        return {"student": loss.detach()}
+        """Forward and backward pass of ``share`` of the loss; its value as ``student``.
+
+        Large images come in parts, whose gradients are added up: the divergence is a mean over
+        images, and no layer of the student looks at several of them.
+        """
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        parts = self.problem.parts(len(images)) if self.loss is None else 1
+        losses: list[Tensor] = []
+        for own_images, own_labels in zip(
+            images.tensor_split(parts), labels.tensor_split(parts), strict=True
+        ):
+            own = share if parts == 1 else share * len(own_images) / len(images)
+            loss = objective = own * (self.loss or self.divergence)(own_images, own_labels)
+            if regulariser is not None and not losses:
+                assert self.config.rounding is not None
+                objective = loss + share * self.config.rounding.weight * regulariser
+            with stage("student: backward"):
+                objective.backward()
+            losses.append(loss.detach())
+        return {"student": torch.stack(losses).sum() if parts > 1 else losses[0]}
 
     def regulariser(self) -> Tensor | None:
         """AdaRound's; None where no rounding is learned, and before it sets in."""

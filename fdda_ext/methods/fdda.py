@@ -16,10 +16,9 @@ One iteration, ``AlternatingTraining.step``:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +26,20 @@ from torch.nn import functional as F
 from typing_extensions import Self, override
 
 from ..data import augment
-from ..distribution import shard, share_of
+from ..distribution import shard, share_of, world_size
 from ..engine import stage
 from ..errors import UsageError
 from ..statistics import (
+    BNSCentres,
     Distortion,
-    bns_loss,
+    StatisticsTargets,
     capture,
-    centralised_and_distorted_loss,
+    centralised_and_distorted_targets,
     compute_centres,
     first_class_layer,
     noise_pull_loss,
+    noise_pull_targets,
+    running_targets,
     save_centres,
 )
 from .alternating import AlternatingConfig, AlternatingTraining
@@ -115,17 +117,43 @@ class FDDAConfig(AlternatingConfig):
         )
 
 
+class _Drawn(NamedTuple):
+    """What batch A and batch B of a generator step are made from.
+
+    Attributes:
+        noise: Of this process's images of A, then of B, ``[2 N, latent_dim]``.
+        labels: Their classes, int64 ``[2 N]``.
+        labels_a: The classes of A's images in all processes, int64 ``[batch]``.
+        classes: The classes of B, int64 ``[P]``.
+        class_index: Which of them each of this process's images of B has, int64 ``[N]``.
+    """
+
+    noise: Tensor
+    labels: Tensor
+    labels_a: Tensor
+    classes: Tensor
+    class_index: Tensor
+
+
 class FDDA(AlternatingTraining):
-    """The method of the paper; every constant is a setting, with the paper's as default."""
+    """The method of the paper; every constant is a setting, with the paper's as default.
+
+    Args:
+        problem: What to quantize.
+        settings: With the section ``fdda``.
+        centres: Of the teacher; None to compute them from the calibration images.
+    """
 
     summary = "generator aligned with per-class BN statistics, distillation on real and generated"
     distributed = True
     needs_labels = True
     sections = ("fdda", "distillation")
 
-    def __init__(self, problem: Problem, settings: MethodSettings) -> None:
+    def __init__(
+        self, problem: Problem, settings: MethodSettings, centres: BNSCentres | None = None
+    ) -> None:
         self.config = settings.fdda
-        self.centres = compute_centres(
+        self.centres = centres or compute_centres(
             problem.teacher, problem.images, problem.labels, problem.num_classes
         )
         self.num_correct = int(self.centres.correct.sum())
@@ -150,64 +178,138 @@ class FDDA(AlternatingTraining):
     @override
     def generator_loss(self, iteration: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """L_G; the images are batch A."""
-        config = self.config
-        labels_a = self.draw_labels(config.batch)
-        classes = self.draw_classes(iteration)  # [P]
-        index_b = torch.arange(config.batch, device=classes.device) % classes.shape[0]
-        labels = torch.cat([labels_a, classes[index_b]])
+        drawn = self.draw_batches(iteration)
         with self.problem.autocast():
             with stage("generator: images"):
-                images = self.generator.sample(labels, self.random, num_batches=2)
+                images = self.generator(drawn.noise, drawn.labels, num_batches=2)
             with stage("generator: teacher"):
                 seen = capture(self.problem.teacher, images)
         with stage("generator: losses"):
             own = images.shape[0] // 2  # of both batches, a process has the same share
             inputs_a, inputs_b = zip(*(x.split(own) for x in seen.inputs), strict=True)
-            loss_bns = bns_loss(inputs_a, self.running)
-            loss_centralised, loss_distorted = self.class_losses(
-                iteration, inputs_b, classes, shard(index_b)
+            distances = {
+                name: targets.distances((inputs_a if name == "bns" else inputs_b)[first:])
+                for name, (targets, first) in self.terms(iteration, drawn).items()
+            }
+            loss_class = F.cross_entropy(seen.logits.float(), drawn.labels)
+            losses = self.losses(distances, share_of(self.config.batch) * loss_class)
+        return losses, images[:own], drawn.labels_a
+
+    @override
+    def generator_gradients(self, iteration: int) -> dict[str, Tensor]:
+        """Those of L_G; where the images are large, of batch A and of batch B in turn.
+
+        Each batch then passes the generator and the teacher alone, and its statistics are taken
+        layer by layer, so that the gradient of one layer's input is in memory at a time. The
+        gradients are those of both batches together up to the order of summation.
+        """
+        if not self.in_turn:
+            return super().generator_gradients(iteration)
+        self.generator_optimizer.zero_grad(set_to_none=True)
+        drawn = self.draw_batches(iteration)
+        terms_b = self.terms(iteration, drawn)
+        terms_a = {"bns": terms_b.pop("bns")}
+        (noise_a, noise_b), (labels_a, labels_b) = drawn.noise.chunk(2), drawn.labels.chunk(2)
+        found_a, images = self.batch_gradients(noise_a, labels_a, terms_a)
+        found_b, _ = self.batch_gradients(noise_b, labels_b, terms_b)
+        for name in ("generator", "classification"):
+            found_a[name] = found_a[name] + found_b[name]
+        return {**found_b, **found_a, "images": images, "labels": drawn.labels_a}
+
+    def batch_gradients(
+        self, noise: Tensor, labels: Tensor, terms: dict[str, tuple[StatisticsTargets, int]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Add the gradients of one batch's part of L_G; its terms, and the images."""
+        distances: dict[str, list[Tensor]] = {name: [] for name in terms}
+
+        def measure(layer: int, x: Tensor) -> None:
+            for name, (targets, first) in terms.items():
+                if layer >= first:
+                    distances[name].append(targets.distances([x], layer - first))
+
+        with self.problem.autocast():
+            with stage("generator: images"):
+                images = self.generator(noise, labels)
+            with stage("generator: teacher"):
+                logits = capture(self.problem.teacher, images, measure).logits
+        with stage("generator: losses"):
+            losses = self.losses(
+                {name: torch.cat(parts, 1) for name, parts in distances.items()},
+                0.5 * F.cross_entropy(logits.float(), labels),
             )
-            own_labels = torch.cat([shard(part) for part in labels.chunk(2)])
-            loss_class = share_of(config.batch) * F.cross_entropy(seen.logits.float(), own_labels)
-            loss = (
-                config.classification_weight * loss_class
-                + config.bns_weight * loss_bns
-                + config.distorted_weight * loss_distorted
-                + config.centralised_weight * loss_centralised
-            )
-        losses = {
-            "generator": loss,
-            "classification": loss_class,
-            "bns": loss_bns,
-            "centralised": loss_centralised,
-            "distorted": loss_distorted,
+        with stage("generator: backward"):
+            losses["generator"].backward()
+        return {name: loss.detach() for name, loss in losses.items()}, images.detach()
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether batch A and batch B pass the generator and the teacher one after the other."""
+        # Statistics that processes exchange travel once for all layers.
+        return world_size() == 1 and self.problem.parts(2 * self.config.batch) > 1
+
+    def draw_batches(self, iteration: int) -> _Drawn:
+        """What batch A and batch B are made from."""
+        batch = self.config.batch
+        labels_a = self.draw_labels(batch)
+        classes = self.draw_classes(iteration)
+        index_b = torch.arange(batch, device=classes.device) % classes.shape[0]
+        labels = torch.cat([labels_a, classes[index_b]])
+        noise, labels = self.generator.inputs(labels, self.random, num_batches=2)
+        return _Drawn(noise, labels, labels_a, classes, shard(index_b))
+
+    def terms(self, iteration: int, drawn: _Drawn) -> dict[str, tuple[StatisticsTargets, int]]:
+        """The targets of each loss on statistics and the first layer that it looks at.
+
+        "bns" is for batch A, the others are for batch B: the class losses, means over its classes,
+        and, early on, noise for the classes of no good centre.
+        """
+        classes, class_index = drawn.classes, drawn.class_index
+        share = torch.full_like(classes, 1 / classes.shape[0], dtype=torch.float32)
+        trusted = self.centres.correct[classes]
+        terms = {
+            "bns": (running_targets(self.running, len(class_index)), 0),
+            "class": (
+                centralised_and_distorted_targets(
+                    class_index,
+                    self.centres.statistics.of_classes(classes, self.first_layer),
+                    share * trusted,
+                    self.config.distortion,
+                    self.random,
+                ),
+                self.first_layer,
+            ),
         }
-        return losses, images[:own], labels_a
+        if iteration < self.config.misclassified_iterations:
+            noise = noise_pull_targets(class_index, self.running, share * ~trusted, self.random)
+            terms["noise"] = (noise, 0)
+        return terms
+
+    def losses(self, distances: dict[str, Tensor], classification: Tensor) -> dict[str, Tensor]:
+        """The terms of L_G, or of one batch's part of it, and as "generator" their weighted sum.
+
+        Args:
+            distances: Of the layers ``[T, L]``, under the names that `terms` gives.
+            classification: The cross entropy of the teacher.
+        """
+        config = self.config
+        losses = {"classification": classification}
+        total = config.classification_weight * classification
+        if "bns" in distances:
+            losses["bns"] = distances["bns"].mean()
+            total = total + config.bns_weight * losses["bns"]
+        if "class" in distances:
+            centralised, distorted = distances["class"].mean(dim=1)
+            if "noise" in distances:
+                distorted = distorted + noise_pull_loss(distances["noise"])
+            total = total + config.distorted_weight * distorted
+            total = total + config.centralised_weight * centralised
+            losses |= {"centralised": centralised, "distorted": distorted}
+        return {"generator": total, **losses}
 
     @override
     def phase(self, iteration: int) -> bool:
         """Whether classes of no good centre are still drawn."""
         return iteration < self.config.misclassified_iterations
-
-    def class_losses(
-        self, iteration: int, inputs: Sequence[Tensor], classes: Tensor, class_index: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """L_C and L_D of batch B, means over its classes; noise for classes of no good centre."""
-        share = torch.full_like(classes, 1 / classes.shape[0], dtype=torch.float32)
-        trusted = self.centres.correct[classes]
-        loss_centralised, loss_distorted = centralised_and_distorted_loss(
-            inputs[self.first_layer :],
-            class_index,
-            self.centres.statistics.of_classes(classes, self.first_layer),
-            share * trusted,
-            self.config.distortion,
-            self.random,
-        )
-        if iteration < self.config.misclassified_iterations:
-            loss_distorted = loss_distorted + noise_pull_loss(
-                inputs, class_index, share * ~trusted, self.random
-            )
-        return loss_centralised, loss_distorted
 
     def draw_classes(self, iteration: int) -> Tensor:
         """The P different classes of batch B; later on, only those the teacher gets right."""

@@ -10,6 +10,7 @@ from .config import QuantizationConfig, parse_bits
 from .prepare import prepare
 from .report import LayerBits, bits_table, render_bits
 from .student import (
+    IMAGES_AT_ONCE,
     activation_quantizers,
     calibrate,
     project_scales_,
@@ -18,6 +19,7 @@ from .student import (
 )
 
 __all__ = [
+    "IMAGES_AT_ONCE",
     "LayerBits",
     "QuantizationConfig",
     "activation_quantizers",

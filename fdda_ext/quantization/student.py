@@ -21,6 +21,7 @@ from .quantizer import (
 from .ranges import Histogram
 
 __all__ = [
+    "IMAGES_AT_ONCE",
     "activation_quantizers",
     "calibrate",
     "collecting",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 #: Images in a batch, when calibration images come as one tensor.
-_BATCH = 32
+IMAGES_AT_ONCE = 32
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def collecting(quantizers: Sequence[ActivationQuantizer]) -> Iterator[list[Histo
 
 
 def _as_batches(batches: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-    yield from batches.split(_BATCH) if isinstance(batches, Tensor) else batches
+    yield from batches.split(IMAGES_AT_ONCE) if isinstance(batches, Tensor) else batches
 
 
 def activation_quantizers(student: nn.Module) -> list[ActivationQuantizer]:

@@ -35,7 +35,7 @@ from typing_extensions import override
 from ..errors import UsageError
 from .operations import place
 
-__all__ = ["SizedTracer", "fake_images", "is_authors", "shapes_only"]
+__all__ = ["SizedTracer", "fake_images", "is_authors", "shapes_of", "shapes_only"]
 
 #: Two batch sizes: large, so that quotients and comparisons of them differ, too.
 _BATCHES = (64, 96)
@@ -56,6 +56,13 @@ def fake_images(mode: FakeTensorMode, count: int, like: Tensor) -> Tensor:
     """``count`` images with shape, dtype and device of those of ``like [N, C, H, W]``."""
     with mode:
         return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device)
+
+
+def shapes_of(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What ``module`` gives for fake tensors; its result may be any tensor of the right shape."""
+    if isinstance(module, _BatchNorm) and args and args[0].shape[1:2] == (module.num_features,):
+        return torch.empty_like(args[0])  # a fake normalisation is twenty operations
+    return module(*args, **kwargs)
 
 
 class SizedTracer(Tracer):
@@ -212,9 +219,15 @@ class SizedTracer(Tracer):
                     found = getattr(found, part)
             values = [found] * len(_BATCHES)
         else:
+            for keyword in ("input", "tensors"):  # everything else expects the tensor in front
+                if not args and kind != "call_method" and keyword in kwargs:
+                    args = (kwargs[keyword],)
+                    kwargs = {name: value for name, value in kwargs.items() if name != keyword}
             values = [self._compute(kind, target, args, kwargs, i) for i in range(len(_BATCHES))]
             if _is_constant(values):
                 return values[0]
+            if target is operator.add and isinstance(args[0], (int, float)) and args[0] == 0:
+                return args[1]  # sum() begins with a 0
             if kind != "call_module":  # whose target is a module's name
                 target, args, kwargs = self._without_batch(target, args, kwargs, values)
                 if target in _SQUEEZES and len(args) == 1:  # nothing is taken away
@@ -245,7 +258,7 @@ class SizedTracer(Tracer):
         try:
             with self._computing(), self.mode, torch.no_grad():
                 if kind == "call_module":
-                    return self.root.get_submodule(target)(*given, **named)
+                    return shapes_of(self.root.get_submodule(target), *given, **named)
                 if kind == "call_method":
                     return getattr(given[0], target)(*given[1:], **named)
                 return target(*given, **named)
@@ -278,6 +291,16 @@ class SizedTracer(Tracer):
         if source is None or not all(isinstance(v, Tensor) for v in (*values, *source)):
             return unchanged
         before, after = ([tuple(v.shape) for v in pair] for pair in (source, values))
+        takes_all = (
+            target is operator.getitem
+            and after != before
+            and all(old.numel() == new.numel() for old, new in zip(source, values, strict=True))
+        )  # such as x[:, :, 0, 0] of maps of one pixel
+        if takes_all and all(
+            index is None or index is ... or isinstance(index, (int, slice))
+            for index in (args[1] if isinstance(args[1], tuple) else args[1:])
+        ):
+            target = torch.reshape
         if target in _RESHAPES and values[0].dtype == source[0].dtype:
             target = "reshape" if isinstance(target, str) else target
             if after[0][:1] != after[1][:1] and after[0][1:] == after[1][1:]:

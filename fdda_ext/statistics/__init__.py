@@ -6,10 +6,13 @@ from .image_losses import deviations, feature_distance, image_alignment, total_v
 from .losses import (
     Distortion,
     LayerStatistics,
+    StatisticsTargets,
     bns_loss,
-    centralised_and_distorted_loss,
+    centralised_and_distorted_targets,
     first_class_layer,
     noise_pull_loss,
+    noise_pull_targets,
+    running_targets,
 )
 
 __all__ = [
@@ -17,9 +20,10 @@ __all__ = [
     "BatchNormCapture",
     "Distortion",
     "LayerStatistics",
+    "StatisticsTargets",
     "bns_loss",
     "capture",
-    "centralised_and_distorted_loss",
+    "centralised_and_distorted_targets",
     "compute_centres",
     "deviations",
     "feature_distance",
@@ -27,7 +31,9 @@ __all__ = [
     "image_alignment",
     "load_centres",
     "noise_pull_loss",
+    "noise_pull_targets",
     "running_statistics",
+    "running_targets",
     "save_centres",
     "total_variation",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ class BatchNormCapture(NamedTuple):
     Attributes:
         logits: The network's output ``[N, K]``.
         layers: The L batch-normalisation modules in order of execution.
-        inputs: The tensor ``x_l [N, C_l, *]`` that entered each of them, with its graph.
+        inputs: The tensor ``x_l [N, C_l, *]`` that entered each of them, with its graph; empty
+            where the pass gave them to a function instead.
     """
 
     logits: Tensor
@@ -28,10 +30,19 @@ class BatchNormCapture(NamedTuple):
     inputs: list[Tensor]
 
 
-def capture(network: nn.Module, images: Tensor) -> BatchNormCapture:
+def capture(
+    network: nn.Module, images: Tensor, measure: Callable[[int, Tensor], None] | None = None
+) -> BatchNormCapture:
     """Run ``network`` on ``images [N, C, H, W]`` and keep what enters each BN layer.
 
     The hooks live for this pass alone, so passes cannot mix and nothing accumulates.
+
+    Args:
+        network: With batch-normalisation layers.
+        images: What it is run on.
+        measure: Called with each layer's number and input as the pass reaches the layer. The
+            backward pass then computes the gradient of what it measured when it reaches the layer,
+            one layer at a time. None to keep all inputs.
 
     Raises:
         UsageError: If the network has no batch-normalisation layer.
@@ -42,7 +53,10 @@ def capture(network: nn.Module, images: Tensor) -> BatchNormCapture:
     def keep(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, _BatchNorm)
         layers.append(layer)
-        inputs.append(arguments[0])
+        if measure is None:
+            inputs.append(arguments[0])
+        else:
+            measure(len(layers) - 1, arguments[0])
 
     handles = [
         module.register_forward_pre_hook(keep)

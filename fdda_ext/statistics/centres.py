@@ -7,6 +7,7 @@ and one image per class is enough to see it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -83,25 +84,41 @@ def compute_centres(
         begin, end = int(images_per_class[:first].sum()), int(images_per_class[:last].sum())
         chosen = order[begin:end]
         chosen_labels = labels[chosen]
-        seen = capture(teacher, images[chosen])
+        classes = last - first
+        found: list[tuple[Tensor, Tensor]] = []
+
+        # The only image of a class counts in any case, so that no layer's input must be kept.
+        single = len(chosen) == classes
+        of = chosen_labels - first
+        measure = partial(_append_statistics, found, of=of, classes=classes) if single else None
+        seen = capture(teacher, images[chosen], measure)
         right = seen.logits.argmax(1) == chosen_labels
         correct[chosen_labels[right]] = True
         counts = right | ~correct[chosen_labels]
-        of = chosen_labels[counts] - first
-        if not means:
-            means, variances = [[] for _ in seen.inputs], [[] for _ in seen.inputs]
         for layer, x in enumerate(seen.inputs):
-            _, mean, variance = class_batch_stats(x[counts], of, last - first)
+            _append_statistics(found, layer, x[counts], of=of[counts], classes=classes)
+        if not means:
+            means, variances = [[] for _ in found], [[] for _ in found]
+        for layer, (mean, variance) in enumerate(found):
             means[layer].append(mean)
             variances[layer].append(variance)
     ends = [min(CLASSES_PER_PASS * n, num_classes) for n in accumulate(shares(len(passes)))]
-    classes = [end - begin for begin, end in pairwise([0, *ends])]
+    of_ranks = [end - begin for begin, end in pairwise([0, *ends])]
 
     def of_all(parts: list[Tensor]) -> Tensor:
-        return gather(torch.cat(parts) if own else parts[0][:0], classes)
+        return gather(torch.cat(parts) if own else parts[0][:0], of_ranks)
 
     statistics = LayerStatistics([of_all(m) for m in means], [of_all(v) for v in variances])
-    return BNSCentres(statistics, gather(correct[own.start : own.stop], classes))
+    return BNSCentres(statistics, gather(correct[own.start : own.stop], of_ranks))
+
+
+def _append_statistics(
+    found: list[tuple[Tensor, Tensor]], layer: int, x: Tensor, *, of: Tensor, classes: int
+) -> None:
+    """Append mean and variance ``[classes, C]`` of each class, ``of [N]``, in ``x [N, C, *]``."""
+    assert len(found) == layer
+    _, mean, variance = class_batch_stats(x, of, classes)
+    found.append((mean, variance))
 
 
 def save_centres(centres: BNSCentres, path: Path) -> None:

@@ -38,10 +38,13 @@ from ..ops import class_batch_stats, class_stats_loss
 __all__ = [
     "Distortion",
     "LayerStatistics",
+    "StatisticsTargets",
     "bns_loss",
-    "centralised_and_distorted_loss",
+    "centralised_and_distorted_targets",
     "first_class_layer",
     "noise_pull_loss",
+    "noise_pull_targets",
+    "running_targets",
 ]
 
 
@@ -97,24 +100,56 @@ def _noise_like(tensors: list[Tensor], std: float, generator: torch.Generator) -
     return list((noise * std).split(channels, dim=1))
 
 
-def _distances(
-    inputs: Sequence[Tensor],
-    class_index: Tensor,
-    means: list[Tensor],
-    variances: list[Tensor],
-    class_weight: Tensor,
-) -> Tensor:
-    """`class_stats_loss` of the batch of all ranks; of several, each gets an equal share of it."""
-    if world_size() == 1:
-        return class_stats_loss(inputs, class_index, means, variances, class_weight)
-    own = [class_batch_stats(x, class_index, class_weight.shape[1]) for x in inputs]
-    count, *seen = pooled_moments(own[0][0], [s[1] for s in own], [s[2] for s in own])
-    weight = class_weight * (count > 0)  # [T, K]
-    losses = [
-        (weight * ((mean - m).square() + (variance - v).square()).mean(2)).sum(1)
-        for mean, variance, m, v in zip(*seen, means, variances, strict=True)
-    ]
-    return torch.stack(losses, 1) / world_size()
+@dataclass(frozen=True)
+class StatisticsTargets:
+    """What the statistics of a batch should be: T sets of targets for P classes and L layers.
+
+    Attributes:
+        class_index: Class of each image of the batch, int64 ``[N]``, below P.
+        means: L tensors ``[T, P, C_l]``.
+        variances: Likewise.
+        class_weight: ``[T, P]``; a distance is the sum over the classes weighted so.
+    """
+
+    class_index: Tensor
+    means: list[Tensor]
+    variances: list[Tensor]
+    class_weight: Tensor
+
+    def distances(self, inputs: Sequence[Tensor], first_layer: int = 0) -> Tensor:
+        """How far layers are from their targets, without a mean over the layers.
+
+        Args:
+            inputs: Inputs ``[N, C_l, *]`` of consecutive layers.
+            first_layer: Number of the first of them among the targets.
+
+        Returns:
+            ``[T, len(inputs)]``. A call for each layer gives the bits of one call for all of them.
+            Of several processes, each gets an equal share.
+        """
+        layers = slice(first_layer, first_layer + len(inputs))
+        means, variances = self.means[layers], self.variances[layers]
+        if world_size() == 1:
+            return class_stats_loss(inputs, self.class_index, means, variances, self.class_weight)
+        own = [class_batch_stats(x, self.class_index, self.class_weight.shape[1]) for x in inputs]
+        count, *seen = pooled_moments(own[0][0], [s[1] for s in own], [s[2] for s in own])
+        weight = self.class_weight * (count > 0)  # [T, P]
+        losses = [
+            (weight * ((mean - m).square() + (variance - v).square()).mean(2)).sum(1)
+            for mean, variance, m, v in zip(*seen, means, variances, strict=True)
+        ]
+        return torch.stack(losses, 1) / world_size()
+
+
+def running_targets(running: LayerStatistics, images: int) -> StatisticsTargets:
+    """The targets of L_BNS for a batch of ``images``: the running statistics ``[1, C_l]``."""
+    device = running.means[0].device
+    return StatisticsTargets(
+        torch.zeros(images, dtype=torch.int64, device=device),
+        [mean.unsqueeze(0) for mean in running.means],
+        [variance.unsqueeze(0) for variance in running.variances],
+        torch.ones((1, 1), device=device),
+    )
 
 
 def bns_loss(inputs: Sequence[Tensor], running: LayerStatistics) -> Tensor:
@@ -127,69 +162,60 @@ def bns_loss(inputs: Sequence[Tensor], running: LayerStatistics) -> Tensor:
     Returns:
         A scalar, the mean over the layers.
     """
-    one_class = torch.zeros(inputs[0].shape[0], dtype=torch.int64, device=inputs[0].device)
-    weight = torch.ones((1, 1), device=inputs[0].device)
-    return _distances(
-        inputs,
-        one_class,
-        [mean.unsqueeze(0) for mean in running.means],
-        [variance.unsqueeze(0) for variance in running.variances],
-        weight,
-    ).mean()
+    return running_targets(running, inputs[0].shape[0]).distances(inputs).mean()
 
 
-def centralised_and_distorted_loss(
-    inputs: Sequence[Tensor],
+def centralised_and_distorted_targets(
     class_index: Tensor,
     centres: LayerStatistics,
     class_weight: Tensor,
     distortion: Distortion,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """L_C and L_D of one batch, from one read of each layer's input.
+) -> StatisticsTargets:
+    """The targets of L_C and of L_D, two sets: one read of each layer's input gives both.
 
     Args:
-        inputs: The deep layers' inputs ``[N, C_l, *]``, ``l >= s``.
         class_index: Row of ``centres`` that each image belongs to, int64 ``[N]``.
-        centres: The centres ``[P, C_l]`` of the batch's P classes, same layers.
+        centres: The centres ``[P, C_l]`` of the batch's P classes in the deep layers.
         class_weight: ``[P]``; 0 leaves a class out. The losses are sums over classes weighted so.
         distortion: Standard deviations of the noise.
         generator: Source of the noise, fresh for every layer and call.
-
-    Returns:
-        The two scalars ``(L_C, L_D)``.
     """
-    noisy = LayerStatistics(
-        [
-            m + e
-            for m, e in zip(
-                centres.means,
-                _noise_like(centres.means, distortion.mean_std, generator),
-                strict=True,
-            )
-        ],
-        [
-            v + e
-            for v, e in zip(
-                centres.variances,
-                _noise_like(centres.variances, distortion.variance_std, generator),
-                strict=True,
-            )
-        ],
+    parts = [
+        (part, _noise_like(part, std, generator))
+        for part, std in zip(centres, (distortion.mean_std, distortion.variance_std), strict=True)
+    ]
+    means, variances = (
+        [torch.stack((centre, centre + e)) for centre, e in zip(*part, strict=True)]
+        for part in parts
     )
-    losses = _distances(
-        inputs,
+    return StatisticsTargets(class_index, means, variances, class_weight.expand(2, -1).contiguous())
+
+
+def noise_pull_targets(
+    class_index: Tensor, like: LayerStatistics, class_weight: Tensor, generator: torch.Generator
+) -> StatisticsTargets:
+    """The targets of `noise_pull_loss`: standard normal noise.
+
+    Args:
+        class_index: Class of each image within the batch, int64 ``[N]``, below P.
+        like: Statistics of the layers, with ``C_l`` channels, of any number of classes.
+        class_weight: ``[P]``; 0 leaves a class out.
+        generator: Source of the noise.
+    """
+    classes = class_weight.shape[0]
+    shapes = [mean.new_empty((classes, mean.shape[1])) for mean in like.means]
+    means = _noise_like(shapes, 1.0, generator)
+    variances = _noise_like(shapes, 1.0, generator)
+    return StatisticsTargets(
         class_index,
-        [torch.stack(pair) for pair in zip(centres.means, noisy.means, strict=True)],
-        [torch.stack(pair) for pair in zip(centres.variances, noisy.variances, strict=True)],
-        class_weight.expand(2, -1).contiguous(),
-    ).mean(dim=1)
-    return losses[0], losses[1]
+        [mean.unsqueeze(0) for mean in means],
+        [variance.unsqueeze(0) for variance in variances],
+        class_weight.unsqueeze(0),
+    )
 
 
-def noise_pull_loss(
-    inputs: Sequence[Tensor], class_index: Tensor, class_weight: Tensor, generator: torch.Generator
-) -> Tensor:
+def noise_pull_loss(distances: Tensor) -> Tensor:
     """What replaces L_D, early on, for classes that the teacher gets wrong on their own image.
 
     Their centre does not describe the class, so their statistics are pulled towards standard
@@ -198,24 +224,9 @@ def noise_pull_loss(
         2 (1/L) sum_l  MSE(mu_l, n_l) + MSE(v_l, n'_l),      n_l, n'_l ~ N(0, I)
 
     Args:
-        inputs: All L layers' inputs ``[N, C_l, *]``.
-        class_index: Class of each image within the batch, int64 ``[N]``, below P.
-        class_weight: ``[P]``; 0 leaves a class out.
-        generator: Source of the noise.
+        distances: ``[1, L]``, from `noise_pull_targets`.
 
     Returns:
         A scalar.
     """
-    shapes = [x.new_empty((class_weight.shape[0], x.shape[1]), dtype=torch.float32) for x in inputs]
-    means = _noise_like(shapes, 1.0, generator)
-    variances = _noise_like(shapes, 1.0, generator)
-    return (
-        2
-        * _distances(
-            inputs,
-            class_index,
-            [mean.unsqueeze(0) for mean in means],
-            [variance.unsqueeze(0) for variance in variances],
-            class_weight.unsqueeze(0),
-        ).mean()
-    )
+    return 2 * distances.mean()

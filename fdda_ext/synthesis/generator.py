@@ -18,6 +18,10 @@ from ..ops import class_batch_stats
 
 __all__ = ["ConditionalGenerator", "GeneratorConfig", "SuperposedGenerator"]
 
+#: Rows and columns of a class's feature map. At 224x224 the generator's first maps have 56x56: a
+#: thousand classes would take 400 MB for 32 channels, and the optimizer's state twice as much.
+_LARGEST_MAP = 8
+
 
 @dataclass(frozen=True)
 class GeneratorConfig:
@@ -28,9 +32,10 @@ class GeneratorConfig:
         channels: Feature maps of the first two stages; the last has half as many.
         hidden_eps: Added to the variance in the two conditional BN layers before a LeakyReLU. The
             authors' 0.8 scales the activations and is part of the published behaviour.
-        class_maps: Give every class a learned first feature map, added to the noise's. Not in the
-            paper, whose generator tells classes apart by the scales and shifts of its BN alone and
-            needs thousands of iterations for that.
+        class_maps: Give every class a learned first feature map, added to the noise's, of at most
+            8x8 positions, which is enlarged to its size. Not in the paper, whose generator tells
+            classes apart by the scales and shifts of its BN alone and needs thousands of iterations
+            for that.
     """
 
     latent_dim: int = 100
@@ -177,7 +182,9 @@ class ConditionalGenerator(nn.Module):
         self.project = nn.Linear(config.latent_dim, channels * math.prod(self.initial_size))
         self.class_maps: nn.Embedding | None = None
         if config.class_maps:
-            self.class_maps = nn.Embedding(num_classes, self.project.out_features)
+            height, width = (min(side, _LARGEST_MAP) for side in self.initial_size)
+            self.map_size = (height, width)
+            self.class_maps = nn.Embedding(num_classes, channels * height * width)
         self.norm_a = ConditionalBatchNorm(channels, num_classes, eps=1e-5)
         self.conv_b = UpsampledConv2d(channels, channels)
         self.norm_b = ConditionalBatchNorm(channels, num_classes, eps=config.hidden_eps)
@@ -202,7 +209,7 @@ class ConditionalGenerator(nn.Module):
         batches = batches.repeat_interleave(count // num_batches, output_size=count)
         x = self.project(noise)
         if self.class_maps is not None:
-            x = x + _rows(self.class_maps, labels)
+            x = x + self._class_maps(labels)
         x = x.unflatten(1, (-1, *self.initial_size))
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.norm_a(x, labels, batches, num_batches)
@@ -213,6 +220,16 @@ class ConditionalGenerator(nn.Module):
         x = x[:, :, top : top + self.height, left : left + self.width]
         return _scale_and_shift(x, *_normalisation(x, batches, num_batches, eps=1e-5))
 
+    def _class_maps(self, labels: Tensor) -> Tensor:
+        """The first feature maps of ``labels``, flat, ``[N, C * initial_size ** 2]``."""
+        assert self.class_maps is not None
+        maps = _rows(self.class_maps, labels)
+        if self.map_size == self.initial_size:
+            return maps
+        maps = maps.unflatten(1, (-1, *self.map_size))
+        maps = F.interpolate(maps, self.initial_size, mode="bilinear", align_corners=False)
+        return maps.flatten(1)
+
     def sample(self, labels: Tensor, generator: torch.Generator, num_batches: int = 1) -> Tensor:
         """Make one image for every label ``[N]``, with noise drawn from ``generator``.
 
@@ -220,13 +237,19 @@ class ConditionalGenerator(nn.Module):
             Images ``[N, C, H, W]``; of several processes, each makes its share of
             every batch.
         """
+        return self(*self.inputs(labels, generator, num_batches), num_batches)
+
+    def inputs(
+        self, labels: Tensor, generator: torch.Generator, num_batches: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """What `sample` passes to `forward`: noise and labels of this process's images."""
         noise = torch.randn(
             (labels.shape[0], self.latent_dim), generator=generator, device=labels.device
         )
         noise, labels = (
             torch.cat([shard(batch) for batch in x.chunk(num_batches)]) for x in (noise, labels)
         )
-        return self(noise, labels, num_batches)
+        return noise, labels
 
 
 class SuperposedGenerator(ConditionalGenerator):

@@ -1,0 +1,288 @@
+"""How much memory a method will need, measured on a few images before it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import LiveTensors, parts_of, process_memory
+from ..errors import UsageError
+from ..quantization import IMAGES_AT_ONCE, calibrate
+from ..statistics import BNSCentres, LayerStatistics, capture, running_statistics
+from .alternating import AlternatingTraining
+from .base import Method, Problem
+from .calibration import Ranges
+from .distillation import Student
+from .fdda import FDDA
+from .optimised_images import OptimisedImages
+from .settings import MethodSettings
+
+__all__ = ["MemoryEstimate", "Phase", "estimate_memory"]
+
+#: What allocators keep and libraries use beside the tensors, as a share of the tensors' bytes.
+_BESIDE = 0.2
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one part of a run needs: ``fixed + per_image * images`` bytes.
+
+    Attributes:
+        name: What runs.
+        fixed: Bytes that do not depend on the number of images.
+        per_image: Bytes of each image.
+        images: How many there are at a time.
+        setting: The option that says how many.
+        value: Its value.
+    """
+
+    name: str
+    fixed: float
+    per_image: float
+    images: int
+    setting: str
+    value: int
+
+    @property
+    def bytes(self) -> float:
+        """All together."""
+        return self.fixed + self.per_image * self.images
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a run will need.
+
+    Attributes:
+        present: Bytes that the process has already: the network, the images, torch itself.
+        kept: Bytes of what stays from step to step: student, generator, optimizers' state.
+        phases: What the parts of the run need besides, one after another.
+    """
+
+    present: int
+    kept: int
+    phases: list[Phase]
+
+    @property
+    def largest(self) -> Phase:
+        """The phase that decides."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def added(self) -> int:
+        """Bytes that the process does not have yet."""
+        return int((1 + _BESIDE) * (self.kept + self.largest.bytes))
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole process at its peak."""
+        return self.present + self.added
+
+    def describe(self, free: int | None) -> str:
+        """One line for people; ``free`` is what the process can still get, in bytes."""
+        text = f"memory: needs about {_gigabytes(self.total)}"
+        if free is not None:
+            text += f"; {_gigabytes(free + self.present)} can be had"
+        return text
+
+    def check(self, free: int | None) -> None:
+        """Refuse a run that will not fit, and name the setting that helps most.
+
+        Args:
+            free: What the process can still get, in bytes; None if that is not known.
+
+        Raises:
+            UsageError: If less is free than will be added.
+        """
+        if free is None or self.added <= free:
+            return
+        largest = self.largest
+        room = free / (1 + _BESIDE) - self.kept - largest.fixed
+        fitting = math.floor(largest.value * room / (largest.per_image * largest.images))
+        advice = "take a smaller model or smaller images"
+        if 1 <= fitting < largest.value:
+            advice = f"lower {largest.setting} from {largest.value} to {fitting}"
+        raise UsageError(
+            f"memory: expected a run that fits {_gigabytes(free + self.present)}, got one that "
+            f"needs about {_gigabytes(self.total)}, most of it for {largest.name}; {advice}"
+        )
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def estimate_memory(
+    name: str, problem: Problem, settings: MethodSettings, *, test_batch: int = 0
+) -> MemoryEstimate | None:
+    """Estimate the memory of a run by its parts, each run on a few images, and bytes counted.
+
+    The number of images changes the bytes linearly, so two small numbers tell the rest. Neither
+    ``problem`` nor the global random numbers are changed.
+
+    Args:
+        name: The method.
+        problem: What it is given.
+        settings: Of the methods.
+        test_batch: Images evaluated together; 0 to leave evaluation out.
+
+    Returns:
+        The estimate; None for methods whose memory depends on more than batches of images.
+    """
+    from . import method_class  # the package, which is complete by now
+
+    kind = method_class(name)
+    if not (kind.distils or issubclass(kind, Ranges)):
+        return None
+    present = process_memory(problem.device)
+    # The rule that needs no search: ranges take no memory, and their search the most time.
+    ranges = replace(problem.quantization, weight_range="minmax", activation_range="minmax")
+    probe = _Probe(name, kind, replace(problem, quantization=ranges, cuda_graphs=False), settings)
+    phases = [probe.ranges()]
+    if test_batch:
+        phases.append(probe.evaluation(test_batch))
+    if kind.distils and settings.distillation.steps:
+        phases.append(probe.student_step())
+    if issubclass(kind, AlternatingTraining):
+        phases.append(probe.generator_step())
+    if issubclass(kind, OptimisedImages):
+        phases.append(probe.image_step())
+    return MemoryEstimate(present, probe.kept, phases)
+
+
+class _Probe:
+    """The parts of a run, on a few images.
+
+    Attributes:
+        kept: Bytes of all that stays from step to step, as far as parts were measured.
+    """
+
+    def __init__(
+        self, name: str, kind: type[Method], problem: Problem, settings: MethodSettings
+    ) -> None:
+        self.name, self.kind = name, kind
+        self.problem, self.settings = problem, settings
+        self.pixels = problem.images[0, 0].numel()
+        with LiveTensors() as live:
+            self.student = problem.student()
+        self.kept = self.student_bytes = live.now
+        calibrate(self.student, self.images(1))
+        self.inference = _line(self._inference, (1, 2))
+
+    def images(self, count: int) -> Tensor:
+        """``count`` images, of which several may be the same."""
+        return self.problem.images[torch.arange(count) % len(self.problem.images)]
+
+    def _inference(self, count: int) -> int:
+        images = self.images(count)
+        with torch.no_grad(), LiveTensors() as live:
+            self.student(images)
+        return live.peak
+
+    def ranges(self) -> Phase:
+        """Calibration, in batches."""
+        count = min(len(self.problem.images), IMAGES_AT_ONCE)
+        return Phase("the ranges", *self.inference, count, "images_per_class", count)
+
+    def evaluation(self, batch: int) -> Phase:
+        """The student on a batch of test images."""
+        count = -(-batch // parts_of(batch, self.pixels, self.problem.device))
+        return Phase("the evaluation", *self.inference, count, "test_batch", batch)
+
+    def student_step(self) -> Phase:
+        """A step of distillation."""
+        config = self.settings.distillation
+        kept = 0
+
+        def step(count: int) -> int:
+            nonlocal kept
+            trainer = Student(self.student, replace(self.problem, images_at_once=count), config)
+            images = self.images(count)
+            labels = torch.zeros(count, dtype=torch.int64, device=images.device)
+            with LiveTensors() as live:
+                trainer.step(images, labels)
+                kept = live.now
+            return live.peak - kept
+
+        line = _line(step, (1, 2))
+        self.kept += kept
+        batch = config.real_batch + config.generated_batch
+        parts = self.problem.parts(batch)
+        setting, value = "images_at_once", -(-batch // parts)
+        if parts == 1:
+            name = max("real_batch", "generated_batch", key=lambda name: getattr(config, name))
+            setting, value = f"settings.distillation.{name}", getattr(config, name)
+        return Phase("a student step", *line, -(-batch // parts), setting, value)
+
+    def generator_step(self) -> Phase:
+        """A step of the generator."""
+        batch = getattr(self.settings, self.name).batch
+        in_turn = self.problem.parts(2 * batch) > 1
+        kept = 0
+
+        def step(count: int) -> int:
+            nonlocal kept
+            at_once = count if in_turn else 2 * count
+            with LiveTensors() as built:
+                method = self.small(count, at_once, batch=count)
+                kept = built.now - self.student_bytes
+            assert isinstance(method, AlternatingTraining)
+            with LiveTensors() as live:
+                method.generator_step(0)
+                kept += live.now
+                return live.peak - live.now
+
+        line = _line(step, (2, 4))
+        self.kept += kept
+        return Phase("a generator step", *line, batch, f"settings.{self.name}.batch", batch)
+
+    def image_step(self) -> Phase:
+        """A step on the pixels of images."""
+        config = getattr(self.settings, self.name).synthesis
+        batch = min(config.batch, config.images)
+
+        def step(count: int) -> int:
+            method = self.small(count, count, synthesis=replace(config, batch=count))
+            with LiveTensors() as live:
+                method.step(0)
+            return live.peak
+
+        setting = f"settings.{self.name}.synthesis.batch"
+        return Phase("a step on images", *_line(step, (1, 2)), batch, setting, batch)
+
+    def small(self, count: int, at_once: int, **changes: Any) -> Method:
+        """The method with other settings and with the calibration images that it needs least."""
+        config = getattr(self.settings, self.name)
+        settings = replace(self.settings, **{self.name: replace(config, **changes)})
+        problem = replace(
+            self.problem,
+            images=self.problem.images[:count],
+            labels=self.problem.labels[:count],
+            images_at_once=at_once,
+        )
+        if self.kind is not FDDA:
+            return self.kind(problem, settings)
+        # Centres of the right shapes: those of the images would take a pass over all of them.
+        with torch.no_grad():
+            means, variances = running_statistics(
+                capture(problem.teacher, problem.images[:1]).layers
+            )
+        classes = problem.num_classes
+        statistics = LayerStatistics(
+            [mean.expand(classes, -1) for mean in means],
+            [variance.expand(classes, -1) for variance in variances],
+        )
+        right = torch.ones(classes, dtype=torch.bool, device=problem.device)
+        return FDDA(problem, settings, BNSCentres(statistics, right))
+
+
+def _line(measured: Callable[[int], int], counts: tuple[int, int]) -> tuple[float, float]:
+    """Fixed part and slope of what is ``measured`` at two numbers of images."""
+    first, second = (measured(count) for count in counts)
+    slope = max((second - first) / (counts[1] - counts[0]), 0.0)
+    return max(first - slope * counts[0], 0.0), slope
