@@ -180,7 +180,10 @@ def test_absent_torchvision_is_said_in_words(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nothing", "test"), "folder:PATH, shards:PATH or imagenet:PATH, got nothing"),
+        (
+            ("nothing", "test"),
+            "imagenet:PATH or NAME:PATH with NAME one of cifar10, .*, got nothing",
+        ),
         (("folder:", "test"), "got folder:"),
         (("glyphs", "tests"), "split to be one of .*'validation', 'test'.*got tests"),
     ],

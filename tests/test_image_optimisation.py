@@ -279,7 +279,7 @@ def optimisation(count: int = 2, pixel_range=None, may_mirror=True, **changes):
     return ImageOptimisation(
         ImageOptimisationConfig(**changes),
         count,
-        8,
+        (3, 8, 8),
         torch.Generator().manual_seed(0),
         pixel_range,
         may_mirror,

@@ -57,7 +57,7 @@ def test_it_learns_and_its_file_is_a_teacher(tmp_path):
         ({"batch": 5000}, "batch at most the 898 images, got 5000"),
         (
             {"model": "torchvision:googlenet", "image_size": 64},
-            "logits alone, got GoogLeNetOutputs",
+            "one tensor of logits .*, got 3 outputs .GoogLeNetOutputs.",
         ),
         ({"seed": -1}, "seed between 0 and"),
         ({"model": "torchvision:inception_v3"}, "image_size that torchvision:inception_v3 can tak"),
