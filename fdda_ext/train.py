@@ -48,6 +48,7 @@ from .engine import (
     diagnose,
     digest,
     evaluate,
+    free_memory,
     instantiate_or_refuse,
     keep_freed_memory,
     must_fit,
@@ -60,7 +61,14 @@ from .engine import (
     write_student,
 )
 from .errors import UsageError
-from .methods import METHODS, MethodSettings, Problem, build_method, method_class
+from .methods import (
+    METHODS,
+    MethodSettings,
+    Problem,
+    build_method,
+    estimate_memory,
+    method_class,
+)
 from .models import TrainedNetwork, open_model
 from .preprocessing import Preprocessing, PreprocessingConfig
 from .quantization import QuantizationConfig, bits_table, parse_bits, render_bits
@@ -70,6 +78,7 @@ __all__ = [
     "REPORT_IMAGES",
     "TrainConfig",
     "build_problem",
+    "check_memory",
     "inputs_digest",
     "main",
     "parse_arguments",
@@ -133,6 +142,9 @@ class TrainConfig:
             bfloat16 on a GPU and float32 on a CPU.
         cuda_graphs: On a GPU, replay the steps of fdda's generator and of the student as CUDA
             graphs: the same arithmetic in fewer launches, but the memory of both steps at once.
+        images_at_once: So many images at most pass a network together in training. It changes
+            memory, and of the result the order of sums. None for all on a GPU and, on a CPU, for
+            16 of 224x224 or as many as have their pixels.
         profile: Instead of training, run the whole schedule in this many iterations of the method
             after a few unmeasured ones, and write where their time goes: profile.txt, and
             trace.json for chrome://tracing or Perfetto.
@@ -169,6 +181,7 @@ class TrainConfig:
     threads: int | None = None
     precision: Literal["float32", "bfloat16"] | None = None
     cuda_graphs: bool = True
+    images_at_once: int | None = None
     profile: int | None = None
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
@@ -184,6 +197,7 @@ class TrainConfig:
         check_machine("train", seed=self.seed, threads=self.threads, device=self.device)
         for name, least in (
             ("max_time", 0),
+            ("images_at_once", 1),
             ("profile", 1),
             ("test_limit", 1),
             ("test_batch", 1),
@@ -623,8 +637,22 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         getattr(torch, config.precision or ("bfloat16" if device.type == "cuda" else "float32")),
         pixel_range=(-mean / std, (1 - mean) / std),
         cuda_graphs=config.cuda_graphs,
+        images_at_once=config.images_at_once,
     )
     return problem, replace(opened, preprocessing=preprocessing)
+
+
+def check_memory(config: TrainConfig, problem: Problem, console: Console) -> None:
+    """Print what memory the run will need; refuse it where that cannot be had.
+
+    Raises:
+        UsageError: See `fdda_ext.methods.MemoryEstimate.check`.
+    """
+    found = estimate_memory(config.method, problem, config.scheduled, test_batch=config.test_batch)
+    if found is not None:
+        free = free_memory(problem.device)
+        console.print(found.describe(free), highlight=False)
+        found.check(free)
 
 
 def inputs_digest(problem: Problem) -> str:
@@ -705,6 +733,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         console.print(f"weights: {opened.origin}", highlight=False)
         console.print(f"images: {preprocessing.describe()}", highlight=False)
 
+    check_memory(config, problem, console)
     if config.profile is not None:
         measure_stages(config, problem, path, console)
         return []
