@@ -109,7 +109,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
                 calls[name] = 1
                 continue
             seconds_per_call(function, 2)
-            calls[name] = max(1, min(50, int(TURN / seconds_per_call(function, 2))))
+            spent = seconds_per_call(function, 2)
+            calls[name] = max(1, min(50, int(TURN / spent))) if spent else 50
         times: dict[str, list[float]] = {name: [] for name in peers}
         for turn in range(rounds):
             for name in list(peers) if turn % 2 == 0 else reversed(peers):

@@ -56,8 +56,13 @@ keeps the weights in the layouts of both algorithms, and times them when it firs
 """
 
 
+def times_more(theirs: float, ours: float) -> str:
+    """A ratio of times, or nothing where the clock was too coarse to see ours."""
+    return f"{theirs / ours:.2f}x" if ours else "-"
+
+
 def cell(peer: dict[str, float], ours: float) -> str:
-    return f"{host_time(peer)} ({peer['median_us'] / ours:.2f}x)"
+    return f"{host_time(peer)} ({times_more(peer['median_us'], ours)})"
 
 
 def render(report: dict[str, Any]) -> str:
@@ -97,8 +102,8 @@ def render(report: dict[str, Any]) -> str:
 
 
 def device_cell(peer: dict[str, float], ours: dict[str, float]) -> str:
-    ratio = peer["device_us"] / ours["device_us"]
-    return f"{host_time(peer)} ({peer['device_us']:.1f}, {ratio:.2f}x)"
+    ratio = times_more(peer["device_us"], ours["device_us"])
+    return f"{host_time(peer)} ({peer['device_us']:.1f}, {ratio})"
 
 
 def host_time(peer: dict[str, float]) -> str:
@@ -146,7 +151,7 @@ def profile(benchmark: dict[str, Any]) -> list[str]:
     ]
     total = sum(seconds for *_, seconds in info["profile"])
     for name, algorithm, products, seconds in info["profile"]:
-        if seconds < total / 100:
+        if seconds <= total / 100:
             continue
         rate = f"{2 * products / seconds / 1e9:.0f}" if products else ""
         share = 2.25 if algorithm == "winograd" else 1

@@ -65,8 +65,9 @@ __all__ = [
 T = TypeVar("T")
 Batch = TypeVar("Batch", Tensor, Sequence[Any])
 
-#: A process that ended is noticed at once; this is for one that hangs, or is cut off.
-_TIMEOUT = timedelta(minutes=10)
+#: How long a process waits for another. One that ended is noticed at once, so this is for one that
+#: hangs or is cut off; a slow one may list millions of files, or write a report, for minutes.
+_TIMEOUT = timedelta(minutes=30)
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 

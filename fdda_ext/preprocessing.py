@@ -7,47 +7,74 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from .errors import UsageError
+from .image_size import (
+    ImageSize,
+    height_and_width,
+    parse_image_size,
+    show_image_size,
+    to_image_size,
+)
 
-__all__ = ["Interpolation", "Preprocessing", "PreprocessingConfig"]
+__all__ = ["CHANNELS", "Interpolation", "Preprocessing", "PreprocessingConfig"]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+#: Pillow's name of images with so many channels: gray, colours, and colours with opacity.
+CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize the short side, cut from the middle, subtract the mean, divide by the deviation.
+    """Resize, cut from the middle, subtract the mean, divide by the standard deviation.
 
-    The defaults are ImageNet's usual ones.
+    An image is resized, with its proportions kept, until its short side is `resize`. Where height
+    and width of `image_size` differ, it is resized until it just covers a frame of the proportions
+    of `image_size` whose short side is `resize`. The difference between `resize` and `image_size`
+    is a margin that is cut off.
+
+    The defaults are the usual ones for ImageNet.
 
     Attributes:
-        mean, std: Of each colour, of values from 0 to 1.
-        image_size: Height and width of what is cut out.
+        mean, std: One of each channel, of values from 0 to 1. Their number is that of the channels:
+            1 (gray), 3 (RGB) or 4 (RGBA).
+        image_size: Size of what is cut out.
         resize: Short side before that.
         interpolation: Of the resizing, antialiased.
+        keep_small: Do not enlarge an image for the sake of the margin: one that has `image_size`
+            stays as it is, and a smaller one is enlarged to `image_size`. False where the publisher
+            of the weights prescribes `resize` for every image.
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    image_size: int = 224
+    image_size: ImageSize = 224
     resize: int = 256
     interpolation: Interpolation = "bilinear"
+    keep_small: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", parse_image_size(self.image_size, "preprocessing"))
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if len(values) != 3 or not all(math.isfinite(value) for value in values):
+            if len(values) not in CHANNELS or not all(math.isfinite(value) for value in values):
                 raise UsageError(
-                    f"preprocessing: expected {name} to be three finite numbers, got {values}"
+                    f"preprocessing: expected {name} to be one, three or four finite numbers, "
+                    f"got {values}"
                 )
+        if len(self.mean) != len(self.std):
+            raise UsageError(
+                f"preprocessing: expected as many numbers in mean ({len(self.mean)}) as in std, "
+                f"got {len(self.std)}"
+            )
         if min(self.std) <= 0:
             raise UsageError(f"preprocessing: expected std above 0, got {self.std}")
-        if self.image_size < 8:
+        if self.short_side < 8:
             raise UsageError(
-                f"preprocessing: expected image_size at least 8, got {self.image_size}"
+                f"preprocessing: expected image_size at least 8, got {_written(self.image_size)}"
             )
-        if self.resize < self.image_size:
+        if self.resize < self.short_side:
             raise UsageError(
-                f"preprocessing: expected resize at least image_size ({self.image_size}), "
+                f"preprocessing: expected resize at least image_size ({self.short_side}), "
                 f"got {self.resize}"
             )
         if self.interpolation not in get_args(Interpolation):
@@ -56,19 +83,81 @@ class Preprocessing:
                 f"got {self.interpolation}"
             )
 
-    def for_size(self, image_size: int | None) -> Preprocessing:
-        """The same for another image size (None: the same), cutting away the same share."""
-        if image_size is None or image_size == self.image_size:
-            return self
-        resize = round(image_size * self.resize / self.image_size)
-        return replace(self, image_size=image_size, resize=resize)
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return len(self.mean)
 
-    def describe(self) -> str:
-        """One line for the console."""
-        return (
-            f"resize {self.resize} {self.interpolation}, crop {self.image_size}, "
-            f"mean {_short(self.mean)}, std {_short(self.std)}"
+    @property
+    def short_side(self) -> int:
+        """The lesser of height and width of `image_size`."""
+        return min(height_and_width(self.image_size))
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size that an image of ``height`` and ``width`` gets before the crop."""
+        crop_height, crop_width = height_and_width(self.image_size)
+        scale = self.resize / self.short_side
+        frame = (round(crop_height * scale), round(crop_width * scale))
+        with_margin = _covering(frame, height, width)
+        if not self.keep_small or with_margin[0] <= height:
+            return with_margin
+        without = _covering((crop_height, crop_width), height, width)
+        return (height, width) if without[0] <= height else without
+
+    def for_size(self, image_size: ImageSize | str | None) -> Preprocessing:
+        """The same for images of another size.
+
+        The same share is cut away, of images that are large enough.
+
+        Args:
+            image_size: None for no change.
+        """
+        if image_size is None:
+            return self
+        size = parse_image_size(image_size, "preprocessing")
+        if size == self.image_size:
+            return self
+        short = min(height_and_width(size))
+        resize = round(short * self.resize / self.short_side)
+        return replace(self, image_size=size, resize=resize, keep_small=True)
+
+    def for_channels(self, channels: int) -> Preprocessing:
+        """The same for images of so many channels.
+
+        Gray, and the opacity beside three colours, get the mean of the values of the colours.
+
+        Raises:
+            UsageError: If it is none of 1, 3 and 4.
+        """
+        if channels not in CHANNELS:
+            raise UsageError(
+                "preprocessing: expected images of 1 (gray), 3 (RGB) or 4 (RGBA) channels, "
+                f"got {channels}"
+            )
+        return replace(
+            self, mean=_of_channels(self.mean, channels), std=_of_channels(self.std, channels)
         )
+
+    @property
+    def without_margin(self) -> Preprocessing:
+        """The same, but images are resized to the size of the crop at once, if at all."""
+        return replace(self, resize=self.short_side, keep_small=True)
+
+    def describe(self, stored_size: ImageSize | None = None) -> str:
+        """One line for the console; ``stored_size`` is that of all images, if they have one."""
+        how = f"resize {self.resize} {self.interpolation}, crop {_written(self.image_size)}"
+        if stored_size is not None:
+            stored = height_and_width(stored_size)
+            resized = self.resized(*stored)
+            how = f"{show_image_size(stored_size)}"
+            how += (
+                " as they are"
+                if resized == stored
+                else (f", resize {show_image_size(to_image_size(*resized))} {self.interpolation}")
+            )
+            if resized != height_and_width(self.image_size):
+                how += f", crop {_written(self.image_size)}"
+        return f"{how}, mean {_short(self.mean)}, std {_short(self.std)}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -83,7 +172,8 @@ class Preprocessing:
             TypeError: If there are other keys or types.
         """
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return Preprocessing(**values)
+        # Older files lack it, and their networks had every image resized.
+        return Preprocessing(**{"keep_small": False, **values})
 
 
 @dataclass(frozen=True)
@@ -91,9 +181,9 @@ class PreprocessingConfig:
     """What to do differently from what the weights' own metadata say; None leaves it to them.
 
     Attributes:
-        mean: Of each colour, of values from 0 to 1.
+        mean: One for each channel, of values from 0 to 1.
         std: Likewise.
-        resize: Short side before the middle is cut out.
+        resize: Short side before the middle is cut out; every image is resized to it.
         interpolation: Of the resizing.
     """
 
@@ -107,20 +197,50 @@ class PreprocessingConfig:
         """Whether anything is to be different."""
         return any(value is not None for value in asdict(self).values())
 
-    def apply(self, default: Preprocessing, image_size: int | None) -> Preprocessing:
+    def apply(self, default: Preprocessing, image_size: ImageSize | str | None) -> Preprocessing:
         """``default`` for images of ``image_size``, with what is given here in its place.
 
         Raises:
-            UsageError: If the result breaks a rule of `Preprocessing`.
+            UsageError: If the result breaks a rule of `Preprocessing`, or has other channels than
+                ``default``.
         """
         scaled = default.for_size(image_size)
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != default.channels:
+                raise UsageError(
+                    f"preprocessing: expected {name} to have one number for each of the "
+                    f"{default.channels} channel(s) that the network takes, got {values}"
+                )
         return replace(
             scaled,
             mean=scaled.mean if self.mean is None else tuple(self.mean),
             std=scaled.std if self.std is None else tuple(self.std),
             resize=scaled.resize if self.resize is None else self.resize,
             interpolation=self.interpolation or scaled.interpolation,
+            keep_small=scaled.keep_small and self.resize is None,
         )
+
+
+def _of_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    if len(values) == channels:
+        return values
+    colours = values[:3] if len(values) >= 3 else values * 3
+    mean = sum(colours) / 3
+    return {1: (mean,), 3: colours, 4: (*colours, mean)}[channels]
+
+
+def _covering(frame: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """The least size of the proportions ``height`` to ``width`` that covers ``frame``."""
+    # As torchvision.transforms.Resize rounds: the side that fits exactly, the other one down.
+    if frame[0] * width <= frame[1] * height:
+        return max(frame[1] * height // width, frame[0]), frame[1]
+    return frame[0], max(frame[0] * width // height, frame[1])
+
+
+def _written(size: ImageSize) -> str:
+    """As for an option."""
+    return str(size) if isinstance(size, int) else show_image_size(size)
 
 
 def _short(values: tuple[float, ...]) -> str:

@@ -1,55 +1,9 @@
-"""``python -m fdda_ext.visualize RUN``: the report of a run, one HTML file."""
+"""``python -m fdda_ext.visualize``: the command line of `fdda_ext.commands.visualize`."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from pathlib import Path
-
-from rich.console import Console
-
-from .data import takes_preprocessing
-from .engine import RunFolder, build_parser, check_machine, parse_or_refuse, run_command
-from .errors import UsageError
-from .train import REPORT_IMAGES, build_problem, inputs_digest, parse_arguments, report
+from .commands.visualize import main
+from .engine import run_command
 
 __all__ = ["main"]
-
-_DESCRIPTION = """\
-Make or refresh RUN/report.html: what was done, accuracies, losses, generated images, errors by
-layer, predictions, size. fdda_ext.train writes it at the end; once the run was exported, the size
-on disk and the speed are in it, too.
-
-examples:
-  python -m fdda_ext.visualize runs/a
-  python -m fdda_ext.visualize runs/a/baselines/mse --images 10000
-"""
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = build_parser("fdda_ext.visualize", _DESCRIPTION)
-    parser.add_argument("run", help="a run folder, or that of one of its baselines")
-    parser.add_argument(
-        "--images", type=int, default=REPORT_IMAGES, help="of the run's split, to compare on"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument(
-        "--max_unreadable", type=int, default=0, help="damaged image files that are left out"
-    )
-    options = parse_or_refuse(parser, arguments)
-    check_machine("visualize", device=options.device)
-    if options.images < 1:
-        raise UsageError(f"visualize: expected images at least 1, got {options.images}")
-    names = ("device", "max_unreadable")
-    here = [f"--{name}={getattr(options, name)}" for name in names]
-    config, stored = parse_arguments(["--resume", f"--out={options.run}", *here])
-    problem, opened = build_problem(config)
-    preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
-    folder = RunFolder(Path(options.run), stored, resume=True, inputs=inputs_digest(problem))
-    folder.summary()  # which refuses a run of other weights or images
-    path = report(config, problem, preprocessing, folder.path, options.images)
-    Console().print(f"written to {path}", highlight=False)
-
 
 if __name__ == "__main__":
     run_command(main)

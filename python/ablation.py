@@ -16,10 +16,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from common import finished_runs, mean_and_spread, positive, write_csv, write_table
+from common import (
+    finished_runs,
+    mean_and_spread,
+    positive,
+    sample_note,
+    write_csv,
+    write_table,
+)
 
+from fdda_ext.commands.train import parse_arguments
 from fdda_ext.engine import run_command
-from fdda_ext.train import parse_arguments
 from fdda_ext.visualization import COLOURS, new_figure
 
 FULL = "full method"
@@ -135,7 +142,8 @@ def main() -> None:
         for seed in seeds
     }
     ends = iter(finished_runs(runs, options.jobs))
-    top1 = {row: [next(ends)["top1"] for _ in seeds] for row in rows}
+    summaries = {row: [next(ends) for _ in seeds] for row in rows}
+    top1 = {row: [end["top1"] for end in found] for row, found in summaries.items()}
     differences = {
         row: [a - b for a, b in zip(values, top1[FULL], strict=True)]
         for row, values in top1.items()
@@ -148,7 +156,9 @@ def main() -> None:
         (row, mean_and_spread(values), mean_and_spread(differences[row]) if row != FULL else "")
         for row, values in top1.items()
     ]
-    write_table(folder / "ablation", title, ("", "top-1 %", "difference, points"), table)
+    header = ("", "top-1 %", "difference, points")
+    note = sample_note(summaries[FULL][0]).strip()
+    write_table(folder / "ablation", title, header, table, note)
     draw(differences, folder, title)
 
 

@@ -10,9 +10,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fdda_ext.compare import main as compare
-from fdda_ext.engine import RunFolder
-from fdda_ext.train import main as train, parse_arguments
+from fdda_ext.commands.compare import main as compare
+from fdda_ext.commands.train import main as train, parse_arguments
+from fdda_ext.engine import RunFolder, format_duration, standard_error
 
 
 def finished_run(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
@@ -59,6 +59,17 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
+def sample_note(summary: Mapping[str, Any]) -> str:
+    """What to know about accuracies over a sample; nothing if all images were tested."""
+    top1, images, of = (float(summary.get(name) or 0) for name in ("top1", "images", "of"))
+    if images >= of:
+        return ""
+    return (
+        f" Tested on {images:.0f} of {of:.0f} images: one accuracy has a standard error of "
+        f"{standard_error(top1, int(images), int(of)):.2f} points."
+    )
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -66,11 +77,24 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
         writer.writerows(rows)
 
 
+def mean_and_spread_of_durations(seconds: Sequence[float]) -> str:
+    """As `mean_and_spread`, in the units that suit both."""
+    spread = f" ± {format_duration(statistics.stdev(seconds))}" if len(seconds) > 1 else ""
+    return f"{format_duration(statistics.mean(seconds))}{spread}"
+
+
 def write_table(
     stem: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], note: str = ""
 ) -> None:
-    """A table as .csv and as .md, which is printed, too; all columns but the first hold numbers."""
+    """A table as .csv and as .md, see `write_markdown`."""
     write_csv(stem.with_suffix(".csv"), header, rows)
+    write_markdown(stem, title, header, rows, note)
+
+
+def write_markdown(
+    stem: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], note: str = ""
+) -> None:
+    """A table as .md, which is printed, too; all columns but the first hold numbers."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
     lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
     text = "\n".join([f"### {title}", "", *lines, *(["", note] if note else [])]) + "\n"
@@ -121,23 +145,24 @@ def cost_table(description: str | None, name: str, methods: Sequence[str]) -> No
     )
     with (folder / "comparison.csv").open() as file:
         lines = list(csv.DictReader(file))
-    rows = []
+    rows, numbers = [], []
     for method in options.methods:
         runs = [line for line in lines if line["name"] == method]
-        minutes = [float(run["seconds"]) / 60 for run in runs]
-        rows.append(
-            [
-                method,
-                PUBLISHED_COST.get(method, "not known"),
-                mean_and_spread(minutes),
-                mean_and_spread([float(run["top1"]) for run in runs]),
-                runs[0]["real_images"],
-                runs[0]["made_images"],
-                max(int(run["peak_memory"]) for run in runs),
-            ]
+        seconds = [float(run["seconds"]) for run in runs]
+        before = (method, PUBLISHED_COST.get(method, "not known"))
+        after = (
+            mean_and_spread([float(run["top1"]) for run in runs]),
+            runs[0]["real_images"],
+            runs[0]["made_images"],
+            max(int(run["peak_memory"]) for run in runs),
         )
+        rows.append((*before, mean_and_spread_of_durations(seconds), *after))
+        numbers.append((*before, statistics.mean(seconds), *after))
     title = f"Training cost, {options.model} on {options.data}, {options.bits}, {options.device}"
-    header = ("method", "published", "minutes here", "top-1 %", "real images", "made images", "MiB")
+    header = ["method", "published", "here", "top-1 %", "real images", "made images", "MiB"]
     float_top1 = float(lines[0]["float_top1"])
     note = f"Float network: {float_top1:.2f} %, {lines[0]['images']} test images, preset "
-    write_table(options.out / options.budget / name, title, header, rows, note + options.preset)
+    note += f"{options.preset}.{sample_note(lines[0])}"
+    write_markdown(folder / name, title, header, rows, note)
+    header[2] = "seconds here"
+    write_csv(folder / f"{name}.csv", header, numbers)

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from common import positive, write_table
 
+from fdda_ext.commands.train import parse_arguments
 from fdda_ext.data import Augmentation
 from fdda_ext.engine import keep_freed_memory, peak_memory, release_freed_memory, save_state
 from fdda_ext.methods import Problem, build_method, estimate_memory
 from fdda_ext.models import open_model
-from fdda_ext.train import parse_arguments
 
 
 def parse() -> argparse.Namespace:

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from fdda_ext.engine import format_duration
+
 #: Of the published schedule, the order of its phases, in very few iterations.
 SCHEDULE = {
     "settings.fdda.warmup_iterations": 1 / 4,
@@ -117,8 +119,9 @@ def main() -> None:
                 result.write_text(log.read_text())
             record.write_text(json.dumps(measured, indent=2) + "\n")
         print("\n".join((options.out / f"{name}.log").read_text().splitlines()[-12:]), flush=True)
-    lines = ["| stage | seconds | peak memory, MiB |", "| --- | ---: | ---: |"]
-    lines += [f"| {n} | {m['seconds']:.0f} | {m['peak_mib']:.0f} |" for n, m in measured.items()]
+    lines = ["| stage | time | peak memory, MiB |", "| --- | ---: | ---: |"]
+    for name, m in measured.items():
+        lines.append(f"| {name} | {format_duration(m['seconds'])} | {m['peak_mib']:.0f} |")
     table = "\n".join(lines) + "\n"
     (options.out / "rehearsal.md").write_text(table)
     print(table)

@@ -32,7 +32,7 @@ from torch import nn
 
 from fdda_ext import build_info
 from fdda_ext.deploy import capture, lower, save_program
-from fdda_ext.engine import check_machine, run_command
+from fdda_ext.engine import check_machine, format_significant, run_command
 from fdda_ext.models import load_model
 from fdda_ext.quantization import QuantizationConfig, bits_table, calibrate, prepare
 from fdda_ext.visualization import COLOURS, new_figure, quartiles, time_in_turn
@@ -156,30 +156,37 @@ def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
             times = {name: quartiles(t) for name, t in time_in_turn(runs, calls, clock).items()}
         for name, (low, median, high) in times.items():
             ms = (1e3 * median, 1e3 * low, 1e3 * high)
-            numbers = (*ms, batch / median, times[FLOAT][1] / median)
-            rows["speed"].append([spec, name, batch, *(round(x, 2) for x in numbers)])
+            # A clock may be too coarse for a call; nothing is known of speeds then.
+            known = median > 0 and times[FLOAT][1] > 0
+            rates = (batch / median, times[FLOAT][1] / median) if known else ()
+            cells = [format_significant(x, 4) for x in (*ms, *rates)]
+            rows["speed"].append([spec, name, batch, *cells, *[""] * (5 - len(cells))])
     return rows
 
 
 def draw(found: Rows, path: Path, note: str) -> None:
     """How many times smaller the file is, and how many times faster the first batch."""
     smaller = [row for row in found["size"] if row[1] != "float32"]
-    faster = [row for row in found["speed"] if row[1] != FLOAT]
+    faster = [row for row in found["speed"] if row[1] != FLOAT and row[-1]]
     faster = [row for row in faster if row[2] == faster[0][2]]
-    halves = (("file: times smaller", smaller), (f"batch {faster[0][2]}: times faster", faster))
+    batch = found["speed"][0][2]
+    halves = (("file: times smaller", smaller), (f"batch {batch}: times faster", faster))
     figure = new_figure(9.0, 3.8)
     for axes, (what, rows) in zip(figure.subplots(1, 2), halves, strict=True):
         names = list(dict.fromkeys(row[1] for row in rows))
         networks = list(dict.fromkeys(row[0].rpartition(":")[2] for row in rows))
         for i, name in enumerate(names):
-            values = [row[-1] for row in rows if row[1] == name]
-            places = [n + (i + 0.5) / len(names) * 0.8 - 0.4 for n in range(len(values))]
+            mine = [row for row in rows if row[1] == name]
+            values = [float(row[-1]) for row in mine]
+            groups = [networks.index(row[0].rpartition(":")[2]) for row in mine]
+            places = [n + (i + 0.5) / len(names) * 0.8 - 0.4 for n in groups]
             axes.bar(places, values, 0.8 / len(names), color=COLOURS[i % 8], label=name)
         axes.hlines([4, 8], -0.5, len(networks) - 0.5, "#767676", "--", linewidth=0.8, zorder=0)
         axes.set_xticks(range(len(networks)), networks, fontsize=8)
         axes.set_ylabel(f"{what} than float32")
-        axes.set_ylim(0, 1.4 * max(8, *(row[-1] for row in rows)))
-        axes.legend(fontsize=7, frameon=False, loc="upper center", ncols=2)
+        axes.set_ylim(0, 1.4 * max([8.0, *(float(row[-1]) for row in rows)]))
+        if names:
+            axes.legend(fontsize=7, frameon=False, loc="upper center", ncols=2)
     figure.suptitle(f"dashed: the paper's 4 to 8 times\n{note}", fontsize=8)
     figure.savefig(path, dpi=150)
 

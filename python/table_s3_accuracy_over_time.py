@@ -18,9 +18,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import mean_and_spread, one, write_csv, write_table
+from common import mean_and_spread, one, sample_note, write_csv, write_table
 
-from fdda_ext.compare import Setting, main as compare
+from fdda_ext.commands.compare import Setting, main as compare
 from fdda_ext.engine import run_command
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import Method, method_class
@@ -78,16 +78,20 @@ def curves(folder: Path, options: argparse.Namespace) -> dict[str, list[Curve]]:
         run = runs / f"{method}-seed{seed}"
         end = json.loads((run / "summary.json").read_text())
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        points = [(line["seconds"], line["top1"]) for line in lines if "top1" in line]
-        measured[method, seed] = [p for p in points if p[0] < end["seconds"]]
-        measured[method, seed].append((end["seconds"], end["top1"]))
+        points = [line for line in lines if "top1" in line]
+        last = end["iterations"] - 1  # its measurement is the run's result
+        points = [p for p in points if p["iteration"] < last] + [{**end, "iteration": last}]
+        measured[method, seed] = [(p["iteration"], p["seconds"], p["top1"]) for p in points]
     found: dict[str, list[Curve]] = {}
     rows = []
     for (method, seed), points in measured.items():
-        seconds, top1 = np.array(points).T
-        whole = seconds[-1]
-        found.setdefault(method, []).append((7 * seconds / whole, top1))
-        rows += [(method, seed, s, f"{7 * s / whole:.3f}", a) for s, a in points]
+        iterations, seconds, top1 = np.array(points).T
+        # The clock may not have moved in a short run; iterations then stand for its time.
+        spent = seconds if seconds[-1] else iterations + 1
+        sevenths = 7 * spent / spent[-1]
+        found.setdefault(method, []).append((sevenths, top1))
+        columns = zip(seconds, sevenths, top1, strict=True)
+        rows += [(method, seed, s, f"{x:.3f}", a) for s, x, a in columns]
     write_csv(folder / "curve.csv", ("method", "seed", "seconds", "sevenths", "top-1 %"), rows)
     return found
 
@@ -144,6 +148,8 @@ def main() -> None:
         cells = [[at(curve, part) for curve in runs] for part in PARTS]
         rows.append([method, *("" if np.isnan(c).any() else mean_and_spread(c) for c in cells)])
     note = " ".join(crossings(a, b, found) for a, b in itertools.combinations(found, 2))
+    summary = next(folder.glob("*/*/summary.json"), None)
+    note += sample_note(json.loads(summary.read_text())) if summary else ""
     title = f"Top-1 % over training time, {options.model}, {options.bits}"
     header = ("method", *(f"{part}/7 of the budget" for part in PARTS))
     write_table(folder / "table", title, header, rows, note)

@@ -10,7 +10,7 @@ from test_prepare_zoo import load
 from test_quantization import small_network
 from torch import Tensor, nn
 
-from fdda_ext import train
+from fdda_ext.commands import train
 from fdda_ext.deploy import lower
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import BitSplitConfig, MethodSettings, build_method

@@ -26,7 +26,7 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,  # against a process that hangs, not a slow one
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fdda_ext import compare, train
+from fdda_ext.commands import compare, train
 from fdda_ext.errors import UsageError
 
 SETTING = compare.Setting("glyphs_resnet", "W3A3", "same", 1)
@@ -80,14 +80,18 @@ def test_a_variant_is_its_method_with_other_constants(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fixed", "whole", "share"), [(10.0, 100.0, 0.5), (0.0, 30.0, 2.0), (0.0, 0.0, 1.0)]
+    ("fixed", "whole", "share"), [(10.0, 100.0, 0.5), (0.0, 30.0, 2.0), (0.0, 0.0, 64.0)]
 )
 def test_the_budget_less_what_every_run_takes_gives_the_schedule(fixed, whole, share):
     assert compare.share_in_budget(compare.Pace(fixed, whole, 8), 60, "fdda") == share
+    # A method that does not train has no schedule to stretch.
+    assert compare.share_in_budget(compare.Pace(fixed, 0, 0), 60, "fdda") == 1
 
 
 def test_a_budget_that_preparation_uses_up_is_refused():
-    with pytest.raises(UsageError, match="budget to exceed the 61 s that fdda takes .*, got 60"):
+    with pytest.raises(
+        UsageError, match="budget to exceed the 1.02 min that fdda takes .*, got 60 s"
+    ):
         compare.share_in_budget(compare.Pace(61, 1, 8), 60, "fdda")
 
 
@@ -108,8 +112,10 @@ def test_trials_are_announced_and_kept(monkeypatch, tmp_path):
     shares = compare.all_shares(config, rest, Console(file=output, width=200))
     assert tried == [(m, n, 6) for n in config.models for m in ("minmax", "fdda")]
     assert set(shares.values()) == {0.5}
-    assert "trials of 4 schedules: at most 6 s each, 24 s in all" in output.getvalue()
-    assert "glyphs_resnet/fdda: 110 s for the whole schedule by 8 iterations" in output.getvalue()
+    assert "trials of 4 schedules: at most 6.00 s each, 24.0 s in all" in output.getvalue()
+    assert (
+        "glyphs_resnet/fdda: 1.83 min for the whole schedule by 8 iterations" in output.getvalue()
+    )
     assert compare.all_shares(config, rest, Console(file=output)) == shares
     assert len(tried) == 4
     # What one trial told is kept when the next one fails.
@@ -220,8 +226,8 @@ def test_the_table_has_means_and_spreads_of_the_seeds(tmp_path):
         plant(folder / f"fdda-seed{seed}", fdda)
     shares = {f"glyphs_resnet/{method}": 0.5 for method in config.methods}
     text = compare.write_results(config, shares)
-    assert "| gdfq | 82.00 ± 2.65 | 10.00 | 12 | 71 | 640 | 502 | 0.5 |" in text
-    assert "| fdda | **90.50 ± 0.50** | 1.50 | 12 | 71 | 640 | 500 | 0.5 |" in text
+    assert "| gdfq | 82.00 ± 2.65 | 10.00 | 12.0 s | 71 | 640 | 502 | 0.5 |" in text
+    assert "| fdda | **90.50 ± 0.50** | 1.50 | 12.0 s | 71 | 640 | 500 | 0.5 |" in text
     assert "zaq" not in text, "has no finished run"
     assert (tmp_path / "comparison.md").read_text() == text
     lines = list(csv.DictReader((tmp_path / "comparison.csv").open()))

@@ -150,18 +150,21 @@ def test_bad_folders_are_refused(tmp_path):
         load_dataset(f"folder:{tmp_path}", "train")
     make_folder(tmp_path / "b")
     (tmp_path / "b" / "train" / "empty").mkdir()
-    with pytest.raises(UsageError, match="empty"):
+    with pytest.raises(UsageError, match="got 0 of class empty; add images of it, or remove"):
         calibration_set(f"folder:{tmp_path / 'b'}")
+    (tmp_path / "images" / "val" / "a").mkdir(parents=True)
+    with pytest.raises(UsageError, match="got no image .* in its 1 folders"):
+        load_dataset(f"folder:{tmp_path / 'images'}", "test")
     with pytest.raises(UsageError, match="at least 4 calibration image.*got 3 of class cat"):
         calibration_set(f"folder:{make_folder(tmp_path / 'c')}", 4, image_size=16)
-    make_folder(tmp_path / "d", ("cat", "dog", "eel"), ("train",))
-    make_folder(tmp_path / "d", splits=("val",))
-    with pytest.raises(UsageError, match="the 3 classes of .*train, got 2, without eel"):
+    make_folder(tmp_path / "d", splits=("train",))
+    make_folder(tmp_path / "d", ("cat", "eel", "emu"), ("val",))
+    with pytest.raises(UsageError, match="some of the 2 classes of .*train, got eel, emu besides"):
         load_dataset(f"folder:{tmp_path / 'd'}", "test")
     with pytest.raises(UsageError, match="1000 classes, got 2"):
         load_dataset(f"imagenet:{tmp_path / 'c'}", "test")
     Image.new("I;16", (20, 20), 9000).save(tmp_path / "c" / "val" / "cat" / "0.png")
-    with pytest.raises(UsageError, match="readable image, got .*0.png .*more than 8 bits a colour"):
+    with pytest.raises(UsageError, match="readable image, got .*0.png .*than 8 bits a channel"):
         load_dataset(f"folder:{tmp_path / 'c'}", "test", image_size=16)[0]
     (tmp_path / "c" / "val" / "cat" / "0.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match="readable image, got .*0.png"):

@@ -19,6 +19,8 @@ from fdda_ext.errors import UsageError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORKER = str(Path(worker.__file__))
+#: Seconds, for processes that hang; a slow machine needs minutes.
+PATIENCE = 1800
 
 
 def start(processes: int, *arguments: str) -> list[subprocess.Popen[str]]:
@@ -51,11 +53,11 @@ def stages(tmp_path_factory) -> SimpleNamespace:
     folder = path / "run"
     found = SimpleNamespace(folder=folder)
     pair = start(2, WORKER, str(path / "2.json"), str(folder), "1")
-    found.pair = [(p.communicate(timeout=300), p.returncode) for p in pair]
+    found.pair = [(p.communicate(timeout=PATIENCE), p.returncode) for p in pair]
     with pytest.raises(KeyboardInterrupt):
         worker.run(folder, worker.Interrupted(14))
     three = start(3, WORKER, str(path / "3.json"), str(folder))
-    found.three = [(p.communicate(timeout=300), p.returncode) for p in three]
+    found.three = [(p.communicate(timeout=PATIENCE), p.returncode) for p in three]
     found.one = worker.everything()
     assert (path / "2.json").exists(), found.pair
     assert (path / "3.json").exists(), found.three
@@ -142,7 +144,7 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
 
 
@@ -177,7 +179,7 @@ def test_sigterm_from_torchrun_is_explained(tmp_path):
         "with distribution.joined():\n"
         "    if distribution.rank() == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    time.sleep(60)\n"
+        f"    time.sleep({PATIENCE})\n"
     )
     done = torchrun(2, str(program))
     assert done.returncode != 0
@@ -229,7 +231,7 @@ def test_damaged_images_count_together(monkeypatch):
 
 
 def test_a_process_with_other_weights_is_refused(monkeypatch, tmp_path):
-    from fdda_ext import train
+    from fdda_ext.commands import train
 
     other = RunFolder(tmp_path / "a", "", resume=False, inputs="x").fingerprint
     monkeypatch.setattr(train, "from_first", lambda make: other)

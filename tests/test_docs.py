@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from fdda_ext import compare, train
+from fdda_ext.commands import compare, train
 from fdda_ext.data import glyphs
 from fdda_ext.errors import UsageError
 

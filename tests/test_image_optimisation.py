@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_fdda import CLASSES, problem
 from torch.nn import functional as F
 
-from fdda_ext import evaluate, train
+from fdda_ext.commands import evaluate, train
 from fdda_ext.deploy import lower
 from fdda_ext.engine import load_state, save_state
 from fdda_ext.errors import UsageError

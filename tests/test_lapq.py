@@ -11,7 +11,7 @@ from test_bitsplit import problem_of_small_network
 from test_fdda import problem
 from torch.nn import functional as F
 
-from fdda_ext import train
+from fdda_ext.commands import train
 from fdda_ext.deploy import lower
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import LAPQConfig, MethodSettings, build_method

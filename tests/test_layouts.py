@@ -116,7 +116,7 @@ def test_networks_that_compute_something_else_are_refused_and_the_difference_nam
         load_model("torchvision:resnet18", weights=f"torchvision:resnet50={path}")
     with pytest.raises(UsageError, match="nor are they from timm:regnetx_006"):
         load_model("pytorchcv:regnetx006", weights=str(path))
-    with pytest.raises(UsageError, match="weights of timm:regnetx_006, got .* with no head"):
+    with pytest.raises(UsageError, match="weights of timm:regnetx_006, got .* with no stem.conv"):
         load_model("pytorchcv:regnetx006", weights=f"timm:regnetx_006={path}")
 
 
@@ -244,9 +244,9 @@ def test_preprocessing_is_that_of_the_weights(tmp_path, monkeypatch):
 
     half = (0.5, 0.5, 0.5)
     assert opened("torchvision:resnet18") == Preprocessing()
-    assert opened("pytorchcv:mobilenet_w1") == Preprocessing()
+    assert opened("pytorchcv:mobilenet_w1") == Preprocessing(keep_small=False)
     assert opened("glyphs_resnet", "default") == Preprocessing()
-    assert opened("timm:mobilenetv1_100") == Preprocessing(half, half, 224, 256, "bicubic")
+    assert opened("timm:mobilenetv1_100") == Preprocessing(half, half, 224, 256, "bicubic", False)
     assert opened("timm:resnet50.tv_in1k").interpolation == "bilinear"
     # A file that still has torchvision's name is known to be its first or second version.
     state = load_model("torchvision:resnet50", weights="none").state_dict()
@@ -275,7 +275,8 @@ def test_preprocessing_can_be_overridden():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mean": (0.5,)}, "mean to be three finite numbers, got"),
+        ({"mean": (0.5, 0.5)}, "mean to be one, three or four finite numbers, got"),
+        ({"mean": (0.5,)}, r"as many numbers in mean \(1\) as in std, got 3"),
         ({"std": (0.0, 1.0, 1.0)}, "std above 0"),
         ({"resize": 200}, r"resize at least image_size \(224\), got 200"),
         ({"image_size": 4}, "image_size at least 8, got 4"),

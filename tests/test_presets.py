@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import nn
 
-from fdda_ext import train
+from fdda_ext.commands import train
 from fdda_ext.data import Augmentation
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import Problem, build_method

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fdda_ext import pretrain
+from fdda_ext.commands import pretrain
 from fdda_ext.data import load_dataset
 from fdda_ext.engine import BatchSource, evaluate
 from fdda_ext.errors import UsageError

@@ -21,7 +21,7 @@ from test_prepare_zoo import NETWORKS, load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdda_ext import train
+from fdda_ext.commands import train
 from fdda_ext.deploy import lower
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import (

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fdda_ext import export, train, visualize
+from fdda_ext.commands import export, train, visualize
 from fdda_ext.data import load_dataset
 from fdda_ext.engine import BatchSource
 from fdda_ext.errors import UsageError
@@ -224,7 +224,7 @@ def browse(path: Path, screenshot: Path, height: int) -> list[str]:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,  # against a browser that hangs, not a slow one
     )
     assert screenshot.exists(), done.stderr
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_fdda import CLASSES, problem
 from torch.nn import functional as F
 
-from fdda_ext import train
+from fdda_ext.commands import train
 from fdda_ext.deploy import lower
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import (

@@ -2,6 +2,7 @@
 // words, which this file reads back and checks, so that no record can lead outside the memory that
 // came with it. Values lie in a workspace, pixel after pixel, all images of one beside another.
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -216,6 +217,7 @@ class Program {
         return add_pool(g, memory(value(s.source)), epilogue(s, out));
       }
       case Kind::kMaxPool: {
+        if (out.bytes == 4) return max_pool_floats(s, value(s.source), out);
         const Geometry g = geometry(s, value(s.source), out);
         require(g.is_depthwise() && out.bytes == 1, "of pooling of codes, channel by channel");
         return max_pool(g, memory(value(s.source)), memory(out));
@@ -310,6 +312,45 @@ class Program {
         } else {
           const float* values = reinterpret_cast<const float*>(memory(in)) + i * row;
           loop.finish_floats(out.width, out.channels, values, e);
+        }
+      }
+    });
+  }
+
+  // The largest value of each window. Positions outside the image do not count, so a window that
+  // ceil_mode lets reach beyond it needs no more rows.
+  void max_pool_floats(const StepRecord& s, const ValueRecord& in, const ValueRecord& out) const {
+    constexpr int64_t kSize = 32768;
+    for (const int64_t size :
+         {s.kernel_y, s.kernel_x, s.stride_y, s.stride_x, s.dilation_y, s.dilation_x}) {
+      require(size > 0 && size < kSize, "of windows of reasonable size");
+    }
+    require(s.kernel_y * s.kernel_x <= kMostTaps, "of windows of reasonable size");
+    require(s.pad_y >= 0 && s.pad_x >= 0 && s.pad_y < kSize && s.pad_x < kSize, "of such padding");
+    require(in.bytes == 4 && in.channels == out.channels, "of shapes that fit together");
+    const float* from = reinterpret_cast<const float*>(memory(in));
+    float* to = reinterpret_cast<float*>(memory(out));
+    const int64_t channels = out.channels;
+    torch::stable::parallel_for(0, samples() * out.height, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const float* image = from + row / out.height * in.height * in.width * channels;
+        const int64_t top = row % out.height * s.stride_y - s.pad_y;
+        for (int64_t x = 0; x < out.width; ++x) {
+          float* largest = to + (row * out.width + x) * channels;
+          std::fill(largest, largest + channels, -std::numeric_limits<float>::infinity());
+          for (int64_t i = 0; i < s.kernel_y; ++i) {
+            const int64_t y_in = top + i * s.dilation_y;
+            if (y_in < 0 || y_in >= in.height) continue;
+            for (int64_t j = 0; j < s.kernel_x; ++j) {
+              const int64_t x_in = x * s.stride_x - s.pad_x + j * s.dilation_x;
+              if (x_in < 0 || x_in >= in.width) continue;
+              const float* pixel = image + (y_in * in.width + x_in) * channels;
+              for (int64_t c = 0; c < channels; ++c) {
+                const bool is_nan = pixel[c] != pixel[c];
+                largest[c] = is_nan || pixel[c] > largest[c] ? pixel[c] : largest[c];
+              }
+            }
+          }
         }
       }
     });

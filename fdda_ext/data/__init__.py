@@ -11,20 +11,25 @@ import torch
 from torch import Tensor
 
 from ..errors import UnreadableImageError, UsageError
-from ..preprocessing import Preprocessing
+from ..image_size import ImageSize, height_and_width, parse_image_size
+from ..preprocessing import Preprocessing, PreprocessingConfig
 from .augmentation import Augmentation, augment
 from .dataset import ImageDataset
 from .digits import Digits
 from .folder import ImageFolder
 from .glyphs import Glyphs
+from .published import PUBLISHED, open_published
+from .sampling import fair_sample
 from .shards import Shards
 
 __all__ = [
+    "PUBLISHED",
     "Augmentation",
     "ImageDataset",
     "Split",
     "augment",
     "calibration_set",
+    "choose_preprocessing",
     "load_dataset",
     "takes_preprocessing",
 ]
@@ -35,13 +40,17 @@ Split = Literal["train", "calibration", "validation", "test"]
 
 
 class _Limited(ImageDataset):
-    """Some images of a data set, spread evenly over it: folders are sorted by class."""
+    """A fair sample of a data set, see `fair_sample`; images are in the data set's order.
+
+    Attributes:
+        whole: Number of images of the data set that the sample is from.
+    """
 
     def __init__(self, dataset: ImageDataset, limit: int) -> None:
         self._dataset = dataset
-        # In float64: float32 has no number for every index of a large set.
-        spread = torch.linspace(0, len(dataset) - 1, min(limit, len(dataset)), dtype=torch.float64)
-        self._indices = spread.long()
+        # Sorted: neighbours in a folder or an archive are read one after the other.
+        self._indices = fair_sample(dataset.labels, limit).sort().values
+        self.whole = len(dataset)
         self.num_classes = dataset.num_classes
         self.class_names = dataset.class_names
         self.mean, self.std = dataset.mean, dataset.std
@@ -50,40 +59,62 @@ class _Limited(ImageDataset):
         self.labels = dataset.labels[self._indices]
         self.from_files = dataset.from_files
 
+    @property
+    def classes_present(self) -> int:
+        """Of the whole split."""
+        return self._dataset.classes_present
+
+    @property
+    def stored_size(self) -> ImageSize | None:
+        """As of the whole set."""
+        return self._dataset.stored_size
+
     def pixels(self, index: int) -> Tensor:
-        """uint8 ``[3, H, W]``."""
+        """As of the whole set, ``[C, H, W]``."""
         return self._dataset.pixels(int(self._indices[index]))
+
+    def pixels_without_margin(self, index: int) -> Tensor | None:
+        """As of the whole set."""
+        return self._dataset.pixels_without_margin(int(self._indices[index]))
 
 
 def load_dataset(
     spec: str,
     split: Split,
     *,
-    image_size: int | None = None,
+    image_size: ImageSize | str | None = None,
     seed: int = 0,
     limit: int | None = None,
     preprocessing: Preprocessing | None = None,
+    channels: int | None = None,
+    download: bool = False,
 ) -> ImageDataset:
     """Open a data set.
 
     Args:
-        spec: ``glyphs``, ``digits``, ``folder:PATH``, ``shards:PATH`` or ``imagenet:PATH``, a
-            folder of ImageNet's 1000 classes; ``imagenet`` alone finds PATH in the environment
-            variable IMAGENET.
+        spec: ``glyphs``, ``digits``, ``folder:PATH``, ``shards:PATH``, ``imagenet:PATH`` (a folder
+            of ImageNet's 1000 classes; ``imagenet`` alone finds PATH in the environment variable
+            IMAGENET), or ``NAME:PATH`` for a data set of torchvision's, see `PUBLISHED`.
         split: "train", "calibration", "validation" (to choose settings on) or "test". The last two
             share no image with each other and the rest.
-        image_size: Height and width; None for the set's own (32, or 224 for folders).
+        image_size: A number for both height and width, or (height, width), or ``"32x64"``; None for
+            the set's own (32), or that of ``preprocessing``.
         seed: Of the images that are rendered.
-        limit: At most so many images, spread evenly over the split.
-        preprocessing: Of image files, as the network's weights want them; None for ImageNet's
-            usual one. ``image_size`` overrides its size.
+        limit: At most so many images: a sample in which every class has its share. It is the same
+            for every seed, and a smaller one is part of a larger one, see `fair_sample`.
+        preprocessing: How image files are prepared for the network; None for the usual way of
+            ImageNet. ``image_size`` overrides its size.
+        channels: 1 (gray), 3 (RGB) or 4 (RGBA); None for those of ``preprocessing``, or the set's
+            own.
+        download: Fetch one of torchvision's sets if its files are not there.
 
     Raises:
         UsageError: If there is no such set, or its folder is missing or not as it should be.
     """
     if split not in get_args(Split):
         raise UsageError(f"data: expected split to be one of {get_args(Split)}, got {split}")
-    if image_size is not None and image_size < 8:
+    size = None if image_size is None else parse_image_size(image_size)
+    if size is not None and min(height_and_width(size)) < 8:
         raise UsageError(f"data: expected image_size at least 8, got {image_size}")
     if limit is not None and limit < 1:
         raise UsageError(f"data: expected limit at least 1, got {limit}")
@@ -95,31 +126,73 @@ def load_dataset(
                 "data: expected imagenet:PATH, or PATH in the environment variable IMAGENET, got "
                 "imagenet without"
             )
-    how = (preprocessing or Preprocessing()).for_size(image_size)
+    how = (preprocessing or Preprocessing()).for_size(size)
+    how = how.for_channels(channels or how.channels)
     dataset: ImageDataset
     if spec == "glyphs":
-        dataset = Glyphs(split, image_size or 32, seed)
+        dataset = Glyphs(split, size or 32, seed, channels or 3)
     elif spec == "digits":
-        dataset = Digits(split, image_size or 32)
+        dataset = Digits(split, size or 32, channels or 3)
     elif source == "shards" and path:
         dataset = Shards(Path(path), split, how)
+    elif source in PUBLISHED and path:
+        dataset = open_published(
+            source,
+            Path(path),
+            split,
+            preprocessing=preprocessing,
+            image_size=size,
+            channels=channels,
+            download=download,
+        )
     elif source in ("folder", "imagenet") and path:
         dataset = ImageFolder(Path(path), split, how)
         if source == "imagenet" and dataset.num_classes != 1000:
             raise UsageError(
                 f"data: expected {path} to hold ImageNet's 1000 classes, "
-                f"got {dataset.num_classes}; use folder:{path} for other sets"
+                f"got {dataset.num_classes}; use folder:{path} for other sets (where val has fewer "
+                "classes, the folders of train name all of them)"
             )
     else:
         raise UsageError(
-            f"data: expected glyphs, digits, folder:PATH, shards:PATH or imagenet:PATH, got {spec}"
+            "data: expected glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH or NAME:PATH "
+            f"with NAME one of {', '.join(PUBLISHED)}, got {spec}"
         )
     return dataset if limit is None else _Limited(dataset, limit)
 
 
 def takes_preprocessing(spec: str) -> bool:
-    """Whether the images of ``spec`` come from files, and so can be prepared in several ways."""
-    return spec.partition(":")[0] in ("folder", "shards", "imagenet")
+    """Whether the images of ``spec`` are the user's, and so can be prepared in several ways."""
+    return spec.partition(":")[0] in ("folder", "shards", "imagenet", *PUBLISHED)
+
+
+def choose_preprocessing(
+    dataset: ImageDataset,
+    default: Preprocessing,
+    config: PreprocessingConfig,
+    *,
+    image_size: ImageSize | str | None,
+    channels: int,
+) -> Preprocessing:
+    """How images of a set from files are to be prepared for a network.
+
+    Without ``image_size`` they keep the size that they have where they are small and all alike, and
+    where no library says which size the network was trained for. Images of a published set of one
+    size always keep it.
+
+    Args:
+        dataset: Of any split.
+        default: What is known of the network.
+        config: What the user wants otherwise.
+        image_size: What the user wants, or None.
+        channels: Of the images that the network takes.
+
+    Raises:
+        UsageError: If the result breaks a rule of `Preprocessing`.
+    """
+    if image_size is None and (default.keep_small or not dataset.from_files):
+        image_size = dataset.stored_size
+    return config.apply(default.for_channels(channels), image_size)
 
 
 def calibration_set(
@@ -127,8 +200,9 @@ def calibration_set(
     images_per_class: int = 1,
     *,
     seed: int = 0,
-    image_size: int | None = None,
+    image_size: ImageSize | str | None = None,
     preprocessing: Preprocessing | None = None,
+    channels: int | None = None,
     max_unreadable: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The little real data a method may use: some images of every class, drawn by ``seed``.
@@ -137,13 +211,14 @@ def calibration_set(
         spec: As for `load_dataset`.
         images_per_class: How many of each.
         seed: Which ones.
-        image_size: Height and width.
-        preprocessing: Of image files.
+        image_size: As for `load_dataset`.
+        preprocessing: Likewise.
+        channels: Likewise.
         max_unreadable: In place of so many damaged files in all another one of the class is drawn;
             each is named in a warning of the logger ``fdda_ext``.
 
     Returns:
-        float32 images ``[K * images_per_class, 3, H, W]``, normalised, not augmented, sorted by
+        float32 images ``[K * images_per_class, C, H, W]``, normalised, not augmented, sorted by
         class, and int64 labels.
 
     Raises:
@@ -153,7 +228,12 @@ def calibration_set(
     if images_per_class < 1:
         raise UsageError(f"data: expected images_per_class at least 1, got {images_per_class}")
     dataset = load_dataset(
-        spec, "calibration", image_size=image_size, seed=seed, preprocessing=preprocessing
+        spec,
+        "calibration",
+        image_size=image_size,
+        seed=seed,
+        preprocessing=preprocessing,
+        channels=channels,
     )
     random = torch.Generator().manual_seed(seed)
     chosen: list[Tensor] = []
@@ -165,10 +245,12 @@ def calibration_set(
         while taken < images_per_class:
             if not order:
                 lost = own.numel() - taken
+                reason = f" and {lost} that cannot be read" if lost else ""
+                if not own.numel():
+                    reason = "; add images of it, or remove the class from the training data"
                 raise UsageError(
                     f"data: expected at least {images_per_class} calibration image(s) of every "
-                    f"class, got {taken} of class {dataset.class_names[k]}"
-                    + (f" and {lost} that cannot be read" if lost else "")
+                    f"class, got {taken} of class {dataset.class_names[k]}{reason}"
                 )
             try:
                 chosen.append(dataset.pixels(order.pop(0)))

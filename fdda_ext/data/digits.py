@@ -1,4 +1,4 @@
-"""``digits``: scikit-learn's real handwritten digits, 8x8 pixels, enlarged and made RGB."""
+"""``digits``: scikit-learn's real handwritten digits, 8x8 pixels, enlarged."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..image_size import ImageSize, height_and_width
 from .augmentation import Augmentation
-from .dataset import ImageDataset
+from .dataset import ImageDataset, to_channels
 
 __all__ = ["Digits"]
 
@@ -27,15 +28,14 @@ class Digits(ImageDataset):
     Args:
         split: "train", "calibration", "validation" or "test".
         image_size: Height and width.
+        channels: 1 (gray), 3 (the same in every colour) or 4 (and full opacity).
     """
 
     num_classes = 10
     class_names = tuple("0123456789")
-    mean: tuple[float, ...] = (0.3, 0.3, 0.3)
-    std: tuple[float, ...] = (0.38, 0.38, 0.38)
     augmentation = Augmentation(crop_scale=(0.75, 1.0), crop_ratio=(0.85, 1.18), flip=False)
 
-    def __init__(self, split: str, image_size: int = 32) -> None:
+    def __init__(self, split: str, image_size: ImageSize = 32, channels: int = 3) -> None:
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
@@ -45,10 +45,10 @@ class Digits(ImageDataset):
         self.image_size = image_size
         self.labels = torch.from_numpy(labels[chosen]).long()
         small = torch.from_numpy(images[chosen]).float().view(-1, 1, 8, 8) / 16
-        size = (image_size, image_size)
-        large = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
-        self._images = large.expand(-1, 3, -1, -1)
+        size = height_and_width(image_size)
+        self._images = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
+        self.mean, self.std = (0.3,) * channels, (0.38,) * channels
 
     def pixels(self, index: int) -> Tensor:
-        """float32 ``[3, H, W]``: between the 17 levels of a digit lie more than eight bits tell."""
-        return self._images[index]
+        """float32 ``[C, H, W]``: between the 17 levels of a digit lie more than eight bits tell."""
+        return to_channels(self._images[index], self.channels)

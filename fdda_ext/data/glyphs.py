@@ -16,8 +16,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from ..image_size import ImageSize, height_and_width
 from .augmentation import Augmentation
-from .dataset import ImageDataset
+from .dataset import ImageDataset, to_channels
 
 __all__ = ["CHARACTERS", "TEST_FACES", "TRAIN_FACES", "VALIDATION_FACES", "Glyphs", "faces_of"]
 
@@ -98,7 +99,7 @@ def _glyph(face: str, character: str) -> Image.Image:
 def _place(
     face: str,
     character: str,
-    size: int,
+    size: ImageSize,
     *,
     extent: float,
     centre: tuple[float, float],
@@ -106,38 +107,43 @@ def _place(
     shear: float,
     stretch: float,
 ) -> np.ndarray:
-    """Coverage ``[size, size, 1]`` of a character under an affine map.
+    """Coverage ``[H, W, 1]`` of a character under an affine map.
 
-    ``extent`` is its longer side and ``centre`` its offset from the middle, in image sizes.
+    ``extent`` is its longer side as a share of the image's shorter one, and ``centre`` its offset
+    from the middle, as shares of width and height.
     """
     glyph = _glyph(face, character)
-    scale = max(glyph.size) / (extent * size)
+    height, width = height_and_width(size)
+    scale = max(glyph.size) / (extent * min(height, width))
     cos, sin = np.cos(angle), np.sin(angle)
     a, b = scale * cos * stretch, scale * (sin + shear)
     d, e = -scale * sin, scale * cos / stretch
-    x, y = (0.5 + centre[0]) * size, (0.5 + centre[1]) * size
+    x, y = (0.5 + centre[0]) * width, (0.5 + centre[1]) * height
     matrix = (a, b, glyph.width / 2 - a * x - b * y, d, e, glyph.height / 2 - d * x - e * y)
     placed = glyph.transform(
-        (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+        (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
     )
     return np.asarray(placed, dtype=np.float32)[..., None] / 255
 
 
-def render(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
-    """Image ``index``, uint8 ``[size, size, 3]``, and its class: the classes come in turn."""
+def render(split: str, seed: int, index: int, size: ImageSize) -> tuple[np.ndarray, int]:
+    """Image ``index``, uint8 ``[H, W, 3]``, and its class: the classes come in turn."""
     rng = np.random.default_rng([seed, _SPLITS[split], index])
     label = index % len(CHARACTERS)
     return draw(CHARACTERS[label], faces_of(CHARACTERS[label], split), size, rng), label
 
 
-def draw(text: str, faces: Sequence[str], size: int, rng: np.random.Generator) -> np.ndarray:
-    """``text`` in one of ``faces`` before random colours and clutter: uint8 ``[size, size, 3]``."""
+def draw(text: str, faces: Sequence[str], size: ImageSize, rng: np.random.Generator) -> np.ndarray:
+    """``text`` in one of ``faces`` before random colours and clutter: uint8 ``[H, W, 3]``."""
+    height, width = height_and_width(size)
+    short = min(height, width)
     face = faces[int(rng.integers(len(faces)))]
 
     ink, paper = rng.uniform(0, 1, 3), rng.uniform(0, 1, 3)
     while abs((ink - paper) @ _LUMINANCE) < _LEAST_CONTRAST:
         paper = rng.uniform(0, 1, 3)
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32)[..., None] / size - 0.5
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)[..., None]
+    y, x = y / height - 0.5, x / width - 0.5
     slope = rng.normal(0, 0.25, (2, 3))
     image = paper + x * slope[0] + y * slope[1]
 
@@ -168,10 +174,10 @@ def draw(text: str, faces: Sequence[str], size: int, rng: np.random.Generator) -
     image = image + coverage * (ink - image)
 
     blurred = Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8))
-    radius = rng.uniform(0, 0.9) * size / 32
-    if radius > 0.3 * size / 32:
+    radius = rng.uniform(0, 0.9) * short / 32
+    if radius > 0.3 * short / 32:
         blurred = blurred.filter(ImageFilter.GaussianBlur(radius))
-    noise = rng.normal(0, rng.uniform(2, 36), (size, size, 3))
+    noise = rng.normal(0, rng.uniform(2, 36), (height, width, 3))
     return (np.asarray(blurred) + noise).clip(0, 255).astype(np.uint8)
 
 
@@ -183,23 +189,25 @@ class Glyphs(ImageDataset):
             images), "validation" or "test" (150 of each class, faces held out from all others).
         image_size: Height and width.
         seed: Other images of the same kind; validation and test are always those of seed 0.
+        channels: 1 (gray), 3 (RGB) or 4 (and full opacity).
     """
 
     num_classes = len(CHARACTERS)
     class_names = tuple(CHARACTERS)
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.25, 0.25, 0.25)
     augmentation = Augmentation(crop_scale=(0.75, 1.0), crop_ratio=(0.85, 1.18), flip=False)
 
-    def __init__(self, split: str, image_size: int = 32, seed: int = 0) -> None:
+    def __init__(
+        self, split: str, image_size: ImageSize = 32, seed: int = 0, channels: int = 3
+    ) -> None:
+        self.mean, self.std = (0.5,) * channels, (0.25,) * channels
         self.split = split
         self.image_size = image_size
         self.seed = 0 if split in ("validation", "test") else seed
         self.labels = torch.arange(_LENGTHS[split]) % self.num_classes
 
     def pixels(self, index: int) -> Tensor:
-        """uint8 ``[3, H, W]``."""
+        """uint8 ``[C, H, W]``."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         image, _ = render(self.split, self.seed, index, self.image_size)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+        return to_channels(torch.from_numpy(image).permute(2, 0, 1), self.channels).contiguous()

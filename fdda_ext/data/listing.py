@@ -20,9 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Listing", "cached_listing", "stamp_of"]
+__all__ = ["Listing", "cached_listing", "is_hidden", "stamp_of"]
 
-_FORMAT = "fdda_ext.listing.1"
+#: The number changes with the rule that decides which files are listed.
+_FORMAT = "fdda_ext.listing.2"
+#: Folders that operating systems and network drives leave beside the user's.
+_SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 #: Shorter lists are read faster than they are checked.
 CACHE_FROM = 10_000
 #: A folder changed in the last so many seconds may change again without a new time.
@@ -81,6 +84,11 @@ class Listing:
         end = int(self.ends[index])  # first, since it knows where the list ends
         begin = int(self.ends[index - 1]) if index % len(self) else 0
         return os.fsdecode(self.names[begin:end].numpy().tobytes())
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder called ``name`` is some program's own, not one of the user's."""
+    return name.startswith(".") or name in _SYSTEM_FOLDERS
 
 
 def stamp_of(path: str | Path) -> list[int]:

@@ -19,7 +19,7 @@ from rich.progress import track
 from ..errors import UsageError
 from ..preprocessing import Preprocessing
 from .folder import EXTENSIONS, ImageFiles, split_folder
-from .listing import Listing, cached_listing, stamp_of
+from .listing import Listing, cached_listing, is_hidden, stamp_of
 
 __all__ = ["Shards"]
 
@@ -31,6 +31,7 @@ class Shards(ImageFiles):
     """``PATH/train/*.tar`` and ``PATH/val/*.tar`` (or ``test``, ``validation``, as for folders).
 
     Labels count from 0; the training archives tell how many classes there are, where they exist.
+    Hidden archives and members are left out, as for folders.
 
     Args:
         path: PATH.
@@ -73,7 +74,7 @@ class Shards(ImageFiles):
 
 
 def _archives(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.tar"))
+    return sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
 
 
 def _read_shards(folder: Path) -> Listing:
@@ -110,9 +111,9 @@ def _read_archive(path: Path) -> list[tuple[tarfile.TarInfo, int]]:
                 place, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
                 key = os.path.join(place, stem)
-                if not member.isreg() or member.issparse():
-                    continue
-                if f".{extension.lower()}" in EXTENSIONS:
+                if not member.isreg() or member.issparse() or _is_hidden_member(member.name):
+                    pass
+                elif f".{extension.lower()}" in EXTENSIONS:
                     images[key] = member
                 elif extension.lower() == "cls":
                     labels[key] = _label(archive, member, path)
@@ -130,6 +131,11 @@ def _read_archive(path: Path) -> list[tuple[tarfile.TarInfo, int]]:
             f"in {path}"
         )
     return [(member, labels[key]) for key, member in images.items()]
+
+
+def _is_hidden_member(name: str) -> bool:
+    """Whether a part of the path is hidden; "." and ".." are places, not names."""
+    return any(is_hidden(part) for part in name.split("/") if part not in (".", ".."))
 
 
 def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:

@@ -1,9 +1,10 @@
 """From a fake-quantized student to a program of integers, and that program as a file."""
 
+from .export import check_target, export_student
 from .file import is_program, load_program, save_program, stored_bytes
 from .graph import CapturedProgram, capture
 from .instructions import CodeGrid, Value
-from .lowering import lower
+from .lowering import export_obstacles, lower
 from .program import IntegerProgram
 from .student import load_student
 
@@ -13,6 +14,9 @@ __all__ = [
     "IntegerProgram",
     "Value",
     "capture",
+    "check_target",
+    "export_obstacles",
+    "export_student",
     "is_program",
     "load_program",
     "load_student",

@@ -11,6 +11,7 @@ checked.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -46,9 +47,11 @@ __all__ = [
     "is_program",
     "load_program",
     "pack_codes",
+    "replacing",
     "save_program",
     "stored_bytes",
     "unpack_codes",
+    "write_program",
 ]
 
 _FORMAT = "fdda_ext.program.3"
@@ -102,6 +105,23 @@ def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
 
 def save_program(path: Path, program: IntegerProgram) -> None:
     """Write ``program`` to ``path``, atomically."""
+    with replacing(path) as temporary:
+        write_program(temporary, program)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place at the end, and is removed after an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_program(path: Path, program: IntegerProgram) -> None:
+    """Write ``program`` to ``path``."""
     tensors = {}
     shapes = {}
     bits = _weight_bits(program.instructions)
@@ -124,9 +144,7 @@ def save_program(path: Path, program: IntegerProgram) -> None:
         }
     )
     metadata = {"format": _FORMAT, "manifest": manifest, "sha256": digest(tensors, manifest)}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, str(temporary), metadata=metadata)
-    os.replace(temporary, path)
+    save_file(tensors, str(path), metadata=metadata)
 
 
 def is_program(path: Path) -> bool:

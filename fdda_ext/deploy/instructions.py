@@ -460,6 +460,34 @@ def check_value(value: Value) -> None:
         require(1 / _LARGEST < grid.scale < _LARGEST, "a scale between 1e-30 and 1e30")
 
 
+def check_step(
+    step: Instruction, known: Mapping[str, Value], image: Value, tensors: Mapping[str, Tensor]
+) -> None:
+    """Whether ``step`` can follow the instructions that made the ``known`` values.
+
+    Args:
+        step: The next instruction.
+        known: The image and all values made so far, by name.
+        image: The input of the program.
+        tensors: Of the program.
+
+    Raises:
+        ValueError: If it cannot; says what it would need.
+    """
+    check_value(step.output)
+    require(step.output.name not in known, "a new name for its output")
+    require(all(name in known for name in step.inputs), "inputs that exist")
+    wanted = (1, 2) if isinstance(step, Compute) else (1,)
+    require(
+        len(step.inputs) in wanted or (isinstance(step, Concat) and bool(step.inputs)),
+        f"{wanted} inputs",
+    )
+    reads_image = image.name in step.inputs
+    require(reads_image == isinstance(step, Quantize), "the image in Quantize and nowhere else")
+    shape = step.infer([known[name] for name in step.inputs], tensors)
+    require(shape == step.output.shape, f"an output of shape {shape}")
+
+
 def _tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
     require(name in tensors, f"the tensor {name}")
     require(tensors[name].dtype == dtype, f"{name} in {dtype}")

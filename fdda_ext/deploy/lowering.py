@@ -1,13 +1,15 @@
 """From the graph of a prepared student to an integer program.
 
-Every quantizer of the student becomes an instruction that makes codes. What stands between codes
-is folded into it: the last convolution, linear layer or average pooling before the quantizer gives
-the integer sum; batch normalisation, bias and the scales of input and weights give one scale and
-one shift per channel; an addition gives the residual; ReLU gives the clamp.
+Every quantizer of the student becomes an instruction that makes codes. What stands between codes is
+folded into it: the last convolution, linear layer or average pooling before the quantizer gives the
+integer sum; batch normalisation, bias and the scales of input and weights give one scale and one
+shift per channel; an addition gives the residual; ReLU gives the clamp. A result that several
+operations read is made once, in float32.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -23,12 +25,20 @@ from ..quantization.layers import (
     QuantizedConv2d,
     QuantizedLinear,
     fold,
+    fold_norm,
 )
-from ..quantization.operations import GRID_PRESERVING, operation, shape, tensor_inputs
+from ..quantization.operations import (
+    GRID_PRESERVING,
+    describe,
+    operation,
+    shape,
+    tensor_inputs,
+)
 from ..quantization.quantizer import (
     ActivationQuantizer,
     LearnedActivationQuantizer,
     LearnedWeightQuantizer,
+    WeightQuantizer,
 )
 from .instructions import (
     AveragePool,
@@ -44,12 +54,51 @@ from .instructions import (
     Rescale,
     Reshape,
     Value,
+    check_step,
 )
 from .program import IntegerProgram
 
-__all__ = ["lower"]
+__all__ = ["export_obstacles", "lower"]
 
 _LAYERS = ("conv", "linear", "avg_pool")
+_CLAMPS = ("relu", "relu6")
+#: So many obstacles are written out in an error; `export_obstacles` has all.
+_SHOWN = 5
+
+_ACTIVATION = "has no integer instruction, replace it by ReLU or ReLU6 before training"
+_SOFTMAX = "has no integer instruction, leave it out: the order of the logits is the same without"
+_GATE = (
+    "multiplies tensors, which has no integer instruction, use a network without such gates "
+    "(squeeze-and-excitation)"
+)
+_CONSTANT = (
+    "computes with a constant, which has no integer instruction, take it into the weight or bias "
+    "of the layer before"
+)
+_SHAPES = "adds tensors of different shapes, which has no integer instruction"
+_MOVES = "moves values to other places, which has no integer instruction"
+_SELECTS = "takes a part of a tensor, which has no integer instruction"
+#: Unpickled graphs have lost the shapes of their tensors.
+_NO_STUDENT = "is no network as prepare returns it, call prepare and load_state_dict instead"
+_OTHER = (
+    "has no integer instruction, use convolutions, linear layers, batch normalisation, ReLU, "
+    "ReLU6, addition, concatenation, max or average pooling"
+)
+_POOLING = (
+    "averages over padding, by ceil_mode or over windows of several sizes, which has no integer "
+    "instruction, use windows of one size that lie inside the image"
+)
+
+#: Why an operation has no instruction, and what to do: by the type's or function's name in lower
+#: case, without underscores.
+_REASONS = dict.fromkeys(
+    (
+        "celu", "clamp", "clip", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leakyrelu",
+        "logsigmoid", "mish", "prelu", "quickgelu", "rrelu", "selu", "sigmoid", "silu", "softplus",
+        "softsign", "swish", "tanh", "threshold",
+    ),
+    _ACTIVATION,
+) | dict.fromkeys(("softmax", "logsoftmax"), _SOFTMAX) | {"mul": _GATE}  # fmt: skip
 
 
 @torch.no_grad()
@@ -69,57 +118,101 @@ def lower(
         The program, on the CPU, for images of the size that ``student`` was prepared with.
 
     Raises:
-        UsageError: If a tensor that enters a layer is not on a grid, or an operation has no integer
-            counterpart; names all of them.
+        UsageError: If the student is not calibrated, or if `export_obstacles` finds any; names the
+            first of them.
     """
-    return _Lowering(student).lower(mean, std)
+    if not isinstance(student, GraphModule) or not _has_shapes(student):
+        raise UsageError(f"lower: expected a student, got one that {_NO_STUDENT}")
+    for module in student.modules():
+        if isinstance(module, ActivationQuantizer) and module.mode != "quantize":
+            raise UsageError(
+                f"lower: expected student to be calibrated, got a quantizer in mode {module.mode}; "
+                "call calibrate first"
+            )
+    lowering = _Lowering(student)
+    lowering.run()
+    if lowering.obstacles:
+        found = list(lowering.obstacles)
+        rest = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        raise UsageError(
+            "lower: expected every operation to have an integer instruction, "
+            f"got {len(found)} that have none: {'; '.join(found[:_SHOWN] + rest)}"
+        )
+    return IntegerProgram(lowering.image, lowering.instructions, lowering.tensors, mean, std)
+
+
+@torch.no_grad()
+def export_obstacles(student: nn.Module) -> list[str]:
+    """What keeps ``student`` from becoming an integer program.
+
+    It takes the steps of `lower`, so `lower` accepts a student without obstacles after calibration
+    and training. The student itself may be without either.
+
+    Args:
+        student: From `prepare`.
+
+    Returns:
+        For every obstacle, in order of execution, one sentence with the operation's place and type
+        and what to do about it. An empty list means that the student can be exported.
+    """
+    if not isinstance(student, GraphModule) or not _has_shapes(student):
+        return [f"{type(student).__name__} {_NO_STUDENT}"]
+    lowering = _Lowering(student)
+    lowering.run()
+    return list(lowering.obstacles)
 
 
 class _Lowering:
+    """One pass over a student.
+
+    Attributes:
+        instructions: In order.
+        tensors: Of the instructions, by name.
+        obstacles: Sentences, in order, without repeats. If there are any, the instructions are
+            incomplete.
+        image: The input.
+    """
+
     def __init__(self, student: GraphModule) -> None:
         self.graph = student.graph
         self.modules: dict[str, nn.Module] = dict(student.named_modules())
         self.instructions: list[Instruction] = []
         self.tensors: dict[str, Tensor] = {}
+        self.obstacles: dict[str, None] = {}
         self.values: dict[Node, Value] = {}
+        self.floats: dict[Node, Value] = {}
+        self.known: dict[str, Value] = {}
+        self.stand_ins: set[str] = set()  # names of values that no instruction can make
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        image = next(n for n in self.graph.nodes if n.op == "placeholder" and n.users)
+        self.image = Value(image.name, _shape(image), None)
+        self.values[image] = self.known[image.name] = self.image
+        self.batch = shape(image)[0]
 
-    def lower(
-        self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-    ) -> IntegerProgram:
-        self._check()
-        (result,) = (node for node in self.graph.nodes if node.op == "output")
-        self.value(tensor_inputs(result)[0])
-        (image,) = (node for node in self.graph.nodes if node.op == "placeholder")
-        return IntegerProgram(self.values[image], self.instructions, self.tensors, mean, std)
-
-    def _check(self) -> None:
-        """Refuse, at once, everything that stays in float."""
-        for module in self.modules.values():
-            if isinstance(module, ActivationQuantizer) and module.mode != "quantize":
-                raise UsageError(
-                    "lower: expected student to be calibrated, got a quantizer in mode "
-                    f"{module.mode}; call calibrate first"
-                )
-        off_grid = []
-        for node in self.graph.nodes:
-            if self.kind(node) in _LAYERS:
-                source = tensor_inputs(node)[0]
-                while self.kind(source) in GRID_PRESERVING - {"quantizer"}:
-                    source = tensor_inputs(source)[0]
-                if not self._is_learned(source):
-                    off_grid.append(f"{source.name} (into {node.name})")
-        if off_grid:
-            raise UsageError(
-                "lower: expected every tensor that enters a layer on an integer grid, as grid "
-                f"deploy has it, got {len(off_grid)} that are not: {', '.join(off_grid)}"
-            )
-
-    def _is_learned(self, node: Node) -> bool:
-        return isinstance(self.modules.get(str(node.target)), LearnedActivationQuantizer)
+    def run(self) -> None:
+        """Fill the lists."""
+        if any(
+            isinstance(module, (ActivationQuantizer, WeightQuantizer))
+            and not isinstance(module, (LearnedActivationQuantizer, LearnedWeightQuantizer))
+            for module in self.modules.values()
+        ):
+            self.obstacles["grid paper leaves tensors in float, prepare with grid deploy"] = None
+            return
+        for node in self.graph.nodes:  # in order, so that no chain of calls grows with the depth
+            if self.kind(node) == "quantizer":
+                self.value(node)
+        (output,) = (node for node in self.graph.nodes if node.op == "output")
+        (result,) = tensor_inputs(output)
+        self.as_float(result)
 
     def kind(self, node: Node) -> str:
         return operation(node, self.modules)
+
+    def module(self, node: Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def refuse(self, node: Node, reason: str) -> None:
+        self.obstacles[f"{describe(node, self.modules)}: {reason}"] = None
 
     def value(self, node: Node) -> Value:
         """The value of ``node``, made by instructions that are appended if need be."""
@@ -127,21 +220,77 @@ class _Lowering:
             self.values[node] = self._make(node)
         return self.values[node]
 
+    def as_float(self, node: Node) -> Value:
+        """The value of ``node`` in float32."""
+        value = self.value(node)
+        if value.grid is None:
+            return value
+        if node not in self.floats:
+            self.floats[node] = self._rescale(node, value, None)
+        return self.floats[node]
+
     def _make(self, node: Node) -> Value:
         kind = self.kind(node)
-        if kind == "placeholder":
-            return Value(node.name, _shape(node), None)
+        if node.op == "get_attr":
+            return self._unsupported(node, "is a tensor of the network itself, use layers alone")
         if kind == "quantizer":
             return self._quantized(node)
-        if kind in ("reshape", "max_pool", "zero_pad", "cat"):
-            return self._moved(node, kind)
-        if kind in GRID_PRESERVING:
-            raise _unsupported(node, kind)
-        return self._computed(node, None)
+        if not self._is_of_batch(node):
+            return self._unsupported(node, "mixes the images of a batch, which no program can do")
+        if kind == "reshape":
+            return self._reshaped(node)
+        if kind == "max_pool":
+            return self._max_pooled(node)
+        if kind == "zero_pad":
+            return self._padded(node)
+        if kind == "cat":
+            return self._concatenated(node)
+        if kind in (*_LAYERS, *_CLAMPS, "batch_norm", "add"):
+            return self._computed(node, None)
+        if kind == "select":
+            return self._unsupported(node, _SELECTS)
+        if kind == "mul" and len(tensor_inputs(node)) == 1:
+            return self._unsupported(node, _CONSTANT)
+        return self._unsupported(node, _REASONS.get(_type_name(node, self.modules), _OTHER))
 
-    def _emit(self, step: Instruction) -> Value:
+    def _is_of_batch(self, node: Node) -> bool:
+        """Whether the first dimension of the result is that of the images."""
+        return shape(node)[:1] == (self.batch,)
+
+    def _unsupported(self, node: Node, reason: str) -> Value:
+        """Note an obstacle, and what lies before it; the value stands in for the result."""
+        sources = tensor_inputs(node)
+        before = [self.value(self._unshaped(n)) for n in sources if n.op != "get_attr"]
+        is_element = _type_name(node, self.modules) == "getitem" and any(
+            self.kind(source) == "select" for source in sources
+        )
+        was_named = is_element or not all(
+            self._is_of_batch(source) for source in sources if source.op != "get_attr"
+        )
+        if not was_named:  # with an operation before it
+            self.refuse(node, reason)
+        grid = before[0].grid if before and self.kind(node) in GRID_PRESERVING else None
+        value = Value(self._unused(node.name), _shape(node), grid)
+        self.known[value.name] = value
+        self.stand_ins.add(value.name)
+        return value
+
+    def _emit(self, node: Node, step: Instruction) -> Value:
+        """Append an instruction that ``node`` needs."""
+        output = step.output
+        if any(name in self.stand_ins for name in step.inputs):
+            # One obstacle is enough, as long as its result is not of a usual shape.
+            if len(output.shape) not in (1, 3) or not self._is_of_batch(node):
+                self.stand_ins.add(output.name)
+        else:
+            try:
+                check_step(step, self.known, self.image, self.tensors)
+            except ValueError as error:
+                self.refuse(node, f"would need {error}")
+                self.stand_ins.add(output.name)
         self.instructions.append(step)
-        return step.output
+        self.known[output.name] = output
+        return output
 
     def _quantized(self, node: Node) -> Value:
         quantizer = self.modules[str(node.target)]
@@ -149,126 +298,75 @@ class _Lowering:
         grid = CodeGrid(
             float(quantizer.scale), int(quantizer.zero_point.round()), quantizer.grid.bits
         )
-        source = tensor_inputs(node)[0]
-        if self.kind(source) == "placeholder":
-            image = self.value(source)
-            return self._emit(Quantize((image.name,), Value(node.name, image.shape, grid)))
-        if self.kind(source) == "cat":
-            names = tuple(self._computed(part, grid).name for part in tensor_inputs(source))
-            return self._emit(Concat(names, Value(node.name, _shape(node), grid)))
+        (source,) = tensor_inputs(node)
+        if source.op == "placeholder":
+            output = Value(self._unused(node.name), self.image.shape, grid)
+            return self._emit(node, Quantize((self.image.name,), output))
+        if self.kind(source) == "cat" and (parts := self._parts(source)) is not None:
+            names = tuple(self._rounded(part, grid).name for part in parts)
+            output = Value(self._unused(node.name), _shape(node), grid)
+            return self._emit(source, Concat(names, output))
         return self._computed(source, grid)
 
-    def _moved(self, node: Node, kind: str) -> Value:
-        """Operations that keep values on their grid."""
-        sources = [self.value(n) for n in tensor_inputs(node)]
-        names = tuple(source.name for source in sources)
-        output = Value(node.name, _shape(node), sources[0].grid)
-        if kind == "reshape":
-            if not _keeps_order(node):
-                raise _unsupported(node, "reshape that moves values")
-            return self._emit(Reshape(names, output))
-        if kind == "cat":
-            if any(source.grid != output.grid for source in sources):
-                raise _unsupported(node, "concatenation of different grids")
-            return self._emit(Concat(names, output))
-        if kind == "zero_pad":
-            left, right, top, bottom = self._padding(node)
-            return self._emit(Pad(names, output, left, right, top, bottom))
-        return self._emit(MaxPool(names, output, *self._max_pool(node)))
+    def _rounded(self, node: Node, grid: CodeGrid) -> Value:
+        """The codes of ``node``, which others may read in float."""
+        if self._is_folded(node):
+            return self._computed(node, grid)
+        return self._rescale(node, self.value(node), grid)
 
-    def _computed(self, node: Node, grid: CodeGrid | None) -> Value:
-        """One instruction for: layer, batch normalisation, addition, ReLU, rounding to ``grid``."""
-        result = node
-        low: float | None = None
-        high: float | None = None
-        while self.kind(node) in ("relu", "relu6"):
-            low = 0.0
-            high = 6.0 if self.kind(node) == "relu6" else high
+    def _is_folded(self, node: Node) -> bool:
+        """Whether ``node`` need not be a value of its own, as one operation alone reads it."""
+        return len(node.users) == 1 and node not in self.values
+
+    # ---- operations that move values ------------------------------------------------------------
+
+    def _reshaped(self, node: Node) -> Value:
+        if not self._keeps_order(node):
+            return self._unsupported(node, _MOVES)
+        source = self.value(self._unshaped(node))
+        output = Value(self._unused(node.name), _shape(node), source.grid)
+        if len(output.shape) not in (1, 3):
+            return self._unsupported(
+                node,
+                f"makes a tensor of {len(output.shape) + 1} dimensions, programs have [N, C] and "
+                "[N, C, H, W] alone",
+            )
+        return self._emit(node, Reshape((source.name,), output))
+
+    def _unshaped(self, node: Node) -> Node:
+        """What ``node`` is another shape of; shapes in between need not be those of a program."""
+        while self.kind(node) == "reshape" and self._keeps_order(node) and self._is_of_batch(node):
             node = tensor_inputs(node)[0]
-        residual: tuple[str, ...] = ()
-        if self.kind(node) == "add":
-            node, other = self._operands(node)
-            residual = (self.value(other).name,)
-        scale, shift = torch.ones(1), torch.zeros(1)
-        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, (FixedBatchNorm1d, FixedBatchNorm2d)):
-            node = tensor_inputs(node)[0]
-            if module.layer is None:
-                scale, shift = (part.to(torch.float32) for part in module.affine_map())
-            else:
-                module = module.layer
-        kind = self.kind(node)
-        if kind not in (*_LAYERS, *GRID_PRESERVING, "add", "relu", "relu6", "batch_norm", "cat"):
-            raise _unsupported(node, kind if kind != "other" else str(node.target))
-        is_layer = isinstance(module, (QuantizedConv2d, QuantizedLinear, QuantizedAveragePool))
-        if kind in _LAYERS and not is_layer:
-            raise _unsupported(node, "pooling with padding, ceil_mode or windows of several sizes")
-        source = self.value(tensor_inputs(node)[0] if is_layer else node)
-        inputs = (source.name, *residual)
-        has_name = isinstance(module, (QuantizedConv2d, QuantizedLinear))
-        name = self._unused(str(node.target) if has_name else result.name)
-        output = Value(name, _shape(result), grid)
-        step: Instruction
-        if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
-            quantizer = module.weight_quantizer
-            assert isinstance(quantizer, LearnedWeightQuantizer)
-            codes = quantizer.codes(module.weight).to(torch.int8).contiguous()
-            self.tensors[f"{name}.weight"] = codes.cpu()
-            scale, shift = fold(module)
-            bits = quantizer.grid.bits
-            if isinstance(module, QuantizedLinear):
-                step = Linear(inputs, output, low, high, bits)
-            else:
-                step = Conv(inputs, output, low, high, bits, *_geometry(node, module))
-        elif isinstance(module, QuantizedAveragePool):
-            assert source.grid is not None
-            kernel, stride = module.window(source.shape[1], source.shape[2])
-            share = torch.tensor([source.grid.scale], dtype=torch.float64)
-            scale = (share / (kernel[0] * kernel[1])).to(torch.float32)
-            if not module.keep_dims:
-                pooled = Value(self._unused(f"{name}_pooled"), (*output.shape, 1, 1), grid)
-                self._set_affine(pooled, scale, shift)
-                self._emit(AveragePool(inputs, pooled, low, high, kernel, stride))
-                return self._emit(Reshape((pooled.name,), output))
-            step = AveragePool(inputs, output, low, high, kernel, stride)
-        else:
-            if source.grid is not None:
-                scale = scale * torch.tensor(source.grid.scale)
-            step = Rescale(inputs, output, low, high)
-        self._set_affine(output, scale, shift)
-        return self._emit(step)
+        return node
 
-    def _unused(self, name: str) -> str:
-        """``name``, or one like it: a layer whose result is rounded to two grids runs twice."""
-        taken = {step.output.name for step in self.instructions}
-        return next(n for n in (name, *(f"{name}_{i}" for i in range(2, 99))) if n not in taken)
+    def _keeps_order(self, node: Node) -> bool:
+        module = self.module(node)
+        if module is not None:
+            return isinstance(module, (nn.Flatten, nn.Unflatten))
+        name = _type_name(node, self.modules)
+        return not any(word in name for word in ("permute", "transpose", "shuffle"))
 
-    def _set_affine(self, output: Value, scale: Tensor, shift: Tensor) -> None:
-        self.tensors[f"{output.name}.scale"] = scale.cpu()
-        self.tensors[f"{output.name}.shift"] = shift.cpu()
+    def _max_pooled(self, node: Node) -> Value:
+        window = self._max_window(node)
+        if window is None:
+            return self._unsupported(
+                node, "is adaptive or gives indices, use MaxPool2d with a fixed window"
+            )
+        source = self.value(tensor_inputs(node)[0])
+        output = Value(self._unused(node.name), _shape(node), source.grid)
+        return self._emit(node, MaxPool((source.name,), output, *window))
 
-    def _operands(self, node: Node) -> tuple[Node, Node]:
-        """Of an addition: the one to fold (a layer, the later one of two), and the other."""
-        inputs = [n for n in node.args if isinstance(n, Node)]
-        if len(inputs) != 2:
-            raise _unsupported(node, "addition of a constant")
-        inputs.sort(key=lambda n: (self._ends_layer(n), self.order[n]))
-        return inputs[1], inputs[0]
-
-    def _ends_layer(self, node: Node) -> bool:
-        if self.kind(node) == "batch_norm":
-            node = tensor_inputs(node)[0]
-        return self.kind(node) in _LAYERS
-
-    def _max_pool(self, node: Node) -> tuple[Pair, Pair, Pair, Pair, bool]:
-        """Window, stride, padding, dilation and ceil_mode."""
-        module = self.modules.get(str(node.target))
+    def _max_window(self, node: Node) -> tuple[Pair, Pair, Pair, Pair, bool] | None:
+        """Window, stride, padding, dilation and ceil_mode; None for other max-pooling."""
+        module = self.module(node)
         if isinstance(module, nn.MaxPool2d):
-            given = {name: getattr(module, name) for name in _MAX_ARGUMENTS}
+            given = {name: getattr(module, name) for name in (*_MAX_ARGUMENTS, "return_indices")}
         elif node.target in (F.max_pool2d, torch.max_pool2d):
-            given = _arguments(node, _MAX_ARGUMENTS)
+            given = _arguments(node, (*_MAX_ARGUMENTS, "return_indices"))
         else:
-            raise _unsupported(node, "adaptive max pooling")
+            return None
+        if given.get("return_indices"):
+            return None
         kernel = _pair(given["kernel_size"])
         return (
             kernel,
@@ -278,17 +376,229 @@ class _Lowering:
             bool(given.get("ceil_mode")),
         )
 
-    def _padding(self, node: Node) -> tuple[int, int, int, int]:
-        """Left, right, top, bottom."""
-        module = self.modules.get(str(node.target))
-        pad: Any = module.padding if isinstance(module, nn.ZeroPad2d) else node.args[1]
-        if not isinstance(pad, (tuple, list)) or len(pad) != 4 or min(pad) < 0:
-            raise _unsupported(node, f"padding {pad}")
-        left, right, top, bottom = (int(side) for side in pad)
-        return left, right, top, bottom
+    def _padded(self, node: Node) -> Value:
+        module = self.module(node)
+        pad: Any = (
+            module.padding
+            if isinstance(module, nn.ZeroPad2d)
+            else _arguments(node, ("pad",)).get("pad")
+        )
+        sides = [int(side) for side in pad] + [0] * (4 - len(pad))
+        if min(sides) < 0 or any(sides[4:]) or len(_shape(node)) != 3:
+            return self._unsupported(
+                node, f"pads by {tuple(pad)}, a program pads height and width alone"
+            )
+        source = self.value(tensor_inputs(node)[0])
+        output = Value(self._unused(node.name), _shape(node), source.grid)
+        return self._emit(node, Pad((source.name,), output, *sides[:4]))
+
+    def _parts(self, node: Node) -> list[Node] | None:
+        """What a concatenation of channels takes; None for another concatenation."""
+        given = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
+        parts, axis = given.get("tensors"), given.get("dim", 0)
+        if not isinstance(parts, (list, tuple)) or not all(isinstance(p, Node) for p in parts):
+            return None
+        is_of_channels = isinstance(axis, int) and axis % len(shape(node)) == 1
+        return [p for p in parts if isinstance(p, Node)] if is_of_channels else None
+
+    def _concatenated(self, node: Node) -> Value:
+        """A concatenation that is on no grid of its own."""
+        parts = self._parts(node)
+        if parts is None:
+            return self._unsupported(node, "concatenates other things than channels")
+        names = tuple(self.as_float(part).name for part in parts)
+        output = Value(self._unused(node.name), _shape(node), None)
+        return self._emit(node, Concat(names, output))
+
+    # ---- operations that compute ----------------------------------------------------------------
+
+    def _computed(
+        self,
+        node: Node,
+        grid: CodeGrid | None,
+        low: float | None = None,
+        high: float | None = None,
+    ) -> Value:
+        """One instruction for: layer, batch normalisation, addition, ReLU, rounding to ``grid``.
+
+        Args:
+            node: The last operation before the rounding; nothing else reads its result.
+            grid: To round to; None for a result in float32.
+            low: Of a clamp after ``node``.
+            high: Likewise.
+        """
+        result, source = node, node
+        while self._may_fold(source, result) and self.kind(source) in _CLAMPS:
+            low = 0.0
+            high = 6.0 if self.kind(source) == "relu6" else high
+            source = tensor_inputs(source)[0]
+        if grid is not None and self._may_fold(source, result) and self.kind(source) == "max_pool":
+            window = self._max_window(source)
+            if window is not None:
+                return self._pooled_codes(source, window, grid, low, high, result)
+        residual: tuple[str, ...] = ()
+        if self._may_fold(source, result) and self.kind(source) == "add":
+            operands = [n for n in source.args if isinstance(n, Node)]
+            shapes = [shape(n) for n in operands if n.op != "get_attr"]
+            if shapes != [shape(source)] * 2:
+                reason = _CONSTANT if len(operands) == 1 else _SHAPES
+                value = self._unsupported(source, reason)
+                return self._rescale(result, value, grid, low, high)
+            source, other = self._operands(operands)
+            residual = (self.value(other).name,)
+        norm = self.module(source)
+        if isinstance(norm, (FixedBatchNorm1d, FixedBatchNorm2d)) and self._may_fold(
+            source, result
+        ):
+            source = tensor_inputs(source)[0]
+            if norm.layer is None:
+                value = self.value(source) if norm.reads_codes else self.as_float(source)
+                affine = fold_norm(norm)
+                return self._rescale(result, value, grid, low, high, residual, affine)
+        if self.kind(source) in _LAYERS and self._may_fold(source, result):
+            return self._layer(source, grid, low, high, residual, result)
+        return self._rescale(result, self.value(source), grid, low, high, residual)
+
+    def _may_fold(self, node: Node, result: Node) -> bool:
+        """Whether ``node`` is ``result`` itself, or a step on the way to it that no other needs."""
+        return node is result or self._is_folded(node)
+
+    def _operands(self, operands: list[Node]) -> tuple[Node, Node]:
+        """Of an addition: the one to fold (a layer, the later one of two), and the other."""
+        operands = sorted(operands, key=lambda n: (self._ends_layer(n), self.order[n]))
+        return operands[1], operands[0]
+
+    def _ends_layer(self, node: Node) -> bool:
+        if not self._is_folded(node):
+            return False
+        norm = self.module(node)
+        if isinstance(norm, (FixedBatchNorm1d, FixedBatchNorm2d)):
+            return norm.layer is not None
+        return self.kind(node) in _LAYERS
+
+    def _pooled_codes(
+        self,
+        node: Node,
+        window: tuple[Pair, Pair, Pair, Pair, bool],
+        grid: CodeGrid,
+        low: float | None,
+        high: float | None,
+        result: Node,
+    ) -> Value:
+        """Max-pooling, a clamp and rounding: pooled after both, which gives the same codes."""
+        (source,) = tensor_inputs(node)
+        if self._is_folded(source):
+            codes = self._computed(source, grid, low, high)
+        else:
+            codes = self._rescale(source, self.value(source), grid, low, high)
+        output = Value(self._unused(result.name), _shape(node), grid)
+        return self._emit(node, MaxPool((codes.name,), output, *window))
+
+    def _rescale(
+        self,
+        result: Node,
+        source: Value,
+        grid: CodeGrid | None,
+        low: float | None = None,
+        high: float | None = None,
+        residual: tuple[str, ...] = (),
+        affine: tuple[Tensor, Tensor] | None = None,
+    ) -> Value:
+        """Codes or floats scaled, added to, clamped and rounded."""
+        if affine is None:
+            step = 1.0 if source.grid is None else source.grid.scale
+            affine = torch.tensor([step]), torch.zeros(1)
+        output = Value(self._unused(result.name), source.shape, grid)
+        self._set_affine(output, *affine)
+        return self._emit(result, Rescale((source.name, *residual), output, low, high))
+
+    def _layer(
+        self,
+        node: Node,
+        grid: CodeGrid | None,
+        low: float | None,
+        high: float | None,
+        residual: tuple[str, ...],
+        result: Node,
+    ) -> Value:
+        """A convolution, linear layer or average pooling, and what follows it."""
+        module = self.module(node)
+        if isinstance(module, QuantizedConv2d) and module.padding_mode != "zeros":
+            value = self._unsupported(
+                node, f'pads by {module.padding_mode}, use padding_mode="zeros" before training'
+            )
+            return self._rescale(result, value, grid, low, high, residual)
+        if isinstance(module, QuantizedAveragePool):
+            return self._average_pool(node, module, grid, low, high, residual, result)
+        if not isinstance(module, (QuantizedConv2d, QuantizedLinear)):
+            value = self._unsupported(node, _POOLING)
+            return self._rescale(result, value, grid, low, high, residual)
+        source = self.value(tensor_inputs(node)[0])
+        if isinstance(module, QuantizedLinear) and len(source.shape) != 1:
+            value = self._unsupported(
+                node, f"takes a tensor of {len(source.shape) + 1} dimensions, flatten it to [N, C]"
+            )
+            return self._rescale(result, value, grid, low, high, residual)
+        output = Value(self._unused(str(node.target)), _shape(result), grid)
+        quantizer = module.weight_quantizer
+        assert isinstance(quantizer, LearnedWeightQuantizer)
+        codes = quantizer.codes(module.weight).to(torch.int8).contiguous()
+        self.tensors[f"{output.name}.weight"] = codes.cpu()
+        self._set_affine(output, *fold(module))
+        inputs = (source.name, *residual)
+        bits = quantizer.grid.bits
+        if isinstance(module, QuantizedLinear):
+            return self._emit(node, Linear(inputs, output, low, high, bits))
+        return self._emit(
+            node,
+            Conv(
+                inputs, output, low, high, bits, _pair(module.stride), _pair(module.padding),
+                _pair(module.dilation), module.groups,
+            ),
+        )  # fmt: skip
+
+    def _average_pool(
+        self,
+        node: Node,
+        module: QuantizedAveragePool,
+        grid: CodeGrid | None,
+        low: float | None,
+        high: float | None,
+        residual: tuple[str, ...],
+        result: Node,
+    ) -> Value:
+        source = self.value(tensor_inputs(node)[0])
+        if not module.keep_dims and residual:
+            return self._rescale(result, self.value(node), grid, low, high, residual)
+        kernel, stride = module.window(source.shape[1], source.shape[2])
+        assert source.grid is not None
+        step = torch.tensor([source.grid.scale], dtype=torch.float64)
+        scale = (step / (kernel[0] * kernel[1])).to(torch.float32)
+        output_shape = _shape(result) if module.keep_dims else (*_shape(result), 1, 1)
+        output = Value(self._unused(result.name), output_shape, grid)
+        self._set_affine(output, scale, torch.zeros(1))
+        inputs = (source.name, *residual)
+        pooled = self._emit(node, AveragePool(inputs, output, low, high, kernel, stride))
+        if module.keep_dims:
+            return pooled
+        flat = Value(self._unused(f"{result.name}_flat"), _shape(result), grid)
+        return self._emit(node, Reshape((pooled.name,), flat))
+
+    def _unused(self, name: str) -> str:
+        """``name``, or one like it."""
+        names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
+        return next(n for n in names if n not in self.known)
+
+    def _set_affine(self, output: Value, scale: Tensor, shift: Tensor) -> None:
+        self.tensors[f"{output.name}.scale"] = scale.cpu()
+        self.tensors[f"{output.name}.shift"] = shift.cpu()
 
 
 _MAX_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+
+
+def _has_shapes(student: GraphModule) -> bool:
+    return any("shape" in node.meta for node in student.graph.nodes)
 
 
 def _arguments(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
@@ -305,19 +615,10 @@ def _pair(value: Any) -> Pair:
     return int(first), int(second)
 
 
-def _geometry(node: Node, layer: QuantizedConv2d) -> tuple[Pair, Pair, Pair, int]:
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise _unsupported(node, f"padding {layer.padding_mode} {layer.padding}")
-    return _pair(layer.stride), _pair(layer.padding), _pair(layer.dilation), layer.groups
-
-
-def _keeps_order(node: Node) -> bool:
-    """Whether a reshaping node leaves the values in their order."""
-    name = str(getattr(node.target, "__name__", node.target))
-    return not any(word in name for word in ("permute", "transpose", "shuffle"))
-
-
-def _unsupported(node: Node, what: str) -> UsageError:
-    return UsageError(
-        f"lower: expected operations with an integer counterpart, got {what} ({node.name})"
-    )
+def _type_name(node: Node, modules: dict[str, nn.Module]) -> str:
+    """Of the module, function or method, in lower case and without underscores."""
+    if node.op == "call_module":
+        name = type(modules[str(node.target)]).__name__
+    else:
+        name = str(getattr(node.target, "__name__", node.target))
+    return name.lower().replace("_", "")

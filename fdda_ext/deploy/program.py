@@ -12,10 +12,9 @@ from .. import _C
 from ..errors import UsageError
 from .device import DeviceProgram
 from .instructions import (
-    Compute,
-    Concat,
     Instruction,
     Value,
+    check_step,
     check_value,
     require,
     run_instructions,
@@ -29,7 +28,7 @@ class IntegerProgram(nn.Module):
     """A network in integers, from images to logits.
 
     Attributes:
-        image: The input: float32 ``(3, H, W)``, normalised.
+        image: The input: float32 ``(C, H, W)``, normalised.
         mean, std: Of the normalisation, which uint8 images get here; None if unknown.
         instructions: In an order in which every value is made before it is read. The last one makes
             the logits.
@@ -79,7 +78,7 @@ class IntegerProgram(nn.Module):
         """Logits, float32 ``[N, K]``.
 
         Args:
-            images: float32 ``[N, 3, H, W]``, normalised; or uint8, which are normalised here.
+            images: float32 ``[N, C, H, W]``, normalised; or uint8, which are normalised here.
 
         Raises:
             UsageError: If the images have another shape or dtype, or the program cannot normalise.
@@ -109,14 +108,14 @@ class IntegerProgram(nn.Module):
         """The form that runs on the CPU."""
         if self._native is None:
             tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
-            self._native = NativeProgram(self.image, self.instructions, tensors, self._normalise)
+            self._native = NativeProgram(self.image, self.instructions, tensors, self._normaliser)
         return self._native
 
     def on_device(self, device: torch.device) -> DeviceProgram:
         """The form that runs on a CUDA device."""
         if device not in self._on_device:
             self._on_device[device] = DeviceProgram(
-                self.image, self.instructions, self.tensors, self._normalise, device
+                self.image, self.instructions, self.tensors, self._normaliser, device
             )
         return self._on_device[device]
 
@@ -135,9 +134,7 @@ class IntegerProgram(nn.Module):
 
     def by_instructions(self, images: Tensor) -> Tensor:
         """The same logits, to the bit, by torch's own operators."""
-        return run_instructions(
-            self.image, self.instructions, self.tensors, self._normalised(images)
-        )
+        return run_instructions(self.image, self.instructions, self.tensors, self.normalise(images))
 
     def _check_dtype(self, images: Tensor) -> None:
         if images.dtype not in (torch.float32, torch.uint8):
@@ -151,10 +148,11 @@ class IntegerProgram(nn.Module):
             )
 
     @property
-    def _normalise(self) -> Callable[[Tensor], Tensor] | None:
-        return self._normalised if self.mean is not None and self.std is not None else None
+    def _normaliser(self) -> Callable[[Tensor], Tensor] | None:
+        return self.normalise if self.mean is not None and self.std is not None else None
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Tensor) -> Tensor:
+        """Float32 images: uint8 ones normalised by `mean` and `std`, float32 ones as they are."""
         if images.dtype == torch.float32:
             return images
         mean, std = (
@@ -175,21 +173,16 @@ class IntegerProgram(nn.Module):
             raise UsageError(f"IntegerProgram: expected image to have {error}") from None
         known = {self.image.name: self.image}
         for step in self.instructions:
-            name = step.output.name
-            kind = type(step).__name__
             try:
-                check_value(step.output)
-                require(name not in known, "a new name for its output")
-                require(all(n in known for n in step.inputs), "inputs that exist")
-                wanted = (1, 2) if isinstance(step, Compute) else (1,)
-                require(
-                    len(step.inputs) in wanted or (isinstance(step, Concat) and bool(step.inputs)),
-                    f"{wanted} inputs",
-                )
-                shape = step.infer([known[n] for n in step.inputs], tensors)
-                require(shape == step.output.shape, f"an output of shape {shape}")
+                check_step(step, known, self.image, tensors)
             except ValueError as error:
                 raise UsageError(
-                    f"IntegerProgram: expected {kind} {name} to have {error}"
+                    f"IntegerProgram: expected {type(step).__name__} {step.output.name} to have "
+                    f"{error}"
                 ) from None
-            known[name] = step.output
+            known[step.output.name] = step.output
+        if self.output.grid is not None:
+            raise UsageError(
+                "IntegerProgram: expected logits in float32, "
+                f"got codes of {self.output.grid.bits} bits"
+            )

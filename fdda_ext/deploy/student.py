@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from ..engine import read_student
+from ..engine import image_shape_of, read_student
 from ..errors import UsageError
 from ..models import load_model
 from ..quantization import QuantizationConfig, prepare
@@ -39,7 +39,7 @@ def load_student(path: Path, command: str = "evaluate") -> tuple[GraphModule, di
     state, recipe = read_student(path, command)
     try:
         network = load_model(recipe["model"], weights="none", num_classes=recipe["num_classes"])
-        example = torch.zeros(1, 3, recipe["image_size"], recipe["image_size"])
+        example = torch.zeros(1, *image_shape_of(recipe, command))
         student = prepare(network, QuantizationConfig(**recipe["quantization"]), example)
         student.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:

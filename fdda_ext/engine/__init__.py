@@ -10,8 +10,16 @@ from .cli import (
     run_command,
     with_underscores,
 )
-from .diagnosis import diagnose
-from .evaluation import Accuracy, BatchSource, count_outputs, evaluate
+from .diagnosis import diagnose, doubt_margin
+from .duration import Stopwatch, format_duration, format_significant
+from .evaluation import (
+    Accuracy,
+    BatchSource,
+    count_correct,
+    evaluate,
+    render_percent,
+    standard_error,
+)
 from .loop import Progress, Trainable, train
 from .memory import (
     LiveTensors,
@@ -23,11 +31,12 @@ from .memory import (
     process_memory,
     release_freed_memory,
 )
+from .probe import check_logits, count_outputs, input_channels
 from .profiling import Profile, profile, stage
 from .progress import ProgressBar, progress_bar
 from .replay import Replayed
 from .run_folder import RunFolder
-from .student_file import preprocessing_of, read_student, write_student
+from .student_file import image_shape_of, preprocessing_of, read_student, write_student
 
 __all__ = [
     "Accuracy",
@@ -38,16 +47,24 @@ __all__ = [
     "ProgressBar",
     "Replayed",
     "RunFolder",
+    "Stopwatch",
     "Trainable",
     "build_parser",
+    "check_logits",
     "check_machine",
+    "count_correct",
     "count_outputs",
     "cpu_state",
     "decode_workers",
     "diagnose",
     "digest",
+    "doubt_margin",
     "evaluate",
+    "format_duration",
+    "format_significant",
     "free_memory",
+    "image_shape_of",
+    "input_channels",
     "instantiate_or_refuse",
     "keep_freed_memory",
     "load_state",
@@ -61,10 +78,12 @@ __all__ = [
     "progress_bar",
     "read_student",
     "release_freed_memory",
+    "render_percent",
     "restore_random",
     "run_command",
     "save_state",
     "stage",
+    "standard_error",
     "train",
     "with_underscores",
     "write_student",

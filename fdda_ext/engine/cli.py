@@ -19,6 +19,7 @@ from ..errors import UsageError
 from .memory import is_out_of_memory
 
 __all__ = [
+    "available_cores",
     "build_parser",
     "check_machine",
     "decode_workers",
@@ -142,7 +143,14 @@ def decode_workers(workers: int | None, device: str, from_files: bool) -> int:
     """
     if workers is not None:
         return workers
-    return min(8, os.cpu_count() or 1) if from_files and device.startswith("cuda") else 0
+    return min(8, available_cores()) if from_files and device.startswith("cuda") else 0
+
+
+def available_cores() -> int:
+    """Cores that this process may run on; ``taskset`` and containers give fewer than all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -161,8 +169,8 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         _leave(f"error{signature()}: expected sizes that fit the memory, got {reason}", 2)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
+    except KeyboardInterrupt as interruption:
+        _leave(f"interrupted; {interruption}" if interruption.args else "interrupted", 130)
 
 
 def _leave(message: str, status: int) -> NoReturn:

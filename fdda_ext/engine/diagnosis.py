@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnreadableImageError
+from ..image_size import ImageSize, height_and_width
+from ..preprocessing import Preprocessing
 from .evaluation import ImageSource
 from .memory import must_fit
 
-__all__ = ["diagnose"]
+__all__ = ["diagnose", "doubt_margin"]
 
 #: Images of so many classes, so many of each: several of one class show whether they agree.
 _CLASSES, _PER_CLASS = 16, 16
 _BATCH = 32
+#: Images that are classified with a margin and without, and how many answers of a hundred may
+#: differ.
+_COMPARED, _DIFFERING = 100, 5
 
 
 def _sample(source: ImageSource) -> tuple[Tensor, Tensor]:
@@ -36,17 +42,86 @@ def _sample(source: ImageSource) -> tuple[Tensor, Tensor]:
 
 def _normalisations(source: ImageSource, values: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Other ways to prepare images of ``values`` from 0 to 1, and how to ask for them."""
+    usual = Preprocessing().for_channels(values.shape[1])
+    channels = usual.channels
     for mean, std in (
-        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-        ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-        ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
+        (usual.mean, usual.std),
+        ((0.5,) * channels, (0.5,) * channels),
+        ((0.0,) * channels, (1.0,) * channels),
+        ((0.0,) * channels, (1 / 255,) * channels),
     ):
         lists = [f"[{','.join(f'{number:.4g}' for number in numbers)}]" for numbers in (mean, std)]
         advice = f"--preprocessing.mean={lists[0]} --preprocessing.std={lists[1]}"
-        left, right = (torch.tensor(numbers).view(3, 1, 1) for numbers in (mean, std))
+        left, right = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (mean, std))
         yield f"the normalisation: give {advice}", (values - left) / right
-    yield "the order of colours: the network takes blue first", source.normalise(values.flip(1))
+    if channels == 3:
+        yield "the order of colours: the network takes blue first", source.normalise(values.flip(1))
+
+
+def _predict(network: nn.Module, images: Tensor, device: torch.device | str) -> Tensor:
+    """Classes ``[N]`` of normalised ``images [N, C, H, W]``."""
+    with must_fit(image_size=images.shape[-1]):
+        return torch.cat([network(b.to(device)).argmax(1).cpu() for b in images.split(_BATCH)])
+
+
+@runtime_checkable
+class MarginSource(ImageSource, Protocol):
+    """Images that may be enlarged beyond what is then cut from their middle."""
+
+    @property
+    def image_size(self) -> ImageSize:
+        """Height and width of what is cut out."""
+        ...
+
+    def pixels_without_margin(self, index: int, /) -> Tensor | None:
+        """As `pixels`, without that; None for an image that is not enlarged."""
+        ...
+
+
+@torch.no_grad()
+def doubt_margin(
+    network: nn.Module, source: ImageSource, device: torch.device | str = "cpu"
+) -> str | None:
+    """See whether enlarging images and cutting off their borders changes what ``network`` answers.
+
+    Args:
+        network: From images ``[B, C, H, W]`` to logits.
+        source: At most 100 of its images, spread evenly, are classified in both ways.
+        device: Where the network is.
+
+    Returns:
+        None if images are not enlarged, or at most 5 % of the answers change. Otherwise a sentence
+        with how many are right in both ways, and how to ask for the other one.
+    """
+    if not isinstance(source, MarginSource):
+        return None
+    pairs, labels = [], []
+    spread = torch.linspace(0, len(source) - 1, min(_COMPARED, len(source)), dtype=torch.float64)
+    for index in spread.long().tolist():
+        try:
+            whole = source.pixels_without_margin(index)
+            if whole is not None:
+                pairs.append((source.pixels(index), whole))
+                labels.append(int(source.labels[index]))
+        except UnreadableImageError:
+            continue  # the evaluation counts and names it
+    if not pairs:
+        return None
+    network.eval()
+    cut, whole = (
+        _predict(network, source.normalise(torch.stack(images)), device)
+        for images in zip(*pairs, strict=True)
+    )
+    count, differing = len(pairs), int((cut != whole).sum())
+    if 100 * differing <= _DIFFERING * count:
+        return None
+    right = [int((found == torch.tensor(labels)).sum()) for found in (cut, whole)]
+    short = min(height_and_width(source.image_size))
+    return (
+        f"the images are enlarged and cut, which changes {differing} of {count} answers of the "
+        f"float network: {right[0]} are right, and {right[1]} without enlarging; "
+        f"--preprocessing.resize={short} leaves that out"
+    )
 
 
 @torch.no_grad()
@@ -59,7 +134,7 @@ def diagnose(
     """See whether ``network`` classifies some images of ``source`` better than by chance.
 
     Args:
-        network: From images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
+        network: From images ``[B, C, H, W]`` to logits ``[B, num_classes]``.
         source: Images to be classified, 16 of each of 16 classes at most are.
         num_classes: K.
         device: Where the network is.
@@ -74,8 +149,7 @@ def diagnose(
         return None
 
     def predict(images: Tensor) -> Tensor:
-        with must_fit(image_size=images.shape[-1]):
-            return torch.cat([network(b.to(device)).argmax(1).cpu() for b in images.split(_BATCH)])
+        return _predict(network, images, device)
 
     def share_right(predictions: Tensor) -> float:
         """Of images that are not of the class that most get, which is right by itself."""

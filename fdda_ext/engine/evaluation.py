@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,12 +18,47 @@ from ..errors import UnreadableImageError, UsageError
 from .memory import must_fit, parts_of
 from .progress import ProgressBar, progress_bar
 
-__all__ = ["Accuracy", "BatchSource", "count_outputs", "evaluate"]
+__all__ = [
+    "Accuracy",
+    "BatchSource",
+    "count_correct",
+    "evaluate",
+    "render_percent",
+    "standard_error",
+]
 
 _log = logging.getLogger("fdda_ext")
 
 #: Data sets up to this many bytes of images stay in memory between evaluations.
 KEEP_BYTES = 1 << 30
+
+
+def standard_error(percent: float, count: int, of: int) -> float:
+    """How far a sample's accuracy typically is from that of all images, in points.
+
+    It is ``100 * sqrt(p * (1 - p) / count * (of - count) / (of - 1))`` with ``p = percent / 100``:
+    the binomial error of a share, and the correction for a sample that is drawn from ``of`` images
+    without putting any back. It ignores that samples are stratified by class, which makes the error
+    a little smaller.
+
+    Args:
+        percent: Share of the sample's images.
+        count: Images of the sample.
+        of: All images that it was drawn from.
+
+    Returns:
+        0 if all images were tested.
+    """
+    if not 0 < count < of:
+        return 0.0
+    share = percent / 100
+    return 100 * math.sqrt(share * (1 - share) / count * (of - count) / (of - 1))
+
+
+def render_percent(percent: float, count: int, of: int) -> str:
+    """``81.20``, and for a sample ``81.20 ± 0.39`` with its standard error."""
+    text = f"{percent:.2f}"
+    return f"{text} ± {standard_error(percent, count, of):.2f}" if 0 < count < of else text
 
 
 @dataclass(frozen=True)
@@ -33,11 +69,31 @@ class Accuracy:
         top1: Share whose highest logit is the label's.
         top5: Share whose label is among the five highest logits (all logits when fewer).
         count: Number of images.
+        of: Number of images that these are a sample of; 0 if they are no sample.
     """
 
     top1: float
     top5: float
     count: int
+    of: int = 0
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether there are more images than were tested."""
+        return self.count < self.of
+
+    @property
+    def standard_error(self) -> float:
+        """Of `top1`, in points; 0 where all images were tested. See `standard_error`."""
+        return standard_error(self.top1, self.count, self.of)
+
+    def __str__(self) -> str:
+        """Both percentages, with their standard errors if the images are a sample."""
+        top1, top5 = (render_percent(x, self.count, self.of) for x in (self.top1, self.top5))
+        text = f"top-1 {top1} %, top-5 {top5} %"
+        if self.is_sample:
+            return f"{text} (standard error; {self.count} of {self.of} images)"
+        return f"{text}, {self.count} images"
 
 
 class ImageSource(Protocol):
@@ -51,7 +107,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def pixels(self, index: int, /) -> Tensor:
-        """Image ``[3, H, W]``, uint8, or float32 from 0 to 1."""
+        """Image ``[C, H, W]``, uint8, or float32 from 0 to 1."""
         ...
 
     def normalise(self, pixels: Tensor, /) -> Tensor:
@@ -86,7 +142,7 @@ def _collate(items: list[Any]) -> tuple[list[Tensor], list[str]]:
 
 
 class BatchSource:
-    """Batches ``(pixels [B, 3, H, W], labels [B])`` of a data set, any number of times.
+    """Batches ``(pixels [B, C, H, W], labels [B])`` of a data set, any number of times.
 
     Pixels are what the data set stores, uint8 mostly: a quarter of what normalised images would
     take in memory and on the way to a GPU. `normalise` is done there. Small data sets are produced
@@ -165,24 +221,24 @@ class BatchSource:
         self._kept = kept
 
 
-@torch.no_grad()
-def count_outputs(network: nn.Module, images: Tensor, command: str) -> int:
-    """How many logits ``network`` gives for ``images [N, 3, H, W]``.
+def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
+    """How many labels have the highest logit, and how many are among the five highest.
+
+    Args:
+        logits: ``[N, K]``.
+        labels: int64 ``[N]``, on the same device.
 
     Raises:
-        UsageError: If it cannot take images of this size, or gives other things than logits.
+        UsageError: If a label is not between 0 and K - 1.
     """
-    try:
-        logits = network.eval()(images)
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"it gives {type(logits).__name__} instead of logits")
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    least, largest = int(labels.min()), int(labels.max())
+    if least < 0 or largest >= logits.shape[1]:
         raise UsageError(
-            f"{command}: expected image_size that the model can take, "
-            f"got {images.shape[-1]} ({reason})"
-        ) from None
-    return int(logits.shape[-1])
+            f"evaluate: expected labels between 0 and {logits.shape[1] - 1}, as the network gives "
+            f"{logits.shape[1]} logits, got {least if least < 0 else largest}"
+        )
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return int(best[:, 0].sum()), int(best.any(1).sum())
 
 
 @torch.no_grad()
@@ -197,7 +253,7 @@ def evaluate(
     """Accuracy of ``network`` in evaluation mode over all of ``batches``, those of all processes.
 
     Args:
-        network: From images ``[B, 3, H, W]`` to logits ``[B, K]``.
+        network: From images ``[B, C, H, W]`` to logits ``[B, K]``.
         batches: The data.
         device: Where the network is.
         label: Shown beside the progress bar, which appears when this is not empty.
@@ -218,14 +274,8 @@ def evaluate(
                 images = batches.normalise(pixels.to(device, non_blocking=True))
                 parts = parts_of(len(images), images[0, 0].numel(), images.device)
                 logits = torch.cat([network(part).cpu() for part in images.tensor_split(parts)])
-            if int(labels.max()) >= logits.shape[1]:
-                raise UsageError(
-                    f"evaluate: expected labels below the network's {logits.shape[1]} classes, "
-                    f"got {int(labels.max())}"
-                )
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            correct1 += int(best[:, 0].sum())
-            correct5 += int(best.any(1).sum())
+            among = count_correct(logits, labels)
+            correct1, correct5 = correct1 + among[0], correct5 + among[1]
             count += labels.shape[0]
             if shown is not None and task is not None:
                 done = min(count * world_size(), len(batches.dataset))
@@ -244,4 +294,6 @@ def evaluate(
         raise UsageError(
             f"evaluate: expected some image that can be read, got {unreadable} that cannot"
         )
-    return Accuracy(100 * correct1 / count, 100 * correct5 / count, count)
+    whole = int(getattr(batches.dataset, "whole", 0))
+    of = whole if whole > count else 0
+    return Accuracy(100 * correct1 / count, 100 * correct5 / count, count, of)

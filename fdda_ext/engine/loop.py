@@ -17,6 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from ..distribution import from_first, is_first
 from ..errors import UsageError
 from .checkpoint import load_state, save_state
+from .duration import Stopwatch
+from .interrupt import held_interrupt
 from .memory import release_freed_memory
 from .progress import ProgressBar, progress_bar
 from .run_folder import RunFolder
@@ -26,8 +28,11 @@ __all__ = ["Evaluation", "Progress", "Trainable", "train"]
 #: Measures what is being trained, shows how far it is, and names what it found.
 Evaluation = Callable[[ProgressBar], Mapping[str, float]]
 
-#: Of the time that checkpoints may take: those of ImageNet's generator have half a gigabyte.
+#: The share of the time that checkpoints may take: some have half a gigabyte.
 _SAVING_SHARE = 0.02
+#: The longest time between two checkpoints, seconds: a disk that hangs once, or a machine that
+#: sleeps while it writes, must not put the next one off for days.
+_LONGEST_INTERVAL = 1800.0
 
 
 class Trainable(Protocol):
@@ -60,10 +65,12 @@ class Progress:
     Attributes:
         iterations: Iterations done.
         seconds: Time spent in them, over all resumptions.
+        interrupted: Whether Ctrl-C ended it.
     """
 
     iterations: int
     seconds: float
+    interrupted: bool = False
 
 
 def _truncate_metrics(folder: RunFolder, iterations: int) -> None:
@@ -101,7 +108,7 @@ def _restore(
 
 def train(
     trainable: Trainable,
-    folder: RunFolder,
+    folder: RunFolder | None,
     *,
     description: str,
     max_seconds: float | None = None,
@@ -110,33 +117,41 @@ def train(
     evaluation: Evaluation | None = None,
     evaluate_every: int | None = None,
     device: torch.device | str = "cpu",
+    show: bool = True,
 ) -> Progress:
     """Run ``trainable`` from the folder's checkpoint, if there is one, to its end.
 
     Of several processes, all read the checkpoint and take the steps; the first writes.
 
+    The first Ctrl-C ends the loop after the iteration under way; its state is stored like that of a
+    time-out. A second Ctrl-C raises KeyboardInterrupt at once.
+
     Args:
         trainable: What to train, freshly built; its state is replaced by the checkpoint's.
-        folder: Where metrics and checkpoints go.
+        folder: Where metrics and checkpoints go; None to write nothing.
         description: Shown beside the progress bar.
         max_seconds: Stop after the first iteration that ends later than this, resumptions counted
             together; the state is then stored, so that a later call goes on.
-        checkpoint_seconds: Least time between two checkpoints; more where the writing of one would
-            take more than a fiftieth of it.
+        checkpoint_seconds: Least time between two checkpoints, 0 for one after every iteration;
+            otherwise more where the writing of one would take more than a fiftieth of it, but half
+            an hour at most.
         log_every: Metrics of every so manyth iteration are kept (reading them waits for a GPU).
         evaluation: What to measure meanwhile. It must not change what is trained; its time does
             not count as training.
         evaluate_every: Iterations between two of them; None for never.
         device: Where a checkpoint's tensors are put.
+        show: Whether to show a progress bar.
 
     Returns:
-        Iterations and seconds; fewer iterations than ``trainable.iterations`` after a time-out.
+        Iterations and seconds; fewer iterations than ``trainable.iterations`` after a time-out or
+        an interruption.
 
     Raises:
         UsageError: If the checkpoint is not this run's, or a metric is no longer finite.
         LostProcessError: If another process of the run has ended.
     """
-    with folder.lock() if is_first() else nullcontext():
+    locked = folder.lock() if folder is not None and is_first() else nullcontext()
+    with locked, held_interrupt() as interrupted:
         return _train(
             trainable,
             folder,
@@ -147,12 +162,14 @@ def train(
             evaluation if evaluate_every else None,
             evaluate_every or 1,
             device,
+            show,
+            interrupted,
         )
 
 
 def _train(
     trainable: Trainable,
-    folder: RunFolder,
+    folder: RunFolder | None,
     description: str,
     max_seconds: float | None,
     checkpoint_seconds: float,
@@ -160,41 +177,42 @@ def _train(
     evaluation: Evaluation | None,
     evaluate_every: int,
     device: torch.device | str,
+    show: bool,
+    interrupted: Callable[[], bool],
 ) -> Progress:
     done, seconds_before = 0, 0.0
     release_freed_memory()  # what building the method left in pieces
-    if from_first(folder.checkpoint.exists):
+    if folder is not None and from_first(folder.checkpoint.exists):
         done, seconds_before = _restore(trainable, folder, device)
-    if is_first():
-        _truncate_metrics(folder, done)
-    start = saved = time.monotonic()
-    evaluating = saving = 0.0
-
-    def elapsed() -> float:
-        return seconds_before + time.monotonic() - start - evaluating
+    #: Where this process writes.
+    own = folder if is_first() else None
+    if own is not None:
+        _truncate_metrics(own, done)
+    watch = Stopwatch(seconds_before)
+    saved, saving = time.monotonic(), 0.0
 
     def save() -> None:
-        if not is_first():
+        if own is None:
             return
         state = {
-            "config": folder.fingerprint,
+            "config": own.fingerprint,
             "trainable": trainable.state_dict(),
             "iterations": done,
-            "seconds": elapsed(),
+            "seconds": watch.seconds,
         }
-        save_state(folder.checkpoint, state)
+        save_state(own.checkpoint, state)
 
     with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar())
-        if is_first():
-            writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=done)
+        bar = stack.enter_context(progress_bar(shown=show))
+        if own is not None:
+            writer = SummaryWriter(str(own.path / "tensorboard"), purge_step=done)
             stack.enter_context(writer)
-            metrics_file = stack.enter_context(folder.metrics.open("a"))
+            metrics_file = stack.enter_context(own.metrics.open("a"))
 
         def note(values: Mapping[str, float]) -> None:
-            if not is_first():
+            if own is None:
                 return
-            line = {"iteration": done, "seconds": round(elapsed(), 3), **values}
+            line = {"iteration": done, "seconds": watch.seconds, **values}
             metrics_file.write(json.dumps(line) + "\n")
             metrics_file.flush()
             for name, value in values.items():
@@ -203,7 +221,9 @@ def _train(
         task = bar.add_task(description, total=trainable.iterations, completed=done, shown="")
         while done < trainable.iterations:
             # Also how a process notices, before it waits for ever on a GPU, that another is lost.
-            if from_first(lambda: max_seconds is not None and elapsed() >= max_seconds):
+            if from_first(
+                lambda: interrupted() or (max_seconds is not None and watch.seconds >= max_seconds)
+            ):
                 break
             metrics = trainable.step(done)
             if done % log_every == 0 or done + 1 == trainable.iterations:
@@ -219,16 +239,17 @@ def _train(
                 shown = [f"{name} {value:.3g}" for name, value in latest]
                 bar.update(task, shown=" ".join([trainable.part, *shown]).strip())
             if evaluation is not None and (done + 1) % evaluate_every == 0:
-                begin = time.monotonic()
+                watch.pause()
                 measured = evaluation(bar)
-                evaluating += time.monotonic() - begin
+                watch.resume()
                 note(measured)
             done += 1
             bar.update(task, completed=done)
-            if time.monotonic() - saved >= max(checkpoint_seconds, saving / _SAVING_SHARE):
+            enough = min(saving / _SAVING_SHARE, _LONGEST_INTERVAL) if checkpoint_seconds else 0.0
+            if time.monotonic() - saved >= max(checkpoint_seconds, enough):
                 begin = time.monotonic()
                 save()
                 saved = time.monotonic()
                 saving = saved - begin
     save()
-    return Progress(done, elapsed())
+    return Progress(done, watch.seconds, from_first(interrupted))

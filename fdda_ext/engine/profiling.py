@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from .duration import format_duration, format_significant
+
 __all__ = ["Profile", "is_profiling", "profile", "stage"]
 
 
@@ -36,13 +38,14 @@ class Profile:
     def table(self) -> Table:
         """Milliseconds and share of every stage in the mean iteration."""
         count, total = len(self.iterations), sum(self.iterations)
-        table = Table(title=f"mean of {count} iterations: {1e3 * total / count:.1f} ms")
+        table = Table(title=f"mean of {count} iterations: {format_duration(total / count)}")
         table.add_column("stage")
         table.add_column("ms", justify="right")
         table.add_column("%", justify="right")
-        rest = total - sum(self.seconds.values())
+        rest = max(round(total - sum(self.seconds.values()), 9), 0.0)
         for name, seconds in [*self.seconds.items(), ("anything else", rest)]:
-            table.add_row(name, f"{1e3 * seconds / count:.2f}", f"{100 * seconds / total:.1f}")
+            share = f"{100 * seconds / total:.1f}" if total else ""  # too short for the clock
+            table.add_row(name, format_significant(1e3 * seconds / count), share)
         return table
 
 

@@ -16,10 +16,14 @@ from ..distribution import is_first
 __all__ = ["ProgressBar", "progress_bar"]
 
 
-def progress_bar(*, transient: bool = False) -> ProgressBar:
+def progress_bar(*, transient: bool = False, shown: bool = True) -> ProgressBar:
     """A bar whose tasks have a field ``shown``, a short text at its end.
 
-    Of several processes, the first alone shows it.
+    Only the first of several processes shows it.
+
+    Args:
+        transient: Whether the bar vanishes in the end.
+        shown: False for no bar at all.
     """
     return ProgressBar(
         TextColumn("{task.description}"),
@@ -30,5 +34,5 @@ def progress_bar(*, transient: bool = False) -> ProgressBar:
         TimeRemainingColumn(),
         TextColumn("{task.fields[shown]}"),
         transient=transient,
-        disable=not is_first(),
+        disable=not (shown and is_first()),
     )

@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from ..errors import UsageError
 from .checkpoint import atomic_write_text
 
 __all__ = ["RunFolder"]
+
+#: Files that a run writes before it computes anything, and the folder of TensorBoard's.
+_AT_THE_BEGINNING = ("config.yaml", "origin.json")
+_EVENTS = "tensorboard"
 
 
 class RunFolder:
@@ -42,6 +47,9 @@ class RunFolder:
 
     def __init__(self, path: Path, config: str, *, resume: bool, inputs: str = "") -> None:
         self.path = path
+        self.inputs = inputs
+        #: Whether this object began the run, and the folders above it that it made for that.
+        self._began, self._made = False, [p for p in path.absolute().parents if not p.exists()]
         #: Of configuration and inputs, kept beside every result made with them.
         self.fingerprint = hashlib.sha256((_essence(config) + inputs).encode()).hexdigest()[:16]
         if path.exists() and not path.is_dir():
@@ -70,8 +78,30 @@ class RunFolder:
                 raise UsageError(
                     f"run: expected out to be a folder that can be created, got {path} ({error})"
                 ) from None
+            self._began = True
             atomic_write_text(stored, config)
             atomic_write_text(path / "origin.json", json.dumps(_origin(), indent=1) + "\n")
+
+    @contextmanager
+    def removed_if_unused(self) -> Iterator[None]:
+        """Remove the folder again if an error inside leaves it without anything computed.
+
+        Then the same command can be given once more. Only the object that began the run does so.
+        """
+        try:
+            yield
+        except BaseException:
+            if self._began and not self._holds_results():
+                shutil.rmtree(self.path, ignore_errors=True)
+                for folder in self._made:
+                    with suppress(OSError):  # another run has come to lie in it
+                        folder.rmdir()
+            raise
+
+    def _holds_results(self) -> bool:
+        """Whether this run, or one in a folder below, has written anything it computed."""
+        files = (p for p in self.path.rglob("*") if p.is_file() and p.stat().st_size)
+        return any(p.name not in _AT_THE_BEGINNING and _EVENTS not in p.parts for p in files)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..preprocessing import Preprocessing
+from ..image_size import height_and_width, parse_image_size
+from ..preprocessing import CHANNELS, Preprocessing
 from .checkpoint import cpu_state, digest
 
-__all__ = ["preprocessing_of", "read_student", "write_student"]
+__all__ = ["image_shape_of", "preprocessing_of", "read_student", "write_student"]
 
 _FORMAT = "fdda_ext.student.1"
 
@@ -54,6 +55,18 @@ def read_student(path: Path, command: str = "evaluate") -> tuple[dict[str, Tenso
         ) from None
 
 
+def image_shape_of(recipe: dict[str, Any], command: str = "evaluate") -> tuple[int, int, int]:
+    """Channels, height and width of the images that a student's ``recipe`` names.
+
+    Raises:
+        UsageError: If they are not sizes.
+    """
+    channels = recipe.get("channels", 3)  # older files lack it
+    if channels not in CHANNELS:
+        raise UsageError(f"{command}: expected a recipe of 1, 3 or 4 channels, got {channels}")
+    return (channels, *height_and_width(parse_image_size(recipe["image_size"], command)))
+
+
 def preprocessing_of(recipe: dict[str, Any], command: str = "evaluate") -> Preprocessing:
     """How a student's ``recipe`` prepares images from files.
 
@@ -62,7 +75,7 @@ def preprocessing_of(recipe: dict[str, Any], command: str = "evaluate") -> Prepr
     """
     given = recipe.get("preprocessing")
     if given is None:  # embedded data, or a student from before this was stored
-        return Preprocessing().for_size(int(recipe["image_size"]))
+        return Preprocessing().for_size(parse_image_size(recipe["image_size"], command))
     try:
         return Preprocessing.from_dict(given)
     except (UsageError, TypeError, AttributeError) as error:

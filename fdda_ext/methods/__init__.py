@@ -2,6 +2,9 @@
 
 import difflib
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from ..distribution import begin_alike, is_launched, world_size
 from ..errors import UsageError
 from .adaquant import AdaQuant, AdaQuantConfig
@@ -20,7 +23,9 @@ from .dsg import DSG, DSGConfig
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
 from .lapq import LAPQ, LAPQConfig
-from .memory import MemoryEstimate, estimate_memory
+from .memory import MemoryEstimate, check_memory, estimate_memory
+from .options import why_unused
+from .pace import fitting_share
 from .qdrop import QDrop, QDropConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
@@ -65,9 +70,13 @@ __all__ = [
     "ZeroQ",
     "ZeroQConfig",
     "build_method",
+    "check_memory",
+    "check_method",
     "distillation_loss",
     "estimate_memory",
+    "fitting_share",
     "method_class",
+    "why_unused",
 ]
 
 #: Every method by the name that the command line takes.
@@ -98,8 +107,9 @@ def build_method(name: str, problem: Problem, settings: MethodSettings) -> Metho
     Of several processes, all begin with the state of the first.
 
     Raises:
-        UsageError: If there is no such method.
+        UsageError: If there is no such method, or it is not for this network.
     """
+    check_method(name, problem.teacher)
     method = method_class(name)(problem, settings)
     if isinstance(trainer := getattr(method, "trainer", None), Student):
         trainer.check_objective()
@@ -108,6 +118,23 @@ def build_method(name: str, problem: Problem, settings: MethodSettings) -> Metho
         begin_alike(state)
         method.load_state_dict(state)
     return method
+
+
+def check_method(name: str, teacher: nn.Module) -> None:
+    """Refuse a method that is not for networks like ``teacher``, before anything is computed.
+
+    Raises:
+        UsageError: If there is no such method, or it needs batch normalisation and there is none.
+    """
+    if not method_class(name).needs_statistics:
+        return
+    if any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in teacher.modules()):
+        return
+    others = [other for other, kind in METHODS.items() if not kind.needs_statistics]
+    raise UsageError(
+        f"{name}: expected model to have batch normalisation, whose statistics this method "
+        f"matches, got {type(teacher).__name__} without; use {', '.join(others)} instead"
+    )
 
 
 def method_class(name: str) -> type[Method]:

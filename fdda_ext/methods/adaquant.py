@@ -98,6 +98,7 @@ class AdaQuant(ReconstructionMethod):
 
     summary = "layer by layer: weights, biases and ranges move freely"
     presets = "adaquant"
+    sections = ("adaquant",)
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config = settings.adaquant

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +26,9 @@ from ..statistics import capture, running_statistics
 from ..synthesis import ConditionalGenerator, GeneratorConfig
 from .base import Method, MethodConfig, Problem
 from .distillation import DistillationConfig, Student
+
+if TYPE_CHECKING:
+    from .settings import MethodSettings
 
 __all__ = ["AlternatingConfig", "AlternatingTraining", "save_images"]
 
@@ -93,6 +96,13 @@ class AlternatingTraining(Method):
     """Generator steps and student steps in turn; a method says what their losses and images are."""
 
     distils = True
+    needs_statistics = True
+
+    @classmethod
+    @override
+    def observes(cls, settings: MethodSettings) -> bool:
+        config: AlternatingConfig = getattr(settings, cls.sections[0])
+        return config.ranges_from == "generated"
 
     def __init__(
         self, problem: Problem, config: AlternatingConfig, distillation: DistillationConfig
@@ -135,7 +145,10 @@ class AlternatingTraining(Method):
     def build_generator(self) -> ConditionalGenerator:
         """The generator, on the CPU."""
         return ConditionalGenerator(
-            self.problem.num_classes, self.problem.image_size, self.schedule.generator
+            self.problem.num_classes,
+            self.problem.image_size,
+            self.schedule.generator,
+            self.problem.channels,
         )
 
     @abstractmethod
@@ -161,12 +174,12 @@ class AlternatingTraining(Method):
         return None
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Images ``[count, 3, H, W]`` of random labels ``[count]``, as the generator makes them."""
+        """Images ``[count, C, H, W]`` of random labels ``[count]``, as the generator makes them."""
         labels = self.draw_labels(count)
         return self.generator.sample(labels, self.random), labels
 
     def student_images(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the student is shown, of generated images ``[student_batch, 3, H, W]``."""
+        """What the student is shown, of generated images ``[student_batch, C, H, W]``."""
         return images, labels
 
     # ---- the steps --------------------------------------------------------------------------
@@ -299,6 +312,6 @@ class AlternatingTraining(Method):
 
 
 def save_images(path: Path, images: Tensor, labels: Tensor) -> None:
-    """Keep images ``[n, 3, H, W]``, normalised, and their labels ``[n]`` or ``[n, K]``."""
+    """Keep images ``[n, C, H, W]``, normalised, and their labels ``[n]`` or ``[n, K]``."""
     labels = labels if labels.dim() == 1 else labels.argmax(1)
     save_file({"images": images.float().cpu().contiguous(), "labels": labels.cpu()}, str(path))

@@ -17,6 +17,7 @@ from ..data import Augmentation
 from ..distribution import world_size
 from ..engine import parts_of
 from ..errors import UsageError
+from ..image_size import ImageSize, to_image_size
 from ..quantization import QuantizationConfig, prepare
 
 if TYPE_CHECKING:
@@ -32,14 +33,14 @@ class Problem:
     Attributes:
         teacher: The trained network, in evaluation mode, its parameters without gradients.
         num_classes: K.
-        images: Calibration images ``[n, 3, H, W]``, normalised, not augmented.
+        images: Calibration images ``[n, C, H, W]``, normalised, not augmented.
         labels: Their classes, int64 ``[n]``.
         augmentation: How calibration and generated images may be varied.
         quantization: Bits, grid and ranges of the student.
         seed: Of everything random.
         precision: Of teacher and generator. With bfloat16 they run under autocast; statistics,
             losses, the student and all that is trained stay in float32.
-        pixel_range: Least and largest value of each colour of a normalised image, ``[3, 1, 1]``
+        pixel_range: Least and largest value of each channel of a normalised image, ``[C, 1, 1]``
             each; None if unknown.
         cuda_graphs: On a GPU, replay steps as CUDA graphs.
         images_at_once: So many images at most pass a network together in training, where that does
@@ -65,9 +66,14 @@ class Problem:
         return torch.autocast(self.device.type, dtype=self.precision, enabled=enabled)
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> ImageSize:
         """Height and width of the images."""
-        return int(self.images.shape[-1])
+        return to_image_size(*self.images.shape[-2:])
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images, C."""
+        return int(self.images.shape[1])
 
     @property
     def device(self) -> torch.device:
@@ -124,8 +130,21 @@ class Method(ABC):
     presets: ClassVar[str] = "fdda"
     #: Whether it looks at the calibration images; if not, nothing but their shape is used.
     real_images: ClassVar[bool] = True
+    #: Whether it needs the classes of the calibration images.
+    needs_labels: ClassVar[bool] = False
     #: Whether it takes the student step that the section `distillation` describes.
     distils: ClassVar[bool] = False
+    #: Whether it has iterations after its construction.
+    trains: ClassVar[bool] = True
+    #: Whether it learns the ranges of quantizers by gradients.
+    learns_ranges: ClassVar[bool] = True
+    #: The sections of `MethodSettings` that it reads.
+    sections: ClassVar[tuple[str, ...]] = ()
+    #: Fields of the quantization that it replaces by rules of its own.
+    fixed_ranges: ClassVar[Mapping[str, str]] = {}
+    #: Whether it needs batch normalisation in the float network, to match its statistics or to
+    #: compare what enters it.
+    needs_statistics: ClassVar[bool] = False
     #: Whether several processes may run it together, see `fdda_ext.distribution`.
     distributed: ClassVar[bool] = False
 
@@ -142,6 +161,11 @@ class Method(ABC):
     def part(self) -> str:
         """What it is at, in a word or two for the progress bar."""
         return ""
+
+    @classmethod
+    def observes(cls, settings: MethodSettings) -> bool:
+        """Whether it finds activation ranges as moving averages over batches."""
+        return False
 
     @abstractmethod
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:

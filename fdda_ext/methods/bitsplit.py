@@ -293,6 +293,8 @@ class BitSplit(Method):
 
     summary = "weights as integers of least response error, digit by digit"
     presets = "bitsplit"
+    learns_ranges = False
+    sections = ("bitsplit",)
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config = settings.bitsplit

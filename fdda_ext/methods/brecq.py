@@ -107,6 +107,7 @@ class BRECQ(ReconstructionMethod):
 
     summary = "block by block: learned rounding of weights, then activation step sizes"
     presets = "brecq"
+    sections = ("brecq",)
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config = settings.brecq

@@ -24,6 +24,11 @@ class Ranges(Method):
 
     rule: ClassVar[Literal["minmax", "mse"]]
     distributed = True
+    trains = False
+    learns_ranges = False
+
+    def __init_subclass__(cls) -> None:
+        cls.fixed_ranges = {"weight_range": cls.rule, "activation_range": cls.rule}
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.quantization = replace(
@@ -33,7 +38,7 @@ class Ranges(Method):
         calibrate(self.student, self.images(problem))
 
     def images(self, problem: Problem) -> Tensor:
-        """Those that ranges are found on, ``[n, 3, H, W]``."""
+        """Those that ranges are found on, ``[n, C, H, W]``."""
         return problem.images
 
     @override
@@ -77,6 +82,7 @@ class CalibrationDistillation(Method):
     summary = "distillation on the calibration images alone"
     distils = True
     distributed = True
+    sections = ("distillation",)
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         config = settings.distillation

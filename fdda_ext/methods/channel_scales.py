@@ -26,7 +26,7 @@ class _Reached(Exception):  # noqa: N818  (not an error)
 
 @torch.no_grad()
 def input_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
-    """What enters the layer called ``name`` on ``images [n, 3, H, W]``; nothing after it runs."""
+    """What enters the layer called ``name`` on ``images [n, C, H, W]``; nothing after it runs."""
     found: list[Tensor] = []
 
     def keep(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -91,7 +91,7 @@ def fold_channel_scales_(network: GraphModule, images: Tensor, bits: int) -> dic
 
     Args:
         network: In float, from `fdda_ext.quantization.tracing.trace`.
-        images: Calibration images ``[n, 3, H, W]``.
+        images: Calibration images ``[n, C, H, W]``.
         bits: Of activations.
 
     Returns:

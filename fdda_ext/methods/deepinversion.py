@@ -126,6 +126,7 @@ class DeepInversion(OptimisedImages):
 
     summary = "no data: images of wanted classes out of the network itself, distillation"
     presets = "di"
+    sections = ("di", "distillation")
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config: DeepInversionConfig = settings.di
@@ -158,6 +159,7 @@ class AdaptiveDeepInversion(DeepInversion):
 
     summary = "no data: DeepInversion, in rounds, on what the student has not mastered"
     presets = "adi"
+    sections = ("adi", "distillation")
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config: AdaptiveDeepInversionConfig = settings.adi

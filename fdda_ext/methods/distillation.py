@@ -99,6 +99,17 @@ class DistillationConfig:
                 f"got {self.cosine_half_period}"
             )
 
+    @property
+    def unused(self) -> dict[str, str]:
+        """Fields that change nothing beside the others as they are, each with the reason."""
+        found: dict[str, str] = {}
+        if self.objective == "discrepancy":
+            names = ("temperature", "weight", "reduction", "cross_entropy_weight")
+            found |= dict.fromkeys(names, "the objective is discrepancy")
+        if self.frozen_scales:
+            found["scale_lr"] = "frozen_scales leaves the scales as they are"
+        return found
+
     def scaled(self, share: float) -> DistillationConfig:
         """The same schedule in ``share`` of its steps."""
         period = self.cosine_half_period
@@ -150,7 +161,7 @@ class ImageSampler:
         self.order = torch.empty(0, dtype=torch.int64, device=problem.device)
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Images ``[B, 3, H, W]`` and labels ``[B]``."""
+        """Images ``[B, C, H, W]`` and labels ``[B]``."""
         if self.order.numel() < self.batch_size:
             self.order = torch.randperm(
                 self.problem.images.shape[0], generator=self.random, device=self.problem.device
@@ -244,14 +255,14 @@ class Student:
             )
 
     def divergence(self, images: Tensor, labels: Tensor) -> Tensor:
-        """`distillation_loss` on ``images [N, 3, H, W]``."""
+        """`distillation_loss` on ``images [N, C, H, W]``."""
         with torch.no_grad(), self.problem.autocast(), stage("student: teacher"):
             teacher_logits = self.problem.teacher(images).float()
         with stage("student: forward"):
             return distillation_loss(self.function(images), teacher_logits, labels, self.config)
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Distil the teacher into the student on ``images [N, 3, H, W]``; name scalar metrics.
+        """Distil the teacher into the student on ``images [N, C, H, W]``; name scalar metrics.
 
         They are ``student``, the loss, and, where rounding is learned, ``decided``, the share of
         roundings that are, and ``regulariser``, once it has set in. Of several processes, which all
@@ -307,7 +318,7 @@ class Student:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         parts = self.problem.parts(len(images)) if self.loss is None else 1
-        losses = []
+        losses: list[Tensor] = []
         for own_images, own_labels in zip(
             images.tensor_split(parts), labels.tensor_split(parts), strict=True
         ):

@@ -84,12 +84,13 @@ class DSG(OptimisedImages):
 
     summary = "no data: ZeroQ with margins around the statistics and a layer of each image's own"
     presets = "dsg"
+    sections = ("dsg", "distillation")
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config = settings.dsg
         super().__init__(problem, self.config, settings.distillation)
         self.labelled = self.config.priors
-        self.targets = with_images(self.running)
+        self.targets = with_images(self.running, problem.channels)
         #: delta_l and gamma_l, ``[1 + L, 2]``; those of the image are 0.
         self.margins = self.noise_margins()
 
@@ -111,7 +112,7 @@ class DSG(OptimisedImages):
         return torch.stack(margins)
 
     def noise(self, count: int, random: torch.Generator) -> Tensor:
-        """Standard normal images ``[count, 3, H, W]``."""
+        """Standard normal images ``[count, C, H, W]``."""
         shape = (count, *self.images.shape[1:])
         noise = torch.randn(shape, generator=random, device=self.problem.device)
         return noise.contiguous(memory_format=torch.channels_last)

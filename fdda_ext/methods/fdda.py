@@ -146,6 +146,8 @@ class FDDA(AlternatingTraining):
 
     summary = "generator aligned with per-class BN statistics, distillation on real and generated"
     distributed = True
+    needs_labels = True
+    sections = ("fdda", "distillation")
 
     def __init__(
         self, problem: Problem, settings: MethodSettings, centres: BNSCentres | None = None

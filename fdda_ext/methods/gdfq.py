@@ -52,6 +52,7 @@ class GDFQ(AlternatingTraining):
 
     summary = "no data: generator aligned with the network's BN statistics, distillation"
     presets = "gdfq"
+    sections = ("gdfq", "distillation")
     real_images = False
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:

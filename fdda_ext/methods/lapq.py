@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -355,6 +355,9 @@ class LAPQ(Method):
 
     summary = "ranges searched together for the least cross entropy (Powell's method)"
     presets = "lapq"
+    learns_ranges = False
+    sections = ("lapq",)
+    fixed_ranges: ClassVar[Mapping[str, str]] = {"weight_range": "lp", "activation_range": "lp"}
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config = settings.lapq

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from ..engine import LiveTensors, parts_of, process_memory
+from ..engine import LiveTensors, free_memory, parts_of, process_memory
 from ..errors import UsageError
 from ..quantization import IMAGES_AT_ONCE, calibrate
 from ..statistics import BNSCentres, LayerStatistics, capture, running_statistics
@@ -22,10 +23,10 @@ from .fdda import FDDA
 from .optimised_images import OptimisedImages
 from .settings import MethodSettings
 
-__all__ = ["MemoryEstimate", "Phase", "estimate_memory"]
+__all__ = ["MemoryEstimate", "Phase", "check_memory", "estimate_memory"]
 
 #: What allocators keep and libraries use beside the tensors, as a share of the tensors' bytes.
-_BESIDE = 0.2
+_BESIDE = 0.1
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,35 @@ def estimate_memory(
     if issubclass(kind, OptimisedImages):
         phases.append(probe.image_step())
     return MemoryEstimate(present, probe.kept, phases)
+
+
+def check_memory(
+    name: str,
+    problem: Problem,
+    settings: MethodSettings,
+    console: Console | None = None,
+    *,
+    test_batch: int = 0,
+) -> None:
+    """Print what memory a run will need, and refuse one that needs more than there is.
+
+    Args:
+        name: The method.
+        problem: What it is given.
+        settings: Of the methods.
+        console: Where to print; None for nowhere.
+        test_batch: Images evaluated together; 0 to leave evaluation out.
+
+    Raises:
+        UsageError: Names the setting that helps most.
+    """
+    found = estimate_memory(name, problem, settings, test_batch=test_batch)
+    if found is None:
+        return
+    free = free_memory(problem.device)
+    if console is not None:
+        console.print(found.describe(free), highlight=False)
+    found.check(free)
 
 
 class _Probe:

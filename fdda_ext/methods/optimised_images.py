@@ -57,6 +57,7 @@ class OptimisedImages(Method):
 
     real_images = False
     distils = True
+    needs_statistics = True
 
     #: Whether images are made for a class; if not, they are of the class the teacher sees in them.
     labelled: bool = True
@@ -93,7 +94,7 @@ class OptimisedImages(Method):
         #: Batches made when each round's images are complete.
         self.round_ends = list(accumulate(len(part) for part in parts))
         self.iterations = len(self.batch_sizes) * synthesis.steps + distillation.steps
-        #: Images made so far, ``[n, 3, H, W]``.
+        #: Images made so far, ``[n, C, H, W]``.
         self.images = problem.images.new_empty((0, *problem.images.shape[1:]))
         self.batches_made = 0
         self.batch: ImageOptimisation | None = None
@@ -122,7 +123,7 @@ class OptimisedImages(Method):
         """Terms of the loss and, as "images", what the step is taken on.
 
         Args:
-            images: A batch as the network is to see it, ``[N, 3, H, W]``, with gradient; number
+            images: A batch as the network is to see it, ``[N, C, H, W]``, with gradient; number
                 ``len(self.images)`` and following of the run.
             labels: Classes they are made for, ``[N]``.
         """
@@ -132,7 +133,7 @@ class OptimisedImages(Method):
         calibrate(self.student, self.images)
 
     def teach(self, images: Tensor) -> BatchNormCapture:
-        """What the teacher makes of ``images [N, 3, H, W]``."""
+        """What the teacher makes of ``images [N, C, H, W]``."""
         with self.problem.autocast(), stage("images: teacher"):
             seen = capture(self.problem.teacher, images)
         return seen._replace(logits=seen.logits.float())
@@ -171,7 +172,7 @@ class OptimisedImages(Method):
         return ImageOptimisation(
             self.synthesis,
             count,
-            problem.image_size,
+            problem.images.shape[1:],
             self.random,
             problem.pixel_range,
             problem.augmentation.flip,

@@ -60,6 +60,7 @@ class QDrop(ReconstructionMethod):
 
     summary = "block by block: learned rounding while activations are quantized at random"
     presets = "qdrop"
+    sections = ("qdrop",)
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config = settings.qdrop

@@ -70,6 +70,7 @@ class Qimera(GDFQ):
 
     summary = "no data: GDFQ with images between classes, from superposed class embeddings"
     presets = "qimera"
+    sections = ("qimera", "distillation")
 
     generator: SuperposedGenerator
 
@@ -85,7 +86,11 @@ class Qimera(GDFQ):
         else:
             embeddings = torch.randn(problem.num_classes, self.config.embedding_dim)
         return SuperposedGenerator(
-            problem.num_classes, problem.image_size, self.config.generator, embeddings
+            problem.num_classes,
+            problem.image_size,
+            self.config.generator,
+            embeddings,
+            problem.channels,
         )
 
     @override

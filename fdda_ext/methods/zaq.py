@@ -9,8 +9,9 @@ learns to agree on them (eq. 2 to 8)::
     D_o = |p - q|_1 / K
     L_Q = D_o + alpha D_f,       L_G = -D_o - alpha D_f - beta L_a,      L_a = mean |last features|
 
-The layers are the last of each image size, where their values enter a batch normalisation. As in
-the other methods the student's BN statistics stay the teacher's: those of generated images drift.
+The layers are the last of each image size, where their values enter a batch normalisation; what
+enters one as ``[N, C]``, after a linear layer, has no channels to relate. As in the other methods
+the student's BN statistics stay the teacher's: those of generated images drift.
 With the settings' distillation.objective "divergence" the student takes the common step instead.
 """
 
@@ -74,7 +75,9 @@ def channel_relations(features: Tensor) -> Tensor:
 
 
 def feature_discrepancy(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
-    """D_f of features ``[N, C_l, H_l, W_l]`` of L layers, a scalar."""
+    """D_f of features ``[N, C_l, H_l, W_l]`` of L layers, a scalar; 0 without layers."""
+    if not teacher:
+        return torch.zeros(())
     distances = torch.stack(
         [
             (channel_relations(p) - channel_relations(q)).abs().mean()
@@ -90,21 +93,24 @@ class ZAQ(AlternatingTraining):
 
     summary = "no data: adversarial generator against the student, on logits and features"
     presets = "zaq"
+    sections = ("zaq", "distillation")
     real_images = False
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config = settings.zaq
         super().__init__(problem, self.config, settings.distillation)
         with torch.no_grad():
-            sizes = [x.shape[2:] for x in capture(problem.teacher, problem.images[:1]).inputs]
+            inputs = capture(problem.teacher, problem.images[:1]).inputs
+        sizes = {i: x.shape[2:] for i, x in enumerate(inputs) if x.dim() > 2}
         #: The last layer of each image size.
-        self.layers = [i for i, s in enumerate(sizes) if i + 1 == len(sizes) or sizes[i + 1] != s]
+        self.layers = [i for i, size in sizes.items() if sizes.get(i + 1) != size]
         if settings.distillation.objective == "discrepancy":
             self.trainer.loss = self.student_loss
 
     @override
     def build_generator(self) -> ConditionalGenerator:
-        return ConditionalGenerator(1, self.problem.image_size, self.config.generator)
+        problem = self.problem
+        return ConditionalGenerator(1, problem.image_size, self.config.generator, problem.channels)
 
     @override
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +121,7 @@ class ZAQ(AlternatingTraining):
             return images, self.problem.teacher(images).argmax(1)
 
     def discrepancy(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """D_o, D_f and L_a on ``images [N, 3, H, W]``."""
+        """D_o, D_f and L_a on ``images [N, C, H, W]``."""
         with self.problem.autocast():
             teacher = capture(self.problem.teacher, images)
         student = capture(self.student, images)
@@ -123,7 +129,7 @@ class ZAQ(AlternatingTraining):
         features = feature_discrepancy(
             [teacher.inputs[i] for i in self.layers], [student.inputs[i] for i in self.layers]
         )
-        return output, features, teacher.inputs[-1].float().abs().mean()
+        return output, features.to(output), teacher.inputs[-1].float().abs().mean()
 
     @override
     def generator_loss(self, iteration: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:

@@ -73,9 +73,9 @@ class ZeroQConfig(OptimisedImagesConfig):
             )
 
 
-def with_images(running: LayerStatistics) -> LayerStatistics:
+def with_images(running: LayerStatistics, channels: int) -> LayerStatistics:
     """``running [1, C_l]`` with the image in front, as a layer of mean 0 and variance 1."""
-    zeros = running.means[0].new_zeros((1, 3))
+    zeros = running.means[0].new_zeros((1, channels))
     return LayerStatistics([zeros, *running.means], [zeros + 1, *running.variances])
 
 
@@ -84,12 +84,13 @@ class ZeroQ(OptimisedImages):
 
     summary = "no data: images optimised to the network's BN statistics set the ranges"
     presets = "zeroq"
+    sections = ("zeroq", "distillation")
     labelled = False
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config = settings.zeroq
         super().__init__(problem, self.config, settings.distillation)
-        self.targets = with_images(self.running)
+        self.targets = with_images(self.running, problem.channels)
 
     @override
     def image_loss(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import logging
 import math
-import pickle
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from ..errors import UsageError
 from ..preprocessing import Preprocessing
 from .glyph_networks import GlyphMobileNet, GlyphResNet
 from .layouts import relatives, translate
+from .weight_files import WeightFile, locate_weights, read_weight_file
 
 __all__ = ["EMBEDDED", "TrainedNetwork", "load_model", "load_weights", "open_model"]
 
@@ -71,14 +71,17 @@ def open_model(
     Args:
         spec: ``glyphs_resnet``, ``glyphs_mobilenet``, ``torchvision:NAME``, ``timm:NAME`` (a tag
             may follow: ``timm:resnet50.tv_in1k``), ``pytorchcv:NAME``, or ``module:NAME.CLASS``:
-            what the module NAME on Python's path calls CLASS, given ``num_classes=K``.
+            what the module NAME on Python's path calls CLASS, given ``num_classes=K`` if it takes
+            that.
         weights: "default" for trained ones (shipped, or the library's own download and cache);
             "none" or None for random ones; a name such as ``IMAGENET1K_V1`` that torchvision has
-            for the network; or a file: safetensors, or a torch file of plain tensors. A file that
-            was saved from the same network of another library is recognised by its names; where
-            they leave a choice, ``SPEC=FILE`` names the network it was saved from. ``order=FILE``
-            is for files of other origin: it goes by the order of the tensors, whatever their
-            names, and the user vouches that the networks compute the same.
+            for the network; or a file: safetensors, or a torch file as a training script writes
+            it, with wrappers' prefixes and beside other things. ``FILE#NAME`` takes the weights
+            under NAME, where a file holds several sets. A file that was saved from the same network
+            of another library is recognised by its names; where they leave a choice, ``SPEC=FILE``
+            names the network it was saved from. ``order=FILE`` is for files of other origin: it
+            goes by the order of the tensors, whatever their names, and the user vouches that the
+            networks compute the same.
         num_classes: Outputs; None for those of the weights.
 
     Raises:
@@ -88,8 +91,8 @@ def open_model(
     if spec not in EMBEDDED and (library not in (*_SOURCES, _OWN) or not name):
         libraries = (f"{library}:NAME" for library in _SOURCES)
         names = (*EMBEDDED, *libraries, f"{_OWN}:NAME.CLASS")
-        close = difflib.get_close_matches(spec, EMBEDDED, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        close = _closest_network(spec)
+        hint = f"; did you mean {close}?" if close else ""
         raise UsageError(f"model: expected one of {', '.join(names)}, got {spec}{hint}")
     chosen = "none" if weights is None else weights
     if chosen == "none" or (chosen == "default" and spec in EMBEDDED):
@@ -97,35 +100,70 @@ def open_model(
         return TrainedNetwork(network.eval(), _preprocessing(spec, network), chosen)
     if chosen == "default" and library == _OWN:
         raise UsageError(f"model: expected weights of {spec} to be a file or none, got default")
-    if chosen == "default" or _is_torchvision_weights(spec, chosen):
+    if chosen == "default" or chosen in _torchvision_weights(spec):
         network = _build(spec, num_classes, chosen)
         preprocessing = _preprocessing(spec, network, chosen)
         return TrainedNetwork(network.eval(), preprocessing, f"{library}'s {chosen}")
 
     named = _NAMED_FILE.fullmatch(chosen)
-    path = Path(named[2] if named else chosen)
-    if not path.is_file():
-        raise UsageError(f"model: expected weights to be default, none or a file, got {weights}")
+    try:
+        path, name = locate_weights(named[2] if named else chosen)
+    except UsageError as error:
+        known = _torchvision_weights(spec)
+        if known:
+            raise UsageError(f"{error}; torchvision has {', '.join(known)}") from None
+        raise
     network = _build(spec, num_classes, None)
-    state = _read_weights(path)
+    file = read_weight_file(path, name)
     if named is not None and named[1] == "order":
-        _fill(network, _in_order(network, state, path), path)
+        _fill(network, _in_order(network, file), path)
         preprocessing = _preprocessing(spec, network, path.name)
         return TrainedNetwork(network.eval(), preprocessing, f"{path}, by order")
-    if (named is None or named[1] == spec) and _misfit(network, state) is None:
-        _fill(network, state, path)
-        return TrainedNetwork(network.eval(), _preprocessing(spec, network, path.name), str(path))
-    origin = named[1] if named else _origin(spec, network, state, num_classes, path)
+    if named is None or named[1] == spec:
+        found = file.fitting(network.state_dict())
+        if found is not None:
+            _fill(network, found.tensors, path)
+            where = f", from {found.name}" if found.name else ""
+            preprocessing = _preprocessing(spec, network, path.name)
+            return TrainedNetwork(network.eval(), preprocessing, f"{path}{where}")
+    origin = named[1] if named else _origin(spec, network, file, num_classes)
     source = _build(origin, num_classes, None)
-    misfit = _misfit(source, state)
-    if misfit is not None:
-        raise UsageError(f"model: expected weights of {origin}, got {path} with {misfit}")
+    found = file.fitting(source.state_dict())
+    if found is None:
+        raise UsageError(
+            f"model: expected weights of {origin}, got {file.in_words(source.state_dict())}"
+        )
     preprocessing = _preprocessing(origin, source, path.name)
     # pytorchcv's networks pool over a fixed window and take images of one size only.
-    size = preprocessing.image_size
-    state = translate(state, source, network, names=(origin, spec), image_size=size)
+    size = preprocessing.short_side
+    state = translate(found.tensors, source, network, names=(origin, spec), image_size=size)
     _fill(network, state, path)
     return TrainedNetwork(network.eval(), preprocessing, f"{path}, saved from {origin}")
+
+
+def _closest_network(name: str) -> str | None:
+    """The known network whose name is most like ``name``, which lacks a library or has another."""
+    name = name.rpartition(":")[2]
+    known = {embedded: embedded for embedded in EMBEDDED}
+    for library in reversed(_SOURCES):  # the first library's networks count most
+        if find_spec(library) is not None:
+            known.update({other: f"{library}:{other}" for other in _names_in(library)})
+    close = difflib.get_close_matches(name, known, n=1)
+    return known[close[0]] if close else None
+
+
+def _names_in(library: str) -> list[str]:
+    """Names of all networks of a library that is installed."""
+    torchvision = import_torchvision()  # timm and pytorchcv import it, and it may need its help
+    if library == "torchvision":
+        return list(torchvision.models.list_models(module=torchvision.models))
+    if library == "timm":
+        import timm
+
+        return list(timm.list_models())
+    from pytorchcv.model_provider import _models
+
+    return list(_models)
 
 
 def _build(spec: str, num_classes: int | None, weights: str | None) -> nn.Module:
@@ -146,9 +184,13 @@ def _own(name: str, num_classes: int | None) -> nn.Module:
     module, _, attribute = name.rpartition(".")
     try:
         build = getattr(importlib.import_module(module), attribute)
-        network = build(num_classes=num_classes)
+        # Many networks are made for one data set and take no number: the outputs will tell.
+        network = build(num_classes=num_classes) if _takes_classes(build) else build()
     except Exception as error:  # whatever the user's code may raise
         reason = f"{type(error).__name__} ({' '.join(str(error).split())[:200]})"
+        close = difflib.get_close_matches(attribute, dir(sys.modules.get(module)), n=1)
+        if isinstance(error, AttributeError) and close and close[0] != attribute:
+            reason += f"; did you mean {_OWN}:{module}.{close[0]}?"
         raise UsageError(
             f"model: expected {spec} to be a class, or a function, on Python's path that makes a "
             f"network when called with num_classes={num_classes}, got {reason}"
@@ -158,6 +200,16 @@ def _own(name: str, num_classes: int | None) -> nn.Module:
             f"model: expected {spec} to make a torch.nn.Module, got {type(network).__name__}"
         )
     return network
+
+
+def _takes_classes(build: Callable[..., Any]) -> bool:
+    """Whether ``build`` may be called with ``num_classes``, as far as its signature tells."""
+    try:
+        parameters = inspect.signature(build).parameters
+    except (TypeError, ValueError):
+        return True
+    kinds = [parameter.kind for parameter in parameters.values()]
+    return "num_classes" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def _embedded(name: str, num_classes: int | None, *, trained: bool) -> nn.Module:
@@ -197,7 +249,7 @@ def _from_library(
     known: list[str]
     if library == "torchvision":
         models = import_torchvision().models
-        known = models.list_models(module=models)
+        known = _names_in(library)
         which = "DEFAULT" if weights == "default" else weights
         build = lambda: models.get_model(name, weights=which, **classes)  # noqa: E731
     elif find_spec(library) is None:
@@ -206,18 +258,16 @@ def _from_library(
             f"pip install --no-deps {library}"
         )
     elif library == "timm":
-        import_torchvision()  # timm and pytorchcv import it, and it may need its help
+        known = _names_in(library)
         import timm
 
-        known = timm.list_models()
         if "." in name:
             known += timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
         build = lambda: timm.create_model(name, pretrained=trained, **classes)  # noqa: E731
     else:
-        import_torchvision()
-        from pytorchcv.model_provider import _models, get_model
+        known = _names_in(library)
+        from pytorchcv.model_provider import get_model
 
-        known = list(_models)
         build = lambda: get_model(name, pretrained=trained, **classes)  # noqa: E731
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
@@ -235,14 +285,12 @@ def _from_library(
         ) from None
 
 
-def _is_torchvision_weights(spec: str, weights: str) -> bool:
+def _torchvision_weights(spec: str) -> list[str]:
+    """Names of the trained weights that torchvision has for ``spec``."""
     library, _, name = spec.partition(":")
-    if library != "torchvision":
-        return False
-    models = import_torchvision().models
-    return name in models.list_models(module=models) and (
-        weights in models.get_model_weights(name).__members__
-    )
+    if library != "torchvision" or name not in _names_in(library):
+        return []
+    return list(import_torchvision().models.get_model_weights(name).__members__)
 
 
 def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preprocessing:
@@ -264,6 +312,7 @@ def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preproce
                 transform.crop_size[0],
                 transform.resize_size[0],
                 transform.interpolation.value,
+                keep_small=False,
             )
     if library == "timm":
         values: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
@@ -282,10 +331,12 @@ def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preproce
             size,
             math.floor(size / (values.get("crop_pct") or 0.875)),
             "bilinear" if kind == "random" else kind,
+            keep_small=False,
         )
     if library == "pytorchcv":
         size = int(network.in_size[0])  # type: ignore[index]
-        return Preprocessing(image_size=size, resize=math.ceil(size / 0.875))
+        resize = math.ceil(size / 0.875)
+        return Preprocessing(image_size=size, resize=resize, keep_small=False)
     return Preprocessing()
 
 
@@ -293,88 +344,88 @@ def load_weights(network: nn.Module, path: Path) -> None:
     """Fill ``network`` from a file of the user's, without running anything the file may hold.
 
     Args:
-        network: With the parameters the file has, under the same names.
-        path: safetensors, or a torch file of tensors (read with ``weights_only``), possibly below
-            a key ``state_dict`` or ``model`` and with the prefix ``module.``.
+        network: With the parameters that the file has, under the same names.
+        path: safetensors, or a torch file. The tensors may lie in dictionaries and have a prefix,
+            see `WeightFile.fitting`.
 
     Raises:
-        UsageError: If the file is damaged, holds other things than tensors, or does not fit.
+        UsageError: If the file is damaged, holds objects that are not allowed, or does not fit.
     """
-    _fill(network, _read_weights(path), path)
+    file = read_weight_file(path)
+    found = file.fitting(network.state_dict())
+    if found is None:
+        raise _no_fit(network, file)
+    _fill(network, found.tensors, path)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError, ValueError):
-        state = _torch_file(path)
-    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
-
-
-def _misfit(network: nn.Module, state: dict[str, Tensor]) -> str | None:
-    """A tensor that only one of the two has, in words."""
+def _no_fit(network: nn.Module, file: WeightFile, tried: Sequence[str] = ()) -> UsageError:
     own = network.state_dict()
-    counters = {key for key in own if key.endswith("num_batches_tracked")}
-    missing = sorted(own.keys() - state.keys() - counters)
-    unknown = sorted(state.keys() - own.keys())
-    if missing or unknown:
-        return f"no {missing[0]}" if missing else f"the unknown {unknown[0]}"
-    return None
+    more = f"; nor are they from {', '.join(tried)}" if tried else ""
+    return UsageError(
+        f"model: expected weights with the network's {len(own)} tensors, "
+        f"got {file.in_words(own)}{more}"
+    )
 
 
-def _in_order(network: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors of ``state`` under the names that ``network`` has at the same places.
+def _in_order(network: nn.Module, file: WeightFile) -> dict[str, Tensor]:
+    """The tensors of ``file`` under the names that ``network`` has at the same places.
 
     Raises:
         UsageError: If there are more or less, or one has another shape or another last name.
     """
+    ours = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    groups = file.groups()
+    if not groups:
+        raise UsageError(f"model: expected the network's {len(ours)} tensors, got 0 in {file.path}")
+    # If no dictionary fits, what is wrong with the one of the most similar length.
+    theirs = min(
+        (tensors for _, tensors in groups),
+        key=lambda tensors: (
+            _other_order(ours, tensors) is not None,
+            abs(len(tensors) - len(ours)),
+        ),
+    )
+    difference = _other_order(ours, theirs)
+    if difference is not None:
+        raise UsageError(f"model: expected {difference} in {file.path}")
+    return dict(zip(ours, theirs.values(), strict=True))
 
-    def listed(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-        return [(k, v) for k, v in tensors.items() if not k.endswith("num_batches_tracked")]
 
-    ours, theirs = listed(network.state_dict()), listed(state)
-    for (key, like), (other, tensor) in zip(ours, theirs, strict=False):
+def _other_order(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str | None:
+    """The first place at which two lists of tensors differ, in words."""
+    for (key, like), (other, tensor) in zip(ours.items(), theirs.items(), strict=False):
         if other.rpartition(".")[2] != key.rpartition(".")[2] or tensor.shape != like.shape:
-            raise UsageError(
-                f"model: expected tensors in the network's order, got {other} "
-                f"{tuple(tensor.shape)} in the place of {key} {tuple(like.shape)} in {path}; "
-                "safetensors are sorted by name, torch files by the order of saving"
+            return (
+                f"tensors in the network's order, got {other} {tuple(tensor.shape)} in the place "
+                f"of {key} {tuple(like.shape)} (safetensors are sorted by name, torch files by the "
+                "order of saving)"
             )
     if len(ours) != len(theirs):
-        raise UsageError(
-            f"model: expected the network's {len(ours)} tensors, got {len(theirs)} in {path}"
-        )
-    return {key: tensor for (key, _), (_, tensor) in zip(ours, theirs, strict=True)}
+        return f"the network's {len(ours)} tensors, got {len(theirs)}"
+    return None
 
 
-def _origin(
-    spec: str, network: nn.Module, state: dict[str, Tensor], num_classes: int | None, path: Path
-) -> str:
-    """The network of another library that ``state`` was saved from.
+def _origin(spec: str, network: nn.Module, file: WeightFile, num_classes: int | None) -> str:
+    """The network of another library that the weights of ``file`` were saved from.
 
     Raises:
         UsageError: If there is none, or several that compute different things.
     """
-    shapes = {key: tensor.shape for key, tensor in state.items()}
-    candidates: dict[str, nn.Module] = {}
+    candidates: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
     tried = []
     for other in relatives(spec):
         if find_spec(other.partition(":")[0]) is None:
             continue
         source = _build(other, num_classes, None)
-        own = source.state_dict()
         tried.append(other)
-        if _misfit(source, state) is None and all(own[k].shape == s for k, s in shapes.items()):
-            candidates[other] = source
+        found = file.fitting(source.state_dict())
+        if found is not None and not found.misshapen:
+            candidates[other] = (source, found.tensors)
     if not candidates:
-        more = f"; nor are they from {', '.join(tried)}" if tried else ""
-        raise UsageError(
-            f"model: expected weights with the network's {len(network.state_dict())} tensors, "
-            f"got {path} with {_misfit(network, state)}{more}"
-        )
+        raise _no_fit(network, file, tried)
     equal, refusals = [], []
-    for other, source in candidates.items():
-        size = _preprocessing(other, source).image_size
+    for other, (source, state) in candidates.items():
+        size = _preprocessing(other, source).short_side
         try:
             translate(state, source, network, names=(other, spec), image_size=size)
             equal.append(other)
@@ -384,28 +435,26 @@ def _origin(
         raise refusals[0]
     if refusals:
         raise UsageError(
-            f"model: expected weights of a known network, got {path}, which may be from any of "
-            f"{', '.join(candidates)}, and these compute different things; "
-            f"give --weights {equal[0]}={path} if it is that one"
+            f"model: expected weights of a known network, got {file.path}, which may be from any "
+            f"of {', '.join(candidates)}, and these compute different things; "
+            f"give --weights {equal[0]}={file.path} if it is that one"
         )
     return equal[0]
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load ``state``, read from ``path``, after a check of everything in it."""
+    """Load ``state``, tensors of all of the network's names from ``path``, after a check of each.
+
+    Tensors of any width of floating point become the network's float32.
+
+    Raises:
+        UsageError: If a tensor has another shape, or values that are no weights.
+    """
     own = network.state_dict()
-    misfit = _misfit(network, state)
-    if misfit is not None:
-        raise UsageError(
-            f"model: expected weights with the network's {len(own)} tensors, "
-            f"got {path} with {misfit}"
-        )
+    misshapen = [key for key, tensor in state.items() if tensor.shape != own[key].shape]
+    if misshapen:
+        raise _other_shape(own, state, misshapen, path)
     for key, tensor in state.items():
-        if tensor.shape != own[key].shape:
-            raise UsageError(
-                f"model: expected {key} of shape {tuple(own[key].shape)}, "
-                f"got {tuple(tensor.shape)} in {path}"
-            )
         if own[key].is_floating_point() and not tensor.is_floating_point():
             raise UsageError(
                 f"model: expected {key} of floating point, got {tensor.dtype} in {path}"
@@ -422,29 +471,17 @@ def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     network.load_state_dict(state, strict=False)
 
 
-def _torch_file(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UsageError(
-            f"model: expected weights to be a file of tensors alone, got {path}, "
-            "which is damaged or holds code and was not run"
-        ) from None
-    except Exception as error:  # a damaged file makes the reader stumble in a dozen ways
-        reason = " ".join(str(error).split())[:120]
-        raise UsageError(
-            "model: expected weights to be a whole safetensors or torch file, "
-            f"got {path} ({reason})"
-        ) from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str)
-        and isinstance(tensor, Tensor)
-        and tensor.layout is torch.strided
-        and not tensor.is_meta
-        for key, tensor in state.items()
-    ):
-        raise UsageError(f"model: expected weights to be named tensors, got other things in {path}")
-    return state
+def _other_shape(
+    own: dict[str, Tensor], state: dict[str, Tensor], misshapen: list[str], path: Path
+) -> UsageError:
+    """An error that names the first tensor of another shape, or another number of classes."""
+    key = misshapen[0]
+    got, wanted = tuple(state[key].shape), tuple(own[key].shape)
+    places = {name.rpartition(".")[0] for name in misshapen}
+    if len(places) == 1 and len(wanted) >= 2 and got[1:] == wanted[1:]:  # one layer, by its rows
+        return UsageError(
+            f"model: expected weights for {wanted[0]} classes, got weights for {got[0]} in {path} "
+            f"({key} of shape {got} instead of {wanted}); give data of the same classes"
+        )
+    more = f", and {len(misshapen) - 1} more of other shapes" if len(misshapen) > 1 else ""
+    return UsageError(f"model: expected {key} of shape {wanted}, got {got} in {path}{more}")

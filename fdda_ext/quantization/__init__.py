@@ -11,6 +11,7 @@ from .prepare import prepare
 from .report import LayerBits, bits_table, render_bits
 from .student import (
     IMAGES_AT_ONCE,
+    activation_quantizers,
     calibrate,
     project_scales_,
     scale_parameters,
@@ -21,6 +22,7 @@ __all__ = [
     "IMAGES_AT_ONCE",
     "LayerBits",
     "QuantizationConfig",
+    "activation_quantizers",
     "allocate_bits",
     "bits_table",
     "calibrate",

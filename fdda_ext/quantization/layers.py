@@ -30,6 +30,7 @@ __all__ = [
     "QuantizedLinear",
     "exact_dtype",
     "fold",
+    "fold_norm",
 ]
 
 #: Integers up to this one are exact in float32, and so are their sums in any order.
@@ -94,6 +95,18 @@ def fold(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Tensor]:
         norm_scale, norm_shift = layer.norm.affine_map()
         scale, shift = scale * norm_scale, shift * norm_scale + norm_shift
     return three_bytes(scale), three_bytes(shift)
+
+
+def fold_norm(norm: _Fixed) -> tuple[Tensor, Tensor]:
+    """Scale and shift, float32 ``[C]``, of a batch normalisation that no layer takes in.
+
+    They apply to the integers behind the input where that lies on a grid, else to its values.
+    """
+    scale, shift = norm.affine_map()
+    if norm.reads_codes:
+        assert norm.input_quantizer is not None
+        scale = scale * norm.input_quantizer.scale.detach().double()
+    return scale.to(torch.float32), shift.to(torch.float32)
 
 
 def three_bytes(x: Tensor) -> Tensor:
@@ -211,10 +224,13 @@ class _Fixed(_Exact, nn.modules.batchnorm._BatchNorm):
 
     Attributes:
         layer: The layer that it is folded into; None for none.
-        input_quantizer: If there is no such layer, any of the student's, for its mode.
+        input_quantizer: If there is no such layer, the quantizer of the input; if the input is in
+            float, any quantizer of the student, for its mode.
+        reads_codes: Whether the input lies on the grid of `input_quantizer`.
     """
 
     layer: QuantizedConv2d | QuantizedLinear | None = None
+    reads_codes: bool = False
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
         """The normalisation as ``y = scale * x + shift``, float64 ``[C]``."""
@@ -234,7 +250,10 @@ class _Fixed(_Exact, nn.modules.batchnorm._BatchNorm):
             return x
         if self.is_exact():
             along = (-1,) + (1,) * (x.dim() - 2)
-            scale, shift = (part.to(torch.float32).view(along) for part in self.affine_map())
+            scale, shift = (part.view(along) for part in fold_norm(self))
+            if self.reads_codes:
+                assert self.input_quantizer is not None
+                x = self.input_quantizer.integers(x)
             return x * scale + shift
         return super().forward(x)
 

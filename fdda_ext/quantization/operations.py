@@ -16,9 +16,13 @@ from .quantizer import ActivationQuantizer
 
 __all__ = [
     "GRID_PRESERVING",
+    "describe",
     "is_global_pooling",
+    "keeps_order",
+    "mean_dimensions",
     "never_negative",
     "operation",
+    "place",
     "shape",
     "tensor_inputs",
 ]
@@ -86,6 +90,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.transpose: "reshape",
     torch.squeeze: "reshape",
     torch.unsqueeze: "reshape",
+    torch.unflatten: "reshape",
     F.pixel_shuffle: "reshape",
     F.pixel_unshuffle: "reshape",
     F.channel_shuffle: "reshape",
@@ -93,6 +98,8 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.chunk: "select",
     torch.split: "select",
     torch.narrow: "select",
+    torch.unbind: "select",
+    torch.tensor_split: "select",
     operator.getitem: "select",
     F.pad: "pad",
     F.interpolate: "interpolate",
@@ -102,7 +109,11 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.mul: "mul",
     torch.cat: "cat",
     torch.concat: "cat",
+    torch.clone: "identity",
     F.dropout: "identity",
+    F.dropout1d: "identity",
+    F.alpha_dropout: "identity",
+    F.feature_alpha_dropout: "identity",
     F.dropout2d: "identity",
     F.dropout3d: "identity",
     F.conv1d: "functional_weight",
@@ -134,10 +145,15 @@ _METHODS = {
     "transpose": "reshape",
     "squeeze": "reshape",
     "unsqueeze": "reshape",
+    "unflatten": "reshape",
     "contiguous": "reshape",
     "chunk": "select",
     "split": "select",
     "narrow": "select",
+    "unbind": "select",
+    "tensor_split": "select",
+    "detach": "identity",
+    "clone": "identity",
     "add": "add",
     "mul": "mul",
     "matmul": "functional_weight",
@@ -192,10 +208,83 @@ def _module_operation(module: nn.Module) -> str:
 
 def _is_spatial_mean(node: Node) -> bool:
     """Whether a mean is over height and width."""
+    return mean_dimensions(node) == {2, 3} and len(shape(tensor_inputs(node)[0])) == 4
+
+
+def mean_dimensions(node: Node) -> set[int] | None:
+    """The dimensions that ``node`` averages over, counted from the first; None for no mean."""
+    if node.target not in ("mean", torch.mean) or not tensor_inputs(node):
+        return None
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    if not isinstance(dims, (list, tuple)) or len(dims) != 2:
-        return False
-    return {d % 4 for d in dims if isinstance(d, int)} == {2, 3}
+    rank = len(shape(tensor_inputs(node)[0]))
+    if isinstance(dims, int):
+        return {dims % rank}
+    if isinstance(dims, (list, tuple)):
+        return {d % rank for d in dims if isinstance(d, int)}
+    return set(range(rank))
+
+
+def describe(node: Node, modules: dict[str, nn.Module]) -> str:
+    """Where ``node`` comes from, in the words of the network's author.
+
+    Examples are ``layer1.0.act (SiLU)`` for a module, ``F.log_softmax in head (Head), net.py:31``
+    for a function, ``Tensor.clamp in Net, net.py:12`` for a method of tensors and ``the input x``.
+    The node of a quantizer is described by the node whose result it quantizes.
+
+    Args:
+        node: Of a traced network or of a student made from it.
+        modules: The network's modules by qualified name.
+    """
+    if node.op == "call_module" and isinstance(modules[str(node.target)], ActivationQuantizer):
+        return describe(node.all_input_nodes[0], modules)
+    known = node.meta.get("place")  # a pickled graph has lost it
+    return str(known) if known else place(node, modules)
+
+
+def place(node: Node, modules: dict[str, nn.Module], within: str = "", line: str = "") -> str:
+    """The description of ``node`` that tracing keeps in ``node.meta["place"]`` for `describe`.
+
+    Args:
+        node: Of any graph.
+        modules: The modules of the graph's owner by qualified name.
+        within: The module whose forward calls the function, such as ``head (Head)``.
+        line: Where it does so, such as ``net.py:31``.
+    """
+    if node.op == "placeholder":
+        return f"the input {node.target}"
+    if node.op == "output":
+        return "the output"
+    if node.op == "get_attr":
+        return str(node.target)
+    if node.op == "call_module":
+        return f"{node.target} ({type(modules[str(node.target)]).__name__})"
+    name = f"Tensor.{node.target}" if node.op == "call_method" else _function_name(node.target)
+    return name + (f" in {within}" if within else "") + (f", {line}" if line else "")
+
+
+#: How programs write the functions of `operator`.
+_SYMBOLS: dict[Any, str] = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.truediv: "/",
+    operator.floordiv: "//",
+    operator.pow: "**",
+    operator.matmul: "@",
+    operator.getitem: "[]",
+    operator.neg: "-",
+}
+
+
+def _function_name(function: Any) -> str:
+    """How a program writes ``function``: F.relu, torch.cat, +."""
+    if function in _SYMBOLS:
+        return _SYMBOLS[function]
+    name = str(getattr(function, "__name__", None) or type(function).__name__)
+    for prefix, module in (("F", F), ("torch", torch), ("operator", operator)):
+        if getattr(module, name, None) is function:
+            return f"{prefix}.{name}"
+    return name
 
 
 def tensor_inputs(node: Node) -> list[Node]:
@@ -214,6 +303,12 @@ def is_global_pooling(node: Node, modules: dict[str, nn.Module]) -> bool:
     return operation(node, modules) == "avg_pool" and shape(node).numel() == (
         shape(node)[0] * shape(node)[1]
     )
+
+
+def keeps_order(node: Node) -> bool:
+    """Whether a reshaping node leaves the values in their order."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return not any(word in name.lower() for word in ("permute", "transpose", "shuffle"))
 
 
 def never_negative(graph: Graph, modules: dict[str, nn.Module]) -> set[Node]:

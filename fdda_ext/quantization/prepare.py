@@ -1,8 +1,9 @@
 """Which tensor gets a grid: from a float network to a fake-quantized student.
 
-In the "deploy" grid, walk back from every input of a convolution, a linear layer or an average
-pooling, through operations that keep values on a grid (max-pooling, reshaping, slicing, zero
-padding), to the operation that made the values. Its result is quantized, for all who use it:
+In the "deploy" grid, the image is quantized. For every input of a convolution, a linear layer or an
+average pooling, the search goes back through operations that keep values on a grid (max-pooling,
+reshaping, slicing, zero padding) to the operation that made the values. Its result is quantized,
+for all who use it:
 
     conv - bn - relu - [Q] - maxpool - conv          the fused ReLU's output
     conv - bn - add - relu - [Q] - conv              the residual sum; the branches stay in float
@@ -19,6 +20,7 @@ import difflib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
@@ -55,7 +57,8 @@ class _Placement:
 
     Attributes:
         node: What makes it.
-        role: "image", the input; "pooled", global pooling's result; "activation", any other.
+        role: "image", the input and what is made of it before the first layer; "pooled", the result
+            of global pooling; "activation", any other.
         signed: Whether it can be negative.
         bits: Of its grid.
     """
@@ -90,6 +93,7 @@ def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor)
         got = tuple(example_input.shape) if isinstance(example_input, Tensor) else example_input
         raise UsageError(f"prepare: expected example_input of images [N, 3, H, W], got {got}")
     student = trace(model, example_input)
+    _write_out_padding(student)
     placements = _plan(student, config)
     _quantize_layers(student, config)
     _insert_quantizers(student, placements, config)
@@ -99,6 +103,35 @@ def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor)
     student.graph.lint()
     student.recompile()
     return student.eval().requires_grad_(True)
+
+
+def _write_out_padding(network: GraphModule) -> None:
+    """Give convolutions with padding "same" or "valid" the numbers that this means."""
+    modules = dict(network.named_modules())
+    for node in network.graph.nodes:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, nn.Conv2d) or not isinstance(layer.padding, str):
+            continue
+        if layer.padding == "valid":
+            layer.padding = (0, 0)
+        elif layer.padding_mode == "zeros":
+            reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+            before = (reach[0] // 2, reach[1] // 2)
+            after = (reach[0] - before[0], reach[1] - before[1])
+            if before != after:
+                _pad_input(network, node, (before[1], after[1], before[0], after[0]))
+            layer.padding = before if before == after else (0, 0)
+
+
+def _pad_input(network: GraphModule, node: Node, sides: tuple[int, int, int, int]) -> None:
+    """Put zeros around the input of ``node``: left, right, top, bottom."""
+    source = tensor_inputs(node)[0]
+    with network.graph.inserting_before(node):
+        pad = network.graph.call_function(F.pad, (source, list(sides)))
+    batch, channels, height, width = shape(source)
+    left, right, top, bottom = sides
+    pad.meta["shape"] = torch.Size((batch, channels, height + top + bottom, width + left + right))
+    node.replace_input_with(source, pad)
 
 
 def _plan(network: GraphModule, config: QuantizationConfig) -> list[_Placement]:
@@ -118,16 +151,19 @@ def _plan(network: GraphModule, config: QuantizationConfig) -> list[_Placement]:
             for n in nodes
             if operation(n, modules) in ("conv", "linear", "avg_pool")
         }
+        # A program reads images through the image's grid alone.
+        sources |= {n for n in nodes if n.op == "placeholder" and n.users}
     positive = never_negative(network.graph, modules)
     bits: dict[Role, int] = {
         "image": config.image_bits,
         "activation": config.activation_bits,
         "pooled": config.pooled_bits,
     }
+    image_side = _before_layers(nodes, modules)
     placements = []
     for node in nodes:
         if node in sources:
-            role = _role(node, modules)
+            role = _role(node, image_side, modules)
             placements.append(_Placement(node, role, node not in positive, bits[role]))
     if config.first_last_bits is None:
         return placements
@@ -135,17 +171,32 @@ def _plan(network: GraphModule, config: QuantizationConfig) -> list[_Placement]:
     return [replace(p, bits=config.first_last_bits) if p in ends else p for p in placements]
 
 
-def _source(node: Node, modules: dict[str, nn.Module]) -> Node:
-    """The node that made the values of ``node``."""
-    while operation(node, modules) in GRID_PRESERVING:
+def _source(node: Node, modules: dict[str, nn.Module], past_quantizers: bool = True) -> Node:
+    """The node that made the values of ``node``, or the quantizer that they come from."""
+    passed = GRID_PRESERVING if past_quantizers else GRID_PRESERVING - {"quantizer"}
+    while operation(node, modules) in passed:
         node = tensor_inputs(node)[0]
     return node
 
 
-def _role(node: Node, modules: dict[str, nn.Module]) -> Role:
-    if node.op == "placeholder":
-        return "image"
-    return "pooled" if is_global_pooling(node, modules) else "activation"
+def _before_layers(nodes: list[Node], modules: dict[str, nn.Module]) -> set[Node]:
+    """The image, and what is made of it without a convolution or linear layer."""
+    found: set[Node] = set()
+    for node in nodes:
+        inputs = tensor_inputs(node)
+        is_made_of_image = any(n in found for n in inputs) and all(
+            n in found or n.op == "get_attr" for n in inputs
+        )
+        is_layer = operation(node, modules) in ("conv", "linear")
+        if node.op == "placeholder" or (is_made_of_image and not is_layer):
+            found.add(node)
+    return found
+
+
+def _role(node: Node, image_side: set[Node], modules: dict[str, nn.Module]) -> Role:
+    if is_global_pooling(node, modules):
+        return "pooled"
+    return "image" if node in image_side else "activation"
 
 
 def _first_and_last(
@@ -270,9 +321,7 @@ def _link(student: GraphModule) -> None:
     for node in student.graph.nodes:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, (QuantizedConv2d, QuantizedLinear, QuantizedAveragePool)):
-            source = tensor_inputs(node)[0]
-            while operation(source, modules) in GRID_PRESERVING - {"quantizer"}:
-                source = tensor_inputs(source)[0]
+            source = _source(tensor_inputs(node)[0], modules, past_quantizers=False)
             quantizer = modules[str(source.target)]
             assert isinstance(quantizer, LearnedActivationQuantizer)
             layer.__dict__["input_quantizer"] = quantizer
@@ -283,4 +332,7 @@ def _link(student: GraphModule) -> None:
             ):
                 layer.__dict__["norm"], norm.__dict__["layer"] = norm, layer
         elif isinstance(layer, (FixedBatchNorm1d, FixedBatchNorm2d)) and layer.layer is None:
-            layer.__dict__["input_quantizer"] = quantizers[0]
+            source = _source(tensor_inputs(node)[0], modules, past_quantizers=False)
+            quantizer = modules.get(str(source.target))
+            layer.__dict__["reads_codes"] = isinstance(quantizer, LearnedActivationQuantizer)
+            layer.__dict__["input_quantizer"] = quantizer if layer.reads_codes else quantizers[0]

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import operator
-import sys
+import os
+import traceback
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node, Tracer
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import UsageError
 from .layers import FixedBatchNorm2d
-from .operations import operation
+from .operations import (
+    describe,
+    keeps_order,
+    mean_dimensions,
+    operation,
+    place,
+    shape,
+    tensor_inputs,
+)
+from .tracer import SizedTracer, fake_images, is_authors, shapes_of, shapes_only
 
 __all__ = ["trace"]
 
@@ -39,94 +55,141 @@ def trace(model: nn.Module, example: Tensor) -> GraphModule:
     """Copy ``model`` into a graph of elementary layers, in evaluation mode.
 
     Dropout and identities are gone, in-place operations are out of place, timm's joint
-    normalisation and activation modules are two nodes, ``node.meta["shape"]`` tells the shape on
-    ``example``. Layers keep their qualified names.
+    normalisation and activation modules are two nodes. Sizes are those that ``example`` leads to;
+    the batch may have any size. ``node.meta["shape"]`` tells the shape of the node's tensor, or of
+    the first of several, on two images; ``node.meta["place"]`` what `describe` says of it.
+
+    Layers keep their qualified names. A convolution, linear layer or batch normalisation that is
+    called several times becomes several: ``conv`` of the first call, ``conv_2`` of the second, with
+    the same weights at first, since each call has an input range of its own, and what is trained
+    for the one would be wrong for the other. Layers that share a weight get one each.
+    Weights that are computed, by weight or spectral normalisation or by pruning, become plain ones.
 
     Args:
         model: Any network that torch.fx can trace, of one image tensor to one tensor.
-        example: Images ``[N, 3, H, W]``.
+        example: Images ``[N, C, H, W]``.
 
     Raises:
         UsageError: If the network has a structure that cannot be quantized; names the module.
     """
-    root = copy.deepcopy(model).eval()
-    if not any(isinstance(m, _BatchNorm) for m in root.modules()):
-        raise UsageError(
-            "prepare: expected model to have batch normalisation, "
-            f"got {type(root).__name__} without; the methods align its statistics"
-        )
-    for name, module in root.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise UsageError(
-                "prepare: expected model without forward hooks, which tracing would drop, "
-                f"got one on {name or type(root).__name__}; remove it first"
-            )
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(root)
-    except Exception as error:  # torch.fx raises whatever the traced code raises
-        place = tracer.module_name or type(model).__name__
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else "no message"
-        raise UsageError(
-            f"prepare: expected model to be traceable by torch.fx, got {place} "
-            f"that is not ({reason})"
-        ) from error
+    root = _plain_copy(model)
+    like = next((p for p in root.parameters() if p.is_floating_point()), None)
+    if like is None:
+        raise UsageError("prepare: expected model to have a Conv2d or Linear layer, got none")
+    example = torch.empty((2, *example.shape[1:]), dtype=like.dtype, device=like.device)
+    graph = _graph(root, example)
     network = GraphModule(root, graph, class_name=type(model).__name__)
     _split_norm_act(network)
     _make_out_of_place(network)
     _remove_identities(network)
     _check_graph(network)
+    _separate_layers(network)
     _record_shapes(network, example)
     _pad_same(network, example)
+    _join_means(network)
+    _join_reshapes(network)
+    _drop_idle_ceil_mode(network)
     network.graph.lint()
     network.recompile()
     _check_same(network, root, example)
     return network
 
 
-class _Tracer(Tracer):
-    """Stops at layers with weights, and names every result after the module that made it."""
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode in which every weight is a parameter.
 
-    def __init__(self) -> None:
-        wrapped: tuple[Any, ...] = ()
-        self.opaque: tuple[type[nn.Module], ...] = ()
-        timm = sys.modules.get("timm.layers")
-        if timm is not None:  # what timm itself declares as not to be looked into
-            wrapped = tuple(timm.get_notrace_functions())
-            self.opaque = tuple(timm.get_notrace_modules())
-        super().__init__(autowrap_functions=wrapped)
-        self.module_name = ""
+    Raises:
+        UsageError: If a module has a hook that does anything else.
+    """
+    # A weight that a hook computes is a result of autograd, which cannot be copied as it is.
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    root = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed}).eval()
+    for name, module in root.named_modules():
+        if parametrize.is_parametrized(module):
+            assert isinstance(module.parametrizations, nn.ModuleDict)
+            for tensor in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, tensor)
+                value = getattr(module, tensor)
+                if not isinstance(value, nn.Parameter):  # it was frozen
+                    delattr(module, tensor)
+                    frozen = nn.Parameter(value.detach().clone(), requires_grad=False)
+                    module.register_parameter(tensor, frozen)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+        if module._forward_hooks or module._forward_pre_hooks:
+            title = f"{name} ({type(module).__name__})" if name else type(module).__name__
+            raise UsageError(
+                "prepare: expected model without forward hooks, which tracing would drop, "
+                f"got one on {title}; remove it first"
+            )
+    return root
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (nn.Conv2d, nn.Linear, _BatchNorm, *self.opaque)):
-            return True
-        if type(m).__name__ in ("StochasticDepth", "DropPath"):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(
-        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        outer = self.module_name
-        self.module_name = self.path_of_module(m)
-        result = super().call_module(m, forward, args, kwargs)
-        self.module_name = outer  # not in a finally: after an error it tells where that was
-        return result
+def _graph(root: nn.Module, example: Tensor) -> Graph:
+    """The graph of ``root`` on images like ``example``.
 
-    def create_node(
-        self,
-        kind: str,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        name: str | None = None,
-        type_expr: Any | None = None,
-    ) -> Node:
-        if kind in ("call_function", "call_method") and name is None:
-            function = target if kind == "call_method" else getattr(target, "__name__", "call")
-            name = f"{self.module_name}.{function}".strip("._").replace(".", "_")
-        # Without the annotation: where annotations are strings, the graph could not be pickled.
-        return super().create_node(kind, target, args, kwargs, name, None)
+    Raises:
+        UsageError: If there is none; names the module, the source line and the reason.
+    """
+    tracer = SizedTracer(example)
+    try:
+        graph: Graph = tracer.trace(root)
+        graph._tracer_cls = None  # a pickled graph is read by a tracer without arguments
+        return graph
+    except UsageError:
+        raise
+    except Exception as error:  # torch.fx raises whatever the traced code raises
+        reason = _reason(error)
+        lines = [
+            f", {os.path.basename(frame.f_code.co_filename)}:{line}"
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if is_authors(str(frame.f_globals.get("__name__")), frame.f_code.co_filename)
+            and frame.f_code.co_filename != __file__
+        ]
+        place = tracer.module_title() + (lines[-1] if lines else "")
+        _check_runs(root, example)
+        raise UsageError(
+            f"prepare: expected model to be traceable by torch.fx, got {place}, "
+            f"that is not ({reason}); its forward may compute with tensors and their sizes only"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what ``error`` says."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@torch.no_grad()
+def _check_runs(root: nn.Module, example: Tensor) -> None:
+    """Refuse a network that does not take ``example``, whether it can be traced or not."""
+    images = torch.zeros_like(example)
+    try:
+        root(images)
+        return
+    except Exception as error:
+        reason, cause = _reason(error), error
+    try:
+        root(images[:1])
+    except Exception:
+        raise UsageError(
+            f"prepare: expected model to accept images of shape {tuple(example.shape[1:])}, "
+            f"got {reason}"
+        ) from cause
+    raise UsageError(
+        f"prepare: expected model to take several images at a time, got {reason}; "
+        "let its reshapes begin with the batch, as x.flatten(1) does"
+    ) from cause
 
 
 def _check_graph(network: GraphModule) -> None:
@@ -134,28 +197,15 @@ def _check_graph(network: GraphModule) -> None:
     inputs = [n for n in network.graph.nodes if n.op == "placeholder" and n.users]
     if len(inputs) != 1:
         raise UsageError(f"prepare: expected model to take one tensor, got {len(inputs)} inputs")
-    calls: dict[int, str] = {}
     for node in network.graph.nodes:
         if operation(node, modules) == "functional_weight":
             raise UsageError(
                 "prepare: expected weights to be in Conv2d and Linear modules, "
-                f"got a call of {_function_name(node)} at {_place(node)}"
+                f"got {describe(node, modules)}; make it a module, or leave it in float outside "
+                "of the network"
             )
-        if node.op != "call_module":
-            continue
-        name, module = str(node.target), modules[str(node.target)]
-        _check_layer(name, module)
-        if not isinstance(module, (nn.Conv2d, nn.Linear, _BatchNorm)):
-            continue
-        for parameter in (module.weight, module):
-            if parameter is None:
-                continue
-            if id(parameter) in calls:
-                raise UsageError(
-                    "prepare: expected every layer to be used once with a weight of its own, "
-                    f"got {name} sharing with {calls[id(parameter)]}"
-                )
-            calls[id(parameter)] = name
+        if node.op == "call_module":
+            _check_layer(str(node.target), modules[str(node.target)])
     if not any(operation(n, modules) in ("conv", "linear") for n in network.graph.nodes):
         raise UsageError("prepare: expected model to have a Conv2d or Linear layer, got none")
 
@@ -163,13 +213,13 @@ def _check_graph(network: GraphModule) -> None:
 def _check_layer(name: str, module: nn.Module) -> None:
     """Refuse a leaf module with weights that no quantizer would see."""
     for inner_name, inner in module.named_modules():
-        full_name = f"{name}.{inner_name}" if inner_name else name
         kind = type(inner).__name__
+        got = f"got {name}.{inner_name} ({kind})" if inner_name else f"got {name} ({kind})"
         supported = isinstance(inner, (*_FORWARDS, nn.PReLU)) or kind.endswith("Norm")
         if any(True for _ in inner.parameters(recurse=False)) and not supported:
             raise UsageError(
-                "prepare: expected layers with weights to be Conv2d or Linear, "
-                f"got {kind} at {full_name}"
+                f"prepare: expected layers with weights to be Conv2d or Linear, {got}; "
+                f"{_instead_of(inner)}"
             )
         for base, forwards in _FORWARDS.items():
             if isinstance(inner, base) and (
@@ -178,18 +228,28 @@ def _check_layer(name: str, module: nn.Module) -> None:
             ):
                 raise UsageError(
                     f"prepare: expected {base.__name__.strip('_')} layers with the forward of "
-                    f"torch.nn, got {type(module).__name__} at {full_name}"
+                    f"torch.nn, {got}; let a module around the layer do what its forward adds"
                 )
         if isinstance(inner, (nn.Conv2d, nn.Linear)) and not isinstance(inner.weight, nn.Parameter):
             raise UsageError(
                 "prepare: expected the weight of every layer to be a parameter, "
-                f"got a computed one at {full_name}; remove the parametrization"
+                f"{got} whose weight is computed; store the result as its weight"
             )
         if isinstance(inner, _BatchNorm) and inner.running_mean is None:
             raise UsageError(
                 "prepare: expected batch normalisation to have running statistics, "
-                f"got none at {full_name}"
+                f"{got} without; train it with track_running_stats=True"
             )
+
+
+def _instead_of(layer: nn.Module) -> str:
+    """What can be done about a layer that is not supported."""
+    kind = type(layer).__name__
+    if isinstance(layer, _ConvTransposeNd):
+        return "use nn.Upsample(scale_factor=2) and a Conv2d instead of a transposed convolution"
+    if isinstance(layer, nn.Conv1d):
+        return "use a Conv2d on maps of height 1"
+    return f"use Conv2d and Linear layers instead of {kind}, or leave it out of what is quantized"
 
 
 def _is_plain_in_timm(module: nn.Module) -> bool:
@@ -201,17 +261,6 @@ def _is_plain_in_timm(module: nn.Module) -> bool:
         "Linear",
         "Conv2dSame",
     )
-
-
-def _function_name(node: Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-
-
-def _place(node: Node) -> str:
-    """Qualified name of the module whose forward made ``node``."""
-    stack = node.meta.get("nn_module_stack") or {}
-    last = list(stack.values())[-1][0] if stack else ""
-    return str(last) or "the top level"
 
 
 def _split_norm_act(network: GraphModule) -> None:
@@ -228,6 +277,7 @@ def _split_norm_act(network: GraphModule) -> None:
             users = list(last.users)
             with network.graph.inserting_after(last):
                 after = network.graph.call_module(f"{name}.{part}", (last,))
+            after.meta["place"] = place(after, modules)
             for user in users:
                 user.replace_input_with(last, after)
             last = after
@@ -272,6 +322,110 @@ def _remove_identities(network: GraphModule) -> None:
     network.delete_all_unused_submodules()
 
 
+def _separate_layers(network: GraphModule) -> None:
+    """Give every call of a layer a layer of its own, and every layer weights of its own."""
+    modules = dict(network.named_modules())
+    called: set[str] = set()
+    owned: set[int] = set()
+    for node in network.graph.nodes:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, (nn.Conv2d, nn.Linear, _BatchNorm)):
+            continue
+        if str(node.target) in called:
+            layer = copy.deepcopy(layer)
+            _call(network, node, layer)
+        called.add(str(node.target))
+        for name, parameter in layer.named_parameters(recurse=False):
+            if id(parameter) in owned:
+                own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                setattr(layer, name, own)
+            owned.add(id(getattr(layer, name)))
+
+
+def _call(network: GraphModule, node: Node, module: nn.Module) -> None:
+    """Let ``node`` alone call ``module``, under a name made of that of the module it called."""
+    taken = dict(network.named_modules())
+    names = (f"{node.target}_{number}" for number in itertools.count(2))
+    node.target = next(name for name in names if name not in taken)
+    network.add_submodule(node.target, module)
+
+
+def _join_means(network: GraphModule) -> None:
+    """Make one mean over height and width of two means in turn, or of a mean of flattened maps."""
+    modules = dict(network.named_modules())
+    for node in network.graph.nodes:
+        dims = mean_dimensions(node)
+        (first,) = tensor_inputs(node) if dims and len(dims) == 1 else (node,)
+        before = tensor_inputs(first)
+        if first is node or len(first.users) != 1 or len(before) != 1:
+            continue
+        maps, middle, result = shape(before[0]), shape(first), shape(node)
+        firsts = mean_dimensions(first)
+        if len(maps) != 4 or len(result) not in (2, 4):
+            continue
+        if operation(first, modules) == "reshape":
+            joins = dims == {2} and middle == (*maps[:2], maps[2] * maps[3])
+        elif firsts in ({2}, {3}):  # without keepdim, a mean over 2 turns dimension 3 into 2
+            joins = dims == ({3} if firsts == {2} and len(middle) == 4 else {2})
+        else:
+            continue
+        if joins:
+            node.op, node.target = "call_method", "mean"
+            node.args, node.kwargs = (before[0], (2, 3)), {"keepdim": len(result) == 4}
+            network.graph.erase_node(first)
+
+
+def _join_reshapes(network: GraphModule) -> None:
+    """Make one reshape of several in turn, and none of those that change nothing."""
+    modules = dict(network.named_modules())
+
+    def only_reshapes(node: Node) -> bool:
+        target = modules.get(str(node.target)) if node.op == "call_module" else node
+        moves = isinstance(target, (nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle))
+        return operation(node, modules) == "reshape" and keeps_order(node) and not moves
+
+    for node in list(network.graph.nodes):
+        if not only_reshapes(node):
+            continue
+        (before,) = tensor_inputs(node)
+        size = shape(node)
+        if shape(before) == size:
+            node.replace_all_uses_with(before)
+            network.graph.erase_node(node)
+        elif only_reshapes(before) and size[0] == shape(tensor_inputs(before)[0])[0]:
+            node.op, node.target = "call_method", "reshape"
+            node.args, node.kwargs = (tensor_inputs(before)[0], (-1, *size[1:])), {}
+            if not before.users:
+                network.graph.erase_node(before)
+    network.delete_all_unused_submodules()
+
+
+def _drop_idle_ceil_mode(network: GraphModule) -> None:
+    """Switch ceil_mode of average pooling off where it makes no difference at this size."""
+    modules = dict(network.named_modules())
+    for node in network.graph.nodes:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.AvgPool2d):
+            floor = copy.deepcopy(module)
+            floor.ceil_mode = False
+            pool: Any = floor
+        elif node.target is F.avg_pool2d:
+            names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+            given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+            given["ceil_mode"] = False
+            pool = functools.partial(F.avg_pool2d, **given)
+        else:
+            continue
+        (source,) = tensor_inputs(node)
+        if pool(torch.empty(shape(source), device="meta")).shape != shape(node):
+            continue
+        if isinstance(module, nn.AvgPool2d):
+            if module.ceil_mode:
+                _call(network, node, pool)
+        else:
+            node.args, node.kwargs = (source,), given
+
+
 def _pad_same(network: GraphModule, example: Tensor) -> None:
     """Turn timm's Conv2dSame, whose padding depends on the image's size, into padding and Conv2d.
 
@@ -308,27 +462,38 @@ def _pad_same(network: GraphModule, example: Tensor) -> None:
         network.set_submodule(str(node.target), plain)
         with network.graph.inserting_before(node):
             pad = network.graph.call_function(F.pad, (before, padding))
+        pad.meta["place"] = f"the padding of {node.meta['place']}"
         node.replace_input_with(before, pad)
     if found:
         network.recompile()
         _record_shapes(network, example)
 
 
+@torch.no_grad()
 def _check_same(network: GraphModule, root: nn.Module, example: Tensor) -> None:
     """Refuse a graph that computes something else, such as for a tensor written through a view."""
     random = torch.Generator().manual_seed(0)
-    images = torch.randn(example.shape, generator=random)
-    images = images.to(next(network.parameters()))
-    with torch.no_grad():
-        expected, result = root(images), network(images)
-    if not (result - expected).norm() <= 1e-3 * expected.norm():
+    images = torch.randn(example.shape, generator=random).to(example)
+    # Two images and one of them: a graph that was made for a certain batch size differs, too.
+    if not _close(network(images[:1]), root(images)[:1]):
         raise UsageError(
             "prepare: expected model to compute the same when traced by torch.fx, "
-            f"got other outputs from {type(root).__name__}; it may change tensors in place"
+            f"got other outputs from {type(root).__name__}; it may change tensors in place, or "
+            "depend on the batch size"
         )
 
 
+def _close(result: Tensor, expected: Tensor) -> bool:
+    """Whether two results are equal but for rounding."""
+    if result.shape != expected.shape:
+        return False
+    return bool((result - expected).norm() <= 1e-3 * expected.norm())
+
+
 class _ShapeRecorder(Interpreter):
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return shapes_of(self.fetch_attr(str(target)), *args, **kwargs)
+
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         first = result[0] if isinstance(result, (tuple, list)) and result else result
@@ -338,17 +503,16 @@ class _ShapeRecorder(Interpreter):
 
 
 def _record_shapes(network: GraphModule, example: Tensor) -> None:
-    device = next(network.parameters()).device
-    try:
-        with torch.no_grad():
-            result = _ShapeRecorder(network).run(example.detach().to(device))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"prepare: expected model to accept example of shape {tuple(example.shape)}, "
-            f"got {reason}"
-        ) from error
+    mode = shapes_only()
+    with mode, torch.no_grad():
+        result = _ShapeRecorder(network).run(fake_images(mode, len(example), example))
     if not isinstance(result, Tensor):
         raise UsageError(
-            f"prepare: expected model to return one tensor, got {type(result).__name__}"
+            f"prepare: expected model to return one tensor, got {type(result).__name__}; "
+            "wrap it in a module that returns the logits alone"
+        )
+    if result.dim() == 0 or len(result) != len(example):
+        raise UsageError(
+            "prepare: expected model to return one row for each image, "
+            f"got shape {tuple(result.shape)} for {len(example)} images"
         )

@@ -78,7 +78,7 @@ def collect(
 
     Args:
         values: Runs without gradients.
-        sources: Of n images each: the images ``[n, 3, H, W]`` or what is kept of them.
+        sources: Of n images each: the images ``[n, C, H, W]`` or what is kept of them.
         limit: See `Cache`, for each.
     """
     caches: list[Cache] = []

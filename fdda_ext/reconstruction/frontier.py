@@ -26,7 +26,7 @@ class Frontier:
     Args:
         network: To be computed.
         stops: Names of nodes, stop by stop in the order of computation.
-        images: ``[n, 3, H, W]``.
+        images: ``[n, C, H, W]``.
         limit: See `Cache`, for each node.
     """
 

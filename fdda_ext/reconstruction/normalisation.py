@@ -25,7 +25,7 @@ def retune_norms(student: GraphModule, reference: GraphModule, images: Tensor) -
     Args:
         student: Its parameters want no gradients.
         reference: The float network on the same graph, from `float_copy`.
-        images: Calibration images ``[n, 3, H, W]``, all of which are passed through for every
+        images: Calibration images ``[n, C, H, W]``, all of which are passed through for every
             normalisation.
     """
     modules = dict(student.named_modules())

@@ -30,7 +30,7 @@ def prediction_costs(
     Args:
         student: From `prepare`.
         config: Grid and ranges of its weights.
-        images: ``[n, 3, H, W]``.
+        images: ``[n, C, H, W]``.
         choices: By layer, the numbers of bits to try.
 
     Returns:

@@ -118,7 +118,7 @@ def partition(
         granularity: "layer" for one layer a unit; "block" for what lies between two tensors that
             all paths run through, a depthwise convolution together with the pointwise ones around
             it (an inverted residual without shortcut); "network" for all in one.
-        image: ``[1, 3, H, W]``, to see which nodes are tensors.
+        image: ``[1, C, H, W]``, to see which nodes are tensors.
         quantize: Whether a unit ends behind the quantizer of its output, or begins before those of
             its inputs. In the latter case, a quantizer that several units read through is the
             first one's own.

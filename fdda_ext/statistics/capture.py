@@ -33,7 +33,7 @@ class BatchNormCapture(NamedTuple):
 def capture(
     network: nn.Module, images: Tensor, measure: Callable[[int, Tensor], None] | None = None
 ) -> BatchNormCapture:
-    """Run ``network`` on ``images [N, 3, H, W]`` and keep what enters each BN layer.
+    """Run ``network`` on ``images [N, C, H, W]`` and keep what enters each BN layer.
 
     The hooks live for this pass alone, so passes cannot mix and nothing accumulates.
 

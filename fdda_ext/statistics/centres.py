@@ -54,7 +54,7 @@ def compute_centres(
 
     Args:
         teacher: The trained network.
-        images: Calibration images ``[n, 3, H, W]``, normalised, not augmented.
+        images: Calibration images ``[n, C, H, W]``, normalised, not augmented.
         labels: Their classes, int64 ``[n]``.
         num_classes: K.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from ..distribution import pooled_moments, shard
 from ..errors import UsageError
+from ..image_size import ImageSize, height_and_width
 from ..ops import class_batch_stats
 
 __all__ = ["ConditionalGenerator", "GeneratorConfig", "SuperposedGenerator"]
@@ -149,40 +151,46 @@ class ConditionalGenerator(nn.Module):
     """G(z, y): images in the *normalised* input space of the teacher.
 
     Linear to a quarter of the image's size, twice (conditional BN, nearest x2, convolution 3x3),
-    convolution to three channels, tanh, and a last batch normalisation without affine, which gives
-    every colour zero mean and unit variance over the batch, as normalised images have. There are
-    no running statistics: the generator always works in the way it is trained.
+    convolution to the image's channels, tanh, and a last batch normalisation without affine, which
+    gives every channel zero mean and unit variance over the batch, as normalised images have. There
+    are no running statistics: the generator always works in the way it is trained.
 
     Args:
         num_classes: Labels lie below it.
-        image_size: Height and width of the images, at least 4, not necessarily a multiple of 4
+        image_size: Height and width of the images, at least 4, not necessarily multiples of 4
             (a larger image is made and its border cut).
         config: Sizes.
+        image_channels: C, of the images.
     """
 
     def __init__(
-        self, num_classes: int, image_size: int, config: GeneratorConfig | None = None
+        self,
+        num_classes: int,
+        image_size: ImageSize,
+        config: GeneratorConfig | None = None,
+        image_channels: int = 3,
     ) -> None:
         super().__init__()
-        if image_size < 4:
+        self.height, self.width = height_and_width(image_size)
+        if min(self.height, self.width) < 4:
             raise UsageError(f"generator: expected image_size at least 4, got {image_size}")
         config = config or GeneratorConfig()
         self.num_classes = num_classes
-        self.image_size = image_size
         self.latent_dim = config.latent_dim
-        self.initial_size = -(-image_size // 4)
+        self.initial_size = (-(-self.height // 4), -(-self.width // 4))
         channels, last = config.channels, config.channels // 2
-        self.project = nn.Linear(config.latent_dim, channels * self.initial_size**2)
+        self.project = nn.Linear(config.latent_dim, channels * math.prod(self.initial_size))
         self.class_maps: nn.Embedding | None = None
         if config.class_maps:
-            self.map_size = min(self.initial_size, _LARGEST_MAP)
-            self.class_maps = nn.Embedding(num_classes, channels * self.map_size**2)
+            height, width = (min(side, _LARGEST_MAP) for side in self.initial_size)
+            self.map_size = (height, width)
+            self.class_maps = nn.Embedding(num_classes, channels * height * width)
         self.norm_a = ConditionalBatchNorm(channels, num_classes, eps=1e-5)
         self.conv_b = UpsampledConv2d(channels, channels)
         self.norm_b = ConditionalBatchNorm(channels, num_classes, eps=config.hidden_eps)
         self.conv_c = UpsampledConv2d(channels, last)
         self.norm_c = ConditionalBatchNorm(last, num_classes, eps=config.hidden_eps)
-        self.to_image = nn.Conv2d(last, 3, 3, padding=1)
+        self.to_image = nn.Conv2d(last, image_channels, 3, padding=1)
 
     def forward(self, noise: Tensor, labels: Tensor, num_batches: int = 1) -> Tensor:
         """Make images.
@@ -194,7 +202,7 @@ class ConditionalGenerator(nn.Module):
                 normalised by itself, as if it were made alone.
 
         Returns:
-            Images ``[N, 3, image_size, image_size]``, float32.
+            Images ``[N, C, H, W]``, float32.
         """
         count = labels.shape[0]
         batches = torch.arange(num_batches, device=labels.device)
@@ -202,14 +210,14 @@ class ConditionalGenerator(nn.Module):
         x = self.project(noise)
         if self.class_maps is not None:
             x = x + self._class_maps(labels)
-        x = x.unflatten(1, (-1, self.initial_size, self.initial_size))
+        x = x.unflatten(1, (-1, *self.initial_size))
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.norm_a(x, labels, batches, num_batches)
         x = F.leaky_relu(self.norm_b(self.conv_b(x), labels, batches, num_batches), 0.2, True)
         x = F.leaky_relu(self.norm_c(self.conv_c(x), labels, batches, num_batches), 0.2, True)
         x = torch.tanh(self.to_image(x).float())
-        border = (x.shape[-1] - self.image_size) // 2
-        x = x[:, :, border : border + self.image_size, border : border + self.image_size]
+        top, left = (x.shape[2] - self.height) // 2, (x.shape[3] - self.width) // 2
+        x = x[:, :, top : top + self.height, left : left + self.width]
         return _scale_and_shift(x, *_normalisation(x, batches, num_batches, eps=1e-5))
 
     def _class_maps(self, labels: Tensor) -> Tensor:
@@ -218,15 +226,15 @@ class ConditionalGenerator(nn.Module):
         maps = _rows(self.class_maps, labels)
         if self.map_size == self.initial_size:
             return maps
-        maps = maps.unflatten(1, (-1, self.map_size, self.map_size))
-        size = (self.initial_size, self.initial_size)
-        return F.interpolate(maps, size, mode="bilinear", align_corners=False).flatten(1)
+        maps = maps.unflatten(1, (-1, *self.map_size))
+        maps = F.interpolate(maps, self.initial_size, mode="bilinear", align_corners=False)
+        return maps.flatten(1)
 
     def sample(self, labels: Tensor, generator: torch.Generator, num_batches: int = 1) -> Tensor:
         """Make one image for every label ``[N]``, with noise drawn from ``generator``.
 
         Returns:
-            Images ``[N, 3, image_size, image_size]``; of several processes, each makes its share of
+            Images ``[N, C, H, W]``; of several processes, each makes its share of
             every batch.
         """
         return self(*self.inputs(labels, generator, num_batches), num_batches)
@@ -254,12 +262,18 @@ class SuperposedGenerator(ConditionalGenerator):
         image_size: As for `ConditionalGenerator`.
         config: Likewise; ``latent_dim`` is the width that embeddings are mapped to.
         embeddings: ``[K, D]``, what the trainable embeddings of the classes begin with.
+        image_channels: As for `ConditionalGenerator`.
     """
 
     def __init__(
-        self, num_classes: int, image_size: int, config: GeneratorConfig, embeddings: Tensor
+        self,
+        num_classes: int,
+        image_size: ImageSize,
+        config: GeneratorConfig,
+        embeddings: Tensor,
+        image_channels: int = 3,
     ) -> None:
-        super().__init__(num_classes, image_size, config)
+        super().__init__(num_classes, image_size, config, image_channels)
         self.embedding = nn.Embedding.from_pretrained(embeddings.float().clone(), freeze=False)
         #: The disentanglement mapping.
         self.disentangle = nn.Linear(embeddings.shape[1], config.latent_dim)

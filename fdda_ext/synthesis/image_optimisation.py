@@ -7,6 +7,7 @@ before the network sees it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -106,9 +107,9 @@ class ImageOptimisation:
     Args:
         config: How.
         count: N, images in the batch.
-        image_size: Height and width.
+        image_shape: C, H and W.
         random: Source of the first pixels and of all jitter.
-        pixel_range: Least and largest value of each colour, ``[3, 1, 1]`` each; None if unknown.
+        pixel_range: Least and largest value of each channel, ``[C, 1, 1]`` each; None if unknown.
         may_mirror: Whether left and right may be exchanged.
     """
 
@@ -116,7 +117,7 @@ class ImageOptimisation:
         self,
         config: ImageOptimisationConfig,
         count: int,
-        image_size: int,
+        image_shape: Sequence[int],
         random: torch.Generator,
         pixel_range: tuple[Tensor, Tensor] | None = None,
         may_mirror: bool = False,
@@ -126,9 +127,9 @@ class ImageOptimisation:
         self.pixel_range = pixel_range if config.clip else None
         self.mirror = config.mirror and may_mirror
         self.steps_done = 0
-        shape = (count, 3, image_size, image_size)
+        shape = (count, *image_shape)
         noise = torch.randn(shape, generator=random, device=random.device)
-        #: ``[N, 3, H, W]``
+        #: ``[N, C, H, W]``
         self.pixels = (noise * config.start_std).requires_grad_()
         self._clip()
         self._begin_resolution()
@@ -150,7 +151,7 @@ class ImageOptimisation:
 
     @property
     def result(self) -> Tensor:
-        """The images ``[N, 3, H, W]``."""
+        """The images ``[N, C, H, W]``."""
         return self.best if self.config.keep_best else self.pixels.detach()
 
     def show(self) -> Tensor:

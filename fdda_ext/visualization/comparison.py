@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .figures import COLOURS, MARKERS, new_figure, plain, render
+from .figures import COLOURS, MARKERS, new_figure, plain, render, to_rgb
 from .measures import bn_statistics, statistics_distance
 
 __all__ = ["accuracies", "distances", "image_rows"]
@@ -43,22 +43,22 @@ def image_rows(rows: Mapping[str, Tensor], columns: int = 16) -> bytes:
     """Some images of every method, a row each, as PNG.
 
     Args:
-        rows: By name, images ``[n, 3, H, W]`` from 0 to 1.
+        rows: By name, images ``[n, C, H, W]`` from 0 to 1.
         columns: Most images of each.
     """
-    size = next(iter(rows.values())).shape[-1]
-    step = size + max(size // 8, 1)
-    mosaic = torch.ones(3, len(rows) * step, columns * step)
+    height, width = next(iter(rows.values())).shape[-2:]
+    down, right = (size + max(size // 8, 1) for size in (height, width))
+    mosaic = torch.ones(3, len(rows) * down, columns * right)
     for row, images in enumerate(rows.values()):
         for column, image in enumerate(images[:columns]):
-            y, x = row * step, column * step
-            mosaic[:, y : y + size, x : x + size] = image
-    figure = new_figure(height=0.2 + 6.2 * len(rows) / columns)
+            y, x = row * down, column * right
+            mosaic[:, y : y + height, x : x + width] = to_rgb(image)
+    figure = new_figure(height=0.2 + 6.2 * len(rows) * down / right / columns)
     axes = figure.subplots()
     axes.imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks(
-        [row * step + size / 2 for row in range(len(rows))],
+        [row * down + height / 2 for row in range(len(rows))],
         list(rows),
         fontsize=8,
         parse_math=False,
@@ -75,7 +75,7 @@ def distances(
 
     Args:
         network: The float network.
-        images: By name, ``[n, 3, H, W]``, normalised.
+        images: By name, ``[n, C, H, W]``, normalised.
         real: Real images, likewise.
         title: Of the figure.
     """

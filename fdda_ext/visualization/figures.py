@@ -157,26 +157,32 @@ def bars(values: Mapping[str, float], label: str) -> bytes:
     return render(figure, "svg")
 
 
+def to_rgb(images: Tensor) -> Tensor:
+    """``[..., 3, H, W]`` of images ``[..., C, H, W]`` to look at: gray three times, no opacity."""
+    repeats = (*(1,) * (images.dim() - 3), 3, 1, 1)
+    return images.repeat(repeats) if images.shape[-3] == 1 else images[..., :3, :, :]
+
+
 def image_columns(columns: Mapping[str, tuple[Tensor, Sequence[Tensor]]]) -> bytes:
     """By class, a real image above generated ones, as PNG.
 
     Args:
-        columns: By the class's name, one image and others, ``[3, H, W]`` from 0 to 1.
+        columns: By the class's name, one image and others, ``[C, H, W]`` from 0 to 1.
     """
-    size = next(iter(columns.values()))[0].shape[-1]
-    step = size + max(size // 8, 1)
+    height, width = next(iter(columns.values()))[0].shape[-2:]
+    down, right = (size + max(size // 8, 1) for size in (height, width))
     rows = 1 + max(len(others) for _, others in columns.values())
-    mosaic = torch.ones(3, rows * step, len(columns) * step)
+    mosaic = torch.ones(3, rows * down, len(columns) * right)
     for column, (real, others) in enumerate(columns.values()):
         for row, image in enumerate([real, *others]):
-            y, x = row * step, column * step
-            mosaic[:, y : y + size, x : x + size] = image
-    figure = new_figure(height=0.35 + _WIDTH * rows / (len(columns) + 0.8))
+            y, x = row * down, column * right
+            mosaic[:, y : y + height, x : x + width] = to_rgb(image)
+    figure = new_figure(height=0.35 + _WIDTH * rows * down / right / (len(columns) + 0.8))
     axes = figure.subplots()
     axes.imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
-    centres = [column * step + size / 2 for column in range(len(columns))]
+    centres = [column * right + width / 2 for column in range(len(columns))]
     axes.set_xticks(centres, [name[:14] for name in columns], fontsize=8, parse_math=False)
-    axes.set_yticks([size / 2, step + size / 2], ["real", "generated"], fontsize=8)
+    axes.set_yticks([height / 2, down + height / 2], ["real", "generated"], fontsize=8)
     axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     return render(figure, "png")

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..data.sampling import fair_sample
 from ..engine import BatchSource
+from ..errors import UnreadableImageError
 from ..ops import class_batch_stats
 from ..quantization.tracing import trace
 from ..statistics import LayerStatistics, capture
@@ -98,10 +100,17 @@ def predict(
 
 
 def some_images(batches: BatchSource, count: int, device: torch.device) -> Tensor:
-    """At most ``count`` images ``[n, 3, H, W]`` on ``device``, spread over the data set."""
-    step = max(len(batches.dataset) // count, 1)
-    kept = torch.cat([pixels[::step] for pixels, _ in batches])[:count]
-    return batches.normalise(kept.to(device))
+    """A fair sample of at most ``count`` images ``[n, 3, H, W]`` on ``device``.
+
+    Damaged images are left out.
+    """
+    kept = []
+    for index in fair_sample(batches.dataset.labels, count).sort().values.tolist():
+        try:
+            kept.append(batches.dataset.pixels(index))
+        except UnreadableImageError:
+            continue  # the evaluation counts and names it
+    return batches.normalise(torch.stack(kept).to(device))
 
 
 @torch.no_grad()
@@ -140,7 +149,7 @@ def statistics_distance(seen: LayerStatistics, real: LayerStatistics) -> list[fl
 
 @torch.no_grad()
 def judge(teacher: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-    """What the float network takes images ``[n, 3, H, W]`` for.
+    """What the float network takes images ``[n, C, H, W]`` for.
 
     Returns:
         Of how many, in per cent, it finds the label that ``labels [n]`` has, and how many different
@@ -162,7 +171,7 @@ def layer_sqnr(teacher: nn.Module, student: GraphModule, images: Tensor) -> dict
     Args:
         teacher: The float network.
         student: The quantized one that `prepare` made of it.
-        images: Normalised images ``[n, 3, H, W]``.
+        images: Normalised images ``[n, C, H, W]``.
     """
     network = trace(teacher, images[:1])
     places = _results(network)
@@ -217,9 +226,16 @@ def _outputs(network: nn.Module, places: Mapping[str, str], images: Tensor) -> d
 def time_in_turn(
     runs: Mapping[str, Callable[[], object]],
     calls: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every call; all take turns, so that a busy moment of the machine hits them all."""
+    """Seconds of every call; all take turns, so that a busy moment of the machine hits them all.
+
+    Args:
+        runs: What is timed, by name.
+        calls: Timed calls of each.
+        clock: Gives seconds; None for `time.perf_counter`.
+    """
+    clock = clock or time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # kernels are chosen, memory is asked for
         run()

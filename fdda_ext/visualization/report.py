@@ -20,8 +20,15 @@ from torch.fx import GraphModule
 from ..about import build_info
 from ..data import ImageDataset
 from ..deploy import load_program, load_student
-from ..engine import BatchSource
+from ..engine import (
+    BatchSource,
+    format_duration,
+    format_significant,
+    render_percent,
+    standard_error,
+)
 from ..engine.checkpoint import atomic_write_text
+from ..image_size import show_image_size
 from ..methods import Method, Problem, method_class
 from ..quantization import LayerBits, bits_table
 from . import figures, page
@@ -149,7 +156,7 @@ class _Run:
 
     @cached_property
     def generated(self) -> dict[str, Tensor] | None:
-        """``images [n, 3, H, W]``, normalised, and ``labels [n]``, if the run kept any."""
+        """``images [n, C, H, W]``, normalised, and ``labels [n]``, if the run kept any."""
         path = self.folder / "images.safetensors"
         return load_file(str(path)) if path.exists() else None
 
@@ -164,43 +171,53 @@ class _Run:
         return 4 * sum(n for _, n in sizes), sum(bits * n for bits, n in sizes) // 8
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def _lead(run: _Run) -> str:
     """One sentence, and the numbers that matter most."""
     own, float_top1 = run.rows.get(run.name), run.float_top1
     items = []
     if own:
-        items.append((f"{own['top1']:.2f} %", f"top-1, {own['images']} images"))
+        items.append((f"{_top(own, 'top1')} %", f"top-1, {_tested(own)} images"))
     if own and float_top1 is not None:
         change = f"{own['top1'] - float_top1:+.2f}".replace("-", "−")
         items.append((change, "points against the float network"))
     float_bytes, bytes_ = run.weight_bytes()
     items.append((f"{float_bytes / bytes_:.1f}x", "smaller weights than in 32 bits"))
     if own and own["planned"]:
-        items.append((_duration(own["seconds"]), f"training, {own['iterations']} iterations"))
+        items.append((format_duration(own["seconds"]), f"training, {own['iterations']} iterations"))
     summary = run.method.summary if own else f"{run.method.summary} (unfinished)"
     return page.text(summary) + page.key_numbers(items)
+
+
+def _top(row: dict[str, Any], name: str) -> str:
+    """An accuracy of a summary, with its standard error if the images are a sample."""
+    return render_percent(row[name], row["images"], row.get("of", 0))
+
+
+def _tested(row: dict[str, Any]) -> str:
+    """How many images were tested, and out of how many if they are a sample."""
+    of = row.get("of", 0)
+    return f"{row['images']} of {of}" if row["images"] < of else f"{row['images']}"
 
 
 def _accuracy(run: _Run) -> str:
     if not run.rows:
         return ""
     lines: list[tuple[object, ...]] = []
+    first = next(iter(run.rows.values()))
     if run.float_top1 is not None:
-        lines.append(("float", f"{run.float_top1:.2f}", "", "", "", ""))
+        lines.append(("float", _top({**first, "top1": run.float_top1}, "top1"), "", "", "", ""))
     for name, row in run.rows.items():
         drop = "" if run.float_top1 is None else f"{run.float_top1 - row['top1']:.2f}"
-        time = (_duration(row["seconds"]), row["iterations"]) if row["planned"] else ("", "")
-        lines.append((name, f"{row['top1']:.2f}", f"{row['top5']:.2f}", drop, *time))
+        time = (format_duration(row["seconds"]), row["iterations"]) if row["planned"] else ("", "")
+        lines.append((name, _top(row, "top1"), _top(row, "top5"), drop, *time))
     header = ("", "top-1 %", "top-5 %", "drop, points", "training", "iterations")
     split = yaml.safe_load(run.config).get("split", "test")
-    images = next(iter(run.rows.values()))["images"]
-    what = f"After the last step of training, over {images} {split} images."
+    what = f"After the last step of training, over {_tested(first)} {split} images."
+    if first["images"] < first.get("of", 0):
+        what += (
+            " Behind ± stands the standard error of a sample, the typical distance from the "
+            "accuracy over all images. All rows have the same images."
+        )
     return page.section("Accuracy", page.table(header, lines, "tnnnnn"), page.text(what))
 
 
@@ -218,7 +235,7 @@ def _what_was_done(run: _Run) -> str:
         ("method", run.name),
         ("network", f"{run.recipe['model']}, weights: {weights}"),
         ("data", f"{run.recipe['data']}, {problem.num_classes} classes"),
-        ("images", f"{problem.image_size}x{problem.image_size} pixels"),
+        ("images", f"{show_image_size(problem.image_size)} pixels, {problem.channels} channel(s)"),
         ("calibration images", f"{len(problem.images)}{seen}"),
         ("bits", f"weights {q.weight_bits}, activations {q.activation_bits}, {ends}"),
         (
@@ -247,6 +264,11 @@ def _accuracy_over_time(run: _Run) -> str:
         f"Accuracy in training. Best: {max(curve[1]):.2f} %, last: {curve[1][-1]:.2f} %. What is "
         "reported is the last step, not the best. The float network was tested at the end."
     )
+    own = run.rows.get(run.name, {})
+    whole = max(own.get("of", 0), own.get("images", 0))
+    error = standard_error(curve[1][-1], int(lines[-1]["images"]), whole)
+    if error:
+        caption += f" A point of the curve has a standard error of {error:.2f} at the end."
     return page.section("Accuracy over time", page.figure(image, caption))
 
 
@@ -399,9 +421,12 @@ def _predictions(run: _Run) -> str:
         )
         for right in (True, False)
     ]
+    count = len(seen.labels)
+    whole = int(getattr(run.dataset, "whole", count))
     agreement = (
-        f"Float and quantized network say the same of {seen.agreement:.2f} % of "
-        f"{len(seen.labels)} test images."
+        "Float and quantized network say the same of "
+        f"{render_percent(seen.agreement, count, whole)} % of {count} test images"
+        + (f", a sample of {whole} (± standard error)." if count < whole else ".")
     )
     caption = (
         "What the float network takes an image for, and what the quantized one does, classes in "
@@ -469,7 +494,7 @@ def _speed(run: _Run, path: Path) -> str:
     )
     rows = []
     for name, seconds in times.items():
-        low, median, high = (f"{1e3 * value:.3f}" for value in quartiles(seconds))
+        low, median, high = (format_significant(1e3 * value) for value in quartiles(seconds))
         rows.append((name, median, f"{low} to {high}"))
     text = f"One image, threads: {torch.get_num_threads()}; {_CALLS} calls of each, in turn."
     return page.table(("", "median, ms", "quartiles, ms"), rows, "tnn") + page.text(text)

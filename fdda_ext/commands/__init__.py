@@ -1,0 +1,1 @@
+"""The command lines: ``python -m fdda_ext.train`` runs `fdda_ext.commands.train`, and so on."""

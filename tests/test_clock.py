@@ -1,0 +1,358 @@
+"""What a faster, slower or busier machine must not change: everything but the times themselves.
+
+The package runs under a clock that stands still, as a coarse one does on a quick machine, and under
+one that jumps, as it does where a machine sleeps, is stopped or has its date set.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import runpy
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+
+import clocks
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fdda_ext.commands import compare, export, train, visualize
+from fdda_ext.data import listing, load_dataset
+from fdda_ext.engine import (
+    Profile,
+    RunFolder,
+    Stopwatch,
+    format_duration,
+    format_significant,
+    loop,
+    train as run_loop,
+)
+from fdda_ext.errors import UsageError
+from fdda_ext.visualization import quartiles, time_in_turn
+
+PROGRAMS = Path(__file__).parent.parent / "python"
+#: A run of a second or two.
+QUICK = [
+    *("--threads=1", "--test_limit=71", "--baselines=[]", "--evaluate_every=4"),
+    *("--settings.distillation.steps=6", "--settings.fdda.warmup_iterations=2"),
+    *("--settings.fdda.generator.channels=4", "--settings.fdda.batch=8"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=clocks.KINDS)
+def clock(request, tmp_path):
+    """The kind of the clock that the package reads meanwhile."""
+    with clocks.running(request.param, tmp_path / "clock"):
+        yield request.param
+
+
+# ---- durations in words ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.0, "0 s"),
+        (3e-13, "0.000300 ns"),
+        (1e-9, "1.00 ns"),
+        (2.5e-6, "2.50 µs"),
+        (0.0009996, "1.00 ms"),
+        (0.004, "4.00 ms"),
+        (0.3, "300 ms"),
+        (0.9999, "1.00 s"),
+        (12, "12.0 s"),
+        (59.9, "59.9 s"),
+        (59.96, "1.00 min"),
+        (60, "1.00 min"),
+        (90, "1.50 min"),
+        (3599, "1.00 h"),
+        (3590, "59.8 min"),
+        (90 * 60, "1.50 h"),
+        (1e6, "278 h"),
+        (1e7, "2778 h"),
+        (math.inf, "inf s"),
+    ],
+)
+def test_a_duration_has_the_unit_that_suits_it(seconds, text):
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0, "0"), (0.004, "0.00400"), (0.99999, "1.00"), (9.999, "10.0"), (99.95, "100")),
+        *((123.4, "123"), (1234.5, "1234"), (-0.25, "-0.250"), (1e-9, "0.00000000100")),
+    ],
+)
+def test_significant_digits_do_not_vanish(value, text):
+    assert format_significant(value) == text
+
+
+def test_no_duration_above_nothing_reads_as_nothing():
+    for exponent in range(-15, 9):
+        text = format_duration(1.26 * 10.0**exponent)
+        assert re.search(r"[1-9]", text), text
+        assert "e" not in text, text
+
+
+def test_a_stopwatch_does_not_run_backwards_nor_in_a_pause(clock):
+    watch = Stopwatch(7.0)
+    read = [watch.seconds for _ in range(50)]
+    watch.pause()
+    paused = [watch.seconds for _ in range(50)]
+    watch.resume()
+    read += paused + [watch.seconds for _ in range(50)]
+    assert read[0] >= 7
+    assert read == sorted(read)
+    assert len(set(paused)) == 1
+    assert (read[-1] == 7) == (clock == "still")
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """A run by the real clock."""
+    threads = torch.get_num_threads()
+    out = tmp_path_factory.mktemp("real") / "run"
+    train.main([*QUICK, "--no-report", f"--out={out}"])
+    torch.set_num_threads(threads)
+    return out
+
+
+def without_times(folder: Path) -> list[dict[str, float]]:
+    """What a run noted, but when."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_a_run_gives_the_same_by_any_clock(clock, real, tmp_path):
+    out = tmp_path / "run"
+    train.main([*QUICK, "--no-report", f"--out={out}"])
+    assert without_times(out) == without_times(real)
+    for name in ("student", "generator"):
+        found, expected = (load_file(f / f"{name}.safetensors") for f in (out, real))
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    seconds = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").open()]
+    assert seconds == sorted(seconds)
+    found, expected = (json.loads((f / "summary.json").read_text()) for f in (out, real))
+    assert {k for k in expected if found[k] != expected[k]} <= {"seconds", "peak_memory"}
+    # The export and the report show times of their own.
+    export.main(["--run", str(out), "--profile=1"])
+    visualize.main([str(out), "--images=8"])
+    assert "quartiles, ms" in (out / "report.html").read_text()
+
+
+def test_a_run_that_was_stopped_goes_on_by_any_clock(clock, real, tmp_path):
+    out = tmp_path / "run"
+    train.main([*QUICK, "--no-report", "--max_time=0", f"--out={out}"])
+    assert not (out / "summary.json").exists()
+    train.main(["--resume", "--no-report", "--threads=1", f"--out={out}"])
+    assert without_times(out) == without_times(real)
+
+
+def test_a_profile_by_any_clock(clock, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main([*QUICK, "--profile=3", f"--out={out}"])
+    assert "anything else" in (out / "profile.txt").read_text()
+    assert "whole schedule: about" in capsys.readouterr().out
+
+
+def test_a_profile_of_no_time_has_no_shares():
+    measured = Profile(torch.device("cpu"))
+    measured.seconds["step"] = 0.0
+    measured.iterations = [0.0, 0.0]
+    console = Console(file=StringIO(), width=80)
+    console.print(measured.table())
+    assert "mean of 2 iterations: 0 s" in console.file.getvalue()
+
+
+def test_equal_budgets_by_any_clock(clock, tmp_path):
+    """A trial tells a share of the schedule, or that the budget is too small; it never crashes."""
+    config, _ = compare.parse(["--methods=distill", "--seeds=0", "--budget=3e7"])
+    (cell,) = compare.cells_of(config, compare.settings_of(config)[0])
+    rest = ["--test_limit=71", "--settings.distillation.steps=12"]
+    refusal = ""
+    try:
+        share = compare.schedule_share(config, cell, rest, {})
+    except UsageError as error:
+        refusal, share = str(error), 1.0
+    assert not refusal or "expected budget to exceed" in refusal
+    assert 1 / 64 <= share <= 64
+    if clock == "still":
+        assert not refusal
+        assert share == 64, "what takes no time is stretched most"
+
+
+def test_no_method_without_a_schedule_is_stretched(clock):
+    config, _ = compare.parse(["--methods=minmax", "--seeds=0", "--budget=1"])
+    (cell,) = compare.cells_of(config, compare.settings_of(config)[0])
+    assert compare.schedule_share(config, cell, [], {}) == 1
+
+
+def test_calls_that_take_no_time_are_timed(clock):
+    times = time_in_turn({"a": lambda: None, "b": lambda: None}, 5)
+    assert all(len(seconds) == 5 and min(seconds) >= 0 for seconds in times.values())
+    assert (sum(map(sum, times.values())) == 0) == (clock == "still")
+    assert len(quartiles(times["a"])) == 3
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+class Counting:
+    """Something to train that tells how often it was stored."""
+
+    iterations = 40
+    part = ""
+
+    def __init__(self):
+        self.value = torch.zeros(1)
+        self.stored = 0
+
+    def step(self, iteration):
+        self.value = self.value + 1
+        return {"value": self.value}
+
+    def state_dict(self):
+        self.stored += 1
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def test_checkpoints_follow_the_clock_but_the_last_is_always_written(clock, tmp_path):
+    counting = Counting()
+    progress = run_loop(counting, RunFolder(tmp_path / "a", "", resume=False), description="a")
+    assert progress.iterations == counting.value == 40
+    assert (counting.stored == 1) == (clock == "still")
+    assert (progress.seconds == 0) == (clock == "still")
+
+
+def test_one_slow_checkpoint_does_not_put_off_the_next_for_days(tmp_path, monkeypatch):
+    """A disk that hangs for an hour: a fiftieth of the time would be two days."""
+    now, stored = [0.0], []
+
+    def save(path, state):
+        stored.append(now[0])
+        now[0] += 3600.0 if len(stored) == 1 else 0.01
+
+    class Slow(Counting):
+        iterations = 100
+
+        def step(self, iteration):
+            now[0] += 60.0
+            return super().step(iteration)
+
+    monkeypatch.setattr(loop, "save_state", save)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    run_loop(Slow(), RunFolder(tmp_path / "a", "", resume=False), description="a")
+    assert stored[1] - stored[0] == pytest.approx(3600 + 1800, abs=60)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def test_lists_of_files_are_right_by_any_clock(clock, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(listing, "CACHE_FROM", 1)
+    place = tmp_path / "data" / "val" / "a"
+    place.mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (20, 20)).save(place / f"{i}.png")
+        os.utime(place, (1e9 + i, 1e9 + i))  # two changes may be in one tick of the file system's
+        assert len(load_dataset(f"folder:{tmp_path / 'data'}", "test", image_size=16)) == i + 1
+
+
+# ---- programs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Run a program here; what it prints."""
+    monkeypatch.syspath_prepend(PROGRAMS)
+
+    def printed(name: str, *arguments: str) -> str:
+        path = str(PROGRAMS / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        capsys.readouterr()
+        runpy.run_path(path, run_name="__main__")
+        return capsys.readouterr().out
+
+    return printed
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("clock", ["still"], indirect=True)
+def test_tables_of_costs_when_the_clock_stands_still(clock, program, tmp_path):
+    printed = program(
+        "table_s2_ptq_cost", "--budget=smoke", "--methods", "lapq", f"--out={tmp_path}"
+    )
+    (row,) = table(tmp_path / "smoke" / "table_s2.csv")
+    (run,) = table(tmp_path / "smoke" / "comparison.csv")
+    assert float(row["seconds here"]) == float(run["seconds"])
+    assert float(row["seconds here"]) == 0, "the run's clock is this one"
+    assert "| 0 s |" in printed
+
+
+def test_accuracy_over_time_by_any_clock(clock, program, tmp_path):
+    program(
+        *("table_s3_accuracy_over_time", "--budget=smoke", "--methods", "distill"),
+        f"--out={tmp_path}",
+    )
+    points = table(tmp_path / "smoke" / "curve.csv")
+    sevenths = [float(row["sevenths"]) for row in points]
+    assert sevenths == sorted(sevenths)
+    assert sevenths[-1] == 7
+    assert all(0 <= x <= 7 for x in sevenths)
+    assert len(points) == 4, "a measurement after every step"
+
+
+@pytest.mark.parametrize("clock", ["still"], indirect=True)
+def test_speeds_when_the_clock_stands_still(clock, program, tmp_path):
+    program(
+        *("section_3_size_and_speed", "--budget=smoke", "--model", "torchvision:mobilenet_v2"),
+        f"--out={tmp_path}",
+    )
+    rows = table(tmp_path / "smoke" / "speed.csv")
+    assert all(float(row["ms"]) >= 0 for row in rows)
+    assert {row["images a second"] for row in rows} == {""}
+    assert (tmp_path / "smoke" / "section_3.png").exists()
+
+
+def test_nothing_in_the_package_is_timed_without_being_tested_here():
+    """A module that begins to read a clock belongs into this file."""
+    package = PROGRAMS.parent / "fdda_ext"
+    readers = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"^\s*(import time\b|from time import)", path.read_text(), re.M)
+    }
+    assert readers == {
+        "compare.py",
+        "data/listing.py",
+        "engine/duration.py",
+        "engine/loop.py",
+        "engine/profiling.py",
+        "visualization/measures.py",
+    }
