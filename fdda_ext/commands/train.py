@@ -76,6 +76,7 @@ from ..methods import (
     MethodSettings,
     Problem,
     build_method,
+    check_memory,
     method_class,
     why_unused,
 )
