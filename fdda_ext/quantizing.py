@@ -37,6 +37,7 @@ def build_problem(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     cuda_graphs: bool = True,
+    images_at_once: int | None = None,
 ) -> Problem:
     """Put a trained network and its calibration images on a device.
 
@@ -54,6 +55,7 @@ def build_problem(
         mean: Normalisation of the images, one value for each channel; None if unknown.
         std: The deviation that belongs to ``mean``.
         cuda_graphs: Whether to replay steps as CUDA graphs on a GPU.
+        images_at_once: See `Problem`.
     """
     place = torch.device(local_device(device))
     teacher = network.to(place).eval().requires_grad_(False)
@@ -75,6 +77,7 @@ def build_problem(
         getattr(torch, precision or ("bfloat16" if place.type == "cuda" else "float32")),
         pixel_range=pixel_range,
         cuda_graphs=cuda_graphs,
+        images_at_once=images_at_once,
     )
 
 

@@ -1,14 +1,15 @@
 """The comparison: which runs, what budget, what the table says of planted results."""
 
 import csv
+import io
 import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from rich.console import Console
 
 from fdda_ext.commands import compare, train
 from fdda_ext.errors import UsageError
@@ -81,28 +82,51 @@ def test_a_variant_is_its_method_with_other_constants(monkeypatch):
 @pytest.mark.parametrize(
     ("fixed", "whole", "share"), [(10.0, 100.0, 0.5), (0.0, 30.0, 2.0), (0.0, 0.0, 64.0)]
 )
-def test_the_budget_less_what_every_run_takes_gives_the_schedule(monkeypatch, fixed, whole, share):
-    monkeypatch.setattr(compare, "trial", lambda config, most: (fixed / 2, whole / 2, 2.0))
-    config, _ = parse("--budget=60")
-    cell = compare.Cell(SETTING, "fdda", "published", 0)
-    yardsticks: dict[str, float] = {}
-    assert compare.schedule_share(config, cell, [], yardsticks) == share
-    # A later trial, when the machine is twice as slow, is told in the yardsticks of the first.
-    monkeypatch.setattr(compare, "trial", lambda config, most: (fixed / 2, whole / 2, 4.0))
-    assert compare.schedule_share(config, cell, [], yardsticks) == share
-    assert yardsticks == {"glyphs_resnet": 2.0}
+def test_the_budget_less_what_every_run_takes_gives_the_schedule(fixed, whole, share):
+    assert compare.share_in_budget(compare.Pace(fixed, whole, 8), 60, "fdda") == share
     # A method that does not train has no schedule to stretch.
-    monkeypatch.setattr(compare, "trial", lambda config, most: None)
-    assert compare.schedule_share(config, cell, [], {}) == 1
+    assert compare.share_in_budget(compare.Pace(fixed, 0, 0), 60, "fdda") == 1
 
 
-def test_a_budget_that_preparation_uses_up_is_refused(monkeypatch):
-    monkeypatch.setattr(compare, "trial", lambda config, most: (61.0, 1.0, 1.0))
-    config, _ = parse("--budget=60")
+def test_a_budget_that_preparation_uses_up_is_refused():
     with pytest.raises(
         UsageError, match="budget to exceed the 1.02 min that fdda takes .*, got 60 s"
     ):
-        compare.schedule_share(config, compare.Cell(SETTING, "fdda", "published", 0), [], {})
+        compare.share_in_budget(compare.Pace(61, 1, 8), 60, "fdda")
+
+
+def test_trials_are_announced_and_kept(monkeypatch, tmp_path):
+    """Each method and network has one, at most a tenth of the budget long, and none twice."""
+    tried = []
+
+    def told(config, most):
+        tried.append((config.method, config.model, most))
+        return compare.Pace(10.0, 100.0, 8)
+
+    monkeypatch.setattr(compare, "trial", told)
+    config, rest = parse(
+        *("--methods=minmax,fdda,fdda+batch=16", "--models=glyphs_resnet,glyphs_mobilenet"),
+        *("--bits=W4A4,W3A3", "--budget=60", f"--out={tmp_path}"),
+    )
+    output = io.StringIO()
+    shares = compare.all_shares(config, rest, Console(file=output, width=200))
+    assert tried == [(m, n, 6) for n in config.models for m in ("minmax", "fdda")]
+    assert set(shares.values()) == {0.5}
+    assert "trials of 4 schedules: at most 6.00 s each, 24.0 s in all" in output.getvalue()
+    assert (
+        "glyphs_resnet/fdda: 1.83 min for the whole schedule by 8 iterations" in output.getvalue()
+    )
+    assert compare.all_shares(config, rest, Console(file=output)) == shares
+    assert len(tried) == 4
+    # What one trial told is kept when the next one fails.
+    (tmp_path / "budget.json").unlink()
+    monkeypatch.setattr(
+        compare, "trial", lambda c, most: told(c, most) if c.method == "minmax" else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        compare.all_shares(config, rest, Console(file=output))
+    kept = json.loads((tmp_path / "budget.json").read_text())["shares"]
+    assert kept == {"glyphs_resnet/minmax": 0.5}
 
 
 def test_student_images_are_equal():
@@ -110,37 +134,39 @@ def test_student_images_are_equal():
     for method, seen in (("fdda", 960), ("gdfq", 960), ("distill", 960)):
         cell = compare.Cell(SETTING, method, "published", 0)
         arguments = compare.run_arguments(config, cell, [])
-        share = compare.schedule_share(config, cell, [], {})
+        share = compare.schedule_share(config, cell, [])
         run, _ = train.parse_arguments([*arguments, f"--schedule_share={share}"])
         step = run.scheduled.distillation
         assert step.steps * (step.real_batch + step.generated_batch) == seen
     cell = compare.Cell(SETTING, "minmax", "published", 0)
-    assert compare.schedule_share(config, cell, [], {}) == 1
+    assert compare.schedule_share(config, cell, []) == 1
 
 
 def test_a_share_of_the_schedule_is_what_runs_have():
     for arguments, share in (["--share=0.25"], 0.25), ([], 1.0):
         config, _ = parse(*arguments)
         cell = compare.Cell(SETTING, "fdda", "published", 0)
-        assert compare.schedule_share(config, cell, [], {}) == share
+        assert compare.schedule_share(config, cell, []) == share
 
 
 @pytest.mark.parametrize(
-    ("preparing", "slower", "trials", "error"),
-    [(5, 1.001, [10, 40], 0.01), (1000, 1.0001, [10, 40, 160, 640], 0.06)],
+    ("preparing", "inside", "most", "trials", "fixed", "whole"),
+    [
+        (5, 0, 1e9, [19, 75], 5, 2400),
+        # What a schedule of any length takes within its steps: a longer trial tells.
+        (5, 200, 1e9, [19, 75, 300], 205, 2400),
+        # There is no time for a longer one: all counts as the iterations'.
+        (5, 200, 300, [19], 5, (200 + 2 * 19) * 1200 / 19),
+        # Nor for all of the first: it ends with the step in which the time is up.
+        (5, 0, 20, [19], 5, 2400),
+        (100, 0, 10, [19], 100, 2400),
+    ],
 )
-def test_trials_tell_preparation_from_iterations_at_any_speed(
-    monkeypatch, preparing, slower, trials, error
+def test_trials_tell_preparation_from_iterations_in_the_time_they_have(
+    monkeypatch, preparing, inside, most, trials, fixed, whole
 ):
-    """A machine that gets slower all the time: an iteration takes 2 yardsticks.
-
-    Where preparing takes 1000, ten iterations or forty are lost in it: a longer trial is needed.
-    """
-    now, speed, lengths = [0.0], [1.0], []
-
-    def work(amount: float) -> None:
-        now[0] += amount * speed[0]
-        speed[0] *= slower
+    """An iteration takes 2 s of a clock that nothing else moves."""
+    now, lengths, loaded = [0.0], [], []
 
     class Slow:
         def __init__(self, iterations):
@@ -148,34 +174,39 @@ def test_trials_tell_preparation_from_iterations_at_any_speed(
             lengths.append(iterations)
 
         def step(self, iteration):
-            work(2)
+            now[0] += 2 + (inside if iteration == 0 else 0)
 
     def build(name, problem, settings):
-        work(preparing)
+        now[0] += preparing
         return Slow(settings.distillation.steps)
 
-    class Teacher(torch.nn.Module):
-        def forward(self, images):
-            work(1)
-            return images
-
     real = compare.build_problem
-    monkeypatch.setattr(
-        compare, "build_problem", lambda c: (replace(real(c)[0], teacher=Teacher()), None)
-    )
+    monkeypatch.setattr(compare, "build_problem", lambda c: loaded.append(c) or real(c))
+    monkeypatch.setattr(compare, "_prepared", {})
+    monkeypatch.setattr(compare, "_FIRST_TRIAL", 19)
     monkeypatch.setattr(compare, "build_method", build)
     monkeypatch.setattr(compare.time, "process_time", lambda: now[0])
     config, _ = train.parse_arguments(["--settings.distillation.steps=1200", "--threads=1"])
-    fixed, whole, length = compare.trial(config, 5000)
-    assert lengths[1:] == trials
-    assert fixed == pytest.approx(preparing, rel=0.05)
-    assert whole == pytest.approx(2400, rel=error)
-    assert length == pytest.approx(1, rel=0.2)
-    # Where the shortest is too long, that is all there is to know.
-    lengths.clear()
-    fixed, _, length = compare.trial(config, 20 * length)
-    assert lengths[1:] == trials[:1]
-    assert fixed == pytest.approx(preparing + 20, rel=0.05)
+    pace = compare.trial(config, most)
+    assert lengths == trials
+    assert pace.fixed == pytest.approx(fixed, rel=0.15)
+    assert pace.whole == pytest.approx(whole, rel=0.05)
+    assert now[0] <= max(most + 2, preparing + 2)
+    # The next method finds the network and its images there.
+    gdfq, _ = train.parse_arguments(["--method=gdfq", "--threads=1", "--bits=W3A3"])
+    compare.trial(gdfq, most)
+    assert len(loaded) == 1
+
+
+def test_trials_run_at_a_time_as_runs_do(tmp_path):
+    """In processes of their own; a schedule's length is for the clock to say."""
+    config, rest = parse(
+        *("--methods=minmax,distill", "--budget=600", "--jobs=2", f"--out={tmp_path}"),
+        *("--", "--settings.distillation.steps=64"),
+    )
+    shares = compare.all_shares(config, rest, Console(file=io.StringIO()))
+    assert shares["glyphs_resnet/minmax"] == 1
+    assert 1 / 64 <= shares["glyphs_resnet/distill"] <= 64
 
 
 def plant(folder: Path, top1: float, **changes) -> None:

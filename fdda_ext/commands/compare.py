@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -37,8 +38,8 @@ from ..engine import (
 )
 from ..engine.checkpoint import atomic_write_text
 from ..errors import UsageError
-from ..methods import METHODS, build_method, method_class
-from ..quantization import parse_bits
+from ..methods import METHODS, MethodSettings, Problem, build_method, method_class
+from ..quantization import QuantizationConfig, parse_bits
 from ..visualization import comparison, some_images
 from .train import (
     TrainConfig,
@@ -84,8 +85,8 @@ class CompareConfig:
         mode: "published", every method with its own student step; "common", all with FDDA's, so
             that only the images differ. Methods that have no student step are the same in both.
         preset: Whose constants, of each method.
-        budget: Seconds of training of every run, on an otherwise idle machine: schedules are
-            stretched or shortened to it by what short trials take. None leaves them as they are.
+        budget: Seconds of training of every run: schedules are stretched or shortened to it by what
+            short trials take, a tenth of it at most for each method. None leaves them as they are.
         student_images: Instead of a time, how many images every student sees in its training.
         share: Instead of both, the share of its schedule that every run has.
         jobs: Runs at a time.
@@ -290,37 +291,58 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
 
 # ---- equal budgets ------------------------------------------------------------------------------
 
-#: Iterations of the first two trials that a schedule's time is judged by.
-_TRIALS = (10, 40)
+#: Iterations of the first trial that a schedule's time is judged by; every other has four times as
+#: many as the one before.
+_FIRST_TRIAL = 8
+#: The part of the budget that the trials of one method may take, all together.
+_TRIAL_SHARE = 0.1
 #: No schedule is stretched or shortened further.
 _SHARES = (1 / 64, 64.0)
 
 
-def trial(config: TrainConfig, most: float) -> tuple[float, float, float] | None:
-    """What a run takes whatever its schedule, and what its whole schedule takes.
+@dataclass(frozen=True)
+class Pace:
+    """What trials told of a method on a network.
 
-    Two shortened schedules of different lengths are run, the second ever longer until it takes half
-    as long again as the first. A machine's speed changes while other processes come and go; so
-    after every step a yardstick is timed, the float network forward and backward on at most 32
-    images, and all is told in yardsticks. On a CPU with one thread the time is the processor's,
-    which waiting for it does not lengthen.
+    Attributes:
+        fixed: Seconds of a run whatever its schedule.
+        whole: Seconds of its whole schedule besides.
+        iterations: The most iterations that one trial had; 0 if the method does not train.
+    """
+
+    fixed: float
+    whole: float
+    iterations: int
+
+
+#: The problem that was prepared last, by the configuration without its method.
+_prepared: dict[str, Problem] = {}
+
+
+def _shared_problem(config: TrainConfig) -> Problem:
+    """Network and calibration images of ``config``, prepared once for all methods on them."""
+    shared = replace(config, method="minmax", baselines=[], settings=MethodSettings())
+    key = repr(replace(shared, quantization=QuantizationConfig()))
+    if key not in _prepared:
+        _prepared.clear()  # one network at a time in memory
+        _prepared[key] = build_problem(config)[0]
+    return replace(_prepared[key], quantization=config.quantization)
+
+
+def trial(config: TrainConfig, most: float) -> Pace:
+    """Judge what a run takes by shortened schedules.
+
+    Each is longer than the one before, until one takes half as long again as the first, so that
+    what is the same for any schedule can be told from the iterations; or until there is no time for
+    the next. A trial ends with the step in which the time is up, so the first may be cut short. On
+    a CPU with one thread the time is the processor's, which waiting for it does not lengthen.
 
     Args:
         config: Of the run.
-        most: Seconds. If the first schedule takes as many, no other is run: all of it counts as
-            what a run takes whatever its schedule.
-
-    Returns:
-        Both, in yardsticks, and the seconds of one; None for a method that does not train. A
-        schedule that is too short for the clock takes 0.
+        most: Seconds that all trials together may take.
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    problem, _ = build_problem(config)
-    settings = config.settings
-    planned = build_method(config.method, problem, settings).iterations
-    if planned == 0:
-        return None
-    images = problem.images[:32].clone().requires_grad_()
+    problem, settings = _shared_problem(config), config.settings
     on_cpu = problem.device.type == "cpu" and config.threads == 1
 
     def now() -> float:
@@ -328,77 +350,69 @@ def trial(config: TrainConfig, most: float) -> tuple[float, float, float] | None
             torch.cuda.synchronize(problem.device)
         return time.process_time() if on_cpu else time.perf_counter()
 
-    def yardstick() -> float:
-        begin = now()
-        problem.teacher(images).sum().backward()
-        return now() - begin
-
-    yardstick()
-    yardsticks = []
-
-    def run(share: float) -> float:
-        begin = now()
+    begin = now()
+    share = _SHARES[0]
+    method = build_method(config.method, problem, settings.scaled(share))
+    fixed = now() - begin
+    if method.iterations == 0:
+        return Pace(fixed, 0.0, 0)
+    shares, took, done = list[float](), list[float](), 0
+    if method.iterations > 2 * _FIRST_TRIAL:  # a long schedule: less of it
+        share *= _FIRST_TRIAL / method.iterations
         method = build_method(config.method, problem, settings.scaled(share))
-        spent, own = now() - begin, [yardstick()]
-        for iteration in range(method.iterations):
-            begin = now()
-            method.step(iteration)
-            spent += now() - begin
-            own.append(yardstick())
-        yardsticks.extend(own)
-        length = statistics.mean(own)
-        return spent / length if length else 0.0  # the clock has not moved
-
-    shares = [min(iterations / planned, 1.0) for iterations in _TRIALS]
-    took = [run(shares[0])]
-    length = statistics.median(yardsticks) or statistics.mean(yardsticks)  # of a coarse clock
-    if took[0] * length >= most:
-        return took[0], took[0] / shares[0], length
-    took.append(run(shares[1]))
-    # Where most of it is the same for any schedule, a longer one must show the difference.
-    while took[1] < 1.5 * took[0] and shares[1] < 1:
-        shares[1] = min(4 * shares[1], 1.0)
-        took[1] = run(shares[1])
-    length = statistics.median(yardsticks) or statistics.mean(yardsticks)  # of a coarse clock
-    if shares[0] == shares[1] or took[1] <= took[0]:  # too few iterations to tell
-        return 0.0, took[1] / shares[1], length
-    whole = (took[1] - took[0]) / (shares[1] - shares[0])
-    return max(took[0] - whole * shares[0], 0.0), whole, length
+    while True:
+        done, start = 0, now()
+        while done < method.iterations and (done == 0 or now() - begin < most):
+            method.step(done)
+            done += 1
+        shares.append(share * done / method.iterations)
+        took.append(fixed + now() - start)
+        four_times = fixed + 4 * (took[-1] - fixed)
+        if (
+            (len(took) > 1 and took[-1] >= 1.5 * took[0])
+            or share >= 1
+            or now() - begin + four_times > most
+        ):
+            break
+        share = min(4 * share, 1.0)
+        method = build_method(config.method, problem, settings.scaled(share))
+    if len(took) > 1 and shares[-1] > shares[0] and took[-1] > took[0]:
+        whole = (took[-1] - took[0]) / (shares[-1] - shares[0])
+        return Pace(max(took[0] - whole * shares[0], 0.0), whole, done)
+    return Pace(fixed, (took[-1] - fixed) / shares[-1], done)
 
 
-def schedule_share(
-    config: CompareConfig, cell: Cell, rest: Sequence[str], yardsticks: dict[str, float]
-) -> float:
-    """The share of its schedule that a run has in the budget.
+def _timed(arguments: list[str], most: float) -> Pace:
+    """`trial` of the run that ``arguments`` describe."""
+    return trial(parse_arguments(arguments)[0], most)
 
-    Args:
-        config: With the budget.
-        cell: The run.
-        rest: Its further arguments.
-        yardsticks: Seconds by network; the first trial of a network adds its own, which then hold
-            for all methods.
-    """
-    if config.budget is None and config.student_images is None:
+
+def schedule_share(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> float:
+    """The share of its schedule that a run has where the time is not what limits it."""
+    if config.student_images is None:
         return config.share or 1.0
     run, _ = parse_arguments(run_arguments(config, cell, rest))
-    if config.student_images is not None:
-        step = run.settings.distillation
-        seen = step.steps * (step.real_batch + step.generated_batch)
-        has_step = METHODS[run.method].distils and seen
-        return config.student_images / seen if has_step else 1.0
-    assert config.budget is not None
-    found = trial(run, config.budget)
-    if found is None:
+    step = run.settings.distillation
+    seen = step.steps * (step.real_batch + step.generated_batch)
+    has_step = METHODS[run.method].distils and seen
+    return config.student_images / seen if has_step else 1.0
+
+
+def share_in_budget(pace: Pace, budget: float, method: str) -> float:
+    """The share of its schedule that a run has in ``budget`` seconds.
+
+    Raises:
+        UsageError: If the budget ends before the first iteration.
+    """
+    if pace.iterations == 0:  # nothing to train
         return 1.0
-    fixed, whole, length = found
-    length = yardsticks.setdefault(cell.pace.partition("/")[0], length)
-    fixed, whole = fixed * length, whole * length
-    if fixed >= config.budget:
+    if pace.fixed >= budget:
         raise UsageError(
-            f"compare: expected budget to exceed the {format_duration(fixed)} that {cell.method} "
-            f"takes before it trains, got {config.budget:g} s"
+            f"compare: expected budget to exceed the {format_duration(pace.fixed)} that {method} "
+            f"takes before it trains, got {budget:g} s"
         )
-    share = (config.budget - fixed) / whole if whole else _SHARES[1]
+    # A clock that does not move tells of a schedule that is as short as can be.
+    share = (budget - pace.fixed) / pace.whole if pace.whole else _SHARES[1]
     return float(f"{min(max(share, _SHARES[0]), _SHARES[1]):.3g}")
 
 
@@ -417,7 +431,7 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
         "threads": config.threads,
         "arguments": list(rest),
     }
-    stored: dict[str, Any] = {"fixed": fixed, "yardsticks": {}, "shares": {}}
+    stored: dict[str, Any] = {"fixed": fixed, "shares": {}}
     if path.exists():
         stored = json.loads(path.read_text())
         if stored["fixed"] != fixed:
@@ -427,16 +441,58 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
                 f"{stored['fixed'].get(changed)}, got {fixed[changed]}; take another --out"
             )
     shares: dict[str, float] = stored["shares"]
+
+    def keep(pace: str, share: float) -> None:
+        shares[pace] = share
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, json.dumps(stored, indent=2) + "\n")
+
+    missing: dict[str, Cell] = {}
     for setting in settings_of(config):
         for cell in cells_of(config, setting):
             if cell.pace not in shares:
-                if config.budget is not None:
-                    console.print(f"{cell.pace}: measuring", highlight=False)
-                whole = replace(cell, method=_method_of(cell.method))
-                shares[cell.pace] = schedule_share(config, whole, rest, stored["yardsticks"])
-                path.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write_text(path, json.dumps(stored, indent=2) + "\n")
+                missing.setdefault(cell.pace, replace(cell, method=_method_of(cell.method)))
+    if config.budget is None:
+        for pace, cell in missing.items():
+            keep(pace, schedule_share(config, cell, rest))
+        return shares
+    for pace, found in _measured(config, missing, rest, console):
+        keep(pace, share_in_budget(found, config.budget, missing[pace].method))
+        console.print(
+            f"{pace}: {format_duration(found.fixed + found.whole)} for the whole schedule by "
+            f"{found.iterations} iterations; runs get {shares[pace]:g} of it",
+            highlight=False,
+        )
     return shares
+
+
+def _measured(
+    config: CompareConfig, cells: dict[str, Cell], rest: Sequence[str], console: Console
+) -> Iterator[tuple[str, Pace]]:
+    """The paces of ``cells`` as trials tell them, as many at a time as there will be runs."""
+    if not cells:
+        return
+    assert config.budget is not None
+    most = _TRIAL_SHARE * config.budget
+    rounds = -(-len(cells) // config.jobs)
+    console.print(
+        f"trials of {len(cells)} schedules: at most {format_duration(most)} each, "
+        f"{format_duration(most * rounds)} in all, besides the loading of networks",
+        highlight=False,
+    )
+    arguments = {pace: run_arguments(config, cell, rest) for pace, cell in cells.items()}
+    if config.jobs == 1:
+        for pace, given in arguments.items():
+            yield pace, _timed(given, most)
+        return
+    # Processes of their own, as the runs are: threads would share one number of threads.
+    with ProcessPoolExecutor(config.jobs, get_context("spawn")) as pool:
+        ends = {pool.submit(_timed, given, most): pace for pace, given in arguments.items()}
+        try:
+            for end in as_completed(ends):
+                yield ends[end], end.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # ---- the runs -----------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ from ..methods import (
     MethodSettings,
     Problem,
     build_method,
+    check_memory,
     method_class,
     why_unused,
 )
@@ -158,6 +159,9 @@ class TrainConfig:
             bfloat16 on a GPU and float32 on a CPU.
         cuda_graphs: On a GPU, replay the steps of fdda's generator and of the student as CUDA
             graphs: the same arithmetic in fewer launches, but the memory of both steps at once.
+        images_at_once: So many images at most pass a network together in training. It changes
+            memory, and of the result the order of sums. None for all on a GPU and, on a CPU, for
+            16 of 224x224 or as many as have their pixels.
         profile: Instead of training, run the whole schedule in this many iterations of the method
             after a few unmeasured ones, and write where their time goes: profile.txt, and
             trace.json for chrome://tracing or Perfetto.
@@ -199,6 +203,7 @@ class TrainConfig:
     threads: int | None = None
     precision: Literal["float32", "bfloat16"] | None = None
     cuda_graphs: bool = True
+    images_at_once: int | None = None
     profile: int | None = None
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
@@ -215,6 +220,7 @@ class TrainConfig:
         check_machine("train", seed=self.seed, threads=self.threads, device=self.device)
         for name, least in (
             ("max_time", 0),
+            ("images_at_once", 1),
             ("profile", 1),
             ("test_limit", 1),
             ("test_batch", 1),
@@ -756,6 +762,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         mean=mean,
         std=std,
         cuda_graphs=config.cuda_graphs,
+        images_at_once=config.images_at_once,
     )
     outputs = count_outputs(problem.teacher, problem.images[:1], "train")
     if outputs != dataset.num_classes:
@@ -830,6 +837,9 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         problem, opened = build_problem(config)
         if not config.resume:
             check_problem(problem, config.rows, exportable=config.exportable)
+        check_memory(
+            config.method, problem, config.scheduled, console, test_batch=config.test_batch
+        )
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
     path = Path(config.out or from_first(lambda: str(_new_folder(config))))
     inputs = inputs_digest(problem)

@@ -180,8 +180,9 @@ def free_memory(device: torch.device) -> int | None:
 def must_fit(**settings: int) -> Iterator[None]:
     """Say which of ``settings`` to lower, and to what, where the memory does not suffice.
 
-    Half is proposed: the request that failed tells how much was missing then, not how much would
-    have been asked for afterwards.
+    The first that is above 1 is named: callers put the one that helps most, or costs least, first.
+    Half of it is proposed: the request that failed tells how much was missing then, not how much
+    would have been asked for afterwards.
 
     Args:
         settings: Sizes that the memory needed inside grows with; two underscores stand for a dot.
@@ -194,11 +195,12 @@ def must_fit(**settings: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        larger = {name.replace("__", "."): size for name, size in settings.items() if size > 1}
+        larger = [(name.replace("__", "."), size) for name, size in settings.items() if size > 1]
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        now = " and ".join(f"{name} {size}" for name, size in larger.items())
-        half = " and ".join(f"{name} from {size} to {size // 2}" for name, size in larger.items())
-        advice = f"lower {half}" if larger else "lower image_size, or take a smaller model"
+        now, advice = "a single image", "lower image_size, or take a smaller model"
+        if larger:
+            name, size = larger[0]
+            now, advice = f"{name} {size}", f"lower {name} from {size} to {size // 2}"
         raise UsageError(
-            f"memory: expected {now or 'a single image'} to fit the memory, got {reason}; {advice}"
+            f"memory: expected {now} to fit the memory, got {reason}; {advice}"
         ) from None

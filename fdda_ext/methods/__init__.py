@@ -23,7 +23,7 @@ from .dsg import DSG, DSGConfig
 from .fdda import FDDA, FDDAConfig
 from .gdfq import GDFQ, GDFQConfig
 from .lapq import LAPQ, LAPQConfig
-from .memory import MemoryEstimate, estimate_memory
+from .memory import MemoryEstimate, check_memory, estimate_memory
 from .options import why_unused
 from .pace import fitting_share
 from .qdrop import QDrop, QDropConfig
@@ -70,6 +70,7 @@ __all__ = [
     "ZeroQ",
     "ZeroQConfig",
     "build_method",
+    "check_memory",
     "check_method",
     "distillation_loss",
     "estimate_memory",

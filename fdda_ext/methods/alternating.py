@@ -161,6 +161,11 @@ class AlternatingTraining(Method):
             images and its share of the images.
         """
 
+    @property
+    def generator_sizes(self) -> dict[str, int]:
+        """Settings that the memory of a generator step grows with, for `must_fit`."""
+        return {f"settings__{self.schedule.name}__batch": self.schedule.batch}
+
     def phase(self, iteration: int) -> Hashable | None:
         """What the host decides in `generator_loss`; iterations of one phase are one CUDA graph.
 
@@ -182,7 +187,7 @@ class AlternatingTraining(Method):
     @override
     def step(self, iteration: int) -> Mapping[str, Tensor]:
         schedule = self.schedule
-        with must_fit(**{f"settings__{schedule.name}__batch": schedule.batch}):
+        with must_fit(**self.generator_sizes):
             metrics, images, labels = self.generator_step(iteration)
         if schedule.ranges_from == "generated" and iteration < schedule.range_iterations:
             self.range_step(iteration, images)

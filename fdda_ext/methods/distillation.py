@@ -273,10 +273,7 @@ class Student:
         for group, rate in zip(self.optimizers[0].param_groups, self.full_rates, strict=True):
             group["lr"] = rate * self.rate_factor()
         regulariser = self.regulariser()
-        with must_fit(
-            settings__distillation__real_batch=self.config.real_batch,
-            settings__distillation__generated_batch=self.config.generated_batch,
-        ):
+        with must_fit(**self.sizes(len(images))):
             gradients = partial(self.gradients, share=share, regulariser=regulariser)
             # What a method put in place, and AdaRound's course, may change with the step.
             if self.problem.replays and self.loss is None and not self.soft:
@@ -298,6 +295,17 @@ class Student:
         if regulariser is not None:
             metrics["regulariser"] = regulariser.detach()
         return metrics | total(found)
+
+    def sizes(self, images: int) -> dict[str, int]:
+        """Settings that the memory of a step on ``images`` grows with, for `must_fit`."""
+        batches = {
+            f"settings__distillation__{name}": getattr(self.config, name)
+            for name in ("real_batch", "generated_batch")
+        }
+        largest = dict(sorted(batches.items(), key=lambda item: -item[1]))
+        if self.loss is not None:  # which looks at the whole batch
+            return largest
+        return {"images_at_once": -(-images // self.problem.parts(images)), **largest}
 
     def gradients(
         self, images: Tensor, labels: Tensor, *, share: float, regulariser: Tensor | None

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from ..engine import LiveTensors, parts_of, process_memory
+from ..engine import LiveTensors, free_memory, parts_of, process_memory
 from ..errors import UsageError
 from ..quantization import IMAGES_AT_ONCE, calibrate
 from ..statistics import BNSCentres, LayerStatistics, capture, running_statistics
@@ -22,10 +23,10 @@ from .fdda import FDDA
 from .optimised_images import OptimisedImages
 from .settings import MethodSettings
 
-__all__ = ["MemoryEstimate", "Phase", "estimate_memory"]
+__all__ = ["MemoryEstimate", "Phase", "check_memory", "estimate_memory"]
 
 #: What allocators keep and libraries use beside the tensors, as a share of the tensors' bytes.
-_BESIDE = 0.2
+_BESIDE = 0.1
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,35 @@ def estimate_memory(
     return MemoryEstimate(present, probe.kept, phases)
 
 
+def check_memory(
+    name: str,
+    problem: Problem,
+    settings: MethodSettings,
+    console: Console | None = None,
+    *,
+    test_batch: int = 0,
+) -> None:
+    """Print what memory a run will need, and refuse one that needs more than there is.
+
+    Args:
+        name: The method.
+        problem: What it is given.
+        settings: Of the methods.
+        console: Where to print; None for nowhere.
+        test_batch: Images evaluated together; 0 to leave evaluation out.
+
+    Raises:
+        UsageError: Names the setting that helps most.
+    """
+    found = estimate_memory(name, problem, settings, test_batch=test_batch)
+    if found is None:
+        return
+    free = free_memory(problem.device)
+    if console is not None:
+        console.print(found.describe(free), highlight=False)
+    found.check(free)
+
+
 class _Probe:
     """The parts of a run, on a few images.
 
@@ -172,13 +202,13 @@ class _Probe:
             self.student = problem.student()
         self.kept = self.student_bytes = live.now
         calibrate(self.student, self.images(1))
-        self.inference = _line(self._inference, (1, 2))
 
     def images(self, count: int) -> Tensor:
         """``count`` images, of which several may be the same."""
         return self.problem.images[torch.arange(count) % len(self.problem.images)]
 
-    def _inference(self, count: int) -> int:
+    def inference(self, count: int) -> int:
+        """Bytes of the student's pass over ``count`` images."""
         images = self.images(count)
         with torch.no_grad(), LiveTensors() as live:
             self.student(images)
@@ -187,12 +217,13 @@ class _Probe:
     def ranges(self) -> Phase:
         """Calibration, in batches."""
         count = min(len(self.problem.images), IMAGES_AT_ONCE)
-        return Phase("the ranges", *self.inference, count, "images_per_class", count)
+        line = _line(self.inference, count)
+        return Phase("the ranges", *line, count, "images_per_class", count)
 
     def evaluation(self, batch: int) -> Phase:
         """The student on a batch of test images."""
         count = -(-batch // parts_of(batch, self.pixels, self.problem.device))
-        return Phase("the evaluation", *self.inference, count, "test_batch", batch)
+        return Phase("the evaluation", *_line(self.inference, count), count, "test_batch", batch)
 
     def student_step(self) -> Phase:
         """A step of distillation."""
@@ -209,11 +240,11 @@ class _Probe:
                 kept = live.now
             return live.peak - kept
 
-        line = _line(step, (1, 2))
-        self.kept += kept
         batch = config.real_batch + config.generated_batch
         parts = self.problem.parts(batch)
         setting, value = "images_at_once", -(-batch // parts)
+        line = _line(step, value)
+        self.kept += kept
         if parts == 1:
             name = max("real_batch", "generated_batch", key=lambda name: getattr(config, name))
             setting, value = f"settings.distillation.{name}", getattr(config, name)
@@ -237,7 +268,7 @@ class _Probe:
                 kept += live.now
                 return live.peak - live.now
 
-        line = _line(step, (2, 4))
+        line = _line(step, batch)
         self.kept += kept
         return Phase("a generator step", *line, batch, f"settings.{self.name}.batch", batch)
 
@@ -253,7 +284,7 @@ class _Probe:
             return live.peak
 
         setting = f"settings.{self.name}.synthesis.batch"
-        return Phase("a step on images", *_line(step, (1, 2)), batch, setting, batch)
+        return Phase("a step on images", *_line(step, batch), batch, setting, batch)
 
     def small(self, count: int, at_once: int, **changes: Any) -> Method:
         """The method with other settings and with the calibration images that it needs least."""
@@ -281,8 +312,12 @@ class _Probe:
         return FDDA(problem, settings, BNSCentres(statistics, right))
 
 
-def _line(measured: Callable[[int], int], counts: tuple[int, int]) -> tuple[float, float]:
-    """Fixed part and slope of what is ``measured`` at two numbers of images."""
-    first, second = (measured(count) for count in counts)
-    slope = max((second - first) / (counts[1] - counts[0]), 0.0)
-    return max(first - slope * counts[0], 0.0), slope
+def _line(measured: Callable[[int], int], images: int) -> tuple[float, float]:
+    """Fixed part and slope of what is ``measured`` at about an eighth and a quarter of ``images``.
+
+    With fewer, weights would decide where the peak is.
+    """
+    few = max(images // 8, 2)
+    first, second = measured(few), measured(2 * few)
+    slope = max((second - first) / few, 0.0)
+    return max(first - slope * few, 0.0), slope
