@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -200,6 +201,7 @@ class _Probe:
         self.pixels = problem.images[0, 0].numel()
         with LiveTensors() as live:
             self.student = problem.student()
+            gc.collect()  # what tracing left in cycles
         self.kept = self.student_bytes = live.now
         calibrate(self.student, self.images(1))
 
@@ -261,6 +263,7 @@ class _Probe:
             at_once = count if in_turn else 2 * count
             with LiveTensors() as built:
                 method = self.small(count, at_once, batch=count)
+                gc.collect()
                 kept = built.now - self.student_bytes
             assert isinstance(method, AlternatingTraining)
             with LiveTensors() as live:
