@@ -39,6 +39,7 @@ from .methods import (
     MethodSettings,
     Problem,
     build_method,
+    check_memory,
     fitting_share,
     method_class,
 )
@@ -181,6 +182,7 @@ def quantize(
         cuda_graphs=config.cuda_graphs,
     )
     check_problem(problem, [method], exportable=exportable)
+    check_memory(method, problem, config.settings)
     folder, stored = None, {"method": method, "seed": seed, "bits": bits, "preset": preset}
     if out is not None:
         settings = {
@@ -237,7 +239,7 @@ def _share(
     share = 1.0
     if minutes is not None:
         build = partial(build_method, name, problem)
-        share = fitting_share(build, problem, settings, 60 * minutes)
+        share = fitting_share(build, settings, 60 * minutes, problem.device)
     if share < 1:
         _log.info("quantize: %.3g of the schedule fits %g minutes", share, minutes)
     if path is not None:
@@ -272,7 +274,7 @@ def restore(network: nn.Module, path: str | Path) -> GraphModule:
         example = torch.zeros(1, *made["image_shape"], device=next(network.parameters()).device)
         student = prepare(network, QuantizationConfig(**made["quantization"]), example)
         student.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, UsageError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"restore: expected {path} to hold a student of {type(network).__name__}, got {reason}"

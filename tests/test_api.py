@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import fdda_ext
 from fdda_ext import api
 from fdda_ext.errors import UsageError
-from fdda_ext.methods import METHODS, fitting_share
+from fdda_ext.methods import METHODS, fitting_share, measure_pace
 
 #: A run of moments.
 QUICK = {
@@ -270,6 +270,9 @@ def test_evaluate_wants_labels(network):
     assert fdda_ext.evaluate(network, loader) == fdda_ext.evaluate(network, images, labels)
 
 
+CPU = torch.device("cpu")
+
+
 class Clocked:
     """A method whose construction and steps take a fixed time on a clock of its own."""
 
@@ -300,9 +303,8 @@ class Schedule:
 @pytest.mark.parametrize("iterations", [1, 40, 512, 10_000, 70_000])
 def test_the_schedule_fits_the_time(seconds, iterations):
     clock = Clock()
-    problem = type("P", (), {"device": torch.device("cpu")})
     share = fitting_share(
-        lambda s: Clocked(clock, s.iterations), problem, Schedule(iterations), seconds, now=clock
+        lambda s: Clocked(clock, s.iterations), Schedule(iterations), seconds, CPU, now=clock
     )
     trials = clock.time
     assert trials <= max(0.1 * seconds, 2 + 2 * 0.5) + 0.5
@@ -316,9 +318,8 @@ def test_the_schedule_fits_the_time(seconds, iterations):
 
 def test_a_time_that_is_over_before_the_training_is_refused():
     clock = Clock()
-    problem = type("P", (), {"device": torch.device("cpu")})
-    with pytest.raises(UsageError, match="expected minutes above"):
-        fitting_share(lambda s: Clocked(clock, 9), problem, Schedule(9), 3.0, now=clock)
+    with pytest.raises(UsageError, match="for more than the 2.50 s of a trial and the 2.00 s"):
+        fitting_share(lambda s: Clocked(clock, 1), Schedule(9), 3.0, CPU, now=clock)
 
 
 def test_messages_go_to_the_logger(network, caplog):
@@ -326,3 +327,16 @@ def test_messages_go_to_the_logger(network, caplog):
     images, labels = some_images(20)
     fdda_ext.quantize(network, images, labels, method="minmax", progress=False)
     assert not caplog.text
+
+
+def test_a_schedule_of_few_steps_is_not_taken_for_none():
+    clock = Clock()
+
+    class Few(Schedule):
+        def scaled(self, share):
+            return Few(round(self.iterations * share))
+
+    found = measure_pace(lambda s: Clocked(clock, s.iterations), Few(5), 1e9, clock)
+    assert (found.fixed, found.whole, found.iterations) == (2.0, 2.5, 5)
+    found = measure_pace(lambda s: Clocked(clock, s.iterations), Few(0), 1e9, clock)
+    assert found.iterations == 0

@@ -184,12 +184,11 @@ def test_a_profile_of_no_time_has_no_shares():
 
 def test_equal_budgets_by_any_clock(clock, tmp_path):
     """A trial tells a share of the schedule, or that the budget is too small; it never crashes."""
-    config, _ = compare.parse(["--methods=distill", "--seeds=0", "--budget=3e7"])
-    (cell,) = compare.cells_of(config, compare.settings_of(config)[0])
-    rest = ["--test_limit=71", "--settings.distillation.steps=12"]
+    options = ["--method=distill", "--threads=1", "--settings.distillation.steps=12"]
+    config, _ = train.parse_arguments(options)
     refusal = ""
     try:
-        share = compare.schedule_share(config, cell, rest, {})
+        share = compare.share_in_budget(compare.trial(config, 3e6), 3e7, "distill")
     except UsageError as error:
         refusal, share = str(error), 1.0
     assert not refusal or "expected budget to exceed" in refusal
@@ -349,10 +348,11 @@ def test_nothing_in_the_package_is_timed_without_being_tested_here():
         if re.search(r"^\s*(import time\b|from time import)", path.read_text(), re.M)
     }
     assert readers == {
-        "compare.py",
+        "commands/compare.py",
         "data/listing.py",
         "engine/duration.py",
         "engine/loop.py",
         "engine/profiling.py",
+        "methods/pace.py",
         "visualization/measures.py",
     }

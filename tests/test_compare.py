@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fdda_ext.commands import compare, train
 from fdda_ext.errors import UsageError
+from fdda_ext.methods import pace
 
 SETTING = compare.Setting("glyphs_resnet", "W3A3", "same", 1)
 
@@ -183,14 +184,14 @@ def test_trials_tell_preparation_from_iterations_in_the_time_they_have(
     real = compare.build_problem
     monkeypatch.setattr(compare, "build_problem", lambda c: loaded.append(c) or real(c))
     monkeypatch.setattr(compare, "_prepared", {})
-    monkeypatch.setattr(compare, "_FIRST_TRIAL", 19)
+    monkeypatch.setattr(pace, "_FIRST_TRIAL", 19)
     monkeypatch.setattr(compare, "build_method", build)
     monkeypatch.setattr(compare.time, "process_time", lambda: now[0])
     config, _ = train.parse_arguments(["--settings.distillation.steps=1200", "--threads=1"])
-    pace = compare.trial(config, most)
+    found = compare.trial(config, most)
     assert lengths == trials
-    assert pace.fixed == pytest.approx(fixed, rel=0.15)
-    assert pace.whole == pytest.approx(whole, rel=0.05)
+    assert found.fixed == pytest.approx(fixed, rel=0.15)
+    assert found.whole == pytest.approx(whole, rel=0.05)
     assert now[0] <= max(most + 2, preparing + 2)
     # The next method finds the network and its images there.
     gdfq, _ = train.parse_arguments(["--method=gdfq", "--threads=1", "--bits=W3A3"])

@@ -130,6 +130,8 @@ def reader(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # A page's call of `fdda_ext.quantize` takes moments, however fast the machine is.
+    monkeypatch.setattr("fdda_ext.api.fitting_share", lambda *_: 1 / 200)
     for split, count in IMAGES_PER_CLASS.items():
         monkeypatch.setitem(glyphs._LENGTHS, split, count * len(glyphs.CHARACTERS))
     threads = torch.get_num_threads()
@@ -196,7 +198,10 @@ def run(words: list[str]) -> None:
     elif lacking:
         check_runs_of_comparison(words[3:])
     else:
-        main([*words[3:], *CHEAP.get(words[2].removeprefix("fdda_ext."), [])])
+        command = words[2].removeprefix("fdda_ext.")
+        arguments = [*words[3:], *CHEAP.get(command, [])]
+        resumed = "--resume" in arguments
+        main(train.without_unused(arguments) if command == "train" and not resumed else arguments)
 
 
 def check_runs_of_comparison(arguments: list[str]) -> None:

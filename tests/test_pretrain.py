@@ -105,3 +105,27 @@ def test_shipped_weights_have_their_accuracy_on_the_whole_test_split(name, whole
     assert accuracy.top1 >= 88
     # Another release of the font renderer may move a few images.
     assert abs(accuracy.top1 - float(metadata["top1"])) < 1
+
+
+VIEWS = """
+from torch import nn
+
+class Views(nn.Sequential):
+    def __init__(self, num_classes):
+        layers = nn.Conv2d(3, 4, 3, stride=8), nn.BatchNorm2d(4), nn.Linear(64, num_classes)
+        super().__init__(*layers)
+
+    def forward(self, x):
+        x = self[1](self[0](x))
+        return self[2](x.view(x.size(0), -1))
+"""
+
+
+def test_a_network_that_takes_views_of_its_maps_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "views_of_maps.py").write_text(VIEWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"data": "digits", "epochs": 1, "images": 64, "batch": 32, "threads": 1}
+    accuracy = pretrain.run(
+        pretrain.PretrainConfig(model="module:views_of_maps.Views", out=str(tmp_path), **options)
+    )
+    assert accuracy.count == 360

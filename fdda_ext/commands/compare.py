@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -38,7 +39,16 @@ from ..engine import (
 )
 from ..engine.checkpoint import atomic_write_text
 from ..errors import UsageError
-from ..methods import METHODS, MethodSettings, Problem, build_method, method_class
+from ..methods import (
+    METHODS,
+    TRIAL_SHARE,
+    MethodSettings,
+    Pace,
+    Problem,
+    build_method,
+    measure_pace,
+    method_class,
+)
 from ..quantization import QuantizationConfig, parse_bits
 from ..visualization import comparison, some_images
 from .train import (
@@ -291,28 +301,8 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
 
 # ---- equal budgets ------------------------------------------------------------------------------
 
-#: Iterations of the first trial that a schedule's time is judged by; every other has four times as
-#: many as the one before.
-_FIRST_TRIAL = 8
-#: The part of the budget that the trials of one method may take, all together.
-_TRIAL_SHARE = 0.1
 #: No schedule is stretched or shortened further.
 _SHARES = (1 / 64, 64.0)
-
-
-@dataclass(frozen=True)
-class Pace:
-    """What trials told of a method on a network.
-
-    Attributes:
-        fixed: Seconds of a run whatever its schedule.
-        whole: Seconds of its whole schedule besides.
-        iterations: The most iterations that one trial had; 0 if the method does not train.
-    """
-
-    fixed: float
-    whole: float
-    iterations: int
 
 
 #: The problem that was prepared last, by the configuration without its method.
@@ -330,19 +320,17 @@ def _shared_problem(config: TrainConfig) -> Problem:
 
 
 def trial(config: TrainConfig, most: float) -> Pace:
-    """Judge what a run takes by shortened schedules.
+    """The pace of the method of ``config``, see `measure_pace`.
 
-    Each is longer than the one before, until one takes half as long again as the first, so that
-    what is the same for any schedule can be told from the iterations; or until there is no time for
-    the next. A trial ends with the step in which the time is up, so the first may be cut short. On
-    a CPU with one thread the time is the processor's, which waiting for it does not lengthen.
+    On a CPU with one thread the clock counts processor time, which does not grow while the process
+    waits for the processor.
 
     Args:
         config: Of the run.
         most: Seconds that all trials together may take.
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    problem, settings = _shared_problem(config), config.settings
+    problem = _shared_problem(config)
     on_cpu = problem.device.type == "cpu" and config.threads == 1
 
     def now() -> float:
@@ -350,36 +338,8 @@ def trial(config: TrainConfig, most: float) -> Pace:
             torch.cuda.synchronize(problem.device)
         return time.process_time() if on_cpu else time.perf_counter()
 
-    begin = now()
-    share = _SHARES[0]
-    method = build_method(config.method, problem, settings.scaled(share))
-    fixed = now() - begin
-    if method.iterations == 0:
-        return Pace(fixed, 0.0, 0)
-    shares, took, done = list[float](), list[float](), 0
-    if method.iterations > 2 * _FIRST_TRIAL:  # a long schedule: less of it
-        share *= _FIRST_TRIAL / method.iterations
-        method = build_method(config.method, problem, settings.scaled(share))
-    while True:
-        done, start = 0, now()
-        while done < method.iterations and (done == 0 or now() - begin < most):
-            method.step(done)
-            done += 1
-        shares.append(share * done / method.iterations)
-        took.append(fixed + now() - start)
-        four_times = fixed + 4 * (took[-1] - fixed)
-        if (
-            (len(took) > 1 and took[-1] >= 1.5 * took[0])
-            or share >= 1
-            or now() - begin + four_times > most
-        ):
-            break
-        share = min(4 * share, 1.0)
-        method = build_method(config.method, problem, settings.scaled(share))
-    if len(took) > 1 and shares[-1] > shares[0] and took[-1] > took[0]:
-        whole = (took[-1] - took[0]) / (shares[-1] - shares[0])
-        return Pace(max(took[0] - whole * shares[0], 0.0), whole, done)
-    return Pace(fixed, (took[-1] - fixed) / shares[-1], done)
+    build = partial(build_method, config.method, problem)
+    return measure_pace(build, config.settings, most, now)
 
 
 def _timed(arguments: list[str], most: float) -> Pace:
@@ -411,9 +371,8 @@ def share_in_budget(pace: Pace, budget: float, method: str) -> float:
             f"compare: expected budget to exceed the {format_duration(pace.fixed)} that {method} "
             f"takes before it trains, got {budget:g} s"
         )
-    # A clock that does not move tells of a schedule that is as short as can be.
-    share = (budget - pace.fixed) / pace.whole if pace.whole else _SHARES[1]
-    return float(f"{min(max(share, _SHARES[0]), _SHARES[1]):.3g}")
+    least, most = _SHARES
+    return max(pace.share_in(budget, most), least)
 
 
 def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> dict[str, float]:
@@ -473,7 +432,7 @@ def _measured(
     if not cells:
         return
     assert config.budget is not None
-    most = _TRIAL_SHARE * config.budget
+    most = TRIAL_SHARE * config.budget
     rounds = -(-len(cells) // config.jobs)
     console.print(
         f"trials of {len(cells)} schedules: at most {format_duration(most)} each, "

@@ -161,6 +161,19 @@ def _check_fit(network: nn.Module, image: Tensor, model: str) -> None:
     check_logits(logits, 2, "pretrain")
 
 
+def _memory_format(network: nn.Module, image: Tensor) -> torch.memory_format:
+    """The format in which convolutions are fastest, unless the network takes views of its maps."""
+    images = image.expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad():  # a copy: the pass moves running statistics
+            copy.deepcopy(network).train()(images)
+    except RuntimeError as error:
+        if "view size is not compatible" in str(error):
+            return torch.contiguous_format
+        raise
+    return torch.channels_last
+
+
 def run(config: PretrainConfig) -> Accuracy:
     """Train, store the weights, and return their accuracy on the whole test split.
 
@@ -191,8 +204,9 @@ def run(config: PretrainConfig) -> Accuracy:
         preprocessing=how,
         channels=channels,
     )
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _check_fit(network, test_set[0][0], config.model)
+    memory_format = _memory_format(network, test_set[0][0])
+    network.to(memory_format=memory_format)  # type: ignore[call-overload]
     folder = _folder(config.out)
     images, labels = _images_in_memory(config, how)
     network.to(config.device)
@@ -220,7 +234,7 @@ def run(config: PretrainConfig) -> Accuracy:
             transient=True,
         ):
             batch = images[chosen].to(config.device).float()
-            batch = batch.contiguous(memory_format=torch.channels_last)
+            batch = batch.contiguous(memory_format=memory_format)
             loss = F.cross_entropy(network(batch), labels[chosen].to(config.device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

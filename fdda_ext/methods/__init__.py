@@ -25,7 +25,7 @@ from .gdfq import GDFQ, GDFQConfig
 from .lapq import LAPQ, LAPQConfig
 from .memory import MemoryEstimate, check_memory, estimate_memory
 from .options import why_unused
-from .pace import fitting_share
+from .pace import TRIAL_SHARE, Pace, fitting_share, measure_pace
 from .qdrop import QDrop, QDropConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
@@ -40,6 +40,7 @@ __all__ = [
     "LAPQ",
     "METHODS",
     "MSE",
+    "TRIAL_SHARE",
     "ZAQ",
     "AdaQuant",
     "AdaQuantConfig",
@@ -61,6 +62,7 @@ __all__ = [
     "MethodSettings",
     "MinMax",
     "Noise",
+    "Pace",
     "Problem",
     "QDrop",
     "QDropConfig",
@@ -75,6 +77,7 @@ __all__ = [
     "distillation_loss",
     "estimate_memory",
     "fitting_share",
+    "measure_pace",
     "method_class",
     "why_unused",
 ]

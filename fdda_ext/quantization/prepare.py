@@ -75,11 +75,12 @@ def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor)
     Weights have their ranges; activations pass through in float until `calibrate` or
     `set_activation_mode` gives them theirs. All parameters are trainable. Batch normalisation
     stays separate and keeps its statistics, whatever ``train()`` says; dropout is gone. Layers have
-    their old names, so ``student.load_state_dict(model.state_dict(), strict=False)`` works;
-    the quantizer of tensor ``t`` is ``student.activation_quantizers.t``.
+    their old names, so ``student.load_state_dict(model.state_dict(), strict=False)`` works. A layer
+    that is called several times has a copy for every further call (``conv_2`` beside ``conv``),
+    which a state dict of ``model`` does not fill: prepare a model that has its weights. The quantizer of tensor ``t`` is ``student.activation_quantizers.t``.
 
     Args:
-        model: A trained network with batch normalisation that torch.fx can trace.
+        model: A trained network that torch.fx can trace.
         config: Bits, grid and ranges.
         example_input: Images ``[N, 3, H, W]``, for shapes alone.
 

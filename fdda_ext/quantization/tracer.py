@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import operator
 import os
 import sys
@@ -47,6 +48,11 @@ _VIEWS = {"view": "reshape", "view_as": "reshape_as"}
 _SQUEEZES: tuple[Any, ...] = ("squeeze", torch.squeeze)
 #: Methods that give back their tensor if it has the wanted type and device.
 _CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda")
+
+
+# Shapes that do not fit together are the user's mistake, which an error names. PyTorch would print
+# them to stderr besides.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
 def shapes_only() -> FakeTensorMode:
