@@ -77,7 +77,8 @@ def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor)
     stays separate and keeps its statistics, whatever ``train()`` says; dropout is gone. Layers have
     their old names, so ``student.load_state_dict(model.state_dict(), strict=False)`` works. A layer
     that is called several times has a copy for every further call (``conv_2`` beside ``conv``),
-    which a state dict of ``model`` does not fill: prepare a model that has its weights. The quantizer of tensor ``t`` is ``student.activation_quantizers.t``.
+    which a state dict of ``model`` does not fill: prepare a model that has its weights. The
+    quantizer of tensor ``t`` is ``student.activation_quantizers.t``.
 
     Args:
         model: A trained network that torch.fx can trace.
