@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Augmentation
-from .deploy import export_obstacles
+from .deploy import export_obstacles, refusal
 from .distribution import local_device
 from .engine import Progress, ProgressBar, RunFolder, must_fit, train
 from .errors import UsageError
@@ -101,9 +101,7 @@ def check_problem(problem: Problem, methods: Sequence[str], *, exportable: bool)
         return
     if obstacles := export_obstacles(student):
         raise UsageError(
-            "expected a network that can become an integer program, got "
-            f"{len(obstacles)} operation(s) without an integer counterpart: "
-            f"{'; '.join(obstacles)}. Replace them, or train without an export: "
+            f"model: {refusal(obstacles)}; or train a student that is never exported: "
             "--exportable false on the command line, exportable=False in Python"
         )
 

@@ -4,7 +4,7 @@ from .export import check_target, export_student
 from .file import is_program, load_program, save_program, stored_bytes
 from .graph import CapturedProgram, capture
 from .instructions import CodeGrid, Value
-from .lowering import export_obstacles, lower
+from .lowering import export_obstacles, lower, refusal
 from .program import IntegerProgram
 from .student import load_student
 
@@ -21,6 +21,7 @@ __all__ = [
     "load_program",
     "load_student",
     "lower",
+    "refusal",
     "save_program",
     "stored_bytes",
 ]

@@ -58,7 +58,7 @@ from .instructions import (
 )
 from .program import IntegerProgram
 
-__all__ = ["export_obstacles", "lower"]
+__all__ = ["export_obstacles", "lower", "refusal"]
 
 _LAYERS = ("conv", "linear", "avg_pool")
 _CLAMPS = ("relu", "relu6")
@@ -139,13 +139,17 @@ def lower(
     lowering = _Lowering(student)
     lowering.run()
     if lowering.obstacles:
-        found = list(lowering.obstacles)
-        rest = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-        raise UsageError(
-            "lower: expected every operation to have an integer instruction, "
-            f"got {len(found)} that have none: {'; '.join(found[:_SHOWN] + rest)}"
-        )
+        raise UsageError(f"lower: {refusal(list(lowering.obstacles))}")
     return IntegerProgram(lowering.image, lowering.instructions, lowering.tensors, mean, std)
+
+
+def refusal(obstacles: list[str]) -> str:
+    """What was expected and what was found, for an error: the first obstacles and their number."""
+    rest = [f"and {len(obstacles) - _SHOWN} more"] if len(obstacles) > _SHOWN else []
+    return (
+        "expected every operation to have an integer instruction, "
+        f"got {len(obstacles)} that have none: {'; '.join(obstacles[:_SHOWN] + rest)}"
+    )
 
 
 @torch.no_grad()
