@@ -96,7 +96,7 @@ def check_problem(problem: Problem, methods: Sequence[str], *, exportable: bool)
     """
     for name in methods:
         check_method(name, problem.teacher)
-    student = problem.student()
+    student = problem.quickly_prepared().student()
     if not exportable or problem.quantization.grid != "deploy":
         return
     if obstacles := export_obstacles(student):

@@ -5,6 +5,7 @@ on CUDA. FDDA_REQUIRE_CUDA=1 turns a CUDA that is missing into failures instead 
 """
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -54,3 +55,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell lets commands in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -179,6 +179,7 @@ def press_at(kind, call, monkeypatch):
     monkeypatch.setattr(kind, "step", pressed)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_returns_the_student_of_that_moment(network, monkeypatch, caplog, tmp_path):
     images, labels = some_images(20)
     options = {"method": "distill", "options": QUICK["distill"], "minutes": None, "progress": False}
@@ -195,6 +196,7 @@ def test_ctrl_c_returns_the_student_of_that_moment(network, monkeypatch, caplog,
     assert torch.equal(resumed(images), whole(images))
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_before_there_are_ranges_is_an_interruption(network, monkeypatch):
     options = {"settings.zeroq.synthesis.images": 8, "settings.zeroq.synthesis.steps": 20}
     press_at(METHODS["zeroq"], 3, monkeypatch)

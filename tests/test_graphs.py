@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
-from fdda_ext import train
+from fdda_ext.commands import train
 from fdda_ext.data import Augmentation
 from fdda_ext.deploy import lower
 from fdda_ext.errors import UsageError
@@ -420,7 +420,8 @@ def problem(network: nn.Module) -> Problem:
 
 def run(name: str, network: nn.Module) -> nn.Module:
     """The student that a few steps of method ``name`` make of ``network``, which is exported."""
-    config, _ = train.parse_arguments(["--method", name, "--schedule_share", "0.001"])
+    short = train.without_unused(["--method", name, "--baselines=[]", "--schedule_share=0.001"])
+    config, _ = train.parse_arguments(short)
     method = build_method(name, problem(network), config.scheduled)
     for iteration in range(min(method.iterations, 4)):
         assert all(value.isfinite().all() for value in method.step(iteration).values())

@@ -8,13 +8,14 @@ import torch
 import yaml
 from torch import nn
 
+import fdda_ext
 from fdda_ext.commands import train
 from fdda_ext.data import Augmentation
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import Problem, build_method
 from fdda_ext.models import load_model
 
-FOLDER = Path(train.__file__).parent / "presets" / "imagenet"
+FOLDER = Path(fdda_ext.__file__).parent / "presets" / "imagenet"
 #: Top-1 in the order W4A4 and W5A5, each with all layers alike and with 8 bits at both ends.
 PUBLISHED = {
     "resnet18": ("pytorchcv:resnet18", 71.47, (68.88, 69.76, 70.56, 70.86)),

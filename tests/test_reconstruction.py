@@ -138,7 +138,8 @@ def test_float_copy_is_the_teacher():
 @torch.no_grad()
 def test_a_frontier_passes_every_layer_once_and_forgets_what_is_not_needed():
     task = replace(problem(), teacher=load("torchvision:shufflenet_v2_x0_5"))
-    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    size = task.images.shape[1:]  # what the student is prepared for
+    images = torch.randn(40, *size, generator=torch.Generator().manual_seed(1))
     student = task.student()
     calibrate(student, images)
     units = partition(student, "layer", images[:1], quantize="input")

@@ -466,7 +466,9 @@ def run_cell(config: CompareConfig, cell: Cell, share: float, rest: Sequence[str
     folder = cell.folder(Path(config.out))
     if RunFolder.is_finished(folder):
         return None
-    arguments = [*run_arguments(config, cell, rest), f"--schedule_share={share}"]
+    arguments = run_arguments(config, cell, rest)
+    if METHODS[_method_of(cell.method)].trains:
+        arguments.append(f"--schedule_share={share}")
     if (folder / "config.yaml").exists():
         arguments = [f"--threads={config.threads}", "--resume", "--no_report"]
     folder.parent.mkdir(parents=True, exist_ok=True)

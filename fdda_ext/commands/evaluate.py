@@ -166,11 +166,13 @@ def run(config: EvaluateConfig) -> Accuracy:
         dataset = config.dataset(config.data, image_size, default, channels)
     elif config.run is not None:
         network, recipe = load_student(Path(config.run))
-        classes = recipe["num_classes"]
         channels, height, width = image_shape_of(recipe)
         size = config.image_size or to_image_size(height, width)
         default = preprocessing_of(recipe)
         dataset = config.dataset(config.data or str(recipe["data"]), size, default, channels)
+        # Sizes that the network reads from its maps are those that it was prepared with.
+        black = torch.zeros(1, channels, *height_and_width(dataset.image_size))
+        classes = count_outputs(network, black, "evaluate")
     else:
         assert config.model is not None
         dataset = load_dataset(

@@ -837,9 +837,10 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         problem, opened = build_problem(config)
         if not config.resume:
             check_problem(problem, config.rows, exportable=config.exportable)
-        check_memory(
-            config.method, problem, config.scheduled, console, test_batch=config.test_batch
-        )
+        with alone():  # it takes steps, in which processes would exchange gradients
+            check_memory(
+                config.method, problem, config.scheduled, console, test_batch=config.test_batch
+            )
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
     path = Path(config.out or from_first(lambda: str(_new_folder(config))))
     inputs = inputs_digest(problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -94,6 +94,11 @@ class Problem:
     def student(self) -> GraphModule:
         """A fake-quantized copy of the teacher, its ranges not yet set."""
         return prepare(self.teacher, self.quantization, self.images[:1])
+
+    def quickly_prepared(self) -> Problem:
+        """The same with ranges that take no search, for what does not depend on ranges."""
+        quick = replace(self.quantization, weight_range="minmax", activation_range="minmax")
+        return replace(self, quantization=quick)
 
     def random(self) -> torch.Generator:
         """A source of random numbers of its own, started from the seed."""

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..engine import LiveTensors, free_memory, parts_of, process_memory
+from ..engine import LiveTensors, free_memory, parts_of, process_memory, release_freed_memory
 from ..errors import UsageError
 from ..quantization import IMAGES_AT_ONCE, calibrate
 from ..statistics import BNSCentres, LayerStatistics, capture, running_statistics
@@ -142,9 +142,8 @@ def estimate_memory(
     if not (kind.distils or issubclass(kind, Ranges)):
         return None
     present = process_memory(problem.device)
-    # The rule that needs no search: ranges take no memory, and their search the most time.
-    ranges = replace(problem.quantization, weight_range="minmax", activation_range="minmax")
-    probe = _Probe(name, kind, replace(problem, quantization=ranges, cuda_graphs=False), settings)
+    quick = replace(problem.quickly_prepared(), cuda_graphs=False)
+    probe = _Probe(name, kind, quick, settings)
     phases = [probe.ranges()]
     if test_batch:
         phases.append(probe.evaluation(test_batch))
@@ -154,7 +153,10 @@ def estimate_memory(
         phases.append(probe.generator_step())
     if issubclass(kind, OptimisedImages):
         phases.append(probe.image_step())
-    return MemoryEstimate(present, probe.kept, phases)
+    found = MemoryEstimate(present, probe.kept, phases)
+    del probe
+    release_freed_memory()  # else its pieces lie between the larger ones of the run
+    return found
 
 
 def check_memory(
