@@ -199,9 +199,8 @@ def test_equal_budgets_by_any_clock(clock, tmp_path):
 
 
 def test_no_method_without_a_schedule_is_stretched(clock):
-    config, _ = compare.parse(["--methods=minmax", "--seeds=0", "--budget=1"])
-    (cell,) = compare.cells_of(config, compare.settings_of(config)[0])
-    assert compare.schedule_share(config, cell, [], {}) == 1
+    config, _ = train.parse_arguments(["--method=minmax", "--threads=1"])
+    assert compare.share_in_budget(compare.trial(config, 0.1), 1, "minmax") == 1
 
 
 def test_calls_that_take_no_time_are_timed(clock):

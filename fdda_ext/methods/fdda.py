@@ -205,6 +205,7 @@ class FDDA(AlternatingTraining):
         """
         if not self.in_turn:
             return super().generator_gradients(iteration)
+        release_freed_memory()  # of the student's step, whose pieces lie elsewhere
         self.generator_optimizer.zero_grad(set_to_none=True)
         drawn = self.draw_batches(iteration)
         terms_b = self.terms(iteration, drawn)
