@@ -23,6 +23,7 @@ __all__ = [
     "free_memory",
     "is_out_of_memory",
     "keep_freed_memory",
+    "large_blocks_returned",
     "must_fit",
     "parts_of",
     "peak_memory",
@@ -31,7 +32,11 @@ __all__ = [
 ]
 
 #: Names that glibc's malloc.h gives to what mallopt sets.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+#: glibc's own number of blocks that lie outside its heap; bytes of the smallest of them.
+_MMAP_MAX, _LARGE = 65536, 32 << 20
+#: Whether `keep_freed_memory` was called.
+_kept = False
 #: Pixels that pass a network together on a CPU: 16 images of 224x224, 784 of 32x32.
 _PIXELS_AT_ONCE = 16 * 224**2
 
@@ -48,12 +53,36 @@ def keep_freed_memory() -> None:
 
     By default glibc gives the memory of every large tensor back, and the kernel clears each page
     again for the next: over a third of the time of a training iteration at 224x224 on a CPU.
-    Other C libraries are left as they are.
     """
+    global _kept
+    _kept = True
+    _mallopt(_M_MMAP_MAX, 0)
+    _mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def large_blocks_returned() -> Iterator[None]:
+    """Inside, the memory of a large tensor goes back when it is freed, as glibc has it by default.
+
+    Blocks that are kept come to lie between others, so a step that holds many large tensors takes
+    more than they have bytes. Afterwards freed memory is kept again, see `keep_freed_memory`.
+    """
+    if not _kept:
+        yield
+        return
+    _mallopt(_M_MMAP_MAX, _MMAP_MAX)
+    _mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    """Set a parameter of glibc's allocator; other C libraries are left as they are."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(parameter, value)
 
 
 def release_freed_memory() -> None:

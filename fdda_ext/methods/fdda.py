@@ -27,9 +27,10 @@ from typing_extensions import Self, override
 
 from ..data import augment
 from ..distribution import shard, share_of, world_size
-from ..engine import release_freed_memory, stage
+from ..engine import large_blocks_returned, release_freed_memory, stage
 from ..errors import UsageError
 from ..statistics import (
+    CLASSES_PER_PASS,
     BNSCentres,
     Distortion,
     StatisticsTargets,
@@ -154,8 +155,13 @@ class FDDA(AlternatingTraining):
     ) -> None:
         self.config = settings.fdda
         self.centres = centres or compute_centres(
-            problem.teacher, problem.images, problem.labels, problem.num_classes
+            problem.teacher,
+            problem.images,
+            problem.labels,
+            problem.num_classes,
+            problem.parts(CLASSES_PER_PASS),
         )
+        release_freed_memory()  # the passes are over, whose pieces lie between those of the next
         self.num_correct = int(self.centres.correct.sum())
         if self.num_correct == 0:
             raise UsageError(
@@ -211,8 +217,9 @@ class FDDA(AlternatingTraining):
         terms_b = self.terms(iteration, drawn)
         terms_a = {"bns": terms_b.pop("bns")}
         (noise_a, noise_b), (labels_a, labels_b) = drawn.noise.chunk(2), drawn.labels.chunk(2)
-        found_a, images = self.batch_gradients(noise_a, labels_a, terms_a)
-        found_b, _ = self.batch_gradients(noise_b, labels_b, terms_b)
+        with large_blocks_returned():
+            found_a, images = self.batch_gradients(noise_a, labels_a, terms_a)
+            found_b, _ = self.batch_gradients(noise_b, labels_b, terms_b)
         for name in ("generator", "classification"):
             found_a[name] = found_a[name] + found_b[name]
         return {**found_b, **found_a, "images": images, "labels": drawn.labels_a}

@@ -1,7 +1,7 @@
 """Batch-normalisation statistics (BNS): their capture, their class centres, their losses."""
 
 from .capture import BatchNormCapture, capture, running_statistics
-from .centres import BNSCentres, compute_centres, load_centres, save_centres
+from .centres import CLASSES_PER_PASS, BNSCentres, compute_centres, load_centres, save_centres
 from .image_losses import deviations, feature_distance, image_alignment, total_variation
 from .losses import (
     Distortion,
@@ -16,6 +16,7 @@ from .losses import (
 )
 
 __all__ = [
+    "CLASSES_PER_PASS",
     "BNSCentres",
     "BatchNormCapture",
     "Distortion",

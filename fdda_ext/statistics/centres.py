@@ -22,7 +22,7 @@ from ..ops import class_batch_stats
 from .capture import capture
 from .losses import LayerStatistics
 
-__all__ = ["BNSCentres", "compute_centres", "load_centres", "save_centres"]
+__all__ = ["CLASSES_PER_PASS", "BNSCentres", "compute_centres", "load_centres", "save_centres"]
 
 #: Classes whose images pass through the network together.
 CLASSES_PER_PASS = 32
@@ -43,7 +43,7 @@ class BNSCentres:
 
 @torch.no_grad()
 def compute_centres(
-    teacher: nn.Module, images: Tensor, labels: Tensor, num_classes: int
+    teacher: nn.Module, images: Tensor, labels: Tensor, num_classes: int, parts: int = 1
 ) -> BNSCentres:
     """Compute the BNS centres of ``teacher``, which is put in evaluation mode for it.
 
@@ -57,6 +57,7 @@ def compute_centres(
         images: Calibration images ``[n, C, H, W]``, normalised, not augmented.
         labels: Their classes, int64 ``[n]``.
         num_classes: K.
+        parts: Divide the passes into so many, to save memory.
 
     Returns:
         The centres. Each class has statistics of its own, exactly those of a batch that held its
@@ -77,10 +78,11 @@ def compute_centres(
     means: list[list[Tensor]] = []
     variances: list[list[Tensor]] = []
     correct = torch.zeros(num_classes, dtype=torch.bool, device=labels.device)
-    passes = range(0, num_classes, CLASSES_PER_PASS)
+    at_once = -(-CLASSES_PER_PASS // parts)
+    passes = range(0, num_classes, at_once)
     own = passes[own_slice(len(passes))]
     for first in own or passes[:1]:  # a process without any must know how many channels there are
-        last = min(first + CLASSES_PER_PASS, num_classes)
+        last = min(first + at_once, num_classes)
         begin, end = int(images_per_class[:first].sum()), int(images_per_class[:last].sum())
         chosen = order[begin:end]
         chosen_labels = labels[chosen]
@@ -102,7 +104,7 @@ def compute_centres(
         for layer, (mean, variance) in enumerate(found):
             means[layer].append(mean)
             variances[layer].append(variance)
-    ends = [min(CLASSES_PER_PASS * n, num_classes) for n in accumulate(shares(len(passes)))]
+    ends = [min(at_once * n, num_classes) for n in accumulate(shares(len(passes)))]
     of_ranks = [end - begin for begin, end in pairwise([0, *ends])]
 
     def of_all(parts: list[Tensor]) -> Tensor:
