@@ -156,10 +156,38 @@ def test_copies_and_empty_batches(program, images):
         assert torch.equal(converted(images), program(images))
 
 
+class PoolsFloats(nn.Module):
+    """A pooled normalisation that an addition reads in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.pool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+        self.second, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.norm1(self.first(x)))
+        x = torch.relu(self.norm2(self.second(torch.relu(x))) + x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module", params=["codes", "floats"])
+def any_program(request: pytest.FixtureRequest, program: IntegerProgram, images: Tensor):
+    """One that pools codes, and one that pools floats."""
+    if request.param == "codes":
+        return program
+    torch.manual_seed(0)
+    pools = assert_same_function(student_of(PoolsFloats().eval(), images), images)
+    assert any(isinstance(i, MaxPool) and i.output.grid is None for i in pools.instructions)
+    return pools
+
+
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
-def test_hostile_records_are_refused_or_run(program, data):
+def test_hostile_records_are_refused_or_run(any_program, data):
     """What the encoder would never write: nothing may be read or written outside."""
+    program = any_program
     images = torch.zeros(2, 3, SIZE, SIZE)
     native = program.native
     records = native.records(torch.float32, tuple(False for _ in native.eligible())).clone()
