@@ -663,7 +663,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--names", default="", help="only those that this regular expression finds")
     parser.add_argument("--per-family", type=int, help="the smallest of each family; 0 for all")
     parser.add_argument("--image-size", type=int, default=96, help="where the network takes it")
-    parser.add_argument("--most-parameters", type=float, default=150, help="millions")
+    parser.add_argument("--most-parameters", type=float, default=120, help="millions")
     parser.add_argument("--memory", type=float, default=8, help="GiB that a network may take")
     parser.add_argument("--minutes", type=float, default=20, help="that a network may take")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time, a core each")
