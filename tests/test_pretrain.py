@@ -128,4 +128,4 @@ def test_a_network_that_takes_views_of_its_maps_is_trained(tmp_path, monkeypatch
     accuracy = pretrain.run(
         pretrain.PretrainConfig(model="module:views_of_maps.Views", out=str(tmp_path), **options)
     )
-    assert accuracy.count == 360
+    assert accuracy.count == 539
