@@ -1,6 +1,7 @@
 """`quantize`, `report`, `evaluate`, `export`, `save` and `restore`, as a script calls them."""
 
 import copy
+import doctest
 import logging
 import pickle
 import signal
@@ -322,6 +323,12 @@ def test_a_time_that_is_over_before_the_training_is_refused():
     clock = Clock()
     with pytest.raises(UsageError, match="for more than the 2.50 s of a trial and the 2.00 s"):
         fitting_share(lambda s: Clocked(clock, 1), Schedule(9), 3.0, CPU, now=clock)
+
+
+def test_the_example_of_quantize_gives_what_it_shows():
+    (example,) = doctest.DocTestFinder().find(api.quantize, "quantize", globs=vars(api).copy())
+    assert doctest.DocTestRunner().run(example).failed == 0
+    assert len(example.examples) > 3
 
 
 def test_messages_go_to_the_logger(network, caplog):
