@@ -147,7 +147,7 @@ def quantize(
         >>> student(images[:2]).shape
         torch.Size([2, 71])
     """
-    network, place = _checked_network(network, device)
+    place = _place(network, device)
     config, _ = parse_arguments(_arguments(method, bits, preset, seed, str(place), options))
     kind = method_class(method)
     if minutes is not None and not 0 < minutes < math.inf:
@@ -283,10 +283,8 @@ def restore(network: nn.Module, path: str | Path) -> GraphModule:
     return student
 
 
-def _checked_network(
-    network: nn.Module, device: str | torch.device | None
-) -> tuple[nn.Module, torch.device]:
-    """The network and the device to compute on."""
+def _place(network: nn.Module, device: str | torch.device | None) -> torch.device:
+    """The device to compute on, once it is known that ``network`` is a network."""
     if not isinstance(network, nn.Module) or not any(True for _ in network.parameters()):
         raise UsageError(
             "quantize: expected network to be a torch.nn.Module with parameters, "
@@ -294,7 +292,7 @@ def _checked_network(
         )
     place = str(device or next(network.parameters()).device)
     check_machine("quantize", device=place)
-    return network, torch.device(place)
+    return torch.device(place)
 
 
 def _arguments(
