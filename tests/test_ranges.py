@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -231,6 +232,23 @@ def test_histogram_counts_every_value_within_half_a_bin():
     width = 2 * histogram.reach / histogram.bins
     repeated = centres.repeat_interleave(counts)
     assert ((repeated - values.sort().values).abs() <= width / 2 * 1.001).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "strided", "expanded"])
+def test_histogram_counts_every_value_of_any_layout(layout):
+    values = torch.randn(4, 24, 64, 48, generator=torch.Generator().manual_seed(0))
+    assert values.numel() > ranges._COUNTED_AT_ONCE  # several parts, the last one smaller
+    if layout == "channels last":
+        values = values.to(memory_format=torch.channels_last)
+    elif layout == "strided":
+        values = values[:, :, ::2, 1:]
+    elif layout == "expanded":
+        values = values[:1, :, :, :1].expand(3, 24, 64, 100)
+    histogram = Histogram()
+    histogram.update(values)
+    index = np.floor(values.numpy().ravel() * (histogram.bins / 2 / histogram.reach)).astype(int)
+    expected = np.bincount(index + histogram.bins // 2, minlength=histogram.bins)
+    assert histogram.counts.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("name", ["minmax", "lp", "lsq", "percentile"])

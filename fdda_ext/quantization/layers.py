@@ -77,7 +77,7 @@ def _exact_layer(layer: QuantizedConv2d | QuantizedLinear, x: Tensor) -> Tensor:
         total = F.linear(integers, codes.to(dtype))
     scale, shift = fold(layer)
     along = (-1,) + (1,) * (total.dim() - 2) if isinstance(layer, QuantizedConv2d) else (-1,)
-    return total.to(torch.float32) * scale.view(along) + shift.view(along)
+    return total.to(torch.float32).mul_(scale.view(along)).add_(shift.view(along))
 
 
 def fold(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ _COARSE = torch.linspace(0.05, 1.0, 39)[:, None]
 _FINE = torch.tensor((0.95, 0.9625, 0.975, 0.9875, 1.0125, 1.025, 1.0375, 1.05))[:, None]
 #: Values that are quantized in one call: as many candidates as come to so many, at least one.
 _AT_ONCE = 1 << 17
+#: Values that a histogram counts in one call on a CPU.
+_COUNTED_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,9 @@ class Histogram:
         Raises:
             UsageError: If one of them is not finite.
         """
-        x = x.detach().float().flatten()
+        x = x.detach()
+        in_memory_order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        x = x.permute(in_memory_order).flatten().float()
         low, high = (float(end) for end in torch.aminmax(x))
         if not math.isfinite(low) or not math.isfinite(high):
             raise UsageError("calibrate: expected every activation to be finite, got nan or inf")
@@ -206,9 +210,11 @@ class Histogram:
             quarter = self.bins // 4
             self.counts[quarter : 3 * quarter] = merged
             self.reach *= 2
-        # Exact: the width is a power of two.
-        index = (x * (self.bins / 2 / self.reach)).floor_().long().add_(self.bins // 2)
-        self.counts += torch.bincount(index, minlength=self.bins)
+        # On a CPU the intermediate results of one part fit its cache.
+        for part in x.split(_COUNTED_AT_ONCE if x.is_cpu else max(x.numel(), 1)):
+            # Exact: the width is a power of two, and float32 holds every index.
+            index = (part * (self.bins / 2 / self.reach)).floor_().add_(self.bins // 2)
+            self.counts += torch.bincount(index.int(), minlength=self.bins)
 
     def values_and_counts(self) -> tuple[Tensor, Tensor]:
         """Centres of the bins that hold something and their counts, float32 and int64 ``[n]``."""
