@@ -27,7 +27,7 @@ from fdda_ext.errors import UsageError
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = ("python", "console", "yaml")
-NOT_CODE = ("text", "math")
+NOT_CODE = ("text", "math", "mermaid")
 
 #: Appended to a command, so that a page takes seconds: of an option given twice the last counts.
 CHEAP = {
@@ -50,6 +50,8 @@ NOT_RUN = {
         "ImageNet",
         "expected the path to be a folder, got PATH",
     ),
+    "python -m fdda_ext.train --model timm:resnet50 --weights default --data folder:PATH --bits "
+    "W4A4": ("images and weights", "expected the path to be a folder, got PATH"),
     "torchrun --nproc-per-node 8 -m fdda_ext.train --device cuda": (
         "eight GPUs",
         "expected device to be available, got cuda",
@@ -181,6 +183,10 @@ def run(words: list[str]) -> None:
     if words[0] == "make":
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
         return
+    if words[0] == "pip":
+        dry = [sys.executable, "-m", *words, "--dry-run", "--no-deps"]
+        subprocess.run(dry, cwd=ROOT, check=True, capture_output=True)
+        return
     if words[0] == "torchrun":
         launched = torchrun_parser().parse_args(words[1:])
         assert launched.module
@@ -254,7 +260,7 @@ def test_files_and_commands_that_the_text_names_exist(page):
 
 COMMANDS = ("train", "evaluate", "export", "pretrain", "compare", "visualize", "data.synthetic")
 #: Options of other programs that the pages name.
-FOREIGN = {"--nproc-per-node", "--nnodes", "--no-build-isolation", "--fmad", "--no-deps"}
+FOREIGN = {"--nproc-per-node", "--nnodes", "--no-build-isolation", "--fmad", "--no-deps", "--help"}
 
 
 @pytest.fixture(scope="module")
