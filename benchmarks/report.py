@@ -1,9 +1,10 @@
-"""Turn the JSON of ``make bench`` into docs/benchmarks.md, that of ``make gpu`` into docs/gpu.md.
+"""Turn the JSON of ``make bench`` or of ``make gpu`` into a Markdown page of tables.
 
-python benchmarks/report.py benchmarks/out/cpu.json docs/benchmarks.md [COST.md ...]
-python benchmarks/report.py benchmarks/results/gpu-DEVICE-COMMIT.json docs/gpu.md
+python benchmarks/report.py benchmarks/out/cpu.json OUT.md [COST.md ...]
+python benchmarks/report.py benchmarks/results/gpu-DEVICE-COMMIT.json OUT.md
 
-Tables that benchmarks/inference_cost.py printed follow at the end.
+docs/benchmarks.md and docs/gpu.md hold these tables, with their conclusions in front. Tables that
+benchmarks/inference_cost.py printed follow at the end.
 """
 
 import argparse
