@@ -193,8 +193,8 @@ def test_curves_cross_where_they_do(programs):
     ("name", "arguments", "message"),
     [
         ("table_s3_accuracy_over_time", ["--methods", "minmax"], "train step by step, got minmax"),
-        ("table_s3_accuracy_over_time", ["--bits", "W4A4,W3A3"], "expected one, got W4A4,W3A3"),
-        ("table_s1_zeroshot_cost", ["--model", "a,b"], "expected one, got a,b"),
+        ("table_s3_accuracy_over_time", ["--bits", "W4A4,W3A3"], "a single value, got W4A4,W3A3"),
+        ("table_s1_zeroshot_cost", ["--model", "a,b"], "expected a single value, got a,b"),
         ("section_3_size_and_speed", ["--threads", "0"], "threads between 1 and"),
         ("figure_s1_s2_bns_tsne", ["--seed", "-1"], "seed between 0 and"),
         ("figure_s1_s2_bns_tsne", ["--classes", "9"], "classes between 2 and 8"),
@@ -229,10 +229,10 @@ def test_networks_are_taken_as_far_as_they_go(run, tmp_path):
     names = r"torchvision:(squeezenet1_1|mnasnet0_5|vgg11)$"
     arguments = ["--libraries=torchvision", "--names", names, "--image-size=64"]
     printed = run("networks", page, *arguments, "--most-parameters=100", budget=())
-    assert "Of 1 networks, 1 are prepared, 1 train, 1 are exported, 1 are equal" in printed
+    assert "Of 1 networks, 1 are prepared, 1 train, 1 are exported, 1 are bit-identical" in printed
     text = page.read_text()
     assert "| mnasnet0_5 | 2.2 | 64 | yes | yes | yes | yes |  |" in text
-    assert "Left out, 2 without batch normalisation: squeezenet1_1, vgg11." in text
+    assert "Left out are 2 networks without batch normalisation: squeezenet1_1, vgg11." in text
     assert "torch" in text
     # What is known is not found again.
     known = page.with_suffix(".jsonl").read_text()
