@@ -17,8 +17,7 @@ LAYERS = [(64, 112)] + 4 * [(64, 56)] + 5 * [(128, 28)] + 5 * [(256, 14)] + 5 * 
 def composed(
     xs: list[Tensor], labels: Tensor, means: list[Tensor], variances: list[Tensor], weight: Tensor
 ) -> Tensor:
-    """Compute the loss for a batch of a single class, as in the paper: the statistics of that
-    class are the statistics of the whole batch."""
+    """Compute the loss of a batch with a single class, as in the paper."""
     losses = []
     for x, target_mean, target_variance in zip(xs, means, variances, strict=True):
         variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)

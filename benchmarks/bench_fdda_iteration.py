@@ -1,6 +1,7 @@
-"""Compare an iteration of FDDA (generator step and student step) with plain PyTorch: ResNet-18 at
-224x224, the paper's batches. The plain version runs the generator and the teacher once for each of
-the two batches, keeps upsampled images in memory, and uses eager losses and fake quantization."""
+"""Compare an iteration of FDDA with plain PyTorch: ResNet-18 at 224x224, the paper's batches.
+
+The plain version runs generator and teacher once for each of the two batches, stores upsampled
+images, and uses eager losses and fake quantization."""
 
 from collections.abc import Callable, Mapping
 from unittest import mock

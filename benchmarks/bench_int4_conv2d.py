@@ -1,6 +1,5 @@
-"""Compare int4_conv2d on a GPU with torch's float16 convolution with bias and ReLU and, for 1x1
-kernels, with its int8 matrix product (without epilogue). Layers of ResNet-18 and MobileNetV2 at
-224x224, from codes to codes."""
+"""Compare int4_conv2d on a GPU, from codes to codes, with torch's float16 convolution with bias and
+ReLU and, for 1x1 kernels, with its int8 matrix product (without epilogue)."""
 
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from fdda_ext.ops import int4_conv2d, int4_pack_weight
 
-#: Image size, channels, outputs, window, stride, groups.
+#: Layers of ResNet-18 and MobileNetV2: image size, channels, outputs, window, stride, groups.
 LAYERS = {
     "7x7, 3 -> 64": (224, 3, 64, 7, 2, 1),
     "3x3, 64 -> 64 at 56": (56, 64, 64, 3, 1, 1),

@@ -5,7 +5,7 @@ Every benchmark first checks that all peers compute the same result. Then it tim
 
 Environment variables:
     FDDA_BENCH_DEVICE: ``cpu`` (default) or ``cuda``. On a GPU, the time of the kernels is measured
-        too, because the time to launch them often hides it.
+        too, since launching them often takes longer.
     FDDA_BENCH_THREADS: Number of CPU threads, 2 by default.
     FDDA_BENCH_LOG: File to which each result is appended at once, as one line of JSON.
 """
@@ -41,8 +41,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("FDDA_BENCH_THREADS", "2")))
-    # The process keeps freed memory. Otherwise page faults for large outputs would cost all peers
-    # more time than the operator itself.
+    # Keep freed memory. Otherwise page faults for large outputs take longer than the operators.
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -2,10 +2,10 @@
 
 python benchmarks/fit_tiles.py [benchmarks/results/int4-tiles-nvidia-h100.csv]
 
-Prints the constants of csrc/cuda/int4_conv2d_plan.cuh (kUnitCosts, kSegmentCosts), which uses the
-same model, and how much slower the tile that the model chooses is than the fastest measured tile.
-The CSV file has a row for every layer, batch and tile. A tile is named after the parameters of
-MatrixTile: rows, panels, rows per warp, slices, stages.
+Prints the constants of csrc/cuda/int4_conv2d_plan.cuh (kUnitCosts, kSegmentCosts), which has the
+same model, and the time of the chosen tiles over that of the fastest tiles. The CSV file has a row
+per layer, batch and tile. The name of a tile has the parameters of MatrixTile: rows, panels, rows
+per warp, slices, stages.
 """
 
 import csv

@@ -1,8 +1,7 @@
 """Build, test, sanitize, train and measure on a machine with a GPU (``make gpu``).
 
-Writes one JSON file, after every step, so that an interrupted report keeps what was done. Uses the
-Python that runs this program; its torch must have CUDA. Downloads nothing. Independent steps run at
-the same time. The benchmarks run last and alone.
+Writes one JSON file after every step. Uses the Python that runs this program; its torch must have
+CUDA. Downloads nothing. Steps run at the same time, except the benchmarks, which run last.
 """
 
 import argparse

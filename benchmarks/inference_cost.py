@@ -2,9 +2,9 @@
 
 python benchmarks/inference_cost.py [--network torchvision:resnet18] [--rounds 5]
 
-Prints a Markdown table: the time from a file to the first logits, and the peak memory up to then,
-beyond that of the imported libraries. The peers are the float network in torch and, if they are
-installed, OpenVINO and ONNX Runtime at eight bits.
+Prints a Markdown table: time from a file to the first logits, and peak memory up to then, beyond
+that of the imported libraries. The peers are the float network in torch and, if installed, OpenVINO
+and ONNX Runtime at eight bits.
 """
 
 from __future__ import annotations

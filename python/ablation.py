@@ -5,10 +5,10 @@
     python python/ablation.py --groups noise --budget full --preset paper --device cuda \\
         --model torchvision:resnet18 --data imagenet:PATH
 
-Every row changes one setting of the preset. The program writes runs.csv and ablation.csv, .md and
-.png below --out. The spread is the standard deviation over seeds; a difference is that of two runs
-with the same seed. The same command continues after an interruption and repeats no finished run.
-It refuses a folder whose runs have other options.
+Every row is FDDA with the preset, except for the change that it names. The program writes runs.csv
+and ablation.csv, .md and .png below --out. The spread is the standard deviation over seeds;
+differences are taken seed by seed. The same command continues after an interruption. It refuses a
+folder whose runs have other options.
 """
 
 import argparse

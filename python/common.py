@@ -1,4 +1,4 @@
-"""Functions that the programs of this folder share: runs that are done only once, and tables."""
+"""Functions that the programs of this folder share."""
 
 import argparse
 import csv

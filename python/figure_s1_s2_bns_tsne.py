@@ -6,10 +6,9 @@
 
 The float network runs on groups of images of one class. The BN statistics of a group at a layer are
 one point, and t-SNE draws the points of some layers in the plane. Two numbers measure the
-separation at every layer. The silhouette is 1 if classes are apart and 0 if they are mixed. The
-incohesion is the mean distance between a group and the centre of its class, divided by the mean
-distance between the centres of two classes. The program writes bns_tsne.png, bns_separation.png
-and bns_separation.csv to --out.
+separation at every layer: the silhouette (1: classes apart, 0: mixed), and the incohesion, the mean
+distance of a group from the centre of its class, over the mean distance between the centres of two
+classes. The program writes bns_tsne.png, bns_separation.png and bns_separation.csv to --out.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Kill training runs at random moments, resume them, and compare with an uninterrupted run.
 
-Moments are uniform over the length of a whole run, so a kill can happen in imports, in an
-evaluation, in training, or while a checkpoint (one after every iteration) or a result is written.
-Student, generator, BNS centres and losses must be bit-identical to those of the uninterrupted run.
+Moments are uniform over the length of a whole run: imports, evaluations, training, and the writing
+of checkpoints (one after every iteration) and results. Student, generator, BNS centres and losses
+must be bit-identical to those of the uninterrupted run.
 
     python python/kill_and_resume.py --kills 20
 """
@@ -110,8 +110,8 @@ def main() -> None:
             begin = time.monotonic()
             try:
                 process.communicate(timeout=moments.uniform(0, length))
-                # The run ended before the kill, so the machine is faster now. With the length of
-                # the first run, no kill might ever happen.
+                # The run ended before the kill: the machine is faster now. Otherwise there might
+                # be no more kills.
                 length = min(length, time.monotonic() - begin)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)

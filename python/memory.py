@@ -1,11 +1,10 @@
-"""Compare the memory that a run estimates with the peak of its process. Also measure the size of a
-checkpoint and the time of an iteration.
+"""Measure estimated and real memory of methods, size of a checkpoint, and time of an iteration.
 
     python python/memory.py --model timm:tf_efficientnet_lite0 --image-size 224 --classes 1000
 
-Weights and images are random, since neither affects memory. Running statistics come from some of
+Weights and images are random, which does not affect memory. Running statistics come from some of
 the images, so that activations do not overflow. Every method runs in its own process, with a
-shortened schedule that contains all phases.
+shortened schedule.
 """
 
 import argparse

@@ -6,19 +6,17 @@
 
 The program runs convolutional classification networks with batch normalisation: all of torchvision,
 those of timm that have trained weights, and the two smallest of each family of pytorchcv. Weights
-are random, random images give BN statistics and ranges, and nothing is downloaded. A network goes
-through four stages:
+are random, random images give BN statistics and ranges, and nothing is downloaded. The stages are
 
-  prepared   It is quantized to W4A4 on the deploy grid and calibrated.
+  prepared   The network is quantized to W4A4 on the deploy grid and calibrated.
   trained    One step of distillation has a finite loss and finite gradients.
-  exported   Its integer program is written to a file and read again.
-  equal      The logits of that program are bit-identical to the student's, for one and for three
-             images.
+  exported   The integer program is written to a file and read again.
+  equal      Logits of that program and the student are bit-identical, for one and three images.
 
-The page gives a reason for every failure. A network may take at most --memory and --minutes. A
-process that hangs or dies is replaced. Results are kept in a file beside the page, so that the same
-command continues after an interruption; it repeats networks that ran out of time or memory. The
-exit status is 1 if a network failed with an error other than a UsageError.
+The page gives a reason for every failure. A network may take at most --memory and --minutes; a
+process that hangs or dies is replaced. Results are stored beside the page, so that the same command
+continues after an interruption. It repeats networks that ran out of time or memory. The exit status
+is 1 if a network failed with an error other than a UsageError.
 """
 
 import argparse
@@ -226,8 +224,8 @@ def words(error: BaseException) -> str:
 def settled(name: str, size: int) -> nn.Module:
     """Build a network with random weights and with the running statistics of random images.
 
-    The BN shifts are 1, so that most values pass the ReLUs. Otherwise the output of a deep random
-    network hardly depends on the input.
+    BN shifts of 1 let most values pass the ReLUs. Otherwise the output of a deep random network
+    hardly depends on its input.
     """
     torch.manual_seed(0)
     network = load_model(name, weights=None).train()
@@ -606,12 +604,12 @@ def outcomes(run: list[Candidate], workers: Workers, record: Record) -> list[Out
 INTRODUCTION = """\
 # Networks
 
-This page is made by `python python/networks.py`. It shows which classification networks of three
-libraries work with this package. Weights are random, and BN statistics are those of random images.
-A network is prepared (W4A4, `deploy` grid, calibrated on {images} random images), trained by one
-step of distillation, and exported to a file. The column "equal" says whether the logits of that
-program are bit-identical to the student's, for batches of {batches} images. Images have
-{size}x{size} pixels, or more if the network does not take such small images.
+Made by `python python/networks.py`: which classification networks of three libraries work with this
+package. Weights are random, and BN statistics are those of random images. A network is prepared
+(W4A4, `deploy` grid, calibrated on {images} random images), trained by one step of distillation,
+and exported to a file. The column "equal" says whether the logits of that program are bit-identical
+to the student's, for batches of {batches} images. Images have {size}x{size} pixels, or more if the
+network does not take such small images.
 """
 HEADER = ("network", "parameters, M", "pixels", "prepared", "trains", "exported", "equal", "reason")
 

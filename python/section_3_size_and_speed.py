@@ -3,14 +3,14 @@
     python python/section_3_size_and_speed.py                    the paper's four networks, minutes
     python python/section_3_size_and_speed.py --model torchvision:resnet50 --budget full
 
-Weights are random, since only size and speed are measured. Sizes are given in two ways: as papers
-count them (bits times weights of convolutions and linear layers), and in bytes of the exported file
-(packed weights, scales, instructions). First and last layer have the bits of the other layers, or
-8. Times are median and quartiles of interleaved calls. On a CPU the program is compared with the
-float network in PyTorch and, if they are installed, with ONNX Runtime and OpenVINO at 8 bits. On a
-GPU the program runs as a CUDA graph and is compared with float32, and with float16 with and without
-a CUDA graph. The program writes size and speed as .csv and .md, and section_3.png, below --out. It
-does not repeat measurements of the same network on the same machine with the same versions.
+Weights are random, since only size and speed are measured. Sizes are given as papers count them
+(bits times weights of convolutions and linear layers) and in bytes of the exported file (packed
+weights, scales, instructions). First and last layer have the bits of the others, or 8. Times are
+median and quartiles of interleaved calls. The peers are the float network in PyTorch and, if
+installed, ONNX Runtime and OpenVINO at 8 bits on a CPU. On a GPU the integer programs run as CUDA
+graphs, and the peers are float32, and float16 with and without a CUDA graph. Results are size and
+speed as .csv and .md, and section_3.png, below --out. Measurements of the same network on the same
+machine with the same versions are not repeated.
 """
 
 import argparse

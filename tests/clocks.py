@@ -18,7 +18,7 @@ _HOUR = 3600.0
 
 
 def _ours(frame) -> bool:
-    """Whether the caller is a module of the package or a program in python/."""
+    """Return whether the caller is a module of the package or a program in python/."""
     name = frame.f_globals.get("__name__", "")
     return name.startswith("fdda_ext") or frame.f_code.co_filename.startswith(PROGRAMS)
 

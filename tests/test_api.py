@@ -313,7 +313,7 @@ def test_the_schedule_fits_into_the_time(seconds, iterations):
     assert trials <= max(0.1 * seconds, 2 + 2 * 0.5) + 0.5
     planned = Schedule(iterations).scaled(share).iterations
     assert trials + 2 + 0.5 * planned <= 1.02 * seconds
-    # A shortened schedule uses a good part of the time.
+    # A shortened schedule uses more than 15 % of the time.
     assert planned == iterations or 2 + 0.5 * planned > 0.15 * seconds
     if 2 + 0.5 * iterations < 0.5 * seconds and seconds > 100:
         assert share == 1

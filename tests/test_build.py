@@ -77,7 +77,7 @@ def symbols(*options: str) -> str:
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils is not installed")
 def test_only_the_stable_abi_of_torch_is_used() -> None:
-    """Refuse C++ symbols of at:: or c10::; symbols that only a CUDA libtorch has must be weak."""
+    """Expect no C++ symbols of at:: or c10::, and weak ones if only a CUDA libtorch has them."""
     undefined = symbols("--undefined-only")
     assert re.search(r" U (aoti_torch|torch)_\w+", undefined)
     assert not re.findall(r"_ZNK?(?:2at|3c10)\w*", undefined)

@@ -19,7 +19,7 @@ from fdda_ext.engine import read_student, run_command, write_student
 from fdda_ext.errors import UsageError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-#: A run of seconds: a small generator, few steps, few test images.
+#: Arguments for a short run: a small generator, few steps, few test images.
 QUICK = [
     "--no-report",
     "--threads=1",

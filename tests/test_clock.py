@@ -339,7 +339,7 @@ def test_speeds_are_empty_when_the_clock_stands_still(clock, program, tmp_path):
 
 
 def test_every_module_that_reads_a_clock_is_known():
-    """Require that modules which read a clock are listed here; test them in this file."""
+    """Require that every module that reads a clock is listed here, and tested in this file."""
     package = PROGRAMS.parent / "fdda_ext"
     readers = {
         path.relative_to(package).as_posix()

@@ -203,7 +203,7 @@ def test_hostile_records_are_refused_or_run(any_program, data):
 
 
 def test_integer_sums_stay_close_to_float_sums(images):
-    """Compare the student's sums of integers (without gradients) and of floats (with gradients)."""
+    """Compare the student's integer sums (without gradients) and float sums (with gradients)."""
     student = student_of(small_network(), images)
     exact = student(images).detach()
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_integer_sums_stay_close_to_float_sums(images):
 
 
 class Unusual(nn.Module):
-    """Normalisation before a layer and after an addition, a shared sum, a mean, padding."""
+    """A network with normalisations before a layer and after an addition, and a shared sum."""
 
     def __init__(self) -> None:
         super().__init__()

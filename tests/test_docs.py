@@ -77,7 +77,7 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """Name of the file that the reader shall write the block to, if any."""
+        """Name of the file that the reader is to write, or None."""
         first = re.match(r"# ([\w-]+\.\w+)\n", self.text)
         return first[1] if first else None
 

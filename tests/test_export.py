@@ -154,7 +154,7 @@ def shapes_in_between(n, x):
 
 
 def two_grids(n, x):
-    """Use a result on the grid of a concatenation and in float."""
+    """Use a result both on the grid of a concatenation and in float."""
     x = n.bn2(n.conv2(F.relu(n.stem(x))))
     y = n.head(torch.cat([x, F.relu(x)], 1))
     return n.fc((F.relu(y) + x).mean((2, 3)))

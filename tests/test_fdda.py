@@ -156,7 +156,7 @@ class Recomputed(Replayed):
 
 
 def test_replayed_steps_get_their_inputs_and_leave_their_gradients():
-    """Test on the CPU what surrounds a CUDA graph; test_cuda.py tests the graphs."""
+    """Check inputs, gradients and random numbers of replays on the CPU; test_cuda.py has graphs."""
     chosen = settings({"steps": 8}, warmup_iterations=10, misclassified_iterations=6)
     task = problem(right=True)
     launched = FDDA(task, chosen)
@@ -170,7 +170,7 @@ def test_replayed_steps_get_their_inputs_and_leave_their_gradients():
         with mock.patch.object(Problem, "replays", True):
             found = replayed.step(iteration)
         assert found == expected
-        # There is a new capture when classes without a correct centre are left out.
+        # Steps are captured again when classes without a correct centre are no longer drawn.
         assert replayed.replayed_generator.is_captured == (iteration % 6 > 2 or iteration >= 9)
         assert replayed.trainer.replayed.is_captured == (iteration >= 13)
     assert torch.equal(launched.random.get_state(), replayed.random.get_state())
@@ -202,7 +202,7 @@ def test_a_failed_capture_names_the_option_to_disable_graphs(monkeypatch):
 
 
 def test_a_deleted_method_frees_its_steps_at_once():
-    """Require this without garbage collection, since a graph holds the memory of a whole step."""
+    """Require this without the garbage collector: a graph holds the memory of a whole step."""
     method = FDDA(problem(), settings())
     steps = [weakref.ref(method.trainer.replayed), weakref.ref(method.replayed_generator)]
     gc.disable()

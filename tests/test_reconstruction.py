@@ -530,7 +530,7 @@ def test_bn_tuning_uses_statistics_of_the_quantized_network():
         variance, mean = torch.var_mean(x, (0, 2, 3))
         torch.testing.assert_close(norm.running_mean, mean, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(norm.running_var, variance, rtol=1e-3, atol=1e-4)
-        # The measured mean replaces what the learned shift had compensated.
+        # With the measured mean, the mean output is the teacher's shift, not the learned one.
         expected = task.teacher.get_submodule(name).bias
         torch.testing.assert_close(y.mean((0, 2, 3)), expected, rtol=1e-3, atol=1e-3)
     before = norms["4"].running_mean.clone()
