@@ -83,10 +83,7 @@ def moments() -> dict[str, Any]:
 
 
 def centre_bits() -> list[str]:
-    """Return digests of the BNS centres, computed in three passes and in one.
-
-    One pass is fewer than there are ranks.
-    """
+    """Return digests of BNS centres, computed in three passes and in one (for several ranks)."""
     task = problem(right=True)
     bits = []
     for centres.CLASSES_PER_PASS in (2, 32):
@@ -138,7 +135,7 @@ def refusal() -> str:
 
 
 def everything() -> dict[str, Any]:
-    """Return all results in a form that JSON can hold."""
+    """Return all results."""
     return {
         "fdda, paper grid": training("fdda", {"grid": "paper"}),
         "fdda, deploy grid": training("fdda", ranges_from="calibration", classes_per_batch=2),

@@ -10,7 +10,6 @@ from fdda_ext.quantization import allocate_bits
 
 
 def exhaustive(costs, sizes, average_bits):
-    """Return the least cost of all choices within the budget."""
     budget = average_bits * sum(sizes.values())
     return min(
         sum(costs[name][bits] for name, bits in zip(costs, choice, strict=True))

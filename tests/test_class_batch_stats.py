@@ -95,7 +95,7 @@ def test_matches_reference(
 def gradient(
     op: Callable[..., tuple[Tensor, Tensor, Tensor]], x: Tensor, labels: Tensor, num_classes: int
 ) -> Tensor:
-    """Return the gradient to x of a fixed random combination of mean and var."""
+    """Return the gradient with respect to x of a fixed random combination of mean and var."""
     x = x.detach().requires_grad_()
     _, mean, var = op(x, labels, num_classes)
     generator = torch.Generator().manual_seed(1)
@@ -150,7 +150,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(
 def test_large_gradients_written_past_the_caches_are_correct(
     isa: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
 ) -> None:
-    """Use more than 16 MiB, with planes that are aligned to cache lines and planes that are not."""
+    """Use more than 16 MiB, with planes aligned and not aligned to cache lines."""
     backward = torch.ops.fdda._class_batch_stats_backward
     for side in (56, 30, 7):
         channels = 2**24 // dtype.itemsize // (2 * side * side) + 1

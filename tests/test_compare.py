@@ -166,7 +166,7 @@ def test_share_is_the_schedule_share_of_every_run():
 def test_trials_separate_preparation_from_iterations_within_their_time(
     monkeypatch, preparing, inside, most, trials, fixed, whole
 ):
-    """Use a fake clock, on which an iteration takes 2 s."""
+    """Use a fake clock: an iteration takes 2 s."""
     now, lengths, loaded = [0.0], [], []
 
     class Slow:

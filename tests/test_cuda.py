@@ -37,7 +37,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """Return a copy that is shifted by one element, so that it is not aligned to 16 bytes."""
+    """Return a copy that is not aligned to 16 bytes."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -87,7 +87,7 @@ def test_sanitized_fake_quantize(
     layout: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """Require that y and dx are bit-identical to the CPU's, and sums equal up to rounding."""
+    """Compare with the CPU: y and dx bit by bit, sums up to rounding."""
     x, grad, scale, zero_point = quantize_inputs(shape, axis, dtype)
     expected = quantize(layout(x), layout(grad), scale, zero_point, axis)
     moved = [layout(x.cuda()), layout(grad.cuda()), scale.cuda(), zero_point.cuda()]
@@ -101,7 +101,7 @@ def test_sanitized_fake_quantize(
 def statistics_problem(
     dtype: torch.dtype, layout: Callable[[Tensor], Tensor], device: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor], Tensor]:
-    """Return arguments of class_stats_loss: five layers, two sets of targets, one absent class."""
+    """Return arguments of class_stats_loss with five layers and one absent class."""
     generator = torch.Generator().manual_seed(0)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     xs, means, variances = [], [], []
@@ -147,7 +147,6 @@ def on_cuda(value: Any) -> Any:
 @pytest.mark.parametrize("tile", range(5))
 @pytest.mark.parametrize("case", CONV_CASES)
 def test_sanitized_int4_conv2d(case: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in every tile."""
     monkeypatch.setenv("FDDA_INT4_TILE", str(tile))
     *tensors, options = make_case(**CONV_CASES[case])
     expected = run(*tensors, options)
@@ -252,7 +251,7 @@ def convolutions(x: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 def everything(tensors: list[Tensor]) -> list[Tensor]:
-    """Return results of all operators, with gradients: x, grad, scale, zero_point, labels."""
+    """Return the results of all operators, with gradients."""
     x, grad, scale, zero_point, labels = tensors
     target = torch.zeros((1, 2, x.shape[1]), device="cuda")
     weight = torch.ones((1, 2), device="cuda")

@@ -80,7 +80,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """Return a copy that is shifted by one element, so that it is not aligned to 16 bytes."""
+    """Return a copy that is not aligned to 16 bytes."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -370,7 +370,6 @@ def test_int4_conv2d(simt: SimpleNamespace, order: str, tile: int, case: str) ->
 def test_int4_conv2d_in_the_chosen_tile(
     simt: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run with small and with large numbers of multiprocessors."""
     problem = make_case((2, 9, 9, 80), 100, residual="float")
     expected = convolve(CPU, problem)
     for multiprocessors in ("1", "6", "132"):
@@ -379,7 +378,7 @@ def test_int4_conv2d_in_the_chosen_tile(
 
 
 def test_the_cost_model_chooses_nearly_the_fastest_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the statement of int4_conv2d_plan.cuh about its constants on the measured times."""
+    """Check on the measured times what int4_conv2d_plan.cuh says about its constants."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     fit_tiles = importlib.import_module("fit_tiles")
     plan = (ROOT / "csrc" / "cuda" / "int4_conv2d_plan.cuh").read_text()

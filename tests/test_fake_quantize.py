@@ -35,7 +35,7 @@ def sliced(x: Tensor) -> Tensor:
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """Return a contiguous copy that is shifted by one element, so that it is not aligned."""
+    """Return a contiguous copy that is not aligned."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -67,7 +67,7 @@ CASES = [
 def make_inputs(
     shape: tuple[int, ...], axis: int | None, dtype: torch.dtype, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x, upstream gradient, scale and zero_point; a fifth of x is outside a 4-bit grid."""
+    """Return x (a fifth is outside a 4-bit grid), upstream gradient, scale and zero_point."""
     generator = torch.Generator().manual_seed(seed)
     channels = [] if axis is None else [shape[axis]]
     x = torch.randn(shape, generator=generator).to(dtype)
@@ -157,7 +157,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(
 def test_large_outputs_written_past_the_caches_are_correct(
     isa: str, axis: int | None, dtype: torch.dtype
 ) -> None:
-    """Use more than 16 MiB, with planes that are aligned to cache lines and planes that are not."""
+    """Use more than 16 MiB, with planes aligned and not aligned to cache lines."""
     for side in (56, 30):
         channels = 2**24 // dtype.itemsize // (2 * side * side) + 1
         x, grad, scale, zero = make_inputs((2, channels, side, side), axis, dtype)

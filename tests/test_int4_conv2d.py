@@ -228,7 +228,7 @@ def test_no_sum_saturates_under_winograd(isa: str, bits: int, corner: int, value
 @pytest.mark.parametrize("value", [-128, -65, -64, -8, 7, 64, 127])
 @pytest.mark.parametrize("size", [2, 5])
 def test_no_sum_saturates(isa: str, bits: int, groups: int, value: int, size: int) -> None:
-    """Use the largest codes, and weights for which pairs of products just fit 16 bits or do not."""
+    """Use the largest codes, and weights whose pairs of products just fit 16 bits, or do not."""
     shape = (1, size, size, 70)
     x, weight, scale, shift, options = make_case(shape, 70, groups=groups, zero_point=0)
     x.fill_(2**bits - 1)

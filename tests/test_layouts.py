@@ -1,4 +1,4 @@
-"""Weights of one library in a network of another, and the preprocessing that belongs to weights."""
+"""Weights of one library in a network of another, and the preprocessing of weights."""
 
 import copy
 import itertools

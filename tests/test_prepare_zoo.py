@@ -41,8 +41,7 @@ CONFIGS = {
 def settle(network: nn.Module, size: int = 64) -> nn.Module:
     """Set the running statistics from random images, and all BN shifts to 1.
 
-    With the shifts, most values pass the ReLUs. Otherwise a deep random network would amplify
-    every perturbation, even that of eight bits.
+    Then most values pass the ReLUs. Otherwise a deep random network amplifies every perturbation.
     """
     network.train()
     for module in network.modules():

@@ -76,10 +76,7 @@ def test_every_setting_is_the_published_one(name, model, bits, ends, top1, full)
 
 @cache
 def random_network(model: str) -> nn.Module:
-    """Build a network with random weights, and with the statistics of random images.
-
-    Without these statistics, signals would vanish.
-    """
+    """Build a random network with statistics of random images, without which signals vanish."""
     torch.manual_seed(0)
     network = load_model(model, weights="none", num_classes=2).requires_grad_(False).train()
     for module in network.modules():
