@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", default="default")
     parser.add_argument("--data", help="other data")
     parser.add_argument("--split", default="train", help="split that the images come from")
-    parser.add_argument("--classes", type=int, default=5, help="number of classes to draw")
+    parser.add_argument("--classes", type=int, default=5, help="number of classes, evenly spaced")
     parser.add_argument("--budget", choices=BUDGETS, default="short", help="number of images")
     parser.add_argument("--layers", type=int, nargs="+", help="BN layers to draw; the first is 1")
     parser.add_argument("--seed", type=int, default=0)
