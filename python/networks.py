@@ -665,7 +665,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--most-parameters", type=float, default=120, help="in millions")
     parser.add_argument("--memory", type=float, default=8, help="limit for a network, in GiB")
     parser.add_argument("--minutes", type=float, default=20, help="time limit for a network")
-    parser.add_argument("--jobs", type=int, default=1, help="networks at the same time, one core each")
+    parser.add_argument("--jobs", type=int, default=1, help="networks at once, one core each")
     parser.add_argument("--out", type=Path, default=Path("docs/networks.md"), help="page to write")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
