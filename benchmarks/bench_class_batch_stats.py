@@ -1,4 +1,5 @@
-"""class_batch_stats against a loop over classes, index_add, and var_mean + index_add compiled."""
+"""Compare class_batch_stats with a loop over classes, and with var_mean and index_add (eager and
+compiled)."""
 
 from collections.abc import Callable
 
@@ -31,7 +32,7 @@ def loop(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 
 
 def merge(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Statistics of each image, merged over the images of a class."""
+    """Compute the statistics of each image, and merge them over the images of a class."""
     variance, mean = torch.var_mean(x.float(), dim=(2, 3), correction=0)
     zeros = mean.new_zeros(num_classes, mean.shape[1])
     count = zeros[:, :1].index_add(0, labels, mean.new_ones(labels.shape[0], 1)).clamp_min(1)

@@ -1,5 +1,5 @@
-"""class_stats_loss over all BN layers of ResNet-18 at 16 images of 224x224, FDDA's two target sets,
-against the same in plain PyTorch, and that compiled."""
+"""Compare class_stats_loss with plain PyTorch, eager and compiled: all BN layers of ResNet-18, 16
+images of 224x224, FDDA's two sets of targets."""
 
 from collections.abc import Callable
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from fdda_ext.ops import class_stats_loss
 
 IMAGES = 16
-#: Channels and side of what enters each BN layer of ResNet-18.
+#: Channels and height of the input of each BN layer of ResNet-18.
 LAYERS = [(64, 112)] + 4 * [(64, 56)] + 5 * [(128, 28)] + 5 * [(256, 14)] + 5 * [(512, 7)]
 
 
 def composed(
     xs: list[Tensor], labels: Tensor, means: list[Tensor], variances: list[Tensor], weight: Tensor
 ) -> Tensor:
-    """One class, as the paper's batches have: its statistics are those of the whole batch."""
+    """Compute the loss of a batch with a single class, as in the paper."""
     losses = []
     for x, target_mean, target_variance in zip(xs, means, variances, strict=True):
         variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)

@@ -1,5 +1,5 @@
-"""fake_quantize against eager LSQ+, the same compiled, torch's own operators and, where they
-are installed, NNCF's and a CuPy kernel."""
+"""Compare fake_quantize with LSQ+ (eager and compiled), with torch's own operators and, if they are
+installed, with NNCF's operator and a CuPy kernel."""
 
 import importlib.util
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def ours(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tens
 
 
 def eager_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    """LSQ+ as it is usually written, with straight-through rounding."""
+    """LSQ+ as it is usually written, with a straight-through estimator for rounding."""
     if axis is not None:
         shape = [-1 if d == axis else 1 for d in range(x.dim())]
         scale, zero_point = scale.view(shape), zero_point.view(shape)
@@ -34,7 +34,7 @@ def eager_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) ->
 
 
 def learnable(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    """torch's operator with gradients for all three; they differ from LSQ's at the borders."""
+    """torch's operator with all three gradients, which differ from LSQ's at the clamping limits."""
     limits = (QUANT_MIN, QUANT_MAX)
     if axis is None:
         return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, *limits)
@@ -42,7 +42,7 @@ def learnable(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) ->
 
 
 def fixed(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    """torch's operator without gradients for scale and zero point: less work than the others."""
+    """torch's operator without gradients for scale and zero point, which does less work."""
     scale, zero_point = scale.detach(), zero_point.detach().int()
     if axis is None:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, QUANT_MIN, QUANT_MAX)
@@ -71,7 +71,7 @@ PEERS: dict[str, Callable[..., Tensor]] = {
 
 
 def cupy_kernel() -> Callable[..., Tensor]:
-    """The forward as one fused CuPy kernel, for a GPU."""
+    """Return the forward pass as one fused CuPy kernel, for a GPU."""
     import cupy
 
     kernel = cupy.ElementwiseKernel(
@@ -94,9 +94,9 @@ if importlib.util.find_spec("nncf"):
     PEERS["nncf"] = nncf
 
 
-#: torch's own operators take float32 alone.
+#: torch's own operators take only float32.
 DTYPES = {torch.float32: list(PEERS), torch.bfloat16: ["fdda_ext", "eager", "compile"]}
-#: Of the comparison: one unit of the last place of the output, and its sums over the whole tensor.
+#: Tolerances (rtol, atol): the rounding of one output, and of sums over the whole tensor.
 CLOSE = {torch.float32: (1e-3, 1e-2), torch.bfloat16: (2e-2, 1e-1)}
 
 
@@ -122,7 +122,7 @@ def bench_forward(compare, device, case, dtype):
     if device == "cuda" and dtype is torch.float32 and importlib.util.find_spec("cupy"):
         peers["cupy"] = forward(cupy_kernel())
     for function in peers.values():
-        # Values on the border between two codes may fall either way.
+        # A value halfway between two codes may be rounded to either.
         differ = (function() - peers["fdda_ext"]()).abs() > 1e-4
         assert differ.float().mean() < 1e-5
     compare(f"fake_quantize forward, {case}, {dtype}", peers, 2 * arguments[0].nbytes)
@@ -148,7 +148,7 @@ def bench_forward_backward(compare, device, case, dtype):
 
 
 class PlainFunction(torch.autograd.Function):
-    """What any operator written in Python pays: nothing is computed but one product."""
+    """The overhead of any operator written in Python: it computes a single product."""
 
     @staticmethod
     def forward(ctx, x, scale, zero_point):  # type: ignore[no-untyped-def]
@@ -162,7 +162,7 @@ class PlainFunction(torch.autograd.Function):
 
 
 def bench_dispatch(compare, device):
-    """Sixteen elements: what is measured is the way to the kernel and back."""
+    """Measure the overhead of a call, with sixteen elements."""
     CASES["16"] = ((16,), None)
     *leaves, axis = inputs("16", torch.float32, device)
     gradient = torch.ones(16, device=device)

@@ -1,6 +1,7 @@
-"""A whole iteration of FDDA, generator step and student step, ResNet-18 at 224x224 with the paper's
-batches, against the same computation in plain PyTorch: a generator pass and a teacher pass for each
-of the two batches, upsampled images in memory, losses and fake quantization of eager operators."""
+"""Compare an iteration of FDDA with plain PyTorch: ResNet-18 at 224x224, the paper's batches.
+
+The plain version runs generator and teacher once for each of the two batches, stores upsampled
+images, and uses eager losses and fake quantization."""
 
 from collections.abc import Callable, Mapping
 from unittest import mock
@@ -16,7 +17,7 @@ from fdda_ext.quantization import QuantizationConfig
 from fdda_ext.statistics import BNSCentres, capture, compute_centres
 from fdda_ext.synthesis import ConditionalGenerator
 
-#: Images of the real ones' classes; 1000 would be the same iteration.
+#: Number of classes. An iteration takes the same time with 1000.
 CLASSES = 64
 
 
@@ -51,7 +52,7 @@ def distance(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 class PlainFDDA(FDDA):
-    """As one would write it from the paper; the same random numbers as FDDA."""
+    """A direct implementation of the paper, with the same random numbers as FDDA."""
 
     def generator_step(self, iteration: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         config, first, batch = self.config, self.first_layer, self.config.batch
@@ -103,7 +104,7 @@ class PlainFDDA(FDDA):
 
 
 def all_trusted(*arguments: object) -> BNSCentres:
-    """Random weights get no image right; their centres serve a benchmark all the same."""
+    """Mark all centres as correct; a teacher with random weights classifies no image correctly."""
     centres = compute_centres(*arguments)
     return BNSCentres(centres.statistics, torch.ones_like(centres.correct))
 
@@ -141,7 +142,7 @@ def build(
 
 
 def losses(method: FDDA, iterations: int) -> Tensor:
-    """Of the generator and of the student, iteration by iteration."""
+    """Return the losses of generator and student, ``[iterations, 2]``."""
     found = [method.step(iteration) for iteration in range(iterations)]
     return torch.tensor([[m["generator"].item(), m["student"].item()] for m in found])
 
@@ -154,15 +155,15 @@ def bench_iteration(compare, device):
     }
     if device == "cuda":
         methods["bfloat16 without graphs"] = build(FDDA, device, torch.bfloat16, False)
-    iterations = 2 if device == "cpu" else 6  # on a GPU the last ones are replayed
+    iterations = 2 if device == "cpu" else 6  # on a GPU a CUDA graph replays the last ones
     found = {name: losses(method, iterations) for name, method in methods.items()}
     expected = found.pop("plain")
-    # On a GPU float32 convolutions run in TF32, whose rounding depends on the algorithm.
+    # On a GPU, float32 convolutions run in TF32, whose rounding depends on the algorithm.
     close = 1e-3 if device == "cpu" else 1e-2
     for name, values in found.items():
         rtol = close if name == "fdda_ext" else 5e-2
         torch.testing.assert_close(values[:2], expected[:2], rtol=rtol, atol=0)
-        # Adam makes a full step of a rounding error: what follows is alike, no more.
+        # Adam turns a rounding error into a full step, so later losses agree only roughly.
         torch.testing.assert_close(values, expected, rtol=0.3, atol=0)
 
     def step(method: FDDA) -> Callable[[], object]:

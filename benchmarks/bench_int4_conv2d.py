@@ -1,6 +1,5 @@
-"""int4_conv2d on a GPU at the layers of ResNet-18 and MobileNetV2, 224x224 images, codes to codes,
-against torch's convolution with bias and ReLU in float16 and, for 1x1 windows, its product of int8
-matrices (without what follows the sums)."""
+"""Compare int4_conv2d on a GPU, from codes to codes, with torch's float16 convolution with bias and
+ReLU and, for 1x1 kernels, with its int8 matrix product (without epilogue)."""
 
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from fdda_ext.ops import int4_conv2d, int4_pack_weight
 
-#: Image size, channels, outputs, window, stride, groups.
+#: Layers of ResNet-18 and MobileNetV2: image size, channels, outputs, window, stride, groups.
 LAYERS = {
     "7x7, 3 -> 64": (224, 3, 64, 7, 2, 1),
     "3x3, 64 -> 64 at 56": (56, 64, 64, 3, 1, 1),
@@ -32,7 +31,7 @@ SCALE, ZERO_POINT = 0.01, 3
 
 
 def ours(x: Tensor, weight: Tensor, layer: str, out_bits: int = 4) -> Callable[[], Tensor]:
-    """4-bit codes and weights to 4-bit codes."""
+    """Return a call of int4_conv2d with 4-bit codes and 4-bit weights."""
     _, _, outputs, window, stride, groups = LAYERS[layer]
     ones = torch.ones(outputs, device=x.device)
     scale, correction = SCALE * ones, (ZERO_POINT * weight.flatten(1).sum(1)).to(torch.int32)
@@ -47,9 +46,9 @@ def ours(x: Tensor, weight: Tensor, layer: str, out_bits: int = 4) -> Callable[[
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("layer", [name for name in LAYERS if "depthwise" not in name])
 def bench_tiles(compare, device, monkeypatch, layer, batch):
-    """Beside the tile that csrc/cuda/int4_conv2d_plan.cuh chooses, each that it chooses from."""
+    """Compare the tile that csrc/cuda/int4_conv2d_plan.cuh chooses with all its candidates."""
     if device != "cuda":
-        pytest.skip("tiles are those of the CUDA kernel")
+        pytest.skip("only the CUDA kernel has these tiles")
     size, channels, outputs, window, _, groups = LAYERS[layer]
     x = torch.randint(0, 16, (batch, size, size, channels), dtype=torch.uint8, device=device)
     sizes = (outputs, window, window, channels // groups)
@@ -75,7 +74,7 @@ def bench_tiles(compare, device, monkeypatch, layer, batch):
 @pytest.mark.parametrize("layer", LAYERS)
 def bench_layer(compare, device, layer, batch):
     if device != "cuda":
-        pytest.skip("on the CPU, whole programs are measured")
+        pytest.skip("the CPU is measured with whole programs")
     size, channels, outputs, window, stride, groups = LAYERS[layer]
     generator = torch.Generator().manual_seed(0)
     shape = (batch, size, size, channels)
@@ -96,12 +95,12 @@ def bench_layer(compare, device, layer, batch):
         return F.conv2d(images, filters, bias, stride, window // 2, 1, groups).relu_()
 
     values = ours(x, weight, layer, out_bits=0)().permute(0, 3, 1, 2)
-    # All sums may be negative: then both are 0.
+    # If all sums are negative, both results are 0.
     assert (half().float() - values).abs().max() <= 0.01 * values.max()
     peers = {"fdda_ext": function, "float16": half}
     pixels = batch * size * size
     if window == stride == 1 and pixels > 16 and channels % 8 == outputs % 8 == 0:
-        rows = x.view(pixels, channels).view(torch.int8)  # codes below 16 read the same
+        rows = x.view(pixels, channels).view(torch.int8)  # codes below 16 are the same in int8
         columns = weight.view(outputs, channels).t()
         exact = rows.double() @ columns.double()
         assert torch.equal(torch._int_mm(rows, columns).double(), exact)

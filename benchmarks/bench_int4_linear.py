@@ -1,5 +1,5 @@
-"""int4_linear with requantization, at the sizes of ResNet-18's convolutions as matrix products,
-against torch's own quantized linear layer (oneDNN, unsigned times signed bytes)."""
+"""Compare int4_linear (with requantization) with torch's quantized linear layer (oneDNN, unsigned
+times signed bytes)."""
 
 import warnings
 
@@ -8,14 +8,14 @@ import torch
 
 from fdda_ext.ops import int4_linear, int4_pack_weight
 
-#: Pixels, inputs, outputs: 3x3 convolutions at 56, 28, 14 and 7 pixels, and the classifier.
+#: Pixels, inputs, outputs of ResNet-18's 3x3 convolutions as matrix products, and its classifier.
 SIZES = [(3136, 576, 64), (784, 1152, 128), (196, 2304, 256), (49, 4608, 512), (1, 512, 1000)]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def bench_linear(compare, device, size):
     if device != "cpu":
-        pytest.skip("torch's quantized linear layer runs on the CPU")
+        pytest.skip("torch's quantized linear layer runs only on the CPU")
     rows, inputs, outputs = size
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (rows, inputs), generator=generator, dtype=torch.uint8)

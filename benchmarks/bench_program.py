@@ -1,5 +1,5 @@
-"""Whole networks at W4A4 as integer programs, against the float network and, where they are
-installed, OpenVINO and ONNX Runtime with eight bits. Weights are random: only speed is measured."""
+"""Compare W4A4 integer programs with the float network and, if they are installed, with OpenVINO
+and ONNX Runtime at eight bits. Weights are random, since only speed is measured."""
 
 import importlib.util
 import time
@@ -19,7 +19,7 @@ NETWORKS = ["torchvision:resnet18", "torchvision:mobilenet_v2"]
 
 
 def peak_gops() -> float:
-    """What the product kernel reaches on a matrix that suits it, 10^9 operations a second."""
+    """Measure the matrix kernel on a well-suited matrix, in 10^9 operations per second."""
     rows, inputs, outputs = 768, 1024, 1024
     codes = torch.randint(0, 16, (rows, inputs), dtype=torch.uint8)
     weight = torch.randint(-8, 8, (outputs, 1, 1, inputs), dtype=torch.int8)
@@ -43,7 +43,7 @@ def bench_network(compare, benchmark, device, tmp_path, spec, batch):
     program = lower(student)
     with torch.no_grad():
         expected = student(images[:4])
-    # Compared with the student on the CPU: cuDNN may choose algorithms that are not exact.
+    # The student runs on the CPU, since cuDNN may choose algorithms that are not exact.
     assert torch.equal(program.to(device)(images[:4].to(device)).cpu(), expected)
     peers: dict[str, Callable[[], object]] = {}
     if (

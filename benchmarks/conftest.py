@@ -1,10 +1,13 @@
-"""Devices, threads and the clock of the benchmarks.
+"""Devices, threads and time measurement of the benchmarks.
 
-Every benchmark first checks that the peers compute the same. Then they take turns (A B C, C B A,
-...), so that whatever slows the machine down for a while slows all of them. FDDA_BENCH_DEVICE=cuda
-measures on a GPU; FDDA_BENCH_THREADS sets the CPU threads (2). On a GPU the time that its kernels
-took is measured besides: what the host takes to launch them often hides it. FDDA_BENCH_LOG names a
-file that gets every result at once, one line of JSON each.
+Every benchmark first checks that all peers compute the same result. Then it times them interleaved
+(A B C, C B A, ...), so that a temporary slowdown of the machine affects all of them.
+
+Environment variables:
+    FDDA_BENCH_DEVICE: ``cpu`` (default) or ``cuda``. On a GPU, the time of the kernels is measured
+        too, since launching them often takes longer.
+    FDDA_BENCH_THREADS: Number of CPU threads, 2 by default.
+    FDDA_BENCH_LOG: File to which each result is appended at once, as one line of JSON.
 """
 
 import ctypes
@@ -25,11 +28,11 @@ from fdda_ext import build_info
 DEVICE = os.environ.get("FDDA_BENCH_DEVICE", "cpu")
 LOG = os.environ.get("FDDA_BENCH_LOG")
 ROUNDS = 20
-#: Seconds that one peer has in one round; several calls share it.
+#: Seconds of one peer in one round. Short calls are repeated to fill them.
 TURN = 0.004
 
 Peers = dict[str, Callable[[], Any]]
-#: Optional ones.
+#: Packages of optional peers.
 PEERS = ("nncf", "openvino", "onnxruntime", "cupy")
 
 
@@ -38,8 +41,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("FDDA_BENCH_THREADS", "2")))
-    # Freed memory stays with the process: otherwise large outputs cost all peers more in page
-    # faults than the operator does in work.
+    # Keep freed memory. Otherwise page faults for large outputs take longer than the operators.
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -48,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info["fdda_ext"] = dataclasses.asdict(build_info())
     machine_info["torch"] = torch.__version__
-    packages = packages_distributions()  # cupy comes as cupy-cuda13x
+    packages = packages_distributions()  # the distribution of cupy is cupy-cuda13x
     machine_info["peers"] = {name: version(packages[name][0]) for name in PEERS if name in packages}
     if DEVICE == "cuda":
         machine_info["gpu"] = torch.cuda.get_device_name()
@@ -56,7 +58,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 @pytest.fixture(autouse=True)
 def compiled_afresh() -> None:
-    """Past a few shapes torch.compile gives up and runs the function uncompiled."""
+    """Reset torch.compile, which stops compiling a function after a few different shapes."""
     torch.compiler.reset()
 
 
@@ -66,7 +68,7 @@ def device() -> str:
 
 
 def seconds_per_call(function: Callable[[], Any], calls: int) -> float:
-    """Mean time of some calls, up to the end of their work."""
+    """Return the mean time of a call, including its work on the GPU."""
     start = time.perf_counter()
     for _ in range(calls):
         function()
@@ -76,7 +78,7 @@ def seconds_per_call(function: Callable[[], Any], calls: int) -> float:
 
 
 def device_microseconds(function: Callable[[], Any], calls: int) -> float:
-    """Mean time of a call's kernels and copies on the GPU, without the gaps between them."""
+    """Return the mean time of a call's kernels and copies on the GPU, without gaps between them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(calls):
             function()
@@ -91,10 +93,10 @@ def device_microseconds(function: Callable[[], Any], calls: int) -> float:
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Measures peers in turns, and, given floor_bytes, a copy that moves so many.
+    """Return a function that times peers interleaved and, given floor_bytes, a copy of that size.
 
-    Medians and quartiles of all go to extra_info, in microseconds, and on a GPU the time of their
-    kernels; pytest-benchmark's own table shows fdda_ext alone.
+    It writes medians and interquartile ranges to extra_info, in microseconds, and on a GPU also the
+    time of the kernels. pytest-benchmark's own table shows only fdda_ext.
     """
 
     def run(group: str, peers: Peers, floor_bytes: int | None = None, rounds: int = ROUNDS) -> None:
@@ -105,7 +107,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             peers = {**peers, "copy": lambda: target.copy_(source)}
         calls = {}
         for name, function in peers.items():
-            if rounds < ROUNDS:  # it takes seconds
+            if rounds < ROUNDS:  # a call takes seconds
                 calls[name] = 1
                 continue
             seconds_per_call(function, 2)

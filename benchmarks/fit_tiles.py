@@ -1,11 +1,11 @@
-"""What the tiles of int4_conv2d cost on a GPU, fitted to measured times.
+"""Fit the cost model of int4_conv2d's tiles to times measured on a GPU.
 
 python benchmarks/fit_tiles.py [benchmarks/results/int4-tiles-nvidia-h100.csv]
 
-Prints the constants of csrc/cuda/int4_conv2d_plan.cuh (kUnitCosts, kSegmentCosts), whose model this
-is, and how far the tile that takes least time by the model is from the fastest of all that were
-measured. The table has a row for every layer, batch and tile; a tile is named after the parameters
-of MatrixTile: rows, panels, rows of a warp, slices, stages.
+Prints the constants of csrc/cuda/int4_conv2d_plan.cuh (kUnitCosts, kSegmentCosts), which has the
+same model, and the time of the chosen tiles over that of the fastest tiles. The CSV file has a row
+per layer, batch and tile. The name of a tile has the parameters of MatrixTile: rows, panels, rows
+per warp, slices, stages.
 """
 
 import csv
@@ -18,12 +18,13 @@ import numpy as np
 from scipy.optimize import least_squares
 
 TABLE = Path(__file__).parent / "results" / "int4-tiles-nvidia-h100.csv"
-#: Of an H100: multiprocessors, and what each has.
+#: Number of multiprocessors of an H100, and the resources of each.
 MULTIPROCESSORS, THREADS, REGISTERS, SHARED_BYTES = 132, 2048, 65536, 227 * 1024
-#: Registers of a thread, by the rows of its warp, as the compiler tells.
+#: Registers per thread by rows per warp, as the compiler reports them.
 REGISTERS_OF_ROWS = {64: 126, 32: 96, 16: 80}
-LAUNCH = 2.0  # microseconds, the same for all
-#: The lists of the plan, in its order; the image's first layers have no units of 16 channels.
+LAUNCH = 2.0  # microseconds, the same for all tiles
+#: The candidates of the plan, in its order. kSegmentCosts is for layers whose number of input
+#: channels is not a multiple of 16.
 CHOSEN = {
     "kUnitCosts": ("16x1x16x4x4", "32x1x32x4x3", "64x2x32x1x4", "128x1x32x1x4", "64x4x64x1x4"),
     "kSegmentCosts": ("32x1x32x2x4", "128x1x32x1x4", "128x2x32x1x4"),
@@ -39,7 +40,7 @@ def sizes(tile: str) -> tuple[int, int, int, int, int]:
 
 
 def resident(tile: str) -> int:
-    """Blocks that a multiprocessor holds."""
+    """Return how many thread blocks fit on a multiprocessor."""
     rows, panels, warp_rows, slices, stages = sizes(tile)
     threads = rows // warp_rows * panels * slices * 32
     shared = stages * slices * (rows * 64 + panels * 2048) + 1024
@@ -48,7 +49,7 @@ def resident(tile: str) -> int:
 
 
 def time_of(tile: str, row: Row, start: float, step: float, share: float) -> float:
-    """As tile_time in the plan, and the launch."""
+    """Return the microseconds by tile_time of the plan, plus the launch."""
     steps = -(-int(row["chunks"]) // sizes(tile)[3])
     blocks = -(-int(row["blocks"]) // MULTIPROCESSORS)
 
@@ -60,7 +61,7 @@ def time_of(tile: str, row: Row, start: float, step: float, share: float) -> flo
 
 
 def fit(tile: str, rows: Sequence[Row]) -> list[float]:
-    """start, step and share with the least error of the logarithm, outliers counting less."""
+    """Fit start, step and share to the logarithms of the times, with less weight for outliers."""
 
     def errors(logarithms: np.ndarray) -> list[float]:
         cost = np.exp(logarithms)
@@ -72,7 +73,7 @@ def fit(tile: str, rows: Sequence[Row]) -> list[float]:
 
 
 def read(path: Path) -> dict[str, list[Row]]:
-    """The rows of each list."""
+    """Read the rows for each list of the plan."""
     with path.open() as file:
         rows = list(csv.DictReader(file))
     segments = [row for row in rows if row["layer"].startswith(SEGMENTS)]
@@ -85,7 +86,7 @@ def read(path: Path) -> dict[str, list[Row]]:
 def behind_the_fastest(
     rows: Sequence[Row], costs: Mapping[str, Sequence[float]]
 ) -> tuple[float, float]:
-    """Time of the tile that the model chooses over the least of all: geometric mean, and worst."""
+    """Return the time of the chosen tile over that of the fastest: geometric mean and maximum."""
     cases: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         cases[row["batch"], row["layer"]][row["tile"]] = row
@@ -106,7 +107,7 @@ def main(path: Path = TABLE) -> None:
                 f"  {{{resident(tile)}, {', '.join(f'{value:.2f}' for value in cost)}}},  // {tile}"
             )
         mean, worst = behind_the_fastest(rows, costs)
-        print(f"  behind the fastest of all tiles: {mean:.3f} in the mean, {worst:.3f} at worst")
+        print(f"  time over that of the fastest tile: {mean:.3f} on average, {worst:.3f} at worst")
 
 
 if __name__ == "__main__":

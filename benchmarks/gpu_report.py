@@ -1,8 +1,7 @@
-"""``make gpu``: build on a machine with a GPU, test, sanitize, train, measure; one JSON of it all.
+"""Build, test, sanitize, train and measure on a machine with a GPU (``make gpu``).
 
-Uses the Python that runs it, whose torch must have CUDA. Nothing is downloaded. What does not
-depend on each other runs at once, but for the benchmarks, which come last and alone. The JSON is
-written after every step, so that little is lost if the whole is cut short.
+Writes one JSON file after every step. Uses the Python that runs this program; its torch must have
+CUDA. Downloads nothing. Steps run at the same time, except the benchmarks, which run last.
 """
 
 import argparse
@@ -22,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider"]
-#: Every test that runs on CUDA. Those of the first file named "sanitized" reach every kernel.
+#: Files of the tests that run on CUDA. The "sanitized" tests of the first file run every kernel.
 TESTS = [
     "tests/test_cuda.py",
     "tests/test_fake_quantize.py",
@@ -30,13 +29,13 @@ TESTS = [
     "tests/test_class_stats_loss.py",
 ]
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
-#: A sanitizer's tests go to two processes, as it slows them down a hundredfold.
+#: The tests of a sanitizer are split over two processes, since it slows them down a hundredfold.
 HALVES = {"int4": "sanitized and int4", "others": "sanitized and not int4"}
-#: A hundredth of the schedule of every method.
+#: Each of these methods runs with a hundredth of its schedule.
 METHODS = """
     fdda distill minmax mse lapq bitsplit adaquant brecq qdrop gdfq qimera zaq zeroq dsg di adi
 """
-#: What matters most first, in case the time ends.
+#: The most important first, since the time may run out.
 BENCHMARKS = [
     "benchmarks/bench_int4_conv2d.py",
     "benchmarks/bench_fdda_iteration.py",
@@ -47,19 +46,19 @@ BENCHMARKS = [
 ]
 
 
-#: Process groups of the steps that are under way.
+#: Process groups of the running steps.
 RUNNING: set[int] = set()
 
 
 def end(number: int, frame: object) -> None:
-    """On a signal: end what was started, too, and leave at once."""
+    """Handle a signal: kill all running steps and exit at once."""
     for group in list(RUNNING):
         os.killpg(group, signal.SIGKILL)
     os._exit(128 + number)
 
 
 def without_paths(text: str) -> str:
-    """For a report to be published: nothing of where things are on the machine."""
+    """Replace the machine's paths, so that the report can be published."""
     for path, name in (
         (PYTHON, "python3"),
         (str(ROOT), "."),
@@ -72,14 +71,14 @@ def without_paths(text: str) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """A command, its limit in seconds, what it adds to the environment."""
+    """A command, its limit in seconds, and the variables that it adds to the environment."""
 
     command: list[str]
     limit: float
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, deadline: float) -> dict[str, object]:
-        """To its end or its limit; status, seconds and the end of the output."""
+        """Run until the end or the limit; return status, seconds and the end of the output."""
         start = time.monotonic()
         limit = min(self.limit, deadline - start)
         if limit <= 0:
@@ -87,7 +86,7 @@ class Step:
             command = without_paths(" ".join(self.command))
             return {"command": command, "status": -2, "seconds": 0, "output": ""}
         try:
-            # A group of its own, so that what it started ends with it.
+            # Its own process group, so that its child processes end with it.
             process = subprocess.Popen(
                 self.command,
                 cwd=ROOT,
@@ -121,7 +120,7 @@ class Step:
 
 
 def tests() -> dict[str, Step]:
-    """Operators and programs, the same under the sanitizers, and every method."""
+    """Return the tests of operators and programs, with and without the sanitizers."""
     required = {"FDDA_REQUIRE_CUDA": "1", "OMP_NUM_THREADS": "2"}
     steps = {
         f"tests {file}": Step([*PYTEST, "--maxfail=25", file, "-k", "cuda"], 400, required)
@@ -139,7 +138,7 @@ def tests() -> dict[str, Step]:
 
 
 def runs(folder: str) -> dict[str, Step]:
-    """All methods briefly, each in a process of its own, and FDDA's short preset whole."""
+    """Return a short run of every method, and a run of FDDA's whole short preset."""
     train = [PYTHON, "-m", "fdda_ext.train", "--device=cuda", "--no-report"]
     steps = {"train": Step([*train, f"--out={folder}/whole"], 300)}
     for method in METHODS.split():
@@ -159,10 +158,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument(
-        "--seconds", type=float, default=3600, help="for all of it; half are kept for benchmarks"
+        "--seconds", type=float, default=3600, help="time limit; half is kept for the benchmarks"
     )
-    parser.add_argument("--skip", nargs="+", default=[], help="steps whose name begins so")
-    parser.add_argument("--commit", help="what git would say, where there is no repository")
+    parser.add_argument("--skip", nargs="+", default=[], help="skip steps with these prefixes")
+    parser.add_argument("--commit", help="hash of the commit, if there is no git repository")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_report: expected torch to reach a CUDA device, got none", file=sys.stderr)
@@ -203,7 +202,7 @@ def main() -> int:
     run({"build": Step(build, 900, architecture)}, 0.5)
     with tempfile.TemporaryDirectory() as folder:
         run({**tests(), **runs(folder)}, 0.5, at_once=max(2, (os.cpu_count() or 2) - 1))
-        log = path.with_suffix(".log")  # stays if this is cut short
+        log = path.with_suffix(".log")  # remains if this program is interrupted
         log.unlink(missing_ok=True)
         environment = {"FDDA_BENCH_DEVICE": "cuda", "FDDA_BENCH_LOG": str(log)}
         run({"benchmarks": Step([*PYTEST, *BENCHMARKS], 1800, environment)})

@@ -1,10 +1,10 @@
-"""Load time and peak memory of inference at batch 1, each in a process of its own.
+"""Measure load time and peak memory of inference at batch 1, in a new process each time.
 
 python benchmarks/inference_cost.py [--network torchvision:resnet18] [--rounds 5]
 
-Prints a Markdown table: the time from a file to the first logits, and how much more memory the
-process had used by then than after importing its libraries. Peers, where they are installed:
-OpenVINO and ONNX Runtime in eight bits, and the float network in torch.
+Prints a Markdown table: time from a file to the first logits, and peak memory up to then, beyond
+that of the imported libraries. The peers are the float network in torch and, if installed, OpenVINO
+and ONNX Runtime at eight bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fdda_ext.deploy import lower, save_program
 from fdda_ext.models import load_model
 from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
 
-# What a process does: import, note the memory, load, run once.
+# Code of the processes: import, note the memory, load, run once.
 LOADERS = {
     "fdda_ext int4": """
 import fdda_ext, fdda_ext.deploy, torch
@@ -72,7 +72,7 @@ print(json.dumps([seconds * 1e3, (kibibytes("VmHWM") - before) / 1024]))
 
 
 def write_files(spec: str, folder: Path) -> dict[str, Path]:
-    """The network in the form of every contender that is installed."""
+    """Write the network as a file for every installed peer."""
     torch.manual_seed(0)
     network = load_model(spec, weights=None, num_classes=1000).eval()
     images = torch.randn(4, 3, 224, 224)
@@ -93,7 +93,7 @@ def write_files(spec: str, folder: Path) -> dict[str, Path]:
 
 
 def measure(name: str, path: Path, spec: str) -> tuple[float, float]:
-    """Milliseconds and MiB."""
+    """Return milliseconds and MiB."""
     command = [sys.executable, "-c", FRAME.format(body=LOADERS[name]), str(path), spec]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     milliseconds, mebibytes = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Networks by others: eight bits in OpenVINO and ONNX Runtime, which must be installed; float16."""
+"""Peers that run whole networks: OpenVINO and ONNX Runtime at eight bits, and torch in float16."""
 
 import copy
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def openvino_model(network: nn.Module, images: Tensor) -> Any:
-    """NNCF's post-training quantization of an OpenVINO model."""
+    """Quantize a network with NNCF, as an OpenVINO model."""
     import nncf
     import openvino
 
@@ -21,7 +21,7 @@ def openvino_model(network: nn.Module, images: Tensor) -> Any:
 
 
 def openvino_int8(network: nn.Module, images: Tensor) -> Callable[[], object]:
-    """Run by OpenVINO in its latency mode."""
+    """Return a call of the network in OpenVINO's latency mode."""
     import openvino
 
     model = openvino_model(network, images)
@@ -32,7 +32,7 @@ def openvino_int8(network: nn.Module, images: Tensor) -> Callable[[], object]:
 
 
 def onnxruntime_files(network: nn.Module, images: Tensor, folder: Path) -> Path:
-    """ONNX Runtime's static quantization, QDQ with unsigned activations and signed weights."""
+    """Write ONNX Runtime's static quantization: QDQ, unsigned activations, signed weights."""
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -52,13 +52,13 @@ def onnxruntime_files(network: nn.Module, images: Tensor, folder: Path) -> Path:
 
 
 def onnxruntime_int8(network: nn.Module, images: Tensor, folder: Path) -> Callable[[], object]:
-    """Run by ONNX Runtime."""
+    """Return a call of the network in ONNX Runtime."""
     import onnxruntime
 
     quantized = str(onnxruntime_files(network, images, folder))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads would go on spinning through the turns of the others.
+    # Otherwise its threads would keep spinning while other peers are timed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(quantized, options, ["CPUExecutionProvider"])
     feed = {"x": images.numpy()}
@@ -66,7 +66,7 @@ def onnxruntime_int8(network: nn.Module, images: Tensor, folder: Path) -> Callab
 
 
 def float16(network: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
-    """On a GPU's tensor cores: eager, and compiled in a CUDA graph."""
+    """Return float16 calls for a GPU: eager, and compiled with a CUDA graph."""
     half, small = copy.deepcopy(network).half(), images.half()
     compiled = torch.compile(half, dynamic=False, mode="reduce-overhead")
     return {"eager float16": lambda: half(small), "graph float16": lambda: compiled(small)}

@@ -3,8 +3,8 @@
 python benchmarks/report.py benchmarks/out/cpu.json OUT.md [COST.md ...]
 python benchmarks/report.py benchmarks/results/gpu-DEVICE-COMMIT.json OUT.md
 
-docs/benchmarks.md and docs/gpu.md hold these tables, with their conclusions in front. Tables that
-benchmarks/inference_cost.py printed follow at the end.
+docs/benchmarks.md and docs/gpu.md contain these tables after their conclusions. COST.md is the output
+of benchmarks/inference_cost.py. Its table is appended to the page.
 """
 
 import argparse
@@ -15,50 +15,54 @@ from typing import Any
 INTRODUCTION = """\
 # Benchmarks
 
-Made by `make bench` and `benchmarks/report.py`. Medians in microseconds ± the interquartile range;
-"x" is the peer's median over ours, so above 1 we are faster. All peers of a line took turns in one
-run, after a check that they compute the same, on a heap that keeps freed memory, as page faults
-would drown the work otherwise. "copy" moves the bytes that the operation must at least read and
-write, with `copy_`: it is the floor, and its "x" tells how near we are to it. Above 1, we beat it:
-outputs from 16 MiB on are stored past the caches.
+Made by `make bench` and `benchmarks/report.py`. Times are medians in microseconds ± the
+interquartile range. "x" is the peer's median over ours: above 1, we are faster. All peers of a row
+were timed interleaved in one run, after a check that they compute the same result. The process
+keeps freed memory, because page faults would otherwise take most of the time.
 
-"16 elements" measures the way to the kernel and back. An operator on LibTorch's stable ABI cannot
-bring a C++ autograd node, so its gradient is a Python `autograd.Function`, whose own cost is the
-column "plain Function" (one multiplication forward, nothing backward).
+"copy" is the floor: `copy_` of the bytes that the operation must at least read and write. Its "x"
+is above 1 where we are faster than that, because we write outputs of 16 MiB and more past the
+caches.
 
-"program" runs whole networks at 224x224, W4A4 with all layers at 4 bits, from float images to
-logits; the eight-bit peers, OpenVINO with NNCF and ONNX Runtime (QDQ), are measured where they are
-installed.
+"16 elements" measures the overhead of a call. An operator on LibTorch's stable ABI cannot have a
+C++ autograd node, so its gradient is a Python `autograd.Function`. The column "plain Function"
+shows the overhead of such a function (one multiplication forward, nothing backward).
+
+"program" runs whole networks at 224x224 from float images to logits, with all layers at W4A4. The
+eight-bit peers are OpenVINO with NNCF and ONNX Runtime (QDQ), if they are installed.
 """
 
 
 GPU_INTRODUCTION = """\
 # Benchmarks on a GPU
 
-Made by `make gpu` and `benchmarks/report.py`. Microseconds: the median of a call ± the
-interquartile range, up to the end of its work, and in brackets the sum of its kernels' times on the
-device, without the gaps between them; "x" is the peer's kernel time over ours. A call of a single
-operator is bound by the host, which launches it, here a virtual machine whose speed varied; what
-counts then is the bracket, as in a CUDA graph or a longer queue. Inputs are the same from call to
-call and mostly stay in the second-level cache, for all peers alike. All peers of a line took turns
-in one run, after a check that they compute the same. "copy" moves the bytes that the operation must
-at least read and write, with `copy_`: it is the floor. "tile 3" is `int4_conv2d` made to take the
-fourth of `csrc/cuda/int4_conv2d_plan.cuh`'s tiles for such a layer, beside the one that it chooses.
+Made by `make gpu` and `benchmarks/report.py`. Times are medians of a call in microseconds ± the
+interquartile range, including the work on the GPU. In brackets is the sum of the times of its
+kernels, without the gaps between them. "x" is the peer's kernel time over ours.
+
+The host, here a virtual machine whose speed varied, limits a call of a single operator. The time in
+brackets is what such a call costs in a CUDA graph or in a longer queue. Every call gets the same
+inputs, which mostly stay in the L2 cache, for all peers alike. All peers of a row were timed
+interleaved in one run, after a check that they compute the same result.
+
+"copy" is the floor: `copy_` of the bytes that the operation must at least read and write. "tile 3"
+is `int4_conv2d` with the fourth candidate tile of `csrc/cuda/int4_conv2d_plan.cuh` for such a
+layer, instead of the chosen one.
 """
 
 
 COST = """\
 ## Load time and memory of inference
 
-From a file to the first logits of one image, in a process of its own, and the memory that this took
-beyond the imported libraries (`benchmarks/inference_cost.py`, median and range of five). A program
-keeps the weights in the layouts of both algorithms, and times them when it first sees a batch size.
+The time from a file to the first logits of one image in a new process, and the peak memory beyond
+that of the imported libraries (`benchmarks/inference_cost.py`, median and range of five). A program
+keeps the weights in the layouts of both algorithms, and times both when a batch size is new.
 
 """
 
 
 def times_more(theirs: float, ours: float) -> str:
-    """A ratio of times, or nothing where the clock was too coarse to see ours."""
+    """Return the ratio of two times, or "-" if the clock was too coarse to measure ours."""
     return f"{theirs / ours:.2f}x" if ours else "-"
 
 
@@ -67,7 +71,7 @@ def cell(peer: dict[str, float], ours: float) -> str:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The Markdown page of one pytest-benchmark report."""
+    """Return the Markdown page of a pytest-benchmark report."""
     machine = report["machine_info"]
     lines = [
         INTRODUCTION,
@@ -112,7 +116,7 @@ def host_time(peer: dict[str, float]) -> str:
 
 
 def render_gpu(report: dict[str, Any]) -> str:
-    """The Markdown page of one report of ``make gpu``."""
+    """Return the Markdown page of a report of ``make gpu``."""
     lines = [
         GPU_INTRODUCTION,
         f"{report['date']}. Machine: {report['device']}; torch {report['torch']}; CUDA "
@@ -138,14 +142,14 @@ def render_gpu(report: dict[str, Any]) -> str:
 
 
 def profile(benchmark: dict[str, Any]) -> list[str]:
-    """A table of where a program's time goes, and how far each step is from its floor."""
+    """Return a table of a program's instructions: time, and ratio of the time to the floor."""
     info = benchmark["extra_info"]
     lines = [
         f"## Steps of {benchmark['group']}",
         "",
-        f"The floor of a layer is its products over {info['peak_gops']:.0f} GOP/s, which the "
-        "product kernel reaches on a large matrix; Winograd's algorithm has 2.25 times fewer. What "
-        "takes less than a hundredth of the whole is left out.",
+        f"The floor of a layer is its operations over {info['peak_gops']:.0f} GOP/s, which the "
+        "matrix kernel reaches on a large matrix. Winograd's algorithm needs 2.25 times fewer "
+        "products. The table leaves out instructions that take less than 1 % of the time.",
         "",
         "| step | by | microseconds | GOP/s | over the floor |",
         "|---|---|---|---|---|",
@@ -163,7 +167,7 @@ def profile(benchmark: dict[str, Any]) -> list[str]:
 
 
 def table(text: str) -> str:
-    """The lines of a Markdown table in what a program printed."""
+    """Return the lines of the Markdown table in a program's output."""
     return "".join(f"{line}\n" for line in text.splitlines() if line.startswith("|"))
 
 

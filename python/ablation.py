@@ -1,14 +1,14 @@
-"""Ablation of FDDA: its losses one at a time, noise, weights, images per class, first layer.
+"""Ablation of FDDA: single losses, noise, loss weights, images per class, first layer.
 
-    python python/ablation.py                               the losses, twenty minutes of a core
-    python python/ablation.py --groups all --budget full --jobs 8    everything, in whole schedules
+    python python/ablation.py                               the losses, twenty minutes on one core
+    python python/ablation.py --groups all --budget full --jobs 8    everything, whole schedules
     python python/ablation.py --groups noise --budget full --preset paper --device cuda \\
         --model torchvision:resnet18 --data imagenet:PATH
 
-Every row is FDDA with the constants of its preset but for what the row says. Finished runs are
-kept and a stopped one goes on; a folder of runs with other options is refused. Below --out:
-runs.csv, and ablation as .csv, .md and .png. The spread is the standard deviation over seeds;
-differences are taken seed by seed.
+Every row is FDDA with the preset, except for the change that it names. The program writes runs.csv
+and ablation.csv, .md and .png below --out. The spread is the standard deviation over seeds;
+differences are taken seed by seed. The same command continues after an interruption. It refuses a
+folder whose runs have other options.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from fdda_ext.visualization import COLOURS, new_figure
 
 FULL = "full method"
 NO_IMAGES = "0 images (GDFQ's losses)"
-#: By group and row, the arguments of fdda_ext.train.
+#: Arguments of fdda_ext.train, by group and row.
 GROUPS = {
     "losses": {
         "without L_BNS": ["--settings.fdda.bns_weight=0"],
@@ -69,7 +69,7 @@ GROUPS = {
     },
 }
 SMOKE = ["--test_limit=71", "--schedule_share=0.01", "--settings.fdda.generator.channels=4"]
-#: Arguments, and seeds.
+#: Arguments of fdda_ext.train, and seeds.
 BUDGETS = {
     "smoke": (SMOKE, [0]),
     "short": (["--test_limit=2130", "--schedule_share=0.25"], [0, 1, 2]),
@@ -78,7 +78,7 @@ BUDGETS = {
 
 
 def constants_for_gdfq(preset: str) -> list[str]:
-    """Arguments that give GDFQ the schedule and the student step of FDDA's ``preset``."""
+    """Return arguments that give GDFQ the schedule and the student step of FDDA's ``preset``."""
     settings = parse_arguments(["--method=fdda", f"--preset={preset}"])[0].settings
     fdda, student = asdict(settings.fdda), asdict(settings.distillation)
     student["generated_batch"] += student["real_batch"]  # all images are generated
@@ -101,13 +101,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", default="short")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", choices=BUDGETS, default="short")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=positive, default=1, help="number of runs at the same time")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     return parser.parse_args()
 
 
 def draw(differences: dict[str, list[float]], folder: Path, title: str) -> None:
-    """Of every row the runs, dots, and their mean, a bar, against the full method."""
+    """Plot differences to the full method: a dot for every run, a bar for the mean of a row."""
     figure = new_figure(6.8, 1.0 + 0.26 * len(differences))
     axes = figure.subplots()
     for place, values in enumerate(differences.values()):
@@ -116,7 +116,7 @@ def draw(differences: dict[str, list[float]], folder: Path, title: str) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(differences)), list(differences), fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("top-1 against the full method, points (dots: seeds, bar: mean)")
+    axes.set_xlabel("top-1 minus that of the full method, points (dots: seeds, bar: mean)")
     axes.set_title(title, fontsize=10)
     axes.grid(axis="x", color="#E5E5E5")
     axes.set_axisbelow(True)
@@ -125,7 +125,7 @@ def draw(differences: dict[str, list[float]], folder: Path, title: str) -> None:
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(1)  # the same sums whatever the machine
+    torch.set_num_threads(1)  # the same order of sums on every machine
     groups = list(GROUPS) if "all" in options.groups else options.groups
     rows = {FULL: [], **{row: args for group in groups for row, args in GROUPS[group].items()}}
     if NO_IMAGES in rows:
@@ -134,7 +134,7 @@ def main() -> None:
     folder = options.out / options.budget / f"{options.model.replace(':', '-')}-{options.bits}"
     shared = [f"--{n}={getattr(options, n)}" for n in ("model", "data", "bits", "preset", "device")]
     runs = {
-        # Changes in the end, as the last of an option counts.
+        # Changes come last, since the last value of an option counts.
         folder / f"{row.replace('/', ' of ')}, seed {seed}": [
             *(*shared, f"--seed={seed}", "--baselines=[]", "--threads=1", *budget, *changes)
         ]

@@ -1,4 +1,4 @@
-"""What the programs beside this file share: runs that are not repeated, and tables."""
+"""Functions that the programs of this folder share."""
 
 import argparse
 import csv
@@ -16,10 +16,10 @@ from fdda_ext.engine import RunFolder, format_duration, standard_error
 
 
 def finished_run(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """What the run in ``folder`` ended with: begun with ``arguments``, gone on with, or there.
+    """Start, resume or only read the run in ``folder``, and return its summary.
 
     Raises:
-        UsageError: If the run there has another configuration.
+        UsageError: If the folder holds a run with another configuration.
     """
     arguments = ["--no-report", f"--out={folder}", *arguments]
     begun = (folder / "config.yaml").exists()
@@ -32,7 +32,7 @@ def finished_run(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def finished_runs(runs: Mapping[Path, Sequence[str]], jobs: int) -> list[dict[str, Any]]:
-    """What `finished_run` says of each, so many at a time, in processes of their own."""
+    """Call `finished_run` for every run, with ``jobs`` processes at the same time."""
     if jobs == 1:
         return [finished_run(*run) for run in runs.items()]
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
@@ -40,32 +40,32 @@ def finished_runs(runs: Mapping[Path, Sequence[str]], jobs: int) -> list[dict[st
 
 
 def positive(value: str) -> int:
-    """For argparse: a number of things of which there must be one."""
+    """Parse a positive integer, for argparse."""
     if not value.isdecimal() or int(value) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {value}")
     return int(value)
 
 
 def one(value: str) -> str:
-    """For argparse: a single value, where a comma would make several settings of it."""
+    """Refuse a list with commas, for argparse."""
     if "," in value:
-        raise argparse.ArgumentTypeError(f"expected one, got {value}")
+        raise argparse.ArgumentTypeError(f"expected a single value, got {value}")
     return value
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean and, of several values, standard deviation."""
+    """Format the mean and, if there are several values, the standard deviation."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 
 
 def sample_note(summary: Mapping[str, Any]) -> str:
-    """What to know about accuracies over a sample; nothing if all images were tested."""
+    """Return the standard error of an accuracy over a sample, or "" if all images were tested."""
     top1, images, of = (float(summary.get(name) or 0) for name in ("top1", "images", "of"))
     if images >= of:
         return ""
     return (
-        f" Tested on {images:.0f} of {of:.0f} images: one accuracy has a standard error of "
+        f" Tested on {images:.0f} of {of:.0f} images; the standard error of one accuracy is "
         f"{standard_error(top1, int(images), int(of)):.2f} points."
     )
 
@@ -78,7 +78,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
 
 
 def mean_and_spread_of_durations(seconds: Sequence[float]) -> str:
-    """As `mean_and_spread`, in the units that suit both."""
+    """Format mean and standard deviation of durations, each in a suitable unit."""
     spread = f" ± {format_duration(statistics.stdev(seconds))}" if len(seconds) > 1 else ""
     return f"{format_duration(statistics.mean(seconds))}{spread}"
 
@@ -86,7 +86,7 @@ def mean_and_spread_of_durations(seconds: Sequence[float]) -> str:
 def write_table(
     stem: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], note: str = ""
 ) -> None:
-    """A table as .csv and as .md, see `write_markdown`."""
+    """Write a table as .csv and .md, and print it."""
     write_csv(stem.with_suffix(".csv"), header, rows)
     write_markdown(stem, title, header, rows, note)
 
@@ -94,7 +94,7 @@ def write_table(
 def write_markdown(
     stem: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], note: str = ""
 ) -> None:
-    """A table as .md, which is printed, too; all columns but the first hold numbers."""
+    """Write a table as .md and print it; all columns except the first hold numbers."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
     lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
     text = "\n".join([f"### {title}", "", *lines, *(["", note] if note else [])]) + "\n"
@@ -102,7 +102,7 @@ def write_markdown(
     print(text)
 
 
-#: Training cost as published for ImageNet, and by whom, where it is known.
+#: Published training cost on ImageNet, and who published it.
 PUBLISHED_COST = {
     "fdda": "7 GPU hours, ResNet-18 (supplement)",
     "gdfq": "over 10 h, ResNet-18, V100 (authors of GENIE)",
@@ -110,7 +110,7 @@ PUBLISHED_COST = {
     "zeroq": "30 s, ResNet-50, 8 V100 (authors)",
     "brecq": "20 min, ResNet-18, GTX 1080 Ti (authors)",
 }
-#: Of fdda_ext.compare: limit of the schedule, seeds; and arguments of fdda_ext.train.
+#: For fdda_ext.compare: schedule share and seeds. For fdda_ext.train: arguments.
 COST_BUDGETS = {
     "smoke": (["--share=0.01"], "0", ["--test_limit=71"]),
     "short": ([], "0", ["--test_limit=2130"]),
@@ -119,7 +119,7 @@ COST_BUDGETS = {
 
 
 def cost_table(description: str | None, name: str, methods: Sequence[str]) -> None:
-    """Tables S1 and S2: what the training of every method costs here, and what comes of it."""
+    """Measure training cost and accuracy of every method, for tables S1 and S2."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -128,8 +128,10 @@ def cost_table(description: str | None, name: str, methods: Sequence[str]) -> No
     parser.add_argument("--data", default="glyphs")
     parser.add_argument("--bits", type=one, default="W4A4")
     parser.add_argument("--images-per-class", type=int, default=1)
-    parser.add_argument("--preset", default="short", help="of every method")
-    parser.add_argument("--budget", choices=COST_BUDGETS, default="short", help="seeds and images")
+    parser.add_argument("--preset", default="short", help="preset of every method")
+    parser.add_argument(
+        "--budget", choices=COST_BUDGETS, default="short", help="numbers of seeds and test images"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs") / name)
     options = parser.parse_args()

@@ -1,15 +1,14 @@
-"""Figures S1 and S2: batch-normalisation statistics (BNS) gather by class, the deeper the more.
+"""Figures S1 and S2: BN statistics separate classes, more so in deeper layers.
 
     python python/figure_s1_s2_bns_tsne.py                        embedded data, a minute
     python python/figure_s1_s2_bns_tsne.py --figure s1            MobileNetV1 on ImageNet
     python python/figure_s1_s2_bns_tsne.py --figure s2            MobileNetV2; --data imagenet:PATH
 
-Groups of images of one class pass through the float network. The mean and variance of what enters
-each batch-normalisation layer are a group's BNS there: a point, which t-SNE draws in the plane for
-some layers. For every layer two numbers say what the eye sees: the silhouette (1: classes apart, 0:
-mixed), and the incohesion, the mean distance of a group from its class's centre over the mean
-distance between the centres of two classes. Written to --out: bns_tsne.png, bns_separation.png and
-bns_separation.csv.
+The float network runs on groups of images of one class. The BN statistics of a group at a layer are
+one point, and t-SNE draws the points of some layers in the plane. Two numbers measure the
+separation at every layer: the silhouette (1: classes apart, 0: mixed), and the incohesion, the mean
+distance of a group from the centre of its class, over the mean distance between the centres of two
+classes. The program writes bns_tsne.png, bns_separation.png and bns_separation.csv to --out.
 """
 
 import argparse
@@ -34,7 +33,7 @@ FIGURES = {
     "s1": ("pytorchcv:mobilenet_w1", "imagenet"),
     "s2": ("torchvision:mobilenet_v2", "imagenet"),
 }
-#: Groups of each class, images in a group, layers that are drawn.
+#: Groups per class, images per group, layers to draw.
 BUDGETS = {"smoke": (4, 2, 2), "short": (20, 4, 5), "full": (40, 8, 5)}
 
 
@@ -42,14 +41,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--figure", choices=FIGURES, default="glyphs", help="of which network")
-    parser.add_argument("--model", help="another one")
+    parser.add_argument("--figure", choices=FIGURES, default="glyphs", help="network and data")
+    parser.add_argument("--model", help="another network")
     parser.add_argument("--weights", default="default")
     parser.add_argument("--data", help="other data")
-    parser.add_argument("--split", default="train", help="which images")
-    parser.add_argument("--classes", type=int, default=5, help="spread over the data's classes")
-    parser.add_argument("--budget", choices=BUDGETS, default="short", help="how many images")
-    parser.add_argument("--layers", type=int, nargs="+", help="BN layers to draw, from 1")
+    parser.add_argument("--split", default="train", help="split that the images come from")
+    parser.add_argument("--classes", type=int, default=5, help="number of classes, evenly spaced")
+    parser.add_argument("--budget", choices=BUDGETS, default="short", help="number of images")
+    parser.add_argument("--layers", type=int, nargs="+", help="BN layers to draw; the first is 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/bns"))
@@ -57,7 +56,7 @@ def parse() -> argparse.Namespace:
     check_machine("bns", seed=options.seed, device=options.device)
     if not 2 <= options.classes <= len(MARKERS):
         raise UsageError(
-            f"bns: expected classes between 2 and {len(MARKERS)}, as there are colours and shapes, "
+            f"bns: expected classes between 2 and {len(MARKERS)} (the number of marker shapes), "
             f"got {options.classes}"
         )
     model, data = FIGURES[options.figure]
@@ -66,7 +65,7 @@ def parse() -> argparse.Namespace:
 
 
 def statistics(options: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray, list[str]]:
-    """BNS ``[groups, 2 C_l]`` of every layer, the groups' classes, and the classes' names."""
+    """Return BN statistics ``[groups, 2 C_l]`` per layer, classes of the groups, class names."""
     groups, images, _ = BUDGETS[options.budget]
     classes = load_dataset(options.data, options.split).num_classes
     opened = open_model(options.model, weights=options.weights, num_classes=classes)
@@ -93,7 +92,7 @@ def statistics(options: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarra
 
 
 def separation(points: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Silhouette and incohesion of one layer, every dimension scaled to unit variance."""
+    """Return silhouette and incohesion of a layer, every dimension scaled to unit variance."""
     points = StandardScaler().fit_transform(points)
     centres = np.stack([points[labels == k].mean(0) for k in np.unique(labels)])
     within = np.linalg.norm(points - centres[labels], axis=1).mean()
@@ -120,7 +119,7 @@ def draw_planes(points: list[np.ndarray], labels: np.ndarray, names: list[str], 
     handles, found = panel.get_legend_handles_labels()
     figure.legend(handles, found, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(
-        f"t-SNE of BN statistics, {options.model}\na point: {images} images of one class",
+        f"t-SNE of BN statistics, {options.model}\neach point: {images} images of one class",
         fontsize=11,
     )
     figure.savefig(options.out / "bns_tsne.png", dpi=150)

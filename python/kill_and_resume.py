@@ -1,9 +1,8 @@
-"""Kill training runs at random moments, resume them, and compare with a run that nobody killed.
+"""Kill training runs at random moments, resume them, and compare with an uninterrupted run.
 
-A moment is drawn evenly from the length of a whole run: it falls into imports, the float network's
-evaluation, training, the writing of a checkpoint (one after every iteration), the last evaluation
-or the writing of results. The end must have the student, generator, centres and losses of the
-whole run, to the bit.
+Moments are uniform over the length of a whole run: imports, evaluations, training, and the writing
+of checkpoints (one after every iteration) and results. Student, generator, BNS centres and losses
+must be bit-identical to those of the uninterrupted run.
 
     python python/kill_and_resume.py --kills 20
 """
@@ -25,7 +24,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-#: Of the package's own command line: seconds of training on the embedded data.
+#: Arguments of fdda_ext.train, for a few seconds of training on the embedded data.
 ARGUMENTS = [
     "--threads=1",
     "--test_limit=71",
@@ -46,7 +45,7 @@ run_command(lambda: command.main(sys.argv[1:]))
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    """Begin the run in ``folder``, or go on with it."""
+    """Start or resume the run in ``folder``."""
     begun = (folder / "config.yaml").exists()
     arguments = ["--threads=1", "--resume"] if begun else ARGUMENTS
     return subprocess.Popen(
@@ -59,7 +58,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
 
 
 def finish(folder: Path) -> None:
-    """Let the run in ``folder`` come to its end."""
+    """Complete the run in ``folder``."""
     process = start(folder)
     _, message = process.communicate()
     if process.returncode:
@@ -67,7 +66,7 @@ def finish(folder: Path) -> None:
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """What a run found, but for the time it took."""
+    """Return all results of a run except times."""
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name == "checkpoint.safetensors":
@@ -77,18 +76,20 @@ def content(folder: Path) -> dict[str, Any]:
                 found[f"{path.name} {name}"] = file.get_tensor(name).tobytes()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
-    summary.pop("peak_memory")  # of the last process alone
+    summary.pop("peak_memory")  # this covers only the last process
     for item in (*lines, summary):
         item.pop("seconds")
     return {**found, "metrics": lines, "summary": summary}
 
 
 def compare(folder: Path, expected: dict[str, Any]) -> None:
-    """End with a message unless the run in ``folder`` found what is ``expected``."""
+    """Exit with a message unless the results of the run in ``folder`` are ``expected``."""
     found = content(folder)
     others = [name for name in expected | found if expected.get(name) != found.get(name)]
     if others:
-        raise SystemExit(f"the run in {folder} differs from the whole run in {', '.join(others)}")
+        raise SystemExit(
+            f"the run in {folder} differs from the uninterrupted run in {', '.join(others)}"
+        )
 
 
 def main() -> None:
@@ -109,8 +110,8 @@ def main() -> None:
             begin = time.monotonic()
             try:
                 process.communicate(timeout=moments.uniform(0, length))
-                # It ended before its moment came: the machine is faster than it was. With the
-                # first run's length kills might never come.
+                # The run ended before the kill: the machine is faster now. Otherwise there might
+                # be no more kills.
                 length = min(length, time.monotonic() - begin)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
@@ -122,7 +123,7 @@ def main() -> None:
             finish(folder)
             compare(folder, expected)
             shutil.rmtree(folder)
-    print(f"{kills} kills: every run ended like the whole one, to the bit")
+    print(f"{kills} kills: every resumed run is bit-identical to the uninterrupted run")
 
 
 if __name__ == "__main__":

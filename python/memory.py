@@ -1,11 +1,10 @@
-"""Memory of methods on a network, before and after it is taken: the estimate that a run prints, the
-peak of the process, the size of a checkpoint, the time of an iteration.
+"""Measure estimated and real memory of methods, size of a checkpoint, and time of an iteration.
 
     python python/memory.py --model timm:tf_efficientnet_lite0 --image-size 224 --classes 1000
 
-Weights and images are random, since neither changes the memory; every method runs in a process of
-its own. BN statistics are set from some of the images, so that no activation explodes. Iterations
-come from the method's whole schedule in short: its phases are all there.
+Weights and images are random, which does not affect memory. Running statistics come from some of
+the images, so that activations do not overflow. Every method runs in its own process, with a
+shortened schedule.
 """
 
 import argparse
@@ -34,18 +33,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="timm:tf_efficientnet_lite0")
     parser.add_argument("--image-size", type=positive, default=224)
     parser.add_argument("--classes", type=positive, default=1000)
-    parser.add_argument("--methods", default="fdda,distill", help="names with commas")
+    parser.add_argument("--methods", default="fdda,distill", help="names, separated by commas")
     parser.add_argument("--preset", default="short")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=positive, default=1)
-    parser.add_argument("--iterations", type=positive, default=4, help="of every method")
+    parser.add_argument("--iterations", type=positive, default=4, help="iterations per method")
     parser.add_argument("--out", type=Path, default=Path("runs/memory"), help="folder of the table")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def build_problem(options: argparse.Namespace, arguments: list[str]) -> Problem:
-    """Random weights and one random image of each class, one of which is classified rightly."""
+    """Build a problem with random weights and one random image per class.
+
+    One label is chosen such that the teacher classifies an image correctly.
+    """
     config, _ = parse_arguments(arguments)
     size, device = options.image_size, torch.device(options.device)
     torch.manual_seed(0)
@@ -58,7 +60,7 @@ def build_problem(options: argparse.Namespace, arguments: list[str]) -> Problem:
         image.normal_()
     for module in teacher.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.momentum = None  # the plain mean
+            module.momentum = None  # plain mean over batches
     with torch.no_grad():
         teacher.train()(images[:8])
         answer = int(teacher.eval()(images[:1]).argmax())
@@ -70,7 +72,7 @@ def build_problem(options: argparse.Namespace, arguments: list[str]) -> Problem:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """One method: bytes and seconds."""
+    """Measure one method: GB, checkpoint in MB, and seconds."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     name = options.methods

@@ -1,24 +1,22 @@
-"""Which networks of torchvision, timm and pytorchcv can be quantized, trained and exported.
+"""List the networks of torchvision, timm and pytorchcv that can be quantized, trained and exported.
 
-    python python/networks.py --jobs 8                          all of them, in an hour or two
+    python python/networks.py --jobs 8                          all networks, an hour or two
     python python/networks.py --libraries torchvision --jobs 4
     python python/networks.py --libraries timm --per-family 1 --out /tmp/networks.md
 
-Run are all convolutional networks of torchvision and timm that classify and have batch
-normalisation, of timm those with trained weights; of pytorchcv two of each family, the smallest.
-Weights are random and nothing is downloaded: BN statistics and ranges are those of random images.
-Images are small where the network takes small ones. Each network is
+The program runs convolutional classification networks with batch normalisation: all of torchvision,
+those of timm that have trained weights, and the two smallest of each family of pytorchcv. Weights
+are random, random images give BN statistics and ranges, and nothing is downloaded. The stages are
 
-  prepared   quantized to W4A4 on the deploy grid and calibrated;
-  trained    by one step of distillation, with a finite loss and finite gradients;
-  exported   to an integer program, which is written to a file and read again;
-  equal      if the program of that file gives the student's logits to the bit, for one and for
-             three images.
+  prepared   The network is quantized to W4A4 on the deploy grid and calibrated.
+  trained    One step of distillation has a finite loss and finite gradients.
+  exported   The integer program is written to a file and read again.
+  equal      Logits of that program and the student are bit-identical, for one and three images.
 
-Every process takes one network at a time and is replaced when it hangs or dies; a network may take
---memory and --minutes. Results are kept beside the page, so that a stopped command goes on; what
-ended for lack of time or memory is tried again. The page names the reason wherever something does
-not work. The command's status is 1 if a network ended with an error that is no UsageError.
+The page gives a reason for every failure. A network may take at most --memory and --minutes; a
+process that hangs or dies is replaced. Results are stored beside the page, so that the same command
+continues after an interruption. It repeats networks that ran out of time or memory. The exit status
+is 1 if a network failed with an error other than a UsageError.
 """
 
 import argparse
@@ -63,17 +61,17 @@ from fdda_ext.models import load_model
 from fdda_ext.quantization import QuantizationConfig, calibrate, prepare
 
 LIBRARIES = ("torchvision", "timm", "pytorchcv")
-#: Networks of a family that are run unless --per-family says otherwise; None for all.
+#: Default of --per-family; None for all networks.
 PER_FAMILY = {"torchvision": None, "timm": None, "pytorchcv": 2}
-#: Images for BN statistics, ranges and the step.
+#: Number of images for BN statistics, ranges and the step.
 IMAGES = 4
-#: Batches that a program's logits are compared on.
+#: Batch sizes at which the logits of program and student are compared.
 BATCHES = (1, 3)
-#: Networks before a process is replaced, as some libraries never let go of memory.
+#: Networks before a process is replaced, since some libraries do not free memory.
 NETWORKS_PER_PROCESS = 25
-#: Characters of a reason.
+#: Maximum number of characters of a reason.
 LONGEST_REASON = 220
-#: Modules whose tensors are tokens, by their names in the three libraries.
+#: Names of attention modules, whose tensors are tokens, in the three libraries.
 TOKENS = re.compile(
     r"^Attention|MultiHead|MultiQuery|SelfAttn|WindowAttention|Attention[24]d|BottleneckAttn"
 )
@@ -82,21 +80,21 @@ LEFT_OUT = {
     "no batch normalisation": "without batch normalisation",
     "attention": "with layer normalisation or attention over tokens",
     "large": "with more than {most_parameters:g} million parameters",
-    "no classifier": "that do not classify images of three colours",
+    "no classifier": "that do not classify RGB images",
 }
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network of a library, as it is built.
+    """A network of a library.
 
     Attributes:
-        name: What `load_model` takes.
-        family: What networks of one architecture share.
-        parameters: How many.
-        image_size: The smallest of those tried that it takes.
-        left_out: A key of `LEFT_OUT`; empty for what is to be run.
-        error: Why it cannot be built, or run in float; empty otherwise.
+        name: Name that `load_model` takes.
+        family: Module that defines the architecture.
+        parameters: Number of parameters.
+        image_size: First of the sizes tried that the network takes, in pixels.
+        left_out: Key of `LEFT_OUT`, or empty if the network is to be run.
+        error: Reason why the network cannot be built or run in float, or empty.
     """
 
     name: str
@@ -109,16 +107,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a network came: None where nothing is known.
+    """The result of every stage for a network; None for a stage that did not run.
 
     Attributes:
-        name: What `load_model` takes.
-        prepared: Whether it was quantized and calibrated.
-        trains: Whether a step went well.
-        exported: Whether a file was written and read.
-        equal: Whether that file's program gives the student's logits, to the bit.
-        reason: Why not, in words.
-        crash: Whether the reason is an error that is no one's usage.
+        name: Name that `load_model` takes.
+        prepared: Whether the network was quantized and calibrated.
+        trains: Whether the loss and the gradients of a step are finite.
+        exported: Whether the program was written to a file and read.
+        equal: Whether logits of that program and of the student are bit-identical.
+        reason: Reason for a failure.
+        crash: Whether the reason is an error other than a UsageError.
     """
 
     name: str
@@ -130,11 +128,11 @@ class Outcome:
     crash: bool = False
 
 
-# ---- in a process of its own --------------------------------------------------------------------
+# ---- in the worker processes --------------------------------------------------------------------
 
 
 def families(library: str) -> dict[str, str]:
-    """The families of all names that a library has, and has weights for if it says so."""
+    """Return the family of every network of a library; for timm, only those with weights."""
     from fdda_ext._torchvision import import_torchvision
 
     models = import_torchvision().models
@@ -155,7 +153,7 @@ def families(library: str) -> dict[str, str]:
 
 
 def image_sizes(network: nn.Module, size: int) -> list[int]:
-    """The size that is wanted, and those the network was made for."""
+    """Return the image sizes to try: ``size`` first, then those that the network was made for."""
     configuration = getattr(network, "default_cfg", None) or {}
     own = configuration.get("input_size", (3, 224, 224))[-1]
     if configuration.get("fixed_input_size"):
@@ -165,12 +163,12 @@ def image_sizes(network: nn.Module, size: int) -> list[int]:
 
 
 def inspect(candidate: Candidate, options: dict[str, Any]) -> Candidate:
-    """Build a network, without memory where that can be done, and say what it is."""
+    """Build a network, on the meta device if possible, and complete the candidate."""
     network = built = None
     try:
         with torch.device("meta"):
             network = load_model(candidate.name, weights=None)
-    except Exception:  # sizes that are computed from tensors
+    except Exception:  # some networks compute sizes from the values of tensors
         network = built = load_model(candidate.name, weights=None)
     parameters = sum(p.numel() for p in network.parameters())
     candidate = replace(candidate, parameters=parameters)
@@ -198,17 +196,17 @@ def inspect(candidate: Candidate, options: dict[str, Any]) -> Candidate:
 
 
 def smallest(network: nn.Module, sizes: list[int]) -> tuple[int, object]:
-    """The first size of images that a network takes, and what it answers.
+    """Return the first image size that a network takes, and the network's output.
 
     Raises:
-        Exception: The network's own, of the last size, if it takes none.
+        Exception: The error of the network at the last size, if it takes no size.
     """
     device = next(network.parameters()).device
     for size in sizes:
         images = torch.zeros(2, 3, size, size, device=device)
         try:
             with torch.no_grad():
-                network.train()(images)  # as BN statistics are found: maps may be too small
+                network.train()(images)  # batch normalisation refuses feature maps of one value
                 return size, network.eval()(images)
         except Exception as error:
             if size == sizes[-1] or is_out_of_memory(error):
@@ -217,25 +215,25 @@ def smallest(network: nn.Module, sizes: list[int]) -> tuple[int, object]:
 
 
 def words(error: BaseException) -> str:
-    """An error in one line."""
+    """Return the text of an error in one line."""
     text = " ".join(str(error).split())
     name = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
     return f"{name}{text}"[:LONGEST_REASON]
 
 
 def settled(name: str, size: int) -> nn.Module:
-    """A network with random weights whose BN statistics are those of random images.
+    """Build a network with random weights and with the running statistics of random images.
 
-    BN's shifts are 1, which leaves most ReLUs open: a deep random network of half-closed ones lets
-    nothing of its input through.
+    BN shifts of 1 let most values pass the ReLUs. Otherwise the output of a deep random network
+    hardly depends on its input.
     """
     torch.manual_seed(0)
     network = load_model(name, weights=None).train()
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = None  # the plain mean over batches
+            module.momentum = None  # plain mean over batches
             if module.affine:
-                nn.init.ones_(module.weight)  # some libraries begin with branches that give zero
+                nn.init.ones_(module.weight)  # some libraries initialize this with zeros
                 nn.init.ones_(module.bias)
     with torch.no_grad():
         network(torch.randn(IMAGES, 3, size, size))
@@ -244,16 +242,16 @@ def settled(name: str, size: int) -> nn.Module:
 
 @cache
 def distillation() -> DistillationConfig:
-    """The settings of the step."""
+    """Return the settings of the distillation step."""
     return parse_arguments(["--method=distill"])[0].settings.distillation
 
 
 def check(candidate: Candidate, say: Callable[[str], None]) -> Outcome:
-    """Take a network as far as it goes.
+    """Run a network through all stages, up to the first failure.
 
     Args:
-        candidate: What to run.
-        say: Told what comes next, for whoever waits.
+        candidate: Network to run.
+        say: Function that is called with the name of every step before the step begins.
     """
     outcome = Outcome(candidate.name)
     stage = "prepared"
@@ -317,13 +315,13 @@ def check(candidate: Candidate, say: Callable[[str], None]) -> Outcome:
 
 
 def serve(options: dict[str, Any]) -> None:
-    """Answer questions, one JSON object a line, from the standard input; others go to stderr.
+    """Answer questions from the standard input, one JSON object per line.
 
-    A question for the names of a library, a network to inspect or a network to check. An answer may
-    have lines {"stage": ...} before it.
+    A question asks for the names of a library, or to inspect or check a network. Lines
+    ``{"stage": ...}`` may come before the answer. Other output goes to stderr.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     limit_memory(options["memory"])
@@ -357,7 +355,7 @@ def serve(options: dict[str, Any]) -> None:
 
 
 def limit_memory(gibibytes: float) -> None:
-    """Let this process ask for so much memory beyond what its libraries have mapped."""
+    """Limit the memory of this process, beyond what its libraries have mapped."""
     status = Path("/proc/self/status")
     if status.exists():
         (mapped,) = re.findall(r"^VmSize:\s*(\d+) kB", status.read_text(), re.M)
@@ -365,22 +363,22 @@ def limit_memory(gibibytes: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-# ---- the processes, and what they answer --------------------------------------------------------
+# ---- in the main process ------------------------------------------------------------------------
 
 
 class Worker:
-    """A process that serves, replaced where it ends, hangs or has served long."""
+    """A process that answers questions; it is replaced when it dies, hangs or is old."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.process: subprocess.Popen[bytes] | None = None
         self.served = 0
-        # What the process and its libraries complain of.
+        # Standard error of the process.
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.unread = b""
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """The answer; {"failed": why} where none came."""
+        """Return the answer, or ``{"failed": reason}`` if there is none."""
         if self.process is None or self.served >= NETWORKS_PER_PROCESS:
             self.close()
             shared = {name: getattr(self.options, name) for name in SHARED}
@@ -410,7 +408,7 @@ class Worker:
             self.close(kill=True)
             complaint = self.complaint()
             if -status == signal.SIGKILL or "bad_alloc" in complaint:
-                return {"failed": f"{stage}: needs more memory than there is"}
+                return {"failed": f"{stage}: needs more memory than is available"}
             last = complaint.strip().rpartition("\n")[2][:LONGEST_REASON]
             reason = f"crash: {stage}: the process ended with status {status} ({last})"
             return {"failed": reason, "crash": True}
@@ -420,10 +418,10 @@ class Worker:
         return answer
 
     def next_answer(self, process: "subprocess.Popen[bytes]", deadline: float) -> dict[str, Any]:
-        """The next line that the process writes.
+        """Return the next line that the process writes.
 
         Raises:
-            TimeoutError: If none comes in time.
+            TimeoutError: If the process writes no line before the deadline.
             BrokenPipeError: If the process has ended.
         """
         assert process.stdout is not None
@@ -439,7 +437,7 @@ class Worker:
         return answer
 
     def complaint(self) -> str:
-        """The end of what the process wrote to its standard error."""
+        """Return the last 4000 bytes that the process wrote to its standard error."""
         self.errors.seek(max(self.errors.seek(0, os.SEEK_END) - 4000, 0))
         return self.errors.read().decode(errors="replace")
 
@@ -457,12 +455,12 @@ class Worker:
         self.process = None
 
 
-#: Options that a process needs.
+#: Options that are passed to the processes.
 SHARED = ("image_size", "memory", "most_parameters")
 
 
 class Workers:
-    """Several processes that serve; inside the context they may be asked."""
+    """A pool of `Worker` processes, to use as a context manager."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.all = [Worker(options) for _ in range(options.jobs)]
@@ -475,7 +473,7 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self.all:  # whoever waits for one is told that it has ended
+        for worker in self.all:  # this ends the threads that wait for an answer
             if worker.process is not None:
                 worker.process.kill()
         self.pool.shutdown(cancel_futures=True)
@@ -483,7 +481,7 @@ class Workers:
             worker.close(kill=True)
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """`Worker.ask` of one that is free."""
+        """Ask a free worker."""
         worker = self.free.get()
         try:
             return worker.ask(question)
@@ -491,18 +489,18 @@ class Workers:
             self.free.put(worker)
 
     def answers(self, questions: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The answers as they come, with the places of their questions."""
+        """Yield the answers as they arrive, with the indices of their questions."""
         places = {self.pool.submit(self.ask, q): place for place, q in enumerate(questions)}
         for end in as_completed(places):
             yield places[end], end.result()
 
 
 class Record:
-    """What is known already, one JSON object a line; what other versions found does not count."""
+    """A file of known results, one JSON object per line; results of other versions are ignored."""
 
     def __init__(self, path: Path, circumstances: dict[str, dict[str, Any]]) -> None:
         self.path = path
-        #: By kind of what is known, all that decides it.
+        #: Versions and options that affect the results, by kind of result.
         self.circumstances = circumstances
         self.found: dict[tuple[str, str], dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -512,11 +510,11 @@ class Record:
                     entry = json.loads(line)
                     if entry["with"] == circumstances[entry["kind"]]:
                         self.found[entry["kind"], entry["value"]["name"]] = entry["value"]
-                except (ValueError, KeyError, TypeError):  # a line that was cut short
+                except (ValueError, KeyError, TypeError):  # an incomplete line
                     continue
 
     def add(self, kind: str, value: dict[str, Any]) -> None:
-        """Keep what was found of a network."""
+        """Store a result."""
         self.found[kind, value["name"]] = value
         with self.path.open("a") as file:
             entry = {"kind": kind, "value": value, "with": self.circumstances[kind]}
@@ -524,7 +522,7 @@ class Record:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides what is found."""
+    """Return the versions of Python and of all packages that affect the results."""
     found = {"Python": platform.python_version()}
     for name in ("fdda_ext", "torch", *LIBRARIES):
         try:
@@ -535,7 +533,7 @@ def versions() -> dict[str, str]:
 
 
 def digest_of_package() -> str:
-    """Of all files of the installed package: what an earlier state of it did does not count."""
+    """Return a digest of all files of the package, so that results of other code are ignored."""
     digest = hashlib.sha256()
     root = Path(fdda_ext.__file__).parent
     for path in sorted([*root.rglob("*.py"), *root.glob("_C*.so")]):
@@ -544,7 +542,7 @@ def digest_of_package() -> str:
 
 
 def candidates(library: str, names: str, workers: Workers, record: Record) -> list[Candidate]:
-    """All networks of a library that a pattern finds, as they were found to be built."""
+    """Inspect all networks of a library whose names match a regular expression."""
     if ("names", library) not in record.found:
         answer = workers.ask({"library": library})
         if "failed" in answer:
@@ -556,7 +554,7 @@ def candidates(library: str, names: str, workers: Workers, record: Record) -> li
     questions = [{"inspect": asdict(Candidate(name, named[name]))} for name in new]
     for number, (place, found) in enumerate(workers.answers(questions), 1):
         name = new[place]
-        if "failed" in found:  # for lack of time or memory
+        if "failed" in found:  # out of time or memory; not stored, so that it is tried again
             found = asdict(Candidate(name, named[name], error=found["failed"]))
             record.found["candidate", name] = found
         else:
@@ -567,7 +565,7 @@ def candidates(library: str, names: str, workers: Workers, record: Record) -> li
 
 
 def chosen(found: list[Candidate], per_family: int | None) -> list[Candidate]:
-    """Those to run: all, or the smallest of each family."""
+    """Return the candidates to run: all, or the smallest of each family."""
     fit = [c for c in found if not c.left_out]
     if per_family is None:
         return fit
@@ -581,7 +579,7 @@ def chosen(found: list[Candidate], per_family: int | None) -> list[Candidate]:
 
 
 def outcomes(run: list[Candidate], workers: Workers, record: Record) -> list[Outcome]:
-    """How far each network came."""
+    """Check every network, or read its outcome from the record."""
     for candidate in run:
         if candidate.error:
             failed = Outcome(candidate.name, prepared=False, reason=candidate.error)
@@ -596,7 +594,7 @@ def outcomes(run: list[Candidate], workers: Workers, record: Record) -> list[Out
             record.found["outcome", candidate.name] = found
         else:
             record.add("outcome", found)
-        about = found["reason"] or "equal to the bit"
+        about = found["reason"] or "bit-identical"
         print(f"[{number}/{len(new)}] {candidate.name}: {about}", flush=True)
     return [Outcome(**record.found["outcome", candidate.name]) for candidate in run]
 
@@ -606,11 +604,12 @@ def outcomes(run: list[Candidate], workers: Workers, record: Record) -> list[Out
 INTRODUCTION = """\
 # Networks
 
-Made by `python python/networks.py`: which classification networks of three libraries this package
-takes. Weights are random, and BN statistics are those of random images. A network is prepared
-(W4A4, grid `deploy`, calibrated on {images} random images), trained by one step of distillation and
-exported to a file. The program of that file must give the student's logits to the bit, for batches
-of {batches} images. Images have {size}x{size} pixels, more where the network takes no smaller ones.
+Made by `python python/networks.py`: which classification networks of three libraries work with this
+package. Weights are random, and BN statistics are those of random images. A network is prepared
+(W4A4, `deploy` grid, calibrated on {images} random images), trained by one step of distillation,
+and exported to a file. The column "equal" says whether the logits of that program are bit-identical
+to the student's, for batches of {batches} images. Images have {size}x{size} pixels, or more if the
+network does not take such small images.
 """
 HEADER = ("network", "parameters, M", "pixels", "prepared", "trains", "exported", "equal", "reason")
 
@@ -619,7 +618,7 @@ def mark(value: bool | None) -> str:
     return {True: "yes", False: "no", None: ""}[value]
 
 
-#: What would be markup in a cell of a table.
+#: Replacements for characters that are markup in a table cell.
 PLAIN = str.maketrans({"|": "\\|", "<": "&lt;", "[": "&#91;", "`": "'"})
 
 
@@ -630,12 +629,12 @@ def section(
     ends: list[Outcome],
     most_parameters: float,
 ) -> str:
-    """A library's counts, its table, and what was left out."""
+    """Return the section of a library: counts, table, and networks that are left out."""
     counts = {
         "are prepared": sum(e.prepared is True for e in ends),
         "train": sum(e.trains is True for e in ends),
         "are exported": sum(e.exported is True for e in ends),
-        "are equal to the bit": sum(e.equal is True for e in ends),
+        "are bit-identical": sum(e.equal is True for e in ends),
         "crash": sum(e.crash for e in ends),
     }
     lines = [f"## {library}", ""]
@@ -651,7 +650,7 @@ def section(
         names = [c.name.partition(":")[2] for c in found if c.left_out == key]
         if names:
             why = text.format(most_parameters=most_parameters)
-            lines += ["", f"Left out, {len(names)} {why}: {', '.join(names)}."]
+            lines += ["", f"Left out are {len(names)} networks {why}: {', '.join(names)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -659,15 +658,15 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--libraries", default=",".join(LIBRARIES), help="with commas")
-    parser.add_argument("--names", default="", help="only those that this regular expression finds")
-    parser.add_argument("--per-family", type=int, help="the smallest of each family; 0 for all")
-    parser.add_argument("--image-size", type=int, default=96, help="where the network takes it")
-    parser.add_argument("--most-parameters", type=float, default=120, help="millions")
-    parser.add_argument("--memory", type=float, default=8, help="GiB that a network may take")
-    parser.add_argument("--minutes", type=float, default=20, help="that a network may take")
-    parser.add_argument("--jobs", type=int, default=1, help="networks at a time, a core each")
-    parser.add_argument("--out", type=Path, default=Path("docs/networks.md"), help="the page")
+    parser.add_argument("--libraries", default=",".join(LIBRARIES), help="separated by commas")
+    parser.add_argument("--names", default="", help="regular expression for names of networks")
+    parser.add_argument("--per-family", type=int, help="the N smallest of each family; 0: all")
+    parser.add_argument("--image-size", type=int, default=96, help="in pixels, if possible")
+    parser.add_argument("--most-parameters", type=float, default=120, help="in millions")
+    parser.add_argument("--memory", type=float, default=8, help="limit for a network, in GiB")
+    parser.add_argument("--minutes", type=float, default=20, help="time limit for a network")
+    parser.add_argument("--jobs", type=int, default=1, help="networks at once, one core each")
+    parser.add_argument("--out", type=Path, default=Path("docs/networks.md"), help="page to write")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.libraries = options.libraries.split(",")

@@ -1,12 +1,12 @@
-"""The whole way at ImageNet's scale, without ImageNet: a synthetic data set in its shape, ResNet-18
-trained on it a little, FDDA with the published settings in few iterations, evaluation, export.
+"""Rehearse a run on ImageNet without ImageNet: draw a synthetic data set of the same form, train
+ResNet-18 on it briefly, run FDDA with the published settings but few iterations, export, evaluate.
 
     python python/rehearse_imagenet.py --out runs/rehearsal
 
-Every stage is a command that a user of ImageNet would type, and is printed. What each took, time
-and peak memory, goes to rehearsal.json and rehearsal.md in the folder; a stage that is there
-already is not run again. Accuracy means nothing here: the network is trained for minutes, and
-validation images are in typefaces that it has not seen.
+Every stage is a command that a user of ImageNet would type. The program prints it, and writes its
+time and peak memory to rehearsal.json and rehearsal.md in the folder. It skips finished stages.
+The accuracy means nothing: training takes minutes, and the validation images have typefaces that
+the network has not seen.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fdda_ext.engine import format_duration
 
-#: Of the published schedule, the order of its phases, in very few iterations.
+#: The phases of the published schedule, as shares of --iterations.
 SCHEDULE = {
     "settings.fdda.warmup_iterations": 1 / 4,
     "settings.fdda.range_iterations": 1 / 8,
@@ -33,21 +33,21 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for all that is made")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all files")
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--per-class", type=int, default=3, help="training images of each")
+    parser.add_argument("--per-class", type=int, default=3, help="training images of each class")
     parser.add_argument("--val-per-class", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=4, help="of training the float network")
-    parser.add_argument("--lr", type=float, default=0.01, help="of training the float network")
-    parser.add_argument("--config", default="imagenet/resnet18-w4a4-f4l4", help="a preset")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of the float network")
+    parser.add_argument("--lr", type=float, default=0.01, help="learning rate of the float network")
+    parser.add_argument("--config", default="imagenet/resnet18-w4a4-f4l4", help="preset of FDDA")
     parser.add_argument("--model", default="torchvision:resnet18")
-    parser.add_argument("--iterations", type=int, default=32, help="of FDDA, all phases together")
-    parser.add_argument("--train-args", default="", help="more arguments of fdda_ext.train")
+    parser.add_argument("--iterations", type=int, default=32, help="iterations of FDDA, all phases")
+    parser.add_argument("--train-args", default="", help="more arguments for fdda_ext.train")
     return parser.parse_args()
 
 
 def stages(options: argparse.Namespace) -> dict[str, tuple[list[str], Path]]:
-    """Commands in their order, and the file that each leaves behind."""
+    """Return the commands in order, each with a file or folder that it creates."""
     out, folder = options.out, f"folder:{options.out / 'data'}"
     data = folder.replace("folder:", "imagenet:") if options.classes == 1000 else folder
     weights = out / "float" / f"{options.model.replace(':', '-')}.safetensors"
@@ -73,7 +73,7 @@ def stages(options: argparse.Namespace) -> dict[str, tuple[list[str], Path]]:
             [
                 *("fdda_ext.train", "--config", options.config, "--data", data),
                 *("--model", options.model, "--weights", str(weights), "--out", str(out / "run")),
-                # What has an integer program, and scales that are learned.
+                # The deploy grid allows export. Scales are learned.
                 *("--quantization.grid=deploy", "--settings.distillation.frozen_scales=false"),
                 *schedule,
                 *shlex.split(options.train_args),
@@ -95,7 +95,7 @@ def stages(options: argparse.Namespace) -> dict[str, tuple[list[str], Path]]:
 
 
 def run(command: list[str], log: Path) -> dict[str, float]:
-    """Run a command to its end; seconds and the largest memory of its process, in MiB."""
+    """Run a command; return its seconds and the peak memory of its process, in MiB."""
     begin = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", *command], stdout=file, stderr=file)

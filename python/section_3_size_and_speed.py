@@ -1,16 +1,16 @@
-"""Section 3: how much smaller and faster networks get at 8, 5 and 4 bits.
+"""Section 3: size and speed of networks at 8, 5 and 4 bits.
 
     python python/section_3_size_and_speed.py                    the paper's four networks, minutes
     python python/section_3_size_and_speed.py --model torchvision:resnet50 --budget full
 
-Weights are random: size and speed only. Sizes are counted as papers do, bits times the weights of
-convolutions and linear layers, with all layers alike or the ends at 8 bits; and measured, in bytes
-of the exported file, which holds weights in their bits without gaps, scales and instructions. Times
-are of the float network in PyTorch, the program, and, on a CPU and where installed, ONNX Runtime's
-and OpenVINO's 8 bits, in turn: median and quartiles. On a GPU programs are CUDA graphs, and float16
-with and without such a graph stands beside. A network that is done is not measured again
-on the same machine with the same versions. Below --out: size and speed as .csv and .md, and
-section_3.png.
+Weights are random, since only size and speed are measured. Sizes are given as papers count them
+(bits times weights of convolutions and linear layers) and in bytes of the exported file (packed
+weights, scales, instructions). First and last layer have the bits of the others, or 8. Times are
+median and quartiles of interleaved calls. The peers are the float network in PyTorch and, if
+installed, ONNX Runtime and OpenVINO at 8 bits on a CPU. On a GPU the integer programs run as CUDA
+graphs, and the peers are float32, and float16 with and without a CUDA graph. Results are size and
+speed as .csv and .md, and section_3.png, below --out. Measurements of the same network on the same
+machine with the same versions are not repeated.
 """
 
 import argparse
@@ -38,15 +38,15 @@ from fdda_ext.quantization import QuantizationConfig, bits_table, calibrate, pre
 from fdda_ext.visualization import COLOURS, new_figure, quartiles, time_in_turn
 
 NETWORKS = "torchvision:resnet18 torchvision:mobilenet_v2 pytorchcv:mobilenet_w1 timm:regnetx_006"
-#: Of both tables.
+#: Rows of the tables "size" and "speed".
 Rows = dict[str, list[list[Any]]]
 FLOAT = "PyTorch float32"
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # for the peers
-#: Bits of all layers, and of first and last if others.
+#: Bits of all layers, and of the first and the last layer if they differ.
 BITS = [(8, None), (5, None), (5, 8), (4, None), (4, 8)]
 SIZE_HEADER = ("network", "bits", "bits x weights, MB", "times less", "file, MB", "times less")
 SPEED_HEADER = ("network", "by", "batch", "ms", "q1", "q3", "images a second", "times faster")
-#: Height and width of the images, batches, calls of everything.
+#: Height and width of the images, batch sizes, number of timed calls.
 BUDGETS = {"smoke": (64, [1], 3), "short": (224, [1, 16], 11), "full": (224, [1, 16], 51)}
 
 
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
 
 
 def circumstances(options: argparse.Namespace) -> str:
-    """What times depend on."""
+    """Describe the machine and the versions that times depend on."""
     peers = [name for name in ("onnxruntime", "openvino") if find_spec(name)]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *peers))
     height = BUDGETS[options.budget][0]
@@ -78,7 +78,7 @@ def circumstances(options: argparse.Namespace) -> str:
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Return the name of the CPU."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -86,7 +86,7 @@ def processor() -> str:
 
 
 def int8_peers(network: nn.Module, images: torch.Tensor, folder: Path) -> dict[str, Any]:
-    """The eight-bit runtimes that are installed, as the benchmarks build them."""
+    """Return calls of the installed eight-bit runtimes."""
     peers = {}
     if find_spec("onnx") and find_spec("onnxruntime"):
         build = import_module("peers").onnxruntime_int8
@@ -97,7 +97,7 @@ def int8_peers(network: nn.Module, images: torch.Tensor, folder: Path) -> dict[s
 
 
 def waiting(run: Callable[[], Any]) -> Callable[[], None]:
-    """``run`` to its end on the GPU."""
+    """Return a function that calls ``run`` and waits for the GPU."""
 
     def body() -> None:
         run()
@@ -107,7 +107,7 @@ def waiting(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
-    """The rows of one network in both tables."""
+    """Return the rows of one network for both tables."""
     size, batches, calls = BUDGETS[options.budget]
     torch.manual_seed(0)
     network = load_model(spec, weights=None, num_classes=1000).eval()
@@ -136,7 +136,7 @@ def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
             programs[f"fdda_ext {name}"] = program.to(options.device)
     network.to(options.device, memory_format=torch.channels_last)
     is_cpu = options.device.type == "cpu"
-    # Of one thread, the processor's time, which other processes do not lengthen.
+    # For one thread, take the CPU time of this process, which other processes affect less.
     clock = time.process_time if is_cpu and options.threads == 1 else time.perf_counter
     for batch in batches:
         x = images[:batch].to(options.device)
@@ -152,11 +152,11 @@ def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
             runs[name] = lambda ours=ours, x=x: ours(x)
         if not is_cpu:
             runs = {name: waiting(run) for name, run in runs.items()}
-        with torch.inference_mode():  # parameters of the peers want gradients
+        with torch.inference_mode():  # parameters of the peers require gradients
             times = {name: quartiles(t) for name, t in time_in_turn(runs, calls, clock).items()}
         for name, (low, median, high) in times.items():
             ms = (1e3 * median, 1e3 * low, 1e3 * high)
-            # A clock may be too coarse for a call; nothing is known of speeds then.
+            # If the clock is too coarse for a call, speeds are unknown.
             known = median > 0 and times[FLOAT][1] > 0
             rates = (batch / median, times[FLOAT][1] / median) if known else ()
             cells = [format_significant(x, 4) for x in (*ms, *rates)]
@@ -165,7 +165,7 @@ def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
 
 
 def draw(found: Rows, path: Path, note: str) -> None:
-    """How many times smaller the file is, and how many times faster the first batch."""
+    """Plot how many times smaller the file and how many times faster the first batch size is."""
     smaller = [row for row in found["size"] if row[1] != "float32"]
     faster = [row for row in found["speed"] if row[1] != FLOAT and row[-1]]
     faster = [row for row in faster if row[2] == faster[0][2]]

@@ -1,12 +1,12 @@
-"""Table S1: training cost and accuracy of FDDA and of the systems that use no real image.
+"""Table S1: training cost and accuracy of FDDA and of methods that use no real images.
 
-    python python/table_s1_zeroshot_cost.py                 one seed, ten minutes of a core
+    python python/table_s1_zeroshot_cost.py                 one seed, ten minutes on one core
     python python/table_s1_zeroshot_cost.py --budget full --bits W3A3
     python python/table_s1_zeroshot_cost.py --preset paper --budget full \\
         --model torchvision:resnet18 --data imagenet:PATH
 
-Every method follows the schedule of its own preset to the end; times are measured here, those that
-were published stand beside. What was stopped goes on.
+Every method runs the whole schedule of its own preset. The table shows the measured times next to
+the published ones. The same command continues after an interruption.
 """
 
 from common import cost_table

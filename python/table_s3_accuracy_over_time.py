@@ -1,15 +1,15 @@
-"""Table S3: accuracy after 1, 3, 5 and 7 sevenths of equal budgets, and where methods cross.
+"""Table S3: accuracy after 1/7, 3/7, 5/7 and 7/7 of equal budgets, and which method is ahead when.
 
     python python/table_s3_accuracy_over_time.py                     fdda and distill, ten minutes
     python python/table_s3_accuracy_over_time.py --methods fdda gdfq --bits W4A4 --budget full
     python python/table_s3_accuracy_over_time.py --preset paper --seconds 36000 --device cuda \\
         --model torchvision:resnet18 --data imagenet:PATH
 
-The runs are those of fdda_ext.compare, which gives every method a schedule of about the same time;
-measurements do not count. What was stopped goes on. Sevenths are those of each run's own time, as
-other processes may have slowed one run and not another. Below --out: curve.csv with every
-measurement, table.csv and .md, curve.png. Between two measurements, accuracy is on the line between
-them, and before the first unknown.
+fdda_ext.compare gives every method a schedule of about the same training time, which does not
+include evaluations. Sevenths refer to the time of each run, since other processes may slow down a
+single run. Between two measurements the accuracy is interpolated linearly; before the first it is
+unknown. The program writes curve.csv with all measurements, table.csv and .md, and curve.png below
+--out. The same command continues after an interruption.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from fdda_ext.errors import UsageError
 from fdda_ext.methods import Method, method_class
 from fdda_ext.visualization import COLOURS, MARKERS, new_figure
 
-#: Of fdda_ext.compare: what every run may take; seeds; and of fdda_ext.train.
+#: For fdda_ext.compare: budget and seeds. For fdda_ext.train: arguments.
 BUDGETS = {
     "smoke": ("--student_images=128", "0", ["--test_limit=71", "--evaluate_every=1"]),
     "short": ("--budget=60", "0,1,2", ["--test_limit=2130", "--evaluate_every=20"]),
     "full": ("--budget=600", "0,1,2", ["--evaluate_limit=2000", "--evaluate_every=25"]),
 }
 PARTS = (1, 3, 5, 7)
-#: Of two curves: beyond so many, they are told by their number.
+#: If two curves cross more often, only the number of crossings is given.
 _MOST_TURNS = 3
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -47,9 +47,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=one, default="glyphs_resnet")
     parser.add_argument("--data", default="glyphs")
     parser.add_argument("--bits", type=one, default="W3A3")
-    parser.add_argument("--preset", default="short", help="of every method")
-    parser.add_argument("--budget", choices=BUDGETS, default="short", help="a minute for each run")
-    parser.add_argument("--seconds", type=float, help="of each run, instead of the budget's")
+    parser.add_argument("--preset", default="short", help="preset of every method")
+    parser.add_argument("--budget", choices=BUDGETS, default="short", help="time and test images")
+    parser.add_argument("--seconds", type=float, help="training time of a run, overrides --budget")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/table_s3"))
     options = parser.parse_args()
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
 
 
 def curves(folder: Path, options: argparse.Namespace) -> dict[str, list[Curve]]:
-    """Sevenths of the budget, and top-1 in %, of every seed of every method."""
+    """Return the curves of every method, one per seed: sevenths of the time, top-1 in %."""
     limit, seeds, arguments = BUDGETS[options.budget]
     if options.seconds is not None:
         limit = f"--budget={options.seconds}"
@@ -86,7 +86,7 @@ def curves(folder: Path, options: argparse.Namespace) -> dict[str, list[Curve]]:
     rows = []
     for (method, seed), points in measured.items():
         iterations, seconds, top1 = np.array(points).T
-        # The clock may not have moved in a short run; iterations then stand for its time.
+        # The clock may be too coarse for a short run. Then use iterations instead of seconds.
         spent = seconds if seconds[-1] else iterations + 1
         sevenths = 7 * spent / spent[-1]
         found.setdefault(method, []).append((sevenths, top1))
@@ -97,19 +97,19 @@ def curves(folder: Path, options: argparse.Namespace) -> dict[str, list[Curve]]:
 
 
 def at(curve: Curve, part: float) -> float:
-    """Top-1 after so many sevenths, NaN before the first measurement."""
+    """Return the top-1 after ``part`` sevenths, or NaN before the first measurement."""
     return float(np.interp(part, *curve, left=np.nan))
 
 
 def crossings(first: str, second: str, found: dict[str, list[Curve]]) -> str:
-    """Where the mean of one method overtakes that of the other."""
+    """Describe when the mean of one method overtakes that of the other."""
     grid = np.linspace(0, 7, 701)
     means = [np.mean([[at(c, x) for x in grid] for c in found[m]], 0) for m in (first, second)]
     lead = means[0] - means[1]
     known = ~np.isnan(lead) & (lead != 0)
     places, signs = grid[known], np.sign(lead[known])
     if not len(signs):
-        return f"{first} and {second} are equal as far as it was measured."
+        return f"{first} and {second} are equal in all measurements."
     turns = np.nonzero(np.diff(signs))[0]
     ahead = [(first, second) if sign > 0 else (second, first) for sign in signs[[0, *(turns + 1)]]]
     if len(turns) > _MOST_TURNS:

@@ -1,6 +1,6 @@
-"""Clocks that stand still or jump, for the package and its programs alone.
+"""Fake clocks that stand still or jump, for the package and its programs.
 
-Python's own modules, torch and pytest keep the real clock: some of them wait by it.
+Python's own modules, torch and pytest keep the real clock, since some of them wait by it.
 """
 
 import os
@@ -18,16 +18,15 @@ _HOUR = 3600.0
 
 
 def _ours(frame) -> bool:
-    """Whether the caller is a module of the package or a program in python/."""
+    """Return whether the caller is a module of the package or a program in python/."""
     name = frame.f_globals.get("__name__", "")
     return name.startswith("fdda_ext") or frame.f_code.co_filename.startswith(PROGRAMS)
 
 
 def _fake(real: Callable[[], float], name: str, kind: str) -> Callable[[], float]:
-    """A clock that stands still, or one that jumps whenever it is read.
+    """Return a clock that stands still, or one that jumps whenever it is read.
 
-    Only `time.time` may run backwards. Jumps forwards are of no time, a nanosecond, a millisecond,
-    or hours.
+    A jump is 0, a nanosecond, a millisecond or five hours. Only `time.time` may run backwards.
     """
     now, jumps = [real()], random.Random(name)
 
@@ -51,11 +50,11 @@ def install(kind: str) -> None:
 
 @contextmanager
 def running(kind: str, folder: Path) -> Iterator[None]:
-    """Inside, the package reads such a clock: in this process and in those that it starts.
+    """Let the package read a fake clock, in this process and in those that it starts.
 
     Args:
         kind: One of `KINDS`.
-        folder: Where a ``sitecustomize.py`` for other processes is written.
+        folder: Folder for a ``sitecustomize.py``, which installs the clock in other processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     here = str(Path(__file__).parent)

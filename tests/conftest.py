@@ -1,7 +1,7 @@
-"""Devices, instruction sets and threads that the tests of the native operators run over.
+"""Devices, instruction sets and thread counts for the tests of the native operators.
 
-Tests that take the ``device`` fixture run on the CPU and, where fdda_ext has usable CUDA kernels,
-on CUDA. FDDA_REQUIRE_CUDA=1 turns a CUDA that is missing into failures instead of absence.
+Tests with the ``device`` fixture run on the CPU and, if the CUDA kernels are usable, on CUDA. With
+FDDA_REQUIRE_CUDA=1 the tests on CUDA fail, instead of being skipped, if they are not usable.
 """
 
 import os
@@ -19,7 +19,7 @@ DEVICES = ["cpu", "cuda"] if CUDA_USABLE or CUDA_REQUIRED else ["cpu"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs_cuda: the test runs only where CUDA kernels can")
+    config.addinivalue_line("markers", "needs_cuda: the test needs usable CUDA kernels")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -35,13 +35,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """Each device that has kernels."""
+    """Each device with usable kernels."""
     return request.param
 
 
 @pytest.fixture(params=_C.supported_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each CPU instruction set that this processor has, forced for the test."""
+    """Each instruction set of this CPU, forced for the test."""
     before = _C.isa()
     _C.set_isa(request.param)
     yield request.param
@@ -59,7 +59,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Ctrl-C as in a terminal: a shell lets commands in the background ignore it."""
+    """Handle Ctrl-C as in a terminal, since background commands of a shell ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

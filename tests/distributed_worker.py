@@ -1,7 +1,7 @@
-"""What tests/test_distributed.py computes in one process, and in several: the same must come out.
+"""Computations that tests/test_distributed.py runs with one rank and with several, to compare.
 
-``distributed_worker.py RESULTS FOLDER [RANK]`` writes what `everything` returns, then trains in
-FOLDER from its checkpoint on; RANK kills itself on the way.
+``distributed_worker.py RESULTS FOLDER [RANK]`` writes the result of `everything` to RESULTS, then
+trains in FOLDER from its checkpoint on. If RANK is given, that rank kills itself during training.
 """
 
 import json
@@ -24,11 +24,11 @@ from fdda_ext.statistics import centres, compute_centres
 
 
 def build(name: str, quantization: dict[str, Any], **fdda: Any) -> Method:
-    """A method of 20 iterations.
+    """Build a method of 20 iterations.
 
-    Rates are low: a rounding to another code is a jump, whatever made the difference; and Adam
-    moves the generator's weights by about the rate however small a gradient is, so that at 1e-3 the
-    order of additions alone drives losses 1e-5 apart within 20 iterations.
+    Learning rates are low, so that a different order of additions changes losses by less than 1e-5:
+    Adam moves the generator's weights by about the learning rate, even if a gradient is tiny. The
+    student still jumps when a value is rounded to another code.
     """
     student = {"lr": 1e-5, "scale_lr": 1e-6, "generated_batch": 6}
     phases = {"warmup_iterations": 8, "range_iterations": 6, "misclassified_iterations": 10}
@@ -38,12 +38,12 @@ def build(name: str, quantization: dict[str, Any], **fdda: Any) -> Method:
 
 
 def weights(method: Method) -> Tensor:
-    """Of the student, in one row."""
+    """Return all weights of the student as one vector."""
     return torch.cat([p.detach().flatten() for p in method.student.parameters()])
 
 
 def training(name: str, quantization: dict[str, Any] | None = None, **fdda: Any) -> dict[str, Any]:
-    """The losses of 20 iterations, and how far they moved the student's weights."""
+    """Run 20 iterations; return losses, ranges, and the change of the student's weights."""
     method = build(name, quantization or {}, **fdda)
     before = weights(method)
     metrics = [method.step(i) for i in range(method.iterations)]
@@ -57,14 +57,14 @@ def training(name: str, quantization: dict[str, Any] | None = None, **fdda: Any)
 
 
 def alike(tensors: dict[str, Tensor]) -> int:
-    """How many processes have the bits of the first."""
+    """Return how many ranks have the same bits as the first."""
     own = digest(tensors, "")
     (number,) = distribution.total_counts(int(distribution.from_first(lambda: own) == own))
     return number
 
 
 def moments() -> dict[str, Any]:
-    """Statistics of a batch with few and absent classes, and their gradients."""
+    """Return statistics of a batch in which one class is absent, and their gradients."""
     random = torch.Generator().manual_seed(3)
     x = torch.randn(7, 5, 3, 3, generator=random, dtype=torch.float64) * 2 + 100
     index = torch.tensor([0, 1, 1, 3, 0, 0, 3])
@@ -83,7 +83,7 @@ def moments() -> dict[str, Any]:
 
 
 def centre_bits() -> list[str]:
-    """Of centres that take three passes, and one, which is fewer than there are processes."""
+    """Return digests of BNS centres, computed in three passes and in one (for several ranks)."""
     task = problem(right=True)
     bits = []
     for centres.CLASSES_PER_PASS in (2, 32):
@@ -96,7 +96,7 @@ def centre_bits() -> list[str]:
 
 
 class Logits:
-    """A source of logits as if they were images, and labels that some of them get right."""
+    """A data set whose images are logits; some of them predict their label."""
 
     labels = torch.arange(50) % 10
     stored = torch.randn(50, 10, generator=torch.Generator().manual_seed(5))
@@ -112,13 +112,13 @@ class Logits:
 
 
 def accuracies() -> list[list[float]]:
-    """Over more batches than processes, and over fewer."""
+    """Return accuracies over more batches than ranks, and over fewer."""
     measured = [evaluate(nn.Identity(), BatchSource(Logits(), size)) for size in (7, 40, 50)]
     return [[a.top1, a.top5, a.count] for a in measured]
 
 
 def refusal() -> str:
-    """What all processes say when the first refuses something."""
+    """Return the error of every rank when the first one raises a UsageError."""
 
     def refuse() -> None:
         raise UsageError("test: expected nothing, got something")
@@ -127,15 +127,15 @@ def refusal() -> str:
         distribution.from_first(refuse)
     except UsageError as error:
         message = str(error)
-    assert distribution.total_counts(1) == [distribution.world_size()], "all got here"
+    assert distribution.total_counts(1) == [distribution.world_size()], "all ranks got here"
     if distribution.is_first():
-        with distribution.alone():  # or it would wait for the others
+        with distribution.alone():  # otherwise it would wait for the others
             assert distribution.total_counts(1) == [1]
     return message
 
 
 def everything() -> dict[str, Any]:
-    """All results, as JSON can hold them."""
+    """Return all results."""
     return {
         "fdda, paper grid": training("fdda", {"grid": "paper"}),
         "fdda, deploy grid": training("fdda", ranges_from="calibration", classes_per_batch=2),
@@ -148,7 +148,7 @@ def everything() -> dict[str, Any]:
 
 
 class Interrupted:
-    """FDDA that ends its process, or is ended by Ctrl-C, before an iteration."""
+    """FDDA that kills its process, or raises KeyboardInterrupt, before an iteration."""
 
     part = ""
 

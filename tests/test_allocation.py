@@ -1,4 +1,4 @@
-"""Bits of layers under a budget: never worse than what exhaustive search finds."""
+"""Allocation of bits to layers under a budget, compared with exhaustive search."""
 
 import itertools
 import random
@@ -10,7 +10,6 @@ from fdda_ext.quantization import allocate_bits
 
 
 def exhaustive(costs, sizes, average_bits):
-    """The least cost of all choices within the budget."""
     budget = average_bits * sum(sizes.values())
     return min(
         sum(costs[name][bits] for name, bits in zip(costs, choice, strict=True))
@@ -20,7 +19,7 @@ def exhaustive(costs, sizes, average_bits):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_as_good_as_exhaustive_search(seed):
+def test_allocation_is_as_good_as_exhaustive_search(seed):
     rng = random.Random(seed)
     names = [f"layer{i}.conv" for i in range(5)]
     unit = 10.0 ** rng.randint(-9, 9)
@@ -39,14 +38,14 @@ def test_as_good_as_exhaustive_search(seed):
     assert found <= exhaustive(costs, sizes, average_bits) * (1 + 1e-6)
 
 
-def test_a_budget_that_all_bits_fill_to_the_last():
+def test_a_budget_can_be_used_completely():
     costs = {"a": {2: 1.0, 4: 0.0}, "b": {2: 3.0, 4: 0.0}}
     assert allocate_bits(costs, {"a": 10, "b": 10}, 3) == {"a": 2, "b": 4}
     assert allocate_bits(costs, {"a": 10, "b": 10}, 2) == {"a": 2, "b": 2}
     assert allocate_bits(costs, {"a": 10, "b": 10}, 8) == {"a": 4, "b": 4}
 
 
-def test_rounding_takes_nothing_from_the_budget():
+def test_rounding_does_not_reduce_the_budget():
     costs = {"a": {4: 9.0, 5: 0.0}, "b": {4: 1.0, 5: 0.0}}
     assert 4.35 * 100 < 435
     assert allocate_bits(costs, {"a": 35, "b": 65}, 4.35) == {"a": 5, "b": 4}
@@ -68,6 +67,6 @@ def test_costs_may_all_be_zero():
         ({"a": {3: 1.0}}, {"a": 0}, "a size above 0 .* and 0 for a"),
     ],
 )
-def test_what_cannot_be_allocated_is_refused(costs, sizes, message):
+def test_bad_costs_sizes_and_budgets_are_refused(costs, sizes, message):
     with pytest.raises(UsageError, match=message):
         allocate_bits(costs, sizes, 3)

@@ -1,4 +1,4 @@
-"""`quantize`, `report`, `evaluate`, `export`, `save` and `restore`, as a script calls them."""
+"""The Python functions `quantize`, `report`, `evaluate`, `export`, `save` and `restore`."""
 
 import copy
 import doctest
@@ -17,7 +17,7 @@ from fdda_ext import api
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import METHODS, fitting_share, measure_pace
 
-#: A run of moments.
+#: Options for short runs.
 QUICK = {
     "fdda": {
         "settings.distillation.steps": 4,
@@ -31,7 +31,7 @@ QUICK = {
 
 
 class Net(nn.Module):
-    """Something that a user wrote: 5 classes, images of any size."""
+    """A user's network: 5 classes, images of any size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def network():
     torch.manual_seed(0)
     net = Net()
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(60):  # FDDA wants images that the network gets right
+    for _ in range(60):  # FDDA needs images that the network classifies correctly
         x, y = some_images(40)
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
@@ -61,7 +61,7 @@ def network():
 
 
 def some_images(count, seed=0):
-    """Five colours with noise, and which it is."""
+    """Return noisy images of five colours, and the colours as labels."""
     random = torch.Generator().manual_seed(seed)
     colours = torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2], [2, 2, 0], [0, 2, 2]])
     labels = torch.arange(count) % 5
@@ -70,7 +70,7 @@ def some_images(count, seed=0):
 
 
 @pytest.mark.parametrize("method", QUICK)
-def test_three_lines_quantize_measure_and_export(method, network, tmp_path):
+def test_quantize_evaluate_report_and_export_work_together(method, network, tmp_path):
     before = copy.deepcopy(network.state_dict())
     images, labels = some_images(20)
     options = {"method": method, "options": QUICK[method], "progress": False}
@@ -95,7 +95,7 @@ def test_three_lines_quantize_measure_and_export(method, network, tmp_path):
 
 
 class Stream(IterableDataset):
-    """Single pairs, one after the other."""
+    """A stream of pairs of an image and its label."""
 
     def __iter__(self):
         return iter(zip(*some_images(20), strict=True))
@@ -114,14 +114,14 @@ class Stream(IterableDataset):
     ],
     ids=["dataset", "loader", "stream", "pairs", "generator", "list-of-labels", "other-types"],
 )
-def test_images_come_in_every_usual_form(give, network):
+def test_images_are_accepted_in_every_usual_form(give, network):
     options = {"method": "minmax", "minutes": None}
     expected = fdda_ext.quantize(network, *some_images(20), **options).state_dict()
     found = fdda_ext.quantize(network, *give(), **options).state_dict()
     assert all(torch.equal(found[k], expected[k]) for k in expected)
 
 
-def test_of_many_images_equally_many_of_each_class_are_taken(network):
+def test_max_images_takes_equally_many_images_of_each_class(network):
     images, labels = some_images(100)
     order = labels.argsort()
     loader = DataLoader(TensorDataset(images[order], labels[order]), batch_size=8)
@@ -135,7 +135,7 @@ def test_of_many_images_equally_many_of_each_class_are_taken(network):
     assert none is None
 
 
-def test_labels_are_needed_by_fdda_alone(network):
+def test_only_fdda_needs_labels(network):
     images, labels = some_images(20)
     with pytest.raises(UsageError, match="expected labels with method fdda, got none"):
         fdda_ext.quantize(network, images, minutes=None)
@@ -147,7 +147,7 @@ def test_labels_are_needed_by_fdda_alone(network):
     assert [name for name, kind in METHODS.items() if kind.needs_labels] == ["fdda"]
 
 
-def test_a_student_is_saved_restored_copied_and_trained_on(network, tmp_path):
+def test_a_student_can_be_saved_restored_copied_and_trained(network, tmp_path):
     images, labels = some_images(20)
     student = fdda_ext.quantize(network, images, labels, method="minmax", bits="W3A5", minutes=None)
     fdda_ext.save(student, tmp_path / "student.safetensors")
@@ -167,7 +167,7 @@ def test_a_student_is_saved_restored_copied_and_trained_on(network, tmp_path):
 
 
 def press_at(kind, call, monkeypatch):
-    """Let Ctrl-C be pressed in the method's step of this number."""
+    """Simulate Ctrl-C in step number ``call`` of a method."""
     step = kind.step
     calls = []
 
@@ -181,7 +181,7 @@ def press_at(kind, call, monkeypatch):
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_returns_the_student_of_that_moment(network, monkeypatch, caplog, tmp_path):
+def test_ctrl_c_returns_the_student_trained_so_far(network, monkeypatch, caplog, tmp_path):
     images, labels = some_images(20)
     options = {"method": "distill", "options": QUICK["distill"], "minutes": None, "progress": False}
     whole = fdda_ext.quantize(network, images, labels, **options)
@@ -198,7 +198,7 @@ def test_ctrl_c_returns_the_student_of_that_moment(network, monkeypatch, caplog,
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_before_there_are_ranges_is_an_interruption(network, monkeypatch):
+def test_ctrl_c_before_the_ranges_raises_keyboard_interrupt(network, monkeypatch):
     options = {"settings.zeroq.synthesis.images": 8, "settings.zeroq.synthesis.steps": 20}
     press_at(METHODS["zeroq"], 3, monkeypatch)
     with pytest.raises(KeyboardInterrupt, match="before the ranges"):
@@ -255,7 +255,7 @@ class Swish(Net):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1).repeat(1, 2))
 
 
-def test_a_network_that_cannot_be_exported_is_refused_unless_told(network):
+def test_a_network_without_export_is_refused_unless_exportable_is_false(network):
     images, labels = some_images(20)
     with pytest.raises(UsageError, match="F.silu.*exportable=False"):
         fdda_ext.quantize(Swish(), images, labels, method="minmax")
@@ -263,7 +263,7 @@ def test_a_network_that_cannot_be_exported_is_refused_unless_told(network):
     assert "F.silu" in str(fdda_ext.report(student))
 
 
-def test_evaluate_wants_labels(network):
+def test_evaluate_needs_valid_labels(network):
     images, labels = some_images(20)
     with pytest.raises(UsageError, match="a label for every image, got images alone"):
         fdda_ext.evaluate(network, images)
@@ -277,7 +277,7 @@ CPU = torch.device("cpu")
 
 
 class Clocked:
-    """A method whose construction and steps take a fixed time on a clock of its own."""
+    """A method that moves a fake clock by 2 s per construction and 0.5 s per step."""
 
     def __init__(self, clock, iterations):
         clock.time += 2.0
@@ -304,7 +304,7 @@ class Schedule:
 
 @pytest.mark.parametrize("seconds", [60, 300, 3000])
 @pytest.mark.parametrize("iterations", [1, 40, 512, 10_000, 70_000])
-def test_the_schedule_fits_the_time(seconds, iterations):
+def test_the_schedule_fits_into_the_time(seconds, iterations):
     clock = Clock()
     share = fitting_share(
         lambda s: Clocked(clock, s.iterations), Schedule(iterations), seconds, CPU, now=clock
@@ -313,32 +313,32 @@ def test_the_schedule_fits_the_time(seconds, iterations):
     assert trials <= max(0.1 * seconds, 2 + 2 * 0.5) + 0.5
     planned = Schedule(iterations).scaled(share).iterations
     assert trials + 2 + 0.5 * planned <= 1.02 * seconds
-    # Unless all of it is run, most of the time is used.
+    # A shortened schedule uses more than 15 % of the time.
     assert planned == iterations or 2 + 0.5 * planned > 0.15 * seconds
     if 2 + 0.5 * iterations < 0.5 * seconds and seconds > 100:
         assert share == 1
 
 
-def test_a_time_that_is_over_before_the_training_is_refused():
+def test_a_time_too_short_for_any_training_is_refused():
     clock = Clock()
     with pytest.raises(UsageError, match="for more than the 2.50 s of a trial and the 2.00 s"):
         fitting_share(lambda s: Clocked(clock, 1), Schedule(9), 3.0, CPU, now=clock)
 
 
-def test_the_example_of_quantize_gives_what_it_shows():
+def test_the_docstring_example_of_quantize_is_correct():
     (example,) = doctest.DocTestFinder().find(api.quantize, "quantize", globs=vars(api).copy())
     assert doctest.DocTestRunner().run(example).failed == 0
     assert len(example.examples) > 3
 
 
-def test_messages_go_to_the_logger(network, caplog):
+def test_quantize_without_problems_logs_nothing(network, caplog):
     caplog.set_level(logging.INFO, "fdda_ext")
     images, labels = some_images(20)
     fdda_ext.quantize(network, images, labels, method="minmax", progress=False)
     assert not caplog.text
 
 
-def test_a_schedule_of_few_steps_is_not_taken_for_none():
+def test_the_pace_of_a_short_schedule_is_measured():
     clock = Clock()
 
     class Few(Schedule):

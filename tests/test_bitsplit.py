@@ -1,4 +1,4 @@
-"""Bit-Split: every step against its formula, and a student that rounds to the integers found."""
+"""Bit-Split: every step against its formula, and the student with the integers that it found."""
 
 import itertools
 from dataclasses import replace
@@ -31,7 +31,7 @@ def settings(**changes) -> MethodSettings:
 def weights(groups: int = 2, m: int = 3, n: int = 70) -> Tensor:
     random = torch.Generator().manual_seed(0)
     w = torch.randn(groups, m, n, generator=random, dtype=torch.float64)
-    w[0, 0] = 0  # an output without weights
+    w[0, 0] = 0  # an output whose weights are all 0
     return w
 
 
@@ -50,7 +50,7 @@ def problem_of_small_network(**quantization):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_rounding_is_no_worse_than_the_full_range_and_digits_stitch_to_it(bits):
+def test_rounding_is_a_fixed_point_and_no_worse_than_the_full_range(bits):
     w = weights()
     planes = Planes(w, bits)
     planes.round()
@@ -62,7 +62,7 @@ def test_rounding_is_no_worse_than_the_full_range_and_digits_stitch_to_it(bits):
     assert torch.equal(q, q.round())
     assert q.abs().max() <= largest
     torch.testing.assert_close(q * planes.scale[..., None], planes.alpha[..., None] * planes.v)
-    # A fixed point: neither rounding nor the scale would move.
+    # Both the integers and the scale are fixed points.
     scale = planes.scale[..., None]
     assert torch.equal((w / scale).round().clamp(-largest, largest), q)
     refit = (w * q).sum(2) / (q * q).sum(2)
@@ -70,7 +70,7 @@ def test_rounding_is_no_worse_than_the_full_range_and_digits_stitch_to_it(bits):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_half_steps_of_b_never_increase_the_error(bits):
+def test_half_steps_of_step_b_never_increase_the_error(bits):
     planes = Planes(weights(), bits)
     planes.round()
     last = weight_error(planes)
@@ -79,7 +79,7 @@ def test_half_steps_of_b_never_increase_the_error(bits):
         after_scale = weight_error(planes)
         assert (after_scale <= last + 1e-9).all()
         alpha = planes.alpha
-        planes.fit = lambda *_: 0.0  # the digits alone
+        planes.fit = lambda *_: 0.0  # changes only the digits
         planes.split(1)
         del planes.fit
         assert torch.equal(planes.alpha, alpha)
@@ -106,7 +106,7 @@ def known(planes: Planes, dead: bool = False) -> tuple[Responses, Tensor, Tensor
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_half_steps_of_c_never_increase_the_plain_error(bits):
+def test_half_steps_of_step_c_never_increase_the_plain_error(bits):
     planes = Planes(weights(), bits)
     planes.round()
     planes.split(50)
@@ -131,11 +131,11 @@ def test_half_steps_of_c_never_increase_the_plain_error(bits):
             last = error()
     assert last.sum() < 0.8 * first.sum()
     assert planes.integers.abs().max() <= 2 ** (bits - 1) - 1
-    assert torch.equal(planes.v[..., 5], dead), "an input that is always 0 decides nothing"
+    assert torch.equal(planes.v[..., 5], dead), "an input that is always 0 changes no digit"
 
 
-def test_a_sweep_of_c_is_exact_in_every_coordinate():
-    """Against plain coordinate descent that tries all three digits."""
+def test_a_sweep_of_step_c_minimises_the_error_in_every_coordinate():
+    """Compare with coordinate descent that tries all three digits."""
     planes = Planes(weights(1, 2, 70), 3)
     planes.round()
     responses, x, float_x = known(planes)
@@ -152,7 +152,7 @@ def test_a_sweep_of_c_is_exact_in_every_coordinate():
     assert torch.equal(planes.digits, plain)
 
 
-def test_with_x_the_identity_step_c_is_step_b():
+def test_step_c_with_an_identity_input_equals_step_b():
     planes, split = (Planes(weights(1, 4, 70), 3) for _ in range(2))
     for p in (planes, split):
         p.round()
@@ -165,7 +165,7 @@ def test_with_x_the_identity_step_c_is_step_b():
     torch.testing.assert_close(planes.alpha, split.alpha)
 
 
-def test_damping_pulls_towards_the_weights_themselves():
+def test_damping_adds_the_weighted_error_of_the_weights():
     planes = Planes(weights(), 3)
     responses, x, _ = known(planes)
     planes.round()
@@ -177,7 +177,7 @@ def test_damping_pulls_towards_the_weights_themselves():
     )
 
 
-def test_products_of_float32_rows_are_those_of_float64():
+def test_products_of_float32_rows_agree_with_float64():
     planes = Planes(weights(), 4)
     _, x, float_x = known(planes)
     exact, single = Responses(planes.weight), Responses(planes.weight)
@@ -243,7 +243,7 @@ def test_layers_read_views_of_the_student_and_of_the_float_network(compensate, v
         nn.Linear(4, 6, bias=False),
     ],
 )
-def test_patches_times_weights_are_the_layer(layer):
+def test_patches_times_weights_give_the_output_of_the_layer(layer):
     x = torch.randn(3, 4, 6, 5) if isinstance(layer, nn.Conv2d) else torch.randn(3, 4)
     with torch.no_grad():
         found = patches(layer, x) @ rows(layer, layer.weight).transpose(1, 2)
@@ -285,7 +285,7 @@ def test_lloyd_ends_in_a_fixed_point_and_is_no_worse_than_the_full_range():
     assert errors[0] < errors[1]
 
 
-def test_statistics_are_those_of_normalised_batches():
+def test_renewed_statistics_are_those_of_the_batches():
     method = build_method("bitsplit", problem(), settings(statistics_views=1, batch=6))
     for iteration in range(method.iterations):
         method.step(iteration)
@@ -296,7 +296,7 @@ def test_statistics_are_those_of_normalised_batches():
     before = norm.running_mean.clone()
     method._renew_statistics()
     handle.remove()
-    assert not torch.equal(before, norm.running_mean), "other views, other statistics"
+    assert not torch.equal(before, norm.running_mean), "other views have other statistics"
     variance, mean = torch.var_mean(seen[0], (0, 2, 3), correction=0)
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_var, variance)
@@ -331,7 +331,7 @@ def test_the_student_rounds_to_the_integers_found(bits, grid):
             assert torch.equal(lower(method.student)(task.images), method.student(task.images))
 
 
-def test_reconstruction_brings_responses_nearer():
+def test_reconstruction_reduces_the_error_of_responses():
     errors = []
     for rounds in (0, 20):
         method = build_method(
@@ -360,7 +360,7 @@ def test_state_resumes_exactly():
         assert torch.equal(tensor, resumed.student.state_dict()[key]), key
 
 
-def test_steps_of_channels_are_fixed_points_and_no_worse_than_one_for_all():
+def test_scales_per_channel_are_fixed_points_and_no_worse_than_one_scale():
     x = torch.rand(3, 5, 8, 8, generator=torch.Generator().manual_seed(0)) ** 3
     x *= torch.tensor([1.0, 0.1, 10.0, 0.0, 1.0])[:, None, None]
     steps = channel_steps(x, 4)
@@ -378,7 +378,7 @@ def test_steps_of_channels_are_fixed_points_and_no_worse_than_one_for_all():
 
 @pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:regnetx_006", "groups"])
 @torch.no_grad()
-def test_folded_channel_scales_leave_the_float_network_as_it_was(spec):
+def test_folding_channel_scales_does_not_change_the_float_output(spec):
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     if spec == "groups":
         layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=2))
@@ -393,7 +393,7 @@ def test_folded_channel_scales_leave_the_float_network_as_it_was(spec):
     assert all(float(s.std()) > 0.05 and float(s.min()) > 0 for s in scales.values())
     torch.testing.assert_close(traced(images), before, rtol=1e-3, atol=1e-3 * float(before.std()))
     torch.testing.assert_close(network(images), before)
-    # All channels that live have the same step now.
+    # All channels that are not dead have the same scale now.
     for name in scales:
         steps = channel_steps(input_of(traced, name, images), 4)
         alive = steps[(steps > 0) & (scales[name] > 0.011)]
@@ -423,7 +423,7 @@ def test_channel_scales_are_in_the_student_and_its_file():
 
 
 def test_views_mix_the_classes():
-    """Images come class by class; statistics of batches of one class are not those of the data."""
+    """Check batches and statistics with images that are sorted by class."""
     task = problem()
     images = torch.cat([task.images.mul(0.1).add(k)[:4] for k in range(4)])
     task = replace(task, images=images, labels=torch.arange(4).repeat_interleave(4))
@@ -440,7 +440,7 @@ def test_views_mix_the_classes():
         padding=1,
     )
     share = norm.running_var / x.var((0, 2, 3))
-    assert float(share.mean()) > 0.7, "of few classes in a batch it would be a tenth"
+    assert float(share.mean()) > 0.7, "batches of few classes would give about 0.1"
 
 
 @pytest.mark.parametrize(

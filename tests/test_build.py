@@ -1,4 +1,4 @@
-"""The build: what the source archive holds, what the extension links to, how it is switched."""
+"""The build: contents of the source archive, symbols of the extension, environment variables."""
 
 import os
 import re
@@ -19,18 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs this interpreter in the repository with changes to the environment."""
+    """Run this interpreter in the repository with additional environment variables."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=1800,  # against a process that hangs, not a slow one
+        timeout=1800,  # for a process that hangs; a slow machine takes less
     )
 
 
-def test_build_info_tells_the_facts() -> None:
+def test_build_info_is_correct() -> None:
     info = build_info()
     assert info.version == fdda_ext.__version__
     assert info.torch == torch.__version__
@@ -42,7 +42,7 @@ def test_build_info_tells_the_facts() -> None:
     assert asdict(info)["isa"] == info.isa
 
 
-def test_every_operator_has_a_cpu_kernel_and_a_fake_one() -> None:
+def test_every_operator_has_a_cpu_kernel_and_a_cuda_kernel_if_built() -> None:
     differentiable = ("fake_quantize", "class_batch_stats", "class_stats_loss")
     names = [*differentiable, *(f"_{name}_backward" for name in differentiable)]
     for name in [*names, "int4_pack_weight", "int4_conv2d"]:
@@ -56,7 +56,7 @@ def test_isa_is_forced_by_the_environment() -> None:
     assert run_python("-c", code, FDDA_ISA="scalar").stdout.strip() == "scalar"
 
 
-def test_unknown_isa_in_the_environment_is_named() -> None:
+def test_unknown_isa_in_the_environment_is_refused() -> None:
     done = run_python("-c", "import fdda_ext; fdda_ext.build_info()", FDDA_ISA="sse9")
     assert "UsageError: FDDA_ISA: expected the instruction set to be one of scalar" in done.stderr
     assert done.stderr.strip().endswith("got sse9")
@@ -77,7 +77,7 @@ def symbols(*options: str) -> str:
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils is not installed")
 def test_only_the_stable_abi_of_torch_is_used() -> None:
-    """No C++ symbol of at:: or c10::, and what only a CUDA libtorch has is weak."""
+    """Expect no C++ symbols of at:: or c10::, and weak ones if only a CUDA libtorch has them."""
     undefined = symbols("--undefined-only")
     assert re.search(r" U (aoti_torch|torch)_\w+", undefined)
     assert not re.findall(r"_ZNK?(?:2at|3c10)\w*", undefined)
@@ -86,31 +86,31 @@ def test_only_the_stable_abi_of_torch_is_used() -> None:
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils is not installed")
 def test_no_cuda_library_is_needed_to_import() -> None:
-    """The CUDA runtime is linked in and hidden: neither wanted from outside nor offered."""
+    """Check that the CUDA runtime is linked statically and hidden."""
     assert not re.findall(r" \w (cuda\w+|__cuda\w+|cu[A-Z]\w+)", symbols())
 
 
-def test_imports_where_no_gpu_is_visible() -> None:
+def test_the_package_imports_without_a_gpu() -> None:
     code = "import fdda_ext.ops, fdda_ext; print(fdda_ext.build_info().cuda_usable)"
-    # torch's compiler takes as long to import as torch itself, and no command needs it to begin.
+    # The import of torch's compiler takes as long as that of torch. No command needs it at start.
     code += "; import sys, fdda_ext.train; print('torch._dynamo' in sys.modules)"
     done = run_python("-c", code, CUDA_VISIBLE_DEVICES="")
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
-def test_forcing_cuda_without_nvcc_is_refused_in_words() -> None:
+def test_forcing_cuda_without_nvcc_is_refused() -> None:
     done = run_python("setup.py", "--version", FDDA_CUDA="1", CUDA_HOME="/nonexistent")
     assert done.returncode != 0
     assert "setup.py: expected nvcc on PATH or in CUDA_HOME/bin" in done.stderr
 
 
-def test_wrong_cuda_switch_is_refused_in_words() -> None:
+def test_a_wrong_value_of_fdda_cuda_is_refused() -> None:
     done = run_python("setup.py", "--version", FDDA_CUDA="yes")
     assert done.returncode != 0
     assert "setup.py: expected FDDA_CUDA to be 0 or 1, got 'yes'" in done.stderr
 
 
-def test_source_archive_holds_all_that_a_build_needs(tmp_path: Path) -> None:
+def test_the_source_archive_holds_all_files_that_a_build_needs(tmp_path: Path) -> None:
     code = f"import setuptools.build_meta as m; m.build_sdist({str(tmp_path)!r})"
     done = run_python("-c", code, FDDA_CUDA="0")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Files of weights as people's training scripts write them."""
+"""Weight files in the forms that training scripts write."""
 
 import argparse
 import collections
@@ -30,7 +30,7 @@ class Net(nn.Module):
     def forward(self, x):
         return self.head(self.stem(x))
 class Holder(nn.Module):
-    '''Has a part by the name that parallel wrappers use.'''
+    '''Has a submodule with the name that parallel wrappers use.'''
     def __init__(self, num_classes):
         super().__init__()
         self.module = Net(num_classes)
@@ -47,7 +47,7 @@ class Trainer:
 
 @pytest.fixture
 def user(tmp_path, monkeypatch):
-    """The user's own module, importable."""
+    """A user's module, which can be imported."""
     (tmp_path / "usernet.py").write_text(NET)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "usernet", raising=False)
@@ -58,7 +58,7 @@ def user(tmp_path, monkeypatch):
 
 
 def weights_of(build, seed=0) -> dict[str, torch.Tensor]:
-    """Trained-looking weights."""
+    """Return weights that differ from their initialization."""
     torch.manual_seed(seed)
     network = build(10)
     for tensor in network.state_dict().values():
@@ -80,7 +80,7 @@ def prefixed(prefix: str, state: dict) -> dict:
 
 
 def between(word: str, state: dict) -> dict:
-    """What DataParallel or torch.compile of a part makes of its names."""
+    """Insert the name that DataParallel or torch.compile adds for a submodule."""
     return {k.replace("stem.", f"stem.{word}.", 1): v for k, v in state.items()}
 
 
@@ -92,7 +92,7 @@ PREFIXES = (
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_a_prefix_of_all_names_is_taken_off(user, tmp_path, prefix, suffix):
+def test_a_prefix_of_all_names_is_removed(user, tmp_path, prefix, suffix):
     state = weights_of(user.Net)
     path = tmp_path / f"w.{suffix}"
     (torch.save if suffix == "pt" else save_file)(prefixed(prefix, state), path)
@@ -130,18 +130,18 @@ def test_dictionaries_inside_the_file_are_searched(user, tmp_path, place):
 
 
 @pytest.mark.parametrize("word", ["module", "_orig_mod", "_checkpoint_wrapped_module"])
-def test_wrappers_of_parts_are_taken_off(user, tmp_path, word):
+def test_names_of_wrapped_submodules_are_unwrapped(user, tmp_path, word):
     state = weights_of(user.Net)
     torch.save({"state_dict": prefixed("module.", between(word, state))}, tmp_path / "w.pt")
     assert same(load(tmp_path / "w.pt"), state)
-    # Where the network itself has such a name, it stays.
+    # The name stays if the network itself has it.
     state = weights_of(user.Holder)
     for content in (state, prefixed("module.", state), prefixed("_orig_mod.", state)):
         torch.save(content, tmp_path / "w.pt")
         assert same(load(tmp_path / "w.pt", "Holder"), state)
 
 
-def test_torch_s_own_wrappers_are_read(user, tmp_path):
+def test_weights_of_torch_wrappers_are_read(user, tmp_path):
     network = user.Net(10)
     averaged = torch.optim.swa_utils.AveragedModel(network)
     state = network.state_dict()
@@ -150,23 +150,23 @@ def test_torch_s_own_wrappers_are_read(user, tmp_path):
         assert same(load(tmp_path / "w.pt"), state)
 
 
-def test_what_a_wrapper_adds_is_left_out_and_named(user, tmp_path, caplog):
+def test_tensors_that_a_wrapper_adds_are_skipped_with_a_warning(user, tmp_path, caplog):
     state = weights_of(user.Net)
     extra = {"criterion.weight": torch.ones(10), "metric.total": torch.tensor(3)}
     torch.save({"state_dict": {**prefixed("model.", state), **extra}}, tmp_path / "w.pt")
     with caplog.at_level(logging.WARNING, "fdda_ext"):
         assert same(load(tmp_path / "w.pt"), state)
     assert "left out: state_dict.criterion.weight, state_dict.metric.total" in caplog.text
-    # Between the network's own tensors, a tensor more may mean another network.
+    # An extra tensor between the network's own tensors may mean another network.
     torch.save({**state, "stem.3.weight": torch.ones(8)}, tmp_path / "w.pt")
     with pytest.raises(UsageError, match=r"the unknown stem.3.weight.* has 8 of the 8"):
         load(tmp_path / "w.pt")
-    # Counters of operations change nothing.
+    # Counters of operations are ignored.
     torch.save({**state, "stem.0.total_ops": torch.ones(1)}, tmp_path / "w.pt")
     assert same(load(tmp_path / "w.pt"), state)
 
 
-def test_of_plain_and_averaged_weights_the_plain_ones_are_taken(user, tmp_path, caplog):
+def test_plain_weights_are_preferred_to_averaged_ones(user, tmp_path, caplog):
     plain, averaged = weights_of(user.Net), weights_of(user.Net, 1)
     path = tmp_path / "w.pt"
     for names, content in (
@@ -190,12 +190,12 @@ def test_of_plain_and_averaged_weights_the_plain_ones_are_taken(user, tmp_path, 
         assert same(load(f"{path}#{names[1]}"), averaged)
         assert same(load(f"{path}#{names[0]}"), plain)
         assert same(load(f"order={path}#{names[1]}"), averaged)
-    # An average alone is taken.
+    # Averaged weights are taken if there are no others.
     torch.save({"ema": averaged}, path)
     assert same(load(path), averaged)
 
 
-def test_two_sets_of_the_same_kind_need_the_user_s_word(user, tmp_path):
+def test_the_user_must_choose_between_two_sets_of_the_same_kind(user, tmp_path):
     one, two = weights_of(user.Net), weights_of(user.Net, 1)
     path = tmp_path / "w.pt"
     torch.save({"last": one, "best": two}, path)
@@ -210,14 +210,14 @@ def test_two_sets_of_the_same_kind_need_the_user_s_word(user, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             load(f"{path}#{name}")
-    # A file may have the sign in its name.
+    # The name of a file may contain "#".
     odd = tmp_path / "a#b.pt"
     torch.save(one, odd)
     assert same(load(odd), one)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_settings_beside_the_tensors_do_no_harm(user, tmp_path, legacy):
+def test_other_objects_in_the_file_are_ignored(user, tmp_path, legacy):
     state = weights_of(user.Net)
     counts = collections.defaultdict(list, a=[1])
     others = {
@@ -234,7 +234,7 @@ def test_settings_beside_the_tensors_do_no_harm(user, tmp_path, legacy):
         "hyper_parameters": {"criterion": nn.CrossEntropyLoss(), "optimizer": torch.optim.SGD},
         "sets": {frozenset({1}), 2},
     }
-    if legacy:  # old files hold the source of modules beside them
+    if legacy:  # the old format stores the source code of modules
         del others["hyper_parameters"]
     content = {"model": state, "optimizer": OPTIMIZER, **others}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
@@ -242,7 +242,7 @@ def test_settings_beside_the_tensors_do_no_harm(user, tmp_path, legacy):
 
 
 class Exploding:
-    """Runs a function when it is read."""
+    """An object whose unpickling calls a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -251,7 +251,7 @@ class Exploding:
         return self.call
 
 
-def test_nothing_in_a_file_is_run(user, tmp_path):
+def test_code_in_a_file_is_never_executed(user, tmp_path):
     state = weights_of(user.Net)
     made = tmp_path / "made"
     path = tmp_path / "w.pt"
@@ -264,11 +264,11 @@ def test_nothing_in_a_file_is_run(user, tmp_path):
         with pytest.raises(UsageError, match=r"was not run \((posix|nt).mkdir\)"):
             load(path)
         assert not made.exists()
-    # A class of the user's may do anything when it is made again.
+    # Unpickling a class of the user could run any code.
     torch.save({"model": state, "trainer": user.Trainer()}, path)
     with pytest.raises(UsageError, match=r"was not run \(usernet.Trainer\); save its tensors"):
         load(path)
-    # What is allowed by name is not called either.
+    # Names that are allowed are not called either.
     torch.save({"model": state, "x": Exploding(np.save, f"{made}.npy", [1])}, path)
     assert same(load(path), state)
     torch.save({"model": state, "x": Exploding(pathlib.Path.touch, made)}, path)
@@ -277,7 +277,7 @@ def test_nothing_in_a_file_is_run(user, tmp_path):
     assert not list(tmp_path.glob("made*"))
 
 
-def test_networks_that_were_saved_whole_are_refused_with_advice(user, tmp_path):
+def test_pickled_networks_are_refused_with_advice(user, tmp_path):
     path = tmp_path / "w.pt"
     network = user.Net(10)
     for content in (network, {"net": network, "acc": 90}, network.stem, {"net": network.stem}):
@@ -295,7 +295,7 @@ def test_networks_that_were_saved_whole_are_refused_with_advice(user, tmp_path):
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_other_widths_become_float32(user, tmp_path, kind, suffix):
+def test_other_float_dtypes_become_float32(user, tmp_path, kind, suffix):
     state = {k: v.to(kind) if v.is_floating_point() else v for k, v in weights_of(user.Net).items()}
     (torch.save if suffix == "pt" else save_file)(state, tmp_path / "w")
     loaded = load(tmp_path / "w")
@@ -304,7 +304,7 @@ def test_other_widths_become_float32(user, tmp_path, kind, suffix):
         assert torch.equal(tensor, state[key].to(tensor.dtype))
 
 
-def test_where_nothing_fits_names_and_the_closest_match_are_told(user, tmp_path):
+def test_the_error_for_unknown_names_shows_the_closest_match(user, tmp_path):
     state = weights_of(user.Net)
     path = tmp_path / "w.pt"
     short = {k: v for k, v in prefixed("encoder.", state).items() if "head" not in k}
@@ -340,7 +340,7 @@ def test_where_nothing_fits_names_and_the_closest_match_are_told(user, tmp_path)
         load(path)
 
 
-def test_weights_for_other_classes_are_named_as_such(user, tmp_path):
+def test_weights_for_another_number_of_classes_are_refused(user, tmp_path):
     path = tmp_path / "w.pt"
     torch.save(prefixed("module.", user.Net(1000).state_dict()), path)
     with pytest.raises(
@@ -361,13 +361,13 @@ def test_wrapped_weights_of_another_library_are_translated(tmp_path):
     assert torch.equal(loaded["features.init_block.conv.conv.weight"], state["conv1.weight"])
 
 
-def test_networks_that_take_no_number_of_classes_are_built(user, tmp_path):
+def test_networks_without_a_num_classes_argument_are_built(user, tmp_path):
     state = weights_of(user.Net)
     torch.save(state, tmp_path / "w.pt")
     assert same(load(tmp_path / "w.pt", "ten"), state)
 
 
-def test_mistakes_of_evaluate_are_told_before_anything_runs(user, tmp_path, monkeypatch):
+def test_evaluate_refuses_mistakes_before_it_runs(user, tmp_path, monkeypatch):
     torch.save(prefixed("module.", user.Net(7).state_dict()), tmp_path / "seven.pt")
     (tmp_path / "empty").mkdir()
     own = ["--model=module:usernet.Net", "--data=digits"]
@@ -395,7 +395,7 @@ def test_mistakes_of_evaluate_are_told_before_anything_runs(user, tmp_path, monk
         assert "\n" not in str(caught.value)
 
 
-def test_evaluate_uses_so_many_threads(user, tmp_path, monkeypatch):
+def test_evaluate_uses_the_given_number_of_threads(user, tmp_path, monkeypatch):
     torch.save(user.Net(10).state_dict(), tmp_path / "w.pt")
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)

@@ -1,4 +1,4 @@
-"""class_batch_stats against its plain reference, exact gradients, and its promises."""
+"""class_batch_stats: values and gradients against the reference, layouts, compilation, errors."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def channel_slice(x: Tensor) -> Tensor:
-    """Some channels of a wider activation: planes in place, not dense."""
+    """Return a slice of the channels of a wider tensor, which is not dense."""
     return torch.cat([x, torch.full_like(x, 3e4)], 1)[:, : x.shape[1]]
 
 
@@ -32,7 +32,7 @@ def channels_last_slice(x: Tensor) -> Tensor:
 
 
 def transposed(x: Tensor) -> Tensor:
-    """Samples innermost: no view fits, so a copy is needed."""
+    """Make the samples innermost, so that the operator needs a copy."""
     return x.transpose(0, -1).contiguous().transpose(0, -1)
 
 
@@ -44,7 +44,7 @@ LAYOUTS: list[Callable[[Tensor], Tensor]] = [
     transposed,
 ]
 
-# Odd tails, one position, one channel, [N, C], several blocks, several strips and merge blocks.
+# Ragged ends, one position, one channel, [N, C], several blocks, strips and merge blocks.
 SHAPES = [
     (6, 4, 5, 7),
     (5, 3, 1, 1),
@@ -61,7 +61,7 @@ SHAPES = [
 def make_inputs(
     shape: tuple[int, ...], dtype: torch.dtype, num_classes: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Activations whose channels have means between -8 and 8, and labels."""
+    """Return labels, and activations whose channels have means of about -8 to 8."""
     generator = torch.Generator().manual_seed(seed)
     offset = 4 * torch.randn((1, shape[1]) + (1,) * (len(shape) - 2), generator=generator)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) + offset
@@ -70,7 +70,7 @@ def make_inputs(
 
 
 def assert_matches_float64(x: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Count exactly; mean and var to float32 accuracy of the float64 result on the same values."""
+    """Compare with the reference in float64: count exactly, mean and var to float32 accuracy."""
     count, mean, var = class_batch_stats(x, labels, num_classes)
     expected = class_batch_stats_reference(x.double(), labels, num_classes)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -95,7 +95,7 @@ def test_matches_reference(
 def gradient(
     op: Callable[..., tuple[Tensor, Tensor, Tensor]], x: Tensor, labels: Tensor, num_classes: int
 ) -> Tensor:
-    """d/dx of fixed random weights on mean and var."""
+    """Return the gradient with respect to x of a fixed random combination of mean and var."""
     x = x.detach().requires_grad_()
     _, mean, var = op(x, labels, num_classes)
     generator = torch.Generator().manual_seed(1)
@@ -147,10 +147,10 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_gradients_stored_past_the_caches(
+def test_large_gradients_written_past_the_caches_are_correct(
     isa: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
 ) -> None:
-    """More than 16 MiB, with planes that begin a cache line and planes that do not."""
+    """Use more than 16 MiB, with planes aligned and not aligned to cache lines."""
     backward = torch.ops.fdda._class_batch_stats_backward
     for side in (56, 30, 7):
         channels = 2**24 // dtype.itemsize // (2 * side * side) + 1
@@ -174,7 +174,7 @@ def test_large_gradients_stored_past_the_caches(
     isa=st.sampled_from(_C.supported_isas()),
     seed=st.integers(0, 10),
 )
-def test_any_small_shape(
+def test_small_random_shapes_match_reference(
     samples: int, channels: int, positions: int, num_classes: int, rows: bool, isa: str, seed: int
 ) -> None:
     x, labels = make_inputs((samples, channels, positions, 1), torch.float32, num_classes, seed)
@@ -191,7 +191,7 @@ def test_any_small_shape(
 def test_variance_is_stable_under_a_large_mean(
     device: str, isa: str, shape: tuple[int, ...], layout: Callable[[Tensor], Tensor]
 ) -> None:
-    """Mean 100, variance 1: single-pass sums of squares would lose three digits here."""
+    """Use mean 100 and variance 1, where single-pass sums of squares lose three digits."""
     generator = torch.Generator().manual_seed(0)
     x = layout((100 + torch.randn(shape, generator=generator)).to(device))
     labels = torch.arange(shape[0], device=device) % 2
@@ -202,7 +202,7 @@ def test_variance_is_stable_under_a_large_mean(
 
 
 def test_variance_is_stable_when_the_first_value_is_an_outlier(device: str) -> None:
-    """A shift by the first value would be worth nothing here."""
+    """Use values for which a shift by the first value is useless."""
     x = 100 + torch.randn(2, 3, 40, 40)
     x[..., 0, 0] = 0
     x[:, :, 0, 1] = -1000
@@ -221,7 +221,7 @@ def test_literal_values_and_empty_classes(device: str) -> None:
     assert var.tolist() == [[0.0], [0.0], [10.0], [0.0]]
 
 
-def test_one_class_is_the_batch_norm_statistic(device: str) -> None:
+def test_one_class_gives_the_batch_norm_statistics(device: str) -> None:
     x = torch.randn(4, 6, 5, 5, device=device)
     norm = torch.nn.BatchNorm2d(6, momentum=1.0, device=device)
     norm(x)
@@ -231,7 +231,7 @@ def test_one_class_is_the_batch_norm_statistic(device: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0)], ids=str)
-def test_empty(device: str, shape: tuple[int, ...]) -> None:
+def test_empty_tensors(device: str, shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape, device=device, requires_grad=True)
     labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
     count, mean, var = class_batch_stats(x, labels, 2)
@@ -254,8 +254,8 @@ def test_opcheck(device: str, layout: Callable[[Tensor], Tensor]) -> None:
     x, labels = (t.to(device) for t in make_inputs((5, 3, 3, 2), torch.float32, 3))
     x = layout(x)
     op = torch.ops.fdda.class_batch_stats.default
-    # opcheck's ahead-of-time test adds the outputs up, which fails where the first is an integer;
-    # test_compiles_without_graph_breaks covers it.
+    # opcheck's ahead-of-time test adds up the outputs and fails if the first is an integer.
+    # test_compiles_without_graph_breaks covers this.
     library.opcheck(
         op,
         (x.detach().requires_grad_(), labels, 3),
@@ -284,7 +284,7 @@ def test_compiles_without_graph_breaks(device: str, dynamic: bool) -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_double_backward_is_refused_in_words() -> None:
+def test_double_backward_is_refused() -> None:
     x = torch.randn(4, 3, requires_grad=True)
     _, _, var = class_batch_stats(x, torch.zeros(4, dtype=torch.int64), 1)
     (grad,) = torch.autograd.grad(var.sum(), x, create_graph=True)
@@ -316,7 +316,9 @@ CPU_MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
-def test_mistakes_are_named(device: str, arguments: tuple[object, ...], message: str) -> None:
+def test_bad_arguments_are_refused(
+    device: str, arguments: tuple[object, ...], message: str
+) -> None:
     moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
     with pytest.raises(UsageError) as error:
         class_batch_stats(*moved)  # type: ignore[arg-type]
@@ -324,14 +326,14 @@ def test_mistakes_are_named(device: str, arguments: tuple[object, ...], message:
 
 
 @pytest.mark.parametrize(("arguments", "message"), CPU_MISTAKES)
-def test_bad_labels_are_named_on_the_cpu(arguments: tuple[object, ...], message: str) -> None:
+def test_bad_labels_are_refused_on_the_cpu(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(UsageError) as error:
         class_batch_stats(*arguments)  # type: ignore[arg-type]
     assert str(error.value) == f"class_batch_stats: {message}"
 
 
 @pytest.mark.needs_cuda
-def test_bad_labels_are_left_out_on_cuda() -> None:
+def test_bad_labels_are_ignored_on_cuda() -> None:
     x = torch.tensor([[1.0], [3.0], [7.0]], device="cuda")
     count, mean, _ = class_batch_stats(x, torch.tensor([0, 5, -1], device="cuda"), 2)
     assert count.tolist() == [1, 0] and mean.tolist() == [[1.0], [0.0]]

@@ -1,4 +1,4 @@
-"""class_stats_loss against its plain reference, exact gradients, and its promises."""
+"""class_stats_loss: values and gradients against the reference, layouts, compilation, errors."""
 
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ def make_problem(
     widths: tuple[int, ...] = (5, 17, 64, 33),
     channels_last: bool = False,
 ) -> Problem:
-    """Four layers of shrinking resolution; class 1 is absent when there are three classes."""
+    """Build four layers of decreasing size; with three classes, class 1 is absent."""
     generator = torch.Generator().manual_seed(0)
     samples = 6
     labels = torch.tensor([0, 2, 2, 0, 2, 0]) % num_classes
@@ -62,7 +62,7 @@ def in_float64(problem: Problem) -> Problem:
 
 
 def gradients(op: object, problem: Problem) -> tuple[Tensor, list[Tensor]]:
-    """The loss and its gradients for a fixed upstream gradient."""
+    """Return the loss and its gradients for a fixed upstream gradient."""
     xs = [x.detach().requires_grad_() for x in problem.xs]
     loss = op(xs, *problem[1:])  # type: ignore[operator]
     upstream = 1 + torch.arange(loss.numel(), device=loss.device).reshape(loss.shape).to(loss)
@@ -106,7 +106,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits() -> None:
 
 
 def test_literal_value(device: str) -> None:
-    """Mean 2, variance 1 against (1, 0) and (2, 3): 1 + 1 and 0 + 4."""
+    """Compare mean 2 and variance 1 with (1, 0) and (2, 3): the losses are 2 and 0.5 * 4."""
     x = torch.tensor([[1.0], [3.0]], device=device)
     means = torch.tensor([[[1.0]], [[2.0]]], device=device)
     variances = torch.tensor([[[0.0]], [[3.0]]], device=device)
@@ -116,7 +116,7 @@ def test_literal_value(device: str) -> None:
     assert loss.tolist() == [[2.0], [2.0]]
 
 
-def test_absent_classes_add_nothing(device: str) -> None:
+def test_absent_classes_do_not_contribute(device: str) -> None:
     problem = make_problem(device=device)
     weight = problem.weight.clone()
     weight[:, 1] = 1e6
@@ -125,7 +125,7 @@ def test_absent_classes_add_nothing(device: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
-def test_empty(device: str, shape: tuple[int, ...]) -> None:
+def test_empty_tensors(device: str, shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape, device=device, requires_grad=True)
     target = torch.ones((1, 1, shape[1]), device=device)
     labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
@@ -172,7 +172,7 @@ def test_compiles_without_graph_breaks(device: str) -> None:
         torch.testing.assert_close(actual, expected)
 
 
-def test_double_backward_is_refused_in_words() -> None:
+def test_double_backward_is_refused() -> None:
     problem = make_problem(widths=(2,))
     x = problem.xs[0].requires_grad_()
     loss = class_stats_loss([x], *problem[1:])
@@ -220,7 +220,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("problem", "message"), MISTAKES)
-def test_mistakes_are_named(device: str, problem: Problem, message: str) -> None:
+def test_bad_arguments_are_refused(device: str, problem: Problem, message: str) -> None:
     moved = [
         argument.to(device) if isinstance(argument, Tensor) else [t.to(device) for t in argument]
         for argument in problem
@@ -230,7 +230,7 @@ def test_mistakes_are_named(device: str, problem: Problem, message: str) -> None
     assert str(error.value).startswith(f"class_stats_loss: {message}")
 
 
-def test_bad_labels_are_named_on_the_cpu() -> None:
+def test_bad_labels_are_refused_on_the_cpu() -> None:
     with pytest.raises(UsageError) as error:
         class_stats_loss(*replaced(labels=GOOD.labels + 1))
     message = "class_stats_loss: expected labels to lie in [0, 3), got 3 at index 1"

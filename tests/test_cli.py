@@ -1,4 +1,4 @@
-"""The command lines as a user meets them: results, resumption after a kill, mistakes."""
+"""The command lines: results, resumption after a kill, mistakes."""
 
 import functools
 import importlib
@@ -19,7 +19,7 @@ from fdda_ext.engine import read_student, run_command, write_student
 from fdda_ext.errors import UsageError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-#: A run of seconds: a small generator, few steps, few test images.
+#: Arguments for a short run: a small generator, few steps, few test images.
 QUICK = [
     "--no-report",
     "--threads=1",
@@ -51,7 +51,7 @@ def call(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_train_leaves_a_whole_run_folder_that_evaluate_reads(tmp_path):
+def test_train_writes_a_complete_run_folder_that_evaluate_reads(tmp_path):
     out = tmp_path / "run"
     train.main([*QUICK, "--bits=W3A5", "--seed=4", f"--out={out}"])
     for name in ("metrics.jsonl", "centres.safetensors", "generator.safetensors", "table.txt"):
@@ -77,7 +77,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     options = ["--baselines=[]", "--settings.distillation.steps=20", "--seed=1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.main([*QUICK, *options, f"--out={whole}"])
-    # The process kills itself when it is to write its fifth checkpoint: an iteration is lost.
+    # The process kills itself before it writes its fifth checkpoint, so one iteration is lost.
     program = (
         "import functools, os, signal, sys\n"
         "from fdda_ext import quantizing\n"
@@ -110,18 +110,18 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
             assert torch.equal(tensor, resumed[key]), key
 
 
-def test_max_time_stops_and_says_how_to_go_on(tmp_path, capsys):
+def test_max_time_stops_the_run_and_tells_how_to_resume(tmp_path, capsys):
     out = tmp_path / "run"
     train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
     assert "--resume" in capsys.readouterr().out
     assert not (out / "summary.json").exists()
     train.main(["--resume", f"--out={out}", "--threads=1", "--no-report"])
     assert (out / "summary.json").exists()
-    # A finished run is only shown again.
+    # --resume of a finished run only shows it.
     train.main(["--resume", f"--out={out}", "--threads=1", "--no-report"])
 
 
-def test_profile_names_stages_and_trains_nothing(tmp_path, capsys):
+def test_profile_shows_stages_and_does_not_train(tmp_path, capsys):
     out = tmp_path / "run"
     train.main([*QUICK, "--profile=3", f"--out={out}"])
     table = (out / "profile.txt").read_text()
@@ -135,7 +135,7 @@ def test_profile_names_stages_and_trains_nothing(tmp_path, capsys):
         train.main(["--threads=1", "--profile=3", "--method=mse", f"--out={tmp_path / 'other'}"])
 
 
-def test_print_config_is_a_config_file(tmp_path):
+def test_print_config_prints_a_valid_config_file(tmp_path):
     printed = call("train", "--preset", "paper", "--print_config")
     assert printed.returncode == 0, printed.stderr
     path = tmp_path / "mine.yaml"
@@ -145,7 +145,7 @@ def test_print_config_is_a_config_file(tmp_path):
     assert config.quantization.grid == "paper"
     assert config.quantization.weight_bits == 5
     config, _ = train.parse_arguments(["--seed=3", "--bits", "W3A2", "--config", str(path)])
-    assert config.seed == 3, "arguments override the file wherever it stands"
+    assert config.seed == 3, "arguments override the file in any order"
     assert (config.quantization.weight_bits, config.quantization.activation_bits) == (3, 2)
     config, _ = train.parse_arguments(["--bits=W3A2", "--quantization.weight_bits=6"])
     assert (config.quantization.weight_bits, config.quantization.activation_bits) == (6, 2)
@@ -162,7 +162,7 @@ def test_paper_preset_is_the_default_of_every_setting():
 
 
 @pytest.mark.parametrize("module", ["train", "evaluate", "pretrain"])
-def test_help_teaches(module, capsys):
+def test_help_shows_examples(module, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"fdda_ext.{module}").main(["--help"])
     assert ended.value.code == 0
@@ -220,9 +220,9 @@ def test_an_empty_out_is_refused():
         train.main(["--out="])
 
 
-def test_random_weights_are_those_of_the_seed():
+def test_random_weights_depend_only_on_the_seed():
     def weights(seed: int) -> torch.Tensor:
-        torch.rand(seed + 1)  # whatever the global generator did before
+        torch.rand(seed + 1)  # another state of the global generator
         problem = train.build_problem(train.TrainConfig(weights="none", seed=seed))[0]
         return problem.teacher.state_dict()["conv1.weight"]
 
@@ -245,7 +245,7 @@ def test_distillation_is_a_baseline_of_methods_with_a_student_step():
         assert train.parse_arguments([f"--method={method}"])[0].baselines == baselines
 
 
-def test_more_generated_images_than_batch_a_has(tmp_path):
+def test_generated_batch_may_be_larger_than_the_generator_batch(tmp_path):
     train.main(
         [*QUICK, "--baselines=[]", f"--out={tmp_path / 'run'}"]
         + ["--settings.distillation.generated_batch=12"]
@@ -282,7 +282,7 @@ def test_a_mistake_ends_the_process_with_status_2_and_no_traceback(tmp_path, cap
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_changed_configuration_is_not_gone_on_with(tmp_path):
+def test_a_run_with_a_changed_configuration_is_not_resumed(tmp_path):
     out = tmp_path / "run"
     train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
     text = (out / "config.yaml").read_text()
@@ -319,7 +319,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
     assert not (out / "summary.json").exists()
 
 
-def test_evaluate_refuses_what_does_not_fit(tmp_path):
+def test_evaluate_refuses_bad_options_and_students(tmp_path):
     out = tmp_path / "run"
     quick = ["--threads=1", "--test_limit=71", "--no-report"]
     train.main([*quick, "--method=minmax", "--baselines=[]", f"--out={out}"])
@@ -348,8 +348,8 @@ def test_evaluate_refuses_what_does_not_fit(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_runs_killed_at_random_moments_end_like_a_whole_one():
-    """FDDA_KILLS=20 for more of them."""
+def test_runs_killed_at_random_moments_end_like_an_uninterrupted_run():
+    """Kill runs FDDA_KILLS times, 1 by default."""
     kills = os.environ.get("FDDA_KILLS", "1")
     script = Path(__file__).parents[1] / "python" / "kill_and_resume.py"
     done = subprocess.run(

@@ -1,7 +1,7 @@
-"""What a faster, slower or busier machine must not change: everything but the times themselves.
+"""Results must not depend on the speed of the machine: only measured times may.
 
-The package runs under a clock that stands still, as a coarse one does on a quick machine, and under
-one that jumps, as it does where a machine sleeps, is stopped or has its date set.
+The package runs with a clock that stands still, like a coarse one on a fast machine, and with one
+that jumps, as after the machine sleeps or its date is set.
 """
 
 import csv
@@ -37,7 +37,7 @@ from fdda_ext.errors import UsageError
 from fdda_ext.visualization import quartiles, time_in_turn
 
 PROGRAMS = Path(__file__).parent.parent / "python"
-#: A run of a second or two.
+#: Arguments for a run of a few seconds.
 QUICK = [
     *("--threads=1", "--test_limit=71", "--baselines=[]", "--evaluate_every=4"),
     *("--settings.distillation.steps=6", "--settings.fdda.warmup_iterations=2"),
@@ -54,12 +54,12 @@ def _keep_threads():
 
 @pytest.fixture(params=clocks.KINDS)
 def clock(request, tmp_path):
-    """The kind of the clock that the package reads meanwhile."""
+    """Each kind of fake clock, installed for the test."""
     with clocks.running(request.param, tmp_path / "clock"):
         yield request.param
 
 
-# ---- durations in words ------------------------------------------------------------------------
+# ---- formatted durations -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def clock(request, tmp_path):
         (math.inf, "inf s"),
     ],
 )
-def test_a_duration_has_the_unit_that_suits_it(seconds, text):
+def test_durations_have_a_suitable_unit(seconds, text):
     assert format_duration(seconds) == text
 
 
@@ -98,11 +98,11 @@ def test_a_duration_has_the_unit_that_suits_it(seconds, text):
         *((123.4, "123"), (1234.5, "1234"), (-0.25, "-0.250"), (1e-9, "0.00000000100")),
     ],
 )
-def test_significant_digits_do_not_vanish(value, text):
+def test_values_keep_their_significant_digits(value, text):
     assert format_significant(value) == text
 
 
-def test_no_duration_above_nothing_reads_as_nothing():
+def test_no_positive_duration_is_shown_as_zero():
     for exponent in range(-15, 9):
         text = format_duration(1.26 * 10.0**exponent)
         assert re.search(r"[1-9]", text), text
@@ -127,7 +127,7 @@ def test_a_stopwatch_does_not_run_backwards_nor_in_a_pause(clock):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Path:
-    """A run by the real clock."""
+    """The folder of a run with the real clock."""
     threads = torch.get_num_threads()
     out = tmp_path_factory.mktemp("real") / "run"
     train.main([*QUICK, "--no-report", f"--out={out}"])
@@ -136,12 +136,12 @@ def real(tmp_path_factory) -> Path:
 
 
 def without_times(folder: Path) -> list[dict[str, float]]:
-    """What a run noted, but when."""
+    """Return the metrics of a run without their times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-def test_a_run_gives_the_same_by_any_clock(clock, real, tmp_path):
+def test_a_run_gives_the_same_result_with_any_clock(clock, real, tmp_path):
     out = tmp_path / "run"
     train.main([*QUICK, "--no-report", f"--out={out}"])
     assert without_times(out) == without_times(real)
@@ -152,13 +152,13 @@ def test_a_run_gives_the_same_by_any_clock(clock, real, tmp_path):
     assert seconds == sorted(seconds)
     found, expected = (json.loads((f / "summary.json").read_text()) for f in (out, real))
     assert {k for k in expected if found[k] != expected[k]} <= {"seconds", "peak_memory"}
-    # The export and the report show times of their own.
+    # The export and the report also measure times.
     export.main(["--run", str(out), "--profile=1"])
     visualize.main([str(out), "--images=8"])
     assert "quartiles, ms" in (out / "report.html").read_text()
 
 
-def test_a_run_that_was_stopped_goes_on_by_any_clock(clock, real, tmp_path):
+def test_a_stopped_run_resumes_with_any_clock(clock, real, tmp_path):
     out = tmp_path / "run"
     train.main([*QUICK, "--no-report", "--max_time=0", f"--out={out}"])
     assert not (out / "summary.json").exists()
@@ -166,14 +166,14 @@ def test_a_run_that_was_stopped_goes_on_by_any_clock(clock, real, tmp_path):
     assert without_times(out) == without_times(real)
 
 
-def test_a_profile_by_any_clock(clock, tmp_path, capsys):
+def test_profiling_works_with_any_clock(clock, tmp_path, capsys):
     out = tmp_path / "run"
     train.main([*QUICK, "--profile=3", f"--out={out}"])
     assert "anything else" in (out / "profile.txt").read_text()
     assert "whole schedule: about" in capsys.readouterr().out
 
 
-def test_a_profile_of_no_time_has_no_shares():
+def test_a_profile_that_took_no_time_can_be_shown():
     measured = Profile(torch.device("cpu"))
     measured.seconds["step"] = 0.0
     measured.iterations = [0.0, 0.0]
@@ -182,8 +182,8 @@ def test_a_profile_of_no_time_has_no_shares():
     assert "mean of 2 iterations: 0 s" in console.file.getvalue()
 
 
-def test_equal_budgets_by_any_clock(clock, tmp_path):
-    """A trial tells a share of the schedule, or that the budget is too small; it never crashes."""
+def test_equal_budgets_work_with_any_clock(clock, tmp_path):
+    """Check that a trial gives a schedule share, or refuses the budget, but never crashes."""
     options = ["--method=distill", "--threads=1", "--settings.distillation.steps=12"]
     config, _ = train.parse_arguments(options)
     refusal = ""
@@ -195,15 +195,15 @@ def test_equal_budgets_by_any_clock(clock, tmp_path):
     assert 1 / 64 <= share <= 64
     if clock == "still":
         assert not refusal
-        assert share == 64, "what takes no time is stretched most"
+        assert share == 64, "a method that takes no time gets the largest share"
 
 
-def test_no_method_without_a_schedule_is_stretched(clock):
+def test_a_method_without_a_schedule_is_not_stretched(clock):
     config, _ = train.parse_arguments(["--method=minmax", "--threads=1"])
     assert compare.share_in_budget(compare.trial(config, 0.1), 1, "minmax") == 1
 
 
-def test_calls_that_take_no_time_are_timed(clock):
+def test_calls_can_be_timed_with_any_clock(clock):
     times = time_in_turn({"a": lambda: None, "b": lambda: None}, 5)
     assert all(len(seconds) == 5 and min(seconds) >= 0 for seconds in times.values())
     assert (sum(map(sum, times.values())) == 0) == (clock == "still")
@@ -214,7 +214,7 @@ def test_calls_that_take_no_time_are_timed(clock):
 
 
 class Counting:
-    """Something to train that tells how often it was stored."""
+    """A method that counts how often its state was stored."""
 
     iterations = 40
     part = ""
@@ -243,8 +243,8 @@ def test_checkpoints_follow_the_clock_but_the_last_is_always_written(clock, tmp_
     assert (progress.seconds == 0) == (clock == "still")
 
 
-def test_one_slow_checkpoint_does_not_put_off_the_next_for_days(tmp_path, monkeypatch):
-    """A disk that hangs for an hour: a fiftieth of the time would be two days."""
+def test_one_slow_checkpoint_does_not_delay_the_next_for_days(tmp_path, monkeypatch):
+    """Let the disk hang for an hour, which must not delay the next checkpoint for two days."""
     now, stored = [0.0], []
 
     def save(path, state):
@@ -267,14 +267,14 @@ def test_one_slow_checkpoint_does_not_put_off_the_next_for_days(tmp_path, monkey
 # ---- files --------------------------------------------------------------------------------------
 
 
-def test_lists_of_files_are_right_by_any_clock(clock, tmp_path, monkeypatch):
+def test_file_lists_are_correct_with_any_clock(clock, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(listing, "CACHE_FROM", 1)
     place = tmp_path / "data" / "val" / "a"
     place.mkdir(parents=True)
     for i in range(3):
         Image.new("RGB", (20, 20)).save(place / f"{i}.png")
-        os.utime(place, (1e9 + i, 1e9 + i))  # two changes may be in one tick of the file system's
+        os.utime(place, (1e9 + i, 1e9 + i))  # the file system's clock may be coarse
         assert len(load_dataset(f"folder:{tmp_path / 'data'}", "test", image_size=16)) == i + 1
 
 
@@ -283,7 +283,7 @@ def test_lists_of_files_are_right_by_any_clock(clock, tmp_path, monkeypatch):
 
 @pytest.fixture
 def program(monkeypatch, capsys):
-    """Run a program here; what it prints."""
+    """A function that runs a program in this process and returns its output."""
     monkeypatch.syspath_prepend(PROGRAMS)
 
     def printed(name: str, *arguments: str) -> str:
@@ -302,18 +302,18 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("clock", ["still"], indirect=True)
-def test_tables_of_costs_when_the_clock_stands_still(clock, program, tmp_path):
+def test_cost_tables_work_when_the_clock_stands_still(clock, program, tmp_path):
     printed = program(
         "table_s2_ptq_cost", "--budget=smoke", "--methods", "lapq", f"--out={tmp_path}"
     )
     (row,) = table(tmp_path / "smoke" / "table_s2.csv")
     (run,) = table(tmp_path / "smoke" / "comparison.csv")
     assert float(row["seconds here"]) == float(run["seconds"])
-    assert float(row["seconds here"]) == 0, "the run's clock is this one"
+    assert float(row["seconds here"]) == 0, "the run reads the fake clock"
     assert "| 0 s |" in printed
 
 
-def test_accuracy_over_time_by_any_clock(clock, program, tmp_path):
+def test_accuracy_over_time_works_with_any_clock(clock, program, tmp_path):
     program(
         *("table_s3_accuracy_over_time", "--budget=smoke", "--methods", "distill"),
         f"--out={tmp_path}",
@@ -327,7 +327,7 @@ def test_accuracy_over_time_by_any_clock(clock, program, tmp_path):
 
 
 @pytest.mark.parametrize("clock", ["still"], indirect=True)
-def test_speeds_when_the_clock_stands_still(clock, program, tmp_path):
+def test_speeds_are_empty_when_the_clock_stands_still(clock, program, tmp_path):
     program(
         *("section_3_size_and_speed", "--budget=smoke", "--model", "torchvision:mobilenet_v2"),
         f"--out={tmp_path}",
@@ -338,8 +338,8 @@ def test_speeds_when_the_clock_stands_still(clock, program, tmp_path):
     assert (tmp_path / "smoke" / "section_3.png").exists()
 
 
-def test_nothing_in_the_package_is_timed_without_being_tested_here():
-    """A module that begins to read a clock belongs into this file."""
+def test_every_module_that_reads_a_clock_is_known():
+    """Require that every module that reads a clock is listed here, and tested in this file."""
     package = PROGRAMS.parent / "fdda_ext"
     readers = {
         path.relative_to(package).as_posix()

@@ -1,4 +1,4 @@
-"""The comparison: which runs, what budget, what the table says of planted results."""
+"""fdda_ext.compare: its runs, the budget, and the table of given results."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ def names(config: compare.CompareConfig) -> list[str]:
     ]
 
 
-def test_every_combination_is_a_run_of_its_own():
+def test_every_combination_is_a_separate_run():
     config, rest = parse(
         *("--methods", "minmax,gdfq,fdda", "--bits=W3A3,W4A4", "--ends=[same,8]"),
         *("--mode", "published,common", "--seeds", "0,5", "--images-per-class", "1,16"),
@@ -38,13 +38,13 @@ def test_every_combination_is_a_run_of_its_own():
     )
     assert rest == ["--test-limit", "71"]
     found = names(config)
-    # minmax has no student step, and FDDA's is the common one.
+    # Both modes are the same for minmax, which has no student step, and for FDDA.
     assert len(found) == len(set(found)) == 2 * 2 * 2 * 2 * (1 + 2 + 1)
     assert "glyphs_resnet-W3A3/gdfq-seed0 gdfq" in found
     assert "glyphs_resnet-W4A4-ends8-16images/gdfq-common-seed5 gdfq (common step)" in found
 
 
-def test_a_run_has_its_settings_and_the_common_step_is_that_of_fdda():
+def test_runs_have_their_settings_and_the_common_step_is_that_of_fdda():
     config, _ = parse("--methods=gdfq", "--mode=published,common", "--bits=W3A5", "--ends=8")
     (setting,) = compare.settings_of(config)
     published, common = (
@@ -62,7 +62,7 @@ def test_a_run_has_its_settings_and_the_common_step_is_that_of_fdda():
     assert common.settings.gdfq == published.settings.gdfq
 
 
-def test_a_variant_is_its_method_with_other_constants(monkeypatch):
+def test_a_variant_is_its_method_with_other_settings(monkeypatch):
     config, _ = parse(
         *("--methods=gdfq,gdfq+bns_weight=0+distillation.weight=7", "--seeds=0", "--budget=9"),
         *("--mode=published,common",),
@@ -83,7 +83,7 @@ def test_a_variant_is_its_method_with_other_constants(monkeypatch):
 @pytest.mark.parametrize(
     ("fixed", "whole", "share"), [(10.0, 100.0, 0.5), (0.0, 30.0, 2.0), (0.0, 0.0, 64.0)]
 )
-def test_the_budget_less_what_every_run_takes_gives_the_schedule(fixed, whole, share):
+def test_the_budget_minus_the_fixed_time_gives_the_schedule_share(fixed, whole, share):
     assert compare.share_in_budget(compare.Pace(fixed, whole, 8), 60, "fdda") == share
     # A method that does not train has no schedule to stretch.
     assert compare.share_in_budget(compare.Pace(fixed, 0, 0), 60, "fdda") == 1
@@ -97,7 +97,7 @@ def test_a_budget_that_preparation_uses_up_is_refused():
 
 
 def test_trials_are_announced_and_kept(monkeypatch, tmp_path):
-    """Each method and network has one, at most a tenth of the budget long, and none twice."""
+    """Expect one trial per method and network, of at most a tenth of the budget."""
     tried = []
 
     def told(config, most):
@@ -119,7 +119,7 @@ def test_trials_are_announced_and_kept(monkeypatch, tmp_path):
     )
     assert compare.all_shares(config, rest, Console(file=output)) == shares
     assert len(tried) == 4
-    # What one trial told is kept when the next one fails.
+    # The result of a trial is kept when the next one fails.
     (tmp_path / "budget.json").unlink()
     monkeypatch.setattr(
         compare, "trial", lambda c, most: told(c, most) if c.method == "minmax" else 1 / 0
@@ -130,7 +130,7 @@ def test_trials_are_announced_and_kept(monkeypatch, tmp_path):
     assert kept == {"glyphs_resnet/minmax": 0.5}
 
 
-def test_student_images_are_equal():
+def test_student_images_gives_all_methods_the_same_number_of_images():
     config, _ = parse("--student-images=960")
     for method, seen in (("fdda", 960), ("gdfq", 960), ("distill", 960)):
         cell = compare.Cell(SETTING, method, "published", 0)
@@ -143,7 +143,7 @@ def test_student_images_are_equal():
     assert compare.schedule_share(config, cell, []) == 1
 
 
-def test_a_share_of_the_schedule_is_what_runs_have():
+def test_share_is_the_schedule_share_of_every_run():
     for arguments, share in (["--share=0.25"], 0.25), ([], 1.0):
         config, _ = parse(*arguments)
         cell = compare.Cell(SETTING, "fdda", "published", 0)
@@ -154,19 +154,19 @@ def test_a_share_of_the_schedule_is_what_runs_have():
     ("preparing", "inside", "most", "trials", "fixed", "whole"),
     [
         (5, 0, 1e9, [19, 75], 5, 2400),
-        # What a schedule of any length takes within its steps: a longer trial tells.
+        # A longer trial finds the fixed time that is part of the first step.
         (5, 200, 1e9, [19, 75, 300], 205, 2400),
-        # There is no time for a longer one: all counts as the iterations'.
+        # Without time for a longer trial, all steps count as equally long.
         (5, 200, 300, [19], 5, (200 + 2 * 19) * 1200 / 19),
-        # Nor for all of the first: it ends with the step in which the time is up.
+        # The first trial ends after the step in which its time is over.
         (5, 0, 20, [19], 5, 2400),
         (100, 0, 10, [19], 100, 2400),
     ],
 )
-def test_trials_tell_preparation_from_iterations_in_the_time_they_have(
+def test_trials_separate_preparation_from_iterations_within_their_time(
     monkeypatch, preparing, inside, most, trials, fixed, whole
 ):
-    """An iteration takes 2 s of a clock that nothing else moves."""
+    """Use a fake clock: an iteration takes 2 s."""
     now, lengths, loaded = [0.0], [], []
 
     class Slow:
@@ -193,14 +193,14 @@ def test_trials_tell_preparation_from_iterations_in_the_time_they_have(
     assert found.fixed == pytest.approx(fixed, rel=0.15)
     assert found.whole == pytest.approx(whole, rel=0.05)
     assert now[0] <= max(most + 2, preparing + 2)
-    # The next method finds the network and its images there.
+    # The next method uses the same network and images.
     gdfq, _ = train.parse_arguments(["--method=gdfq", "--threads=1", "--bits=W3A3"])
     compare.trial(gdfq, most)
     assert len(loaded) == 1
 
 
-def test_trials_run_at_a_time_as_runs_do(tmp_path):
-    """In processes of their own; a schedule's length is for the clock to say."""
+def test_trials_run_in_parallel_processes(tmp_path):
+    """Run trials in two processes; the share depends on the machine."""
     config, rest = parse(
         *("--methods=minmax,distill", "--budget=600", "--jobs=2", f"--out={tmp_path}"),
         *("--", "--settings.distillation.steps=64"),
@@ -229,7 +229,7 @@ def test_the_table_has_means_and_spreads_of_the_seeds(tmp_path):
     text = compare.write_results(config, shares)
     assert "| gdfq | 82.00 ± 2.65 | 10.00 | 12.0 s | 71 | 640 | 502 | 0.5 |" in text
     assert "| fdda | **90.50 ± 0.50** | 1.50 | 12.0 s | 71 | 640 | 500 | 0.5 |" in text
-    assert "zaq" not in text, "has no finished run"
+    assert "zaq" not in text, "zaq has no finished run"
     assert (tmp_path / "comparison.md").read_text() == text
     lines = list(csv.DictReader((tmp_path / "comparison.csv").open()))
     assert [float(line["top1"]) for line in lines] == [80.0, 81.0, 85.0, 90.0, 90.5, 91.0]
@@ -237,7 +237,7 @@ def test_the_table_has_means_and_spreads_of_the_seeds(tmp_path):
     assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_runs_end_and_are_not_repeated(tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = [
         *("--methods=noise,gdfq", "--mode=published,common", "--seeds=0", "--bits=W3A3"),
@@ -266,7 +266,7 @@ def test_runs_end_and_are_not_repeated(tmp_path, monkeypatch, capsys):
         compare.main([a.replace("=64", "=65") for a in arguments])
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
+def test_a_run_that_fails_is_named_and_the_others_continue(tmp_path):
     arguments = ["--methods=minmax", "--models=nonsense,glyphs_resnet", "--seeds=0"]
     with pytest.raises(UsageError, match=r"got 1 that did not; .*error: model: expected one of"):
         compare.main([*arguments, f"--out={tmp_path}", "--", "--test_limit=71"])
@@ -276,7 +276,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
 @pytest.mark.parametrize(
     "arguments", [["--methods=minmax,gdfq+nonsense=1"], ["--methods=minmax", "--", "--nonsense=1"]]
 )
-def test_what_a_run_cannot_take_is_refused_before_any(tmp_path, arguments):
+def test_unknown_arguments_are_refused_before_the_first_run(tmp_path, arguments):
     with pytest.raises(UsageError, match="unrecognized arguments: .*nonsense=1"):
         compare.main([f"--out={tmp_path / 'out'}", *arguments])
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
-"""The CUDA kernels on a GPU: the CPU's results, on any stream, in CUDA graphs, every time alike.
+"""The CUDA kernels on a GPU: results against the CPU, streams, CUDA graphs, reproducibility.
 
-The files of the operators test CUDA too, through their ``device`` fixture. The tests here named
-``sanitized`` are small and reach every kernel: ``make gpu`` also runs them under compute-sanitizer.
+The test files of the operators also run on CUDA, through their ``device`` fixture. The tests named
+``sanitized`` are small and run every kernel. ``make gpu`` runs them under compute-sanitizer too.
 """
 
 import copy
@@ -37,7 +37,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """One value off the 16-byte borders."""
+    """Return a copy that is not aligned to 16 bytes."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -47,7 +47,7 @@ LAYOUTS: list[Callable[[Tensor], Tensor]] = [torch.Tensor.contiguous, channels_l
 def quantize(
     x: Tensor, grad: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None
 ) -> list[Tensor]:
-    """y, dx, ds, dz."""
+    """Return y and the gradients of x, scale and zero point."""
     leaves = [tensor.detach().requires_grad_() for tensor in (x, scale, zero_point)]
     y = fake_quantize(*leaves, -8, 7, axis)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
@@ -87,7 +87,7 @@ def test_sanitized_fake_quantize(
     layout: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """y and dx have the CPU's bits; the sums agree to float32 rounding of what was added up."""
+    """Compare with the CPU: y and dx bit by bit, sums up to rounding."""
     x, grad, scale, zero_point = quantize_inputs(shape, axis, dtype)
     expected = quantize(layout(x), layout(grad), scale, zero_point, axis)
     moved = [layout(x.cuda()), layout(grad.cuda()), scale.cuda(), zero_point.cuda()]
@@ -101,7 +101,7 @@ def test_sanitized_fake_quantize(
 def statistics_problem(
     dtype: torch.dtype, layout: Callable[[Tensor], Tensor], device: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor], Tensor]:
-    """The arguments of class_stats_loss: five layers, two sets of targets, one class absent."""
+    """Return arguments of class_stats_loss with five layers and one absent class."""
     generator = torch.Generator().manual_seed(0)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     xs, means, variances = [], [], []
@@ -118,7 +118,7 @@ def statistics_problem(
 def statistics_results(
     problem: tuple[list[Tensor], Tensor, list[Tensor], list[Tensor], Tensor],
 ) -> list[Tensor]:
-    """The loss and its gradients, then the first layer's statistics and a gradient of those."""
+    """Return the loss, its gradients, and the first layer's statistics and their gradient."""
     xs, labels, *rest = problem
     leaves = [x.detach().requires_grad_() for x in xs]
     loss = class_stats_loss(leaves, labels, *rest)
@@ -147,7 +147,6 @@ def on_cuda(value: Any) -> Any:
 @pytest.mark.parametrize("tile", range(5))
 @pytest.mark.parametrize("case", CONV_CASES)
 def test_sanitized_int4_conv2d(case: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In each tile of a product of matrices."""
     monkeypatch.setenv("FDDA_INT4_TILE", str(tile))
     *tensors, options = make_case(**CONV_CASES[case])
     expected = run(*tensors, options)
@@ -156,7 +155,7 @@ def test_sanitized_int4_conv2d(case: str, tile: int, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("case", ["large_tile", "24_channels", "depthwise_runs", "grouped_words"])
-def test_sanitized_int4_conv2d_off_the_borders(case: str) -> None:
+def test_sanitized_int4_conv2d_with_unaligned_tensors(case: str) -> None:
     *tensors, options = make_case(**CONV_CASES[case])
     expected = run(*tensors, options)
     moved = {n: unaligned(v.cuda()) if isinstance(v, Tensor) else v for n, v in options.items()}
@@ -165,8 +164,7 @@ def test_sanitized_int4_conv2d_off_the_borders(case: str) -> None:
 
 
 @pytest.mark.parametrize("channels", [3, 12, 64])
-def test_sanitized_int4_steps_of_programs(channels: int) -> None:
-    """Codes of images and the largest code of each window."""
+def test_sanitized_int4_image_codes_and_max_pool(channels: int) -> None:
     generator = torch.Generator().manual_seed(0)
     raw = torch.randint(0, 256, (3, channels, 33, 31), generator=generator, dtype=torch.uint8)
     images, grid = raw.float() / 64 - 2, CodeGrid(0.25, 5, 4)
@@ -214,8 +212,8 @@ def quantized_network(name: str) -> IntegerProgram:
 
 @pytest.mark.parametrize("network", ["glyphs_resnet", "glyphs_mobilenet"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
-def test_programs_have_the_bits_of_the_cpu(network: str, dtype: torch.dtype) -> None:
-    """Whole networks; alone, and in a CUDA graph with other images than those captured."""
+def test_programs_are_bit_identical_to_the_cpu(network: str, dtype: torch.dtype) -> None:
+    """Run whole networks, without and with a CUDA graph that was captured with other images."""
     program = quantized_network(network)
     generator = torch.Generator().manual_seed(0)
     raw = torch.randint(0, 256, (3, 16, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -233,7 +231,7 @@ def test_programs_have_the_bits_of_the_cpu(network: str, dtype: torch.dtype) -> 
 
 
 def convolutions(x: Tensor, labels: Tensor) -> list[Tensor]:
-    """Each kernel of int4_conv2d, on codes made of x."""
+    """Run int4_conv2d on codes of x, with 1, 2 and ``channels`` groups."""
     codes = (x * 2 + 8).clamp(0, 15).to(torch.uint8).permute(0, 2, 3, 1)
     channels = codes.shape[3]
     signs = (2 * (labels == 1).to(torch.int8) - 1).repeat(16 * 9 * channels)
@@ -253,7 +251,7 @@ def convolutions(x: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 def everything(tensors: list[Tensor]) -> list[Tensor]:
-    """All operators and their gradients, from x, grad, scale, zero_point and labels."""
+    """Return the results of all operators, with gradients."""
     x, grad, scale, zero_point, labels = tensors
     target = torch.zeros((1, 2, x.shape[1]), device="cuda")
     weight = torch.ones((1, 2), device="cuda")
@@ -267,14 +265,14 @@ def everything_inputs() -> list[Tensor]:
     return [*tensors, torch.tensor([0, 1, 0, 1], device="cuda")]
 
 
-def test_same_bits_every_time() -> None:
+def test_results_are_bit_identical_every_time() -> None:
     runs = [everything(everything_inputs()) for _ in range(3)]
     for first, second in pairwise(runs):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_works_on_the_current_stream() -> None:
-    """The input is late on a stream of its own: a kernel on another stream would read zeros."""
+def test_operators_run_on_the_current_stream() -> None:
+    """Copy the input late on another stream; a kernel on the wrong stream would read zeros."""
     inputs = everything_inputs()
     expected = everything(inputs)
     stream = torch.cuda.Stream()
@@ -290,11 +288,11 @@ def test_works_on_the_current_stream() -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_can_be_captured_in_a_graph() -> None:
+def test_operators_can_be_captured_in_a_cuda_graph() -> None:
     static = everything_inputs()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        everything(static)  # lazily created handles come to life before the capture
+        everything(static)  # creates lazy handles before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -307,7 +305,7 @@ def test_can_be_captured_in_a_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
-def test_leaves_the_current_device_alone() -> None:
+def test_operators_do_not_change_the_current_device() -> None:
     last = torch.cuda.device_count() - 1
     before = torch.cuda.current_device()
     x = torch.randn(5, 3, device=f"cuda:{last}")
@@ -322,13 +320,13 @@ def on_gpu(task: Problem, **changes: Any) -> Problem:
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_replayed_fdda_iterations_are_the_launched_ones(
+def test_replayed_fdda_iterations_equal_launched_ones(
     precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same random numbers, losses and students; a checkpoint in between changes nothing."""
+    """Compare random numbers, losses and students, also after a checkpoint."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    # Long enough for graphs before and after the generator's change of phase.
+    # The schedule is long enough for graphs in both phases of the generator.
     chosen = fdda.settings({"steps": 8}, warmup_iterations=10, misclassified_iterations=6)
     launched, replayed, resumed = (
         FDDA(on_gpu(fdda.problem(right=True), precision=precision, cuda_graphs=graphs), chosen)
@@ -355,10 +353,10 @@ def test_replayed_fdda_iterations_are_the_launched_ones(
 
 @pytest.mark.parametrize("grid", ["deploy", "paper"])
 @pytest.mark.parametrize("name", ["distill", "gdfq", "qimera", "di", "adi"])
-def test_replayed_student_steps_are_the_launched_ones(
+def test_replayed_student_steps_equal_launched_ones(
     name: str, grid: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of every kind of method with a student; the images change while the graph stays."""
+    """Compare every kind of method with a student step, while the images change."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     chosen = zero_shot.tiny()
@@ -376,7 +374,7 @@ def test_replayed_student_steps_are_the_launched_ones(
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_fdda_iterations_wait_for_nothing_and_lower_to_a_program(precision: torch.dtype) -> None:
+def test_fdda_iterations_do_not_synchronize_and_lower_to_a_program(precision: torch.dtype) -> None:
     task = on_gpu(fdda.problem(right=True), precision=precision)
     method = FDDA(task, fdda.settings())
     for iteration in range(method.iterations - 1):

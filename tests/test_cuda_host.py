@@ -1,7 +1,7 @@
-"""The CUDA kernels on a simulated device, without a GPU: same bits, or same sums, as on the CPU.
+"""The CUDA kernels on a simulated device, without a GPU, compared with the CPU kernels.
 
-tests/simt compiles csrc/cuda/*.cu as plain C++ and runs every thread of every block (see its
-launch.cuh for what that can and cannot show). The operators appear as torch.ops.fdda_simt.
+tests/simt compiles csrc/cuda/*.cu as plain C++ and runs every thread of every block (its launch.cuh
+explains what this can and cannot show). The operators are in torch.ops.fdda_simt.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ CPU = torch.ops.fdda
 def simt(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The operators of csrc/cuda on the simulated device."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    assert compiler, "building fdda_ext takes a C++ compiler, and so does this test"
+    assert compiler, "this test needs a C++ compiler, like the build of fdda_ext"
     library = tmp_path_factory.mktemp("simt") / "simt.so"
     command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared"]
     command += ["-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
@@ -57,7 +57,7 @@ def simt(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """New tensors hold NaN, so that whatever a kernel fails to write shows."""
+    """Fill new tensors with NaN, so that missing writes of a kernel are found."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -65,7 +65,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """A dtype; half of them run the threads of a block last to first, to show missing barriers."""
+    """A dtype; half of them run the threads of a block in reverse, to find missing barriers."""
     reversed_order = request.param in (torch.bfloat16, torch.float64)
     monkeypatch.setenv("FDDA_SIMT_REVERSED", "1" if reversed_order else "0")
     return request.param
@@ -80,7 +80,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """One value off the 16-byte borders."""
+    """Return a copy that is not aligned to 16 bytes."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -97,7 +97,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def assert_sums_close(actual: Tensor, expected: Tensor, magnitude: float) -> None:
-    """Sums in another order: equal within float32's rounding of what was added up."""
+    """Compare sums that were added up in different orders in float32."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     assert (actual - expected).abs().max().item() <= 1e-5 * magnitude + 1e-30
 
@@ -110,8 +110,8 @@ QUANTIZE_CASES = [
     ((1,), 0),
     ((17, 31), 0),
     ((3, 5, 7, 9), 1),  # runs shorter than a warp
-    ((2, 3, 48, 48), 1),  # runs of a block of threads
-    ((2, 2, 130, 129), 1),  # several blocks a run, odd
+    ((2, 3, 48, 48), 1),  # one thread block per run
+    ((2, 2, 130, 129), 1),  # several thread blocks per run, odd length
     ((5, 3), 1),  # rows
     ((300, 40), 1),  # rows in packs, several units
     ((9, 1100), 1),  # several strips
@@ -149,7 +149,7 @@ def test_fake_quantize(
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((0,), None), ((0, 3), 1), ((3, 0), 0), ((2, 0), 1)])
-def test_fake_quantize_of_nothing(
+def test_fake_quantize_of_empty_tensors(
     simt: SimpleNamespace, shape: tuple[int, ...], axis: int | None
 ) -> None:
     x = torch.zeros(shape)
@@ -207,7 +207,7 @@ def test_class_batch_stats(
         assert grad_x.stride() == torch.empty_like(x).stride()
 
 
-def test_class_batch_stats_leaves_out_samples_without_a_class(simt: SimpleNamespace) -> None:
+def test_class_batch_stats_ignores_samples_with_bad_labels(simt: SimpleNamespace) -> None:
     x = torch.tensor([[1.0], [3.0], [7.0], [5.0]])
     labels = torch.tensor([0, 5, -1, 0])
     count, mean, var = simt.class_batch_stats(x, labels, 2)
@@ -219,7 +219,7 @@ def test_class_batch_stats_leaves_out_samples_without_a_class(simt: SimpleNamesp
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0)], ids=str)
-def test_class_batch_stats_of_nothing(simt: SimpleNamespace, shape: tuple[int, ...]) -> None:
+def test_class_batch_stats_of_empty_tensors(simt: SimpleNamespace, shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape)
     labels = torch.zeros(shape[0], dtype=torch.int64)
     count, mean, var = simt.class_batch_stats(x, labels, 2)
@@ -232,7 +232,7 @@ def test_statistics_are_stable_under_a_large_mean(simt: SimpleNamespace) -> None
     generator = torch.Generator().manual_seed(0)
     for layout in (contiguous, channels_last):
         x = layout(100 + torch.randn((4, 3, 56, 56), generator=generator))
-        x[..., 0, 0] = -1000  # the first value is of no use as a shift
+        x[..., 0, 0] = -1000  # the first value is useless as a shift
         labels = torch.tensor([0, 1, 0, 1])
         _, mean, var = simt.class_batch_stats(x, labels, 2)
         _, expected_mean, expected_var = CPU.class_batch_stats(x.double(), labels, 2)
@@ -254,7 +254,7 @@ def test_class_stats_loss(
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     labels = torch.randint(num_classes, (6,), generator=generator)
     xs, means, variances = [], [], []
-    # With layers that have no positions or no channels.
+    # Some layers have no positions or no channels.
     for layer, (width, size) in enumerate(
         [(5, 12), (3, 0), (0, 2), (33, 8), (64, 4), (70, 1), (4, 0)]
     ):
@@ -278,7 +278,7 @@ def test_class_stats_loss(
         assert grad.stride() == expected.stride()
 
 
-def test_class_stats_loss_takes_more_layers_than_a_launch(simt: SimpleNamespace) -> None:
+def test_class_stats_loss_takes_more_layers_than_one_launch_holds(simt: SimpleNamespace) -> None:
     generator = torch.Generator().manual_seed(0)
     xs = [torch.randn(3, 1 + i % 4, 2, generator=generator) for i in range(70)]
     targets = [torch.rand(2, 2, x.shape[1], generator=generator) for x in xs]
@@ -295,7 +295,7 @@ def test_class_stats_loss_takes_more_layers_than_a_launch(simt: SimpleNamespace)
 
 # Convolution of codes ----------------------------------------------------------------------------
 
-#: Beside the CPU's cases: every tile and every layout, whole and ragged.
+#: Cases in addition to the CPU's: every tile and every layout, with full and ragged tiles.
 ONE = {"kernel": (1, 1), "padding": (0, 0)}
 CONV_CASES = CASES | {
     "large_tile": {"shape": (2, 9, 9, 32), "outputs": 128},
@@ -334,7 +334,7 @@ Problem = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]
 
 
 def convolve(ops: SimpleNamespace, problem: Problem, **changes: Any) -> Tensor:
-    """By the operator itself, past the Python wrapper."""
+    """Call the operator itself, without its Python wrapper."""
     x, weight, scale, shift, options = problem
     o = options | changes
     correction = o["zero_point"] * weight.flatten(1).sum(1, dtype=torch.int32)
@@ -348,14 +348,14 @@ def convolve(ops: SimpleNamespace, problem: Problem, **changes: Any) -> Tensor:
 
 @pytest.fixture(params=["ascending", "descending"])
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Of the threads of a block; with descending, copies also arrive as late as they may."""
+    """The order of the threads of a block; with "descending", copies arrive as late as possible."""
     monkeypatch.setenv("FDDA_SIMT_REVERSED", str(int(request.param == "descending")))
     return request.param
 
 
 @pytest.fixture(params=range(5))
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Each tile of a product of matrices; where bytes lie anywhere, there are but three."""
+    """Each tile; if the number of channels is not a multiple of 16, there are only three."""
     monkeypatch.setenv("FDDA_INT4_TILE", str(request.param))
     return request.param
 
@@ -367,10 +367,9 @@ def test_int4_conv2d(simt: SimpleNamespace, order: str, tile: int, case: str) ->
     assert torch.equal(convolve(simt, problem), expected)
 
 
-def test_int4_conv2d_in_the_tile_of_least_time(
+def test_int4_conv2d_in_the_chosen_tile(
     simt: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of small and of large devices."""
     problem = make_case((2, 9, 9, 80), 100, residual="float")
     expected = convolve(CPU, problem)
     for multiprocessors in ("1", "6", "132"):
@@ -378,8 +377,8 @@ def test_int4_conv2d_in_the_tile_of_least_time(
         assert torch.equal(convolve(simt, problem), expected)
 
 
-def test_costs_of_tiles_choose_nearly_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all that were timed: what int4_conv2d_plan.cuh says of the constants in it."""
+def test_the_cost_model_chooses_nearly_the_fastest_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check on the measured times what int4_conv2d_plan.cuh says about its constants."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     fit_tiles = importlib.import_module("fit_tiles")
     plan = (ROOT / "csrc" / "cuda" / "int4_conv2d_plan.cuh").read_text()
@@ -395,8 +394,7 @@ def test_costs_of_tiles_choose_nearly_the_fastest(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("case", ["large_tile", "24_channels", "depthwise_runs", "grouped_words"])
-def test_int4_conv2d_off_the_borders(simt: SimpleNamespace, order: str, case: str) -> None:
-    """Nothing lies on a 16-byte border."""
+def test_int4_conv2d_with_unaligned_tensors(simt: SimpleNamespace, order: str, case: str) -> None:
     x, weight, scale, shift, options = make_case(**CONV_CASES[case])
     expected = convolve(CPU, (x, weight, scale, shift, options))
     if "residual" in options:
@@ -406,7 +404,7 @@ def test_int4_conv2d_off_the_borders(simt: SimpleNamespace, order: str, case: st
 
 
 def guarded(x: Tensor, at_end: bool) -> Tensor:
-    """The same, beside a page that must not be touched: before its first or after its last byte."""
+    """Return a copy with an inaccessible page before its first or after its last byte."""
     page = mmap.PAGESIZE
     size = -(-x.nbytes // page) * page
     memory = mmap.mmap(-1, size + 2 * page)
@@ -425,8 +423,10 @@ def guarded(x: Tensor, at_end: bool) -> Tensor:
     ["odd_channels", "1x1_odd", "7x7_stride", "24_channels", "large_tile", "grouped_odd",
      "grouped_words", "depthwise_runs", "depthwise_5x5", "depthwise_few"],
 )  # fmt: skip
-def test_int4_conv2d_reads_nothing_outside(simt: SimpleNamespace, case: str, at_end: bool) -> None:
-    """Neighbouring pages are not there; a mistake here ends the process."""
+def test_int4_conv2d_reads_only_inside_its_tensors(
+    simt: SimpleNamespace, case: str, at_end: bool
+) -> None:
+    """Run beside inaccessible pages; an access outside the tensors kills the process."""
     x, weight, scale, shift, options = make_case(**CONV_CASES[case])
     expected = convolve(CPU, (x, weight, scale, shift, options))
     parts = [guarded(tensor, at_end) for tensor in (x, weight, scale, shift)]
@@ -439,7 +439,7 @@ def test_int4_conv2d_reads_nothing_outside(simt: SimpleNamespace, case: str, at_
 def test_int4_conv2d_rounds_half_to_even(
     simt: SimpleNamespace, out_zero_point: int, low: float, high: float
 ) -> None:
-    """Every second result is a tie."""
+    """Use scales for which every second result is a tie."""
     x, weight, scale, shift, options = make_case((1, 8, 8, 1), 8, **ONE)
     problem = (x, weight, torch.full_like(scale, 0.5), torch.zeros_like(shift), options)
     for out_scale in (1.0, 0.25, 2.0):
@@ -505,10 +505,10 @@ def test_packed_weights_hold_every_weight_once(
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_int4_conv2d_names_bad_arguments(simt: SimpleNamespace, case: str) -> None:
+def test_int4_conv2d_refuses_bad_arguments(simt: SimpleNamespace, case: str) -> None:
     x, weight, scale, shift, options = make_case((1, 5, 5, 8), 17)
     change, message = BAD[case]
-    if case == "channels":  # so many that the packed weight has another size
+    if case == "channels":  # enough channels to change the size of the packed weight
         change = {"x": torch.zeros(1, 5, 5, 30, dtype=torch.uint8)}
     a: dict[str, Any] = {
         "x": x, "scale": scale, "shift": shift, "correction": torch.zeros(17, dtype=torch.int32),
@@ -532,7 +532,7 @@ def test_winograd_is_refused(simt: SimpleNamespace) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, "slice"])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 3, 4, 4), (3, 1, 3, 3), (2, 5, 6, 2)])
 def test_image_codes(simt: SimpleNamespace, shape: tuple[int, ...], layout: Any) -> None:
-    """Ties, values beyond the grid, tails of a thread's four pixels; bytes by their table."""
+    """Use ties, values outside the grid and ragged ends; bytes are looked up in a table."""
     generator = torch.Generator().manual_seed(0)
     grid = CodeGrid(0.25, 5, 4)
     raw = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
@@ -579,7 +579,7 @@ def test_max_pool(
         assert torch.equal(actual.permute(0, 3, 1, 2), expected)
 
 
-def test_steps_refuse_what_they_cannot_read(simt: SimpleNamespace) -> None:
+def test_image_codes_and_max_pool_refuse_bad_arguments(simt: SimpleNamespace) -> None:
     images = torch.zeros(1, 3, 4, 4)
     with pytest.raises(ValueError, match="expected images to be float32, got float64"):
         simt._int4_image_codes(images.double(), None, 1.0, 0, 15)
@@ -603,7 +603,7 @@ def test_steps_refuse_what_they_cannot_read(simt: SimpleNamespace) -> None:
         simt._int4_max_pool(codes, ones, (2**20, 1), (0, 0), ones, (2**20, 1))
 
 
-def test_steps_can_be_traced() -> None:
+def test_image_codes_and_max_pool_can_be_traced() -> None:
     with FakeTensorMode():
         images = torch.empty(2, 3, 8, 8, device="cuda:0")
         codes = CPU._int4_image_codes(images, None, 1.0, 0, 15)
@@ -627,7 +627,7 @@ def test_whole_programs(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
 ) -> None:
-    """As on a CUDA device: layers by its kernels, the rest by torch's operators."""
+    """Run as on a CUDA device: layers with the kernels, the rest with torch's operators."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
     if dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""Data sets: determinism, held-out faces, splits, folders, augmentation, bad input."""
+"""Data sets: determinism, held-out typefaces, splits, folders, augmentation, bad input."""
 
 import importlib.util
 
@@ -35,19 +35,19 @@ def test_every_face_has_its_characters_and_no_face_is_in_two_kinds_of_split():
             faces = faces_of(character, split)
             assert len(faces) >= 3
             assert set(faces) <= set(allowed.get(split, TRAIN_FACES))
-            for face in faces:  # not the box that stands for a character the font lacks
+            for face in faces:  # a font draws a box for a character that it lacks
                 assert _glyph(face, character).tobytes() != missing[face], (face, character)
                 assert max(_glyph(face, character).getextrema()) > 200
 
 
-def test_glyph_image_depends_on_split_seed_and_index_alone():
+def test_glyph_image_depends_only_on_split_seed_and_index():
     one, two = load_dataset("glyphs", "train"), load_dataset("glyphs", "train")
     later = two[1007][0]
     assert torch.equal(one[5][0], two[5][0])
     assert torch.equal(one[1007][0], later)
     assert not torch.equal(one[5][0], load_dataset("glyphs", "train", seed=1)[5][0])
     assert not torch.equal(one[5][0], load_dataset("glyphs", "calibration")[5][0])
-    for split in ("validation", "test"):  # the same for everybody
+    for split in ("validation", "test"):  # these do not depend on the seed
         assert torch.equal(
             load_dataset("glyphs", split)[9][0], load_dataset("glyphs", split, seed=3)[9][0]
         )
@@ -124,7 +124,7 @@ def test_images_of_any_eight_bit_mode_become_rgb(tmp_path, mode):
 
 
 @pytest.mark.parametrize("limit", [None, 20])
-def test_many_images_are_the_single_ones_in_the_asked_order(limit):
+def test_images_returns_the_single_images_in_the_given_order(limit):
     whole = load_dataset("glyphs", "calibration")
     data = load_dataset("glyphs", "calibration", limit=limit)
     images, labels = data.images([11, 3, 3])
@@ -171,7 +171,7 @@ def test_bad_folders_are_refused(tmp_path):
         load_dataset(f"folder:{tmp_path / 'c'}", "test", image_size=16)[0]
 
 
-def test_absent_torchvision_is_said_in_words(monkeypatch):
+def test_absent_torchvision_is_reported_with_advice(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install --no-deps torchvision"):
         import_torchvision.__wrapped__()
@@ -198,13 +198,13 @@ def test_bad_specs_are_refused(arguments, message):
 
 
 def coordinates(count: int, size: int = 32) -> torch.Tensor:
-    """Images that hold their own x and y, so that a crop can be read off."""
+    """Return images whose channels are the x and y coordinates, so that crops can be measured."""
     line = torch.linspace(-1 + 1 / size, 1 - 1 / size, size)
     y, x = torch.meshgrid(line, line, indexing="ij")
     return torch.stack([x, y, torch.zeros_like(x)]).expand(count, 3, size, size).contiguous()
 
 
-def test_crops_stay_inside_and_have_the_asked_area():
+def test_crops_stay_inside_and_have_the_given_area():
     random = torch.Generator().manual_seed(0)
     out = augment(coordinates(2000), Augmentation((0.25, 0.5), (0.8, 1.25), False), random)
     width = (out[:, 0, 0, -1] - out[:, 0, 0, 0]) / (2 * 31 / 32)

@@ -1,4 +1,4 @@
-"""Integer programs: the same function as the student, and files that cannot do harm."""
+"""Integer programs: logits bit-identical to the student's, and files that cannot do harm."""
 
 import contextlib
 import copy
@@ -62,7 +62,7 @@ def program(images: Tensor) -> IntegerProgram:
 
 
 def assert_same_function(student: nn.Module, images: Tensor) -> IntegerProgram:
-    """The program's logits have the bits of the student's, which lie near those with gradients."""
+    """Require that the program's logits are bit-identical to the student's in every executor."""
     program = lower(student)
     with torch.no_grad():
         expected = student(images)
@@ -72,18 +72,18 @@ def assert_same_function(student: nn.Module, images: Tensor) -> IntegerProgram:
     return program
 
 
-# ---- the same function ----------------------------------------------------------------------
+# ---- the program and the student ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first_last_bits", [None, 8])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_program_computes_what_the_student_computes(images, bits, first_last_bits):
+def test_program_is_bit_identical_to_the_student(images, bits, first_last_bits):
     config = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": first_last_bits}
     student = student_of(small_network(), images, **config)
     assert_same_function(student, images)
 
 
-def test_layers_of_different_bits(images, tmp_path):
+def test_layers_can_have_different_bits(images, tmp_path):
     names = ("conv1", "conv2", "expand", "depthwise", "project", "last", "fc")
     layer_bits = dict(zip(names, range(2, 9), strict=True))
     program = assert_same_function(
@@ -97,7 +97,7 @@ def test_layers_of_different_bits(images, tmp_path):
 
 @pytest.mark.parametrize("name", ["glyphs_resnet", "glyphs_mobilenet"])
 @pytest.mark.parametrize("first_last_bits", [None, 8])
-def test_shipped_networks_predict_the_same(name, first_last_bits):
+def test_programs_of_embedded_networks_are_bit_identical(name, first_last_bits):
     calibration, _ = calibration_set("glyphs")
     config = QuantizationConfig(first_last_bits=first_last_bits)
     student = prepare(load_model(name), config, calibration[:1])
@@ -108,7 +108,7 @@ def test_shipped_networks_predict_the_same(name, first_last_bits):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_zoo_computes_the_same(name):
+def test_programs_of_library_networks_are_bit_identical(name):
     network = settle(load(NETWORKS[name]))
     images = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     student = prepare(network, QuantizationConfig(), images[:1])
@@ -128,7 +128,7 @@ def test_every_algorithm_gives_the_same_bits(isa, threads, program, images, wino
         assert torch.equal(native.run(images[:batch], plan), expected)
 
 
-def test_profile_names_every_step(program, images):
+def test_profile_names_every_instruction(program, images):
     times = program.native.profile(images)
     names = {i.output.name for i in program.instructions if not isinstance(i, Reshape)}
     assert {time.name for time in times} == names
@@ -139,14 +139,14 @@ def test_profile_names_every_step(program, images):
     )
 
 
-def test_calls_at_once_do_not_disturb_each_other(program, images):
+def test_concurrent_calls_do_not_disturb_each_other(program, images):
     expected = program(images)
     with ThreadPoolExecutor(4) as pool:
         for result in pool.map(program, [images] * 16):
             assert torch.equal(result, expected)
 
 
-def test_copies_and_empty_batches(program, images):
+def test_copies_and_empty_batches_work(program, images):
     twin = copy.deepcopy(program)
     assert torch.equal(twin(images), program(images))
     assert program(images[:0]).shape == (0, program.output.shape[0])
@@ -157,7 +157,7 @@ def test_copies_and_empty_batches(program, images):
 
 
 class PoolsFloats(nn.Module):
-    """A pooled normalisation that an addition reads in float."""
+    """A network in which an addition reads a pooled normalisation in float."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class PoolsFloats(nn.Module):
 
 @pytest.fixture(scope="module", params=["codes", "floats"])
 def any_program(request: pytest.FixtureRequest, program: IntegerProgram, images: Tensor):
-    """One that pools codes, and one that pools floats."""
+    """A program that pools codes, and one that pools floats."""
     if request.param == "codes":
         return program
     torch.manual_seed(0)
@@ -186,7 +186,7 @@ def any_program(request: pytest.FixtureRequest, program: IntegerProgram, images:
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_hostile_records_are_refused_or_run(any_program, data):
-    """What the encoder would never write: nothing may be read or written outside."""
+    """Run records that the encoder never writes; nothing outside may be read or written."""
     program = any_program
     images = torch.zeros(2, 3, SIZE, SIZE)
     native = program.native
@@ -202,18 +202,18 @@ def test_hostile_records_are_refused_or_run(any_program, data):
         torch.ops.fdda._int4_program(images, native.constants, records, workspace)
 
 
-def test_integers_stay_near_the_floats(images):
-    """Without gradients the student sums integers, with them the values they stand for."""
+def test_integer_sums_stay_close_to_float_sums(images):
+    """Compare the student's integer sums (without gradients) and float sums (with gradients)."""
     student = student_of(small_network(), images)
     exact = student(images).detach()
     with torch.no_grad():
         difference = (student(images) - exact).abs()
-    # A value on the border of two codes may fall either way, and move a logit.
+    # A value halfway between two codes may be rounded to either, which changes a logit.
     assert (difference > 1e-4).float().mean() < 0.05
 
 
 class Unusual(nn.Module):
-    """Normalisation before a layer and after an addition, a shared sum, a mean, padding."""
+    """A network with normalisations before a layer and after an addition, and a shared sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Unusual(nn.Module):
         return self.norm3(self.fc(x.mean((2, 3))))
 
 
-def test_unusual_structure(images):
+def test_programs_of_unusual_networks_are_bit_identical(images):
     torch.manual_seed(0)
     network = Unusual().train()
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_unusual_structure(images):
 
 
 def test_sums_beyond_float32_are_exact():
-    """8-bit codes and weights over 4608 products reach 2^27."""
+    """Sum 4608 products of 8-bit codes and weights, which reaches 2^27."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-128, 128, (3, 4608), generator=generator, dtype=torch.int8)
     codes = torch.randint(0, 256, (5, 4608), generator=generator, dtype=torch.uint8)
@@ -257,7 +257,7 @@ def test_sums_beyond_float32_are_exact():
     assert torch.equal(total, expected.to(torch.float32))
 
 
-def test_capture_wants_a_cuda_device(program, images):
+def test_capture_needs_a_cuda_device(program, images):
     with pytest.raises(UsageError, match="capture: expected example on a CUDA device, got cpu"):
         capture(program, images)
     with pytest.raises(UsageError, match=r"expected images \[N, 3, 16, 16\], got \[24, 3, 8, 16\]"):
@@ -281,10 +281,10 @@ def test_wrong_images_are_refused(program, images):
         plain(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8))
 
 
-# ---- what has no program --------------------------------------------------------------------
+# ---- students without a program -------------------------------------------------------------
 
 
-def test_lower_wants_a_calibrated_student(images):
+def test_lower_needs_a_calibrated_student(images):
     student = prepare(small_network(), QuantizationConfig(), images[:1])
     with pytest.raises(UsageError, match="calibrated, got a quantizer in mode float"):
         lower(student)
@@ -300,7 +300,7 @@ def test_paper_grid_has_no_program(images):
 
 
 def test_scales_and_shifts_take_three_bytes(program: IntegerProgram, file: Path) -> None:
-    """The folding rounds them so that the file loses nothing."""
+    """Check that folding rounds scales and shifts to what the file can hold."""
     _, tensors = read(file)
     for name, *_ in stored_bytes(program):
         assert tensors[f"{name}.scale"].shape[1:] == tensors[f"{name}.shift"].shape[1:] == (3,)
@@ -308,8 +308,8 @@ def test_scales_and_shifts_take_three_bytes(program: IntegerProgram, file: Path)
         assert torch.equal(scale, program.tensors[name])
 
 
-def test_size_of_the_paper_s_networks() -> None:
-    """Bytes of weights, scales and shifts at 4 bits; their instructions come on top."""
+def test_programs_of_the_paper_s_networks_are_small() -> None:
+    """Limit the bytes of weights, scales and shifts at 4 bits, without instructions."""
     for name, limit in (("torchvision:resnet18", 5.95e6), ("torchvision:mobilenet_v2", 1.85e6)):
         images = torch.zeros(1, 3, 64, 64)
         student = prepare(
@@ -320,13 +320,13 @@ def test_size_of_the_paper_s_networks() -> None:
 
 
 @given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**31))
-def test_packing_and_back(bits: int, rows: int, n: int, seed: int) -> None:
+def test_packed_codes_unpack_to_the_same_codes(bits: int, rows: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     limit = 2 ** (bits - 1)
     codes = torch.randint(-limit, limit, (rows, n), generator=generator, dtype=torch.int8)
     packed = pack_codes(codes, bits)
     assert packed.shape == (rows, -(-n * bits // 8))
-    # A row is a number in little-endian order, whose digits to the base 2^bits are the codes.
+    # A row is a little-endian number whose digits in base 2^bits are the codes.
     number = int.from_bytes(bytes(packed[0].tolist()), "little")
     assert number == sum((code % 2**bits) << (bits * i) for i, code in enumerate(codes[0].tolist()))
     assert torch.equal(unpack_codes(packed, n, bits), codes)
@@ -339,7 +339,7 @@ def file(program: IntegerProgram, tmp_path: Path) -> Path:
     return path
 
 
-def test_file_gives_the_program_back(program, file, images):
+def test_a_loaded_program_equals_the_saved_one(program, file, images):
     again = fdda_ext.load(file)
     assert again.instructions == program.instructions
     assert (again.mean, again.std, again.image) == (program.mean, program.std, program.image)
@@ -349,7 +349,7 @@ def test_file_gives_the_program_back(program, file, images):
 
 
 @pytest.mark.parametrize("bits", [2, 5, 8])
-def test_file_of_other_bits(images, tmp_path, bits):
+def test_programs_of_other_bits_can_be_saved(images, tmp_path, bits):
     program = lower(student_of(small_network(), images, weight_bits=bits))
     save_program(tmp_path / "p", program)
     assert torch.equal(load_program(tmp_path / "p")(images), program(images))
@@ -372,7 +372,7 @@ def test_damaged_files_are_refused(file):
 
 
 def rewrite(path: Path, manifest: Any, tensors: dict[str, Tensor]) -> None:
-    """A file with a valid checksum, as an attacker writes it."""
+    """Write a file with a valid checksum, as an attacker would."""
     text = json.dumps(manifest)
     metadata = {
         "format": "fdda_ext.program.3",
@@ -389,7 +389,7 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container and key in nested JSON."""
+    """Return every container and key of nested JSON."""
     keys = value.keys() if isinstance(value, dict) else range(len(value))
     found = [(value, key) for key in keys]
     for key in keys:
@@ -422,7 +422,7 @@ HOSTILE = [
 @settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_hostile_manifests_are_refused_or_run(tmp_path_factory, images, seed: int) -> None:
-    """Any value of the manifest replaced, removed or moved: an error in words, or a program."""
+    """Replace, remove or repeat values of the manifest; expect a UsageError or a program."""
     path = tmp_path_factory.getbasetemp() / "hostile.safetensors"
     if not path.exists():
         torch.manual_seed(0)
@@ -468,7 +468,7 @@ def test_hostile_manifests_are_refused_or_run(tmp_path_factory, images, seed: in
     ],
     ids=["image", "quantize", "stride", "pad"],
 )
-def test_programs_that_the_kernels_would_refuse_are_refused_as_they_are_built(step, rule):
+def test_programs_that_the_kernels_refuse_cannot_be_built(step, rule):
     grid = CodeGrid(0.1, 3, 4)
     image, x = Value("image", (3, 4, 4), None), Value("x", (3, 4, 4), None)
     codes = Quantize(("image",), Value("codes", image.shape, grid))
@@ -510,7 +510,7 @@ def test_export_and_evaluate(tmp_path, capsys):
     assert results[0] == results[1]
 
 
-def test_export_refuses(tmp_path):
+def test_export_refuses_bad_options(tmp_path):
     with pytest.raises(UsageError, match="export: expected run to be a folder with a trained"):
         export.main([f"--run={tmp_path}"])
     with pytest.raises(UsageError, match="export: expected profile to be 0 to 4096 images"):
@@ -519,7 +519,7 @@ def test_export_refuses(tmp_path):
         export.main([f"--run={tmp_path}/none"])
 
 
-def test_command_lines_refuse_what_does_not_fit(file, tmp_path, images):
+def test_commands_refuse_files_that_do_not_fit(file, tmp_path, images):
     with pytest.raises(UsageError, match="export: expected a student file"):
         export.main([f"--run={file}"])
     with pytest.raises(UsageError, match="image_size to be the program's 16, got 32"):

@@ -1,4 +1,4 @@
-"""Several processes against one: losses, statistics, centres, accuracy, resumption, a lost one."""
+"""Several ranks against one: losses, statistics, centres, accuracy, resumption, a lost rank."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from fdda_ext.errors import UsageError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORKER = str(Path(worker.__file__))
-#: Seconds, for processes that hang; a slow machine needs minutes.
+#: Limit in seconds for a process that hangs; a slow machine needs minutes.
 PATIENCE = 1800
 
 
 def start(processes: int, *arguments: str) -> list[subprocess.Popen[str]]:
-    """What torchrun does, less what it costs: its variables say who is who."""
+    """Start ranks with the environment variables of torchrun, which itself would take longer."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,7 +48,7 @@ def start(processes: int, *arguments: str) -> list[subprocess.Popen[str]]:
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory) -> SimpleNamespace:
-    """The same training begun by two processes, gone on with by one, ended by three."""
+    """Results of a training that two ranks begin, one continues and three end."""
     path = tmp_path_factory.mktemp("distributed")
     folder = path / "run"
     found = SimpleNamespace(folder=folder)
@@ -66,7 +66,7 @@ def stages(tmp_path_factory) -> SimpleNamespace:
 
 
 def compare_losses(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    """All agree to 1e-5, but for a few of the student, where an activation took another code."""
+    """Compare to 1e-5, except a few student losses: an activation may be rounded differently."""
     jumps = 0
     for values, wanted in zip(found, expected, strict=True):
         assert values.keys() == wanted.keys()
@@ -83,7 +83,7 @@ def compare_losses(found: list[dict[str, float]], expected: list[dict[str, float
 @pytest.mark.parametrize("name", ["fdda, paper grid", "fdda, deploy grid", "distill"])
 def test_losses_are_those_of_one_process_with_the_same_batch(stages, name, processes):
     one, several = stages.one[name], stages.several[processes][name]
-    assert several["alike"] == processes, "all have the same weights"
+    assert several["alike"] == processes, "all ranks have the same weights"
     assert len(one["losses"]) == len(several["losses"]) == 20
     compare_losses(several["losses"], one["losses"])
     assert several["ranges"] == pytest.approx(one["ranges"], rel=1e-5)
@@ -102,14 +102,14 @@ def test_pooled_moments_and_their_gradients_are_those_of_the_whole_batch(stages,
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_centres_and_accuracy_are_equal(stages, processes):
+def test_centres_and_accuracy_equal_those_of_one_process(stages, processes):
     several = stages.several[processes]
     assert several["centres"] == stages.one["centres"]
     assert several["accuracies"] == stages.one["accuracies"]
     assert several["refusal"] == "test: expected nothing, got something"
 
 
-def test_a_lost_process_ends_the_others_with_a_sentence(stages):
+def test_a_lost_process_ends_the_others_with_a_message(stages):
     ((_, message), status), (_, killed) = stages.pair
     assert killed == -signal.SIGKILL
     assert status == 2
@@ -120,7 +120,7 @@ def test_a_lost_process_ends_the_others_with_a_sentence(stages):
     assert len(message.splitlines()) == 1
 
 
-def test_a_run_goes_on_with_another_number_of_processes(stages):
+def test_a_run_resumes_with_another_number_of_processes(stages):
     for (_, message), status in stages.three:
         assert (status, message) == (0, "")
     whole = worker.Interrupted()
@@ -129,7 +129,9 @@ def test_a_run_goes_on_with_another_number_of_processes(stages):
     expected = worker.weights(whole.method)
     assert (torch.tensor(stages.several[3]["end"]) - expected).norm() < 1e-4 * expected.norm()
     lines = [json.loads(x) for x in (stages.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == list(range(20)), "written once"
+    assert [line["iteration"] for line in lines] == list(range(20)), (
+        "each iteration is written once"
+    )
     losses = stages.one["fdda, paper grid"]["losses"]
     compare_losses([{k: x[k] for k in v} for x, v in zip(lines, losses, strict=True)], losses)
     progress = [out for (out, _), _ in stages.three]
@@ -187,7 +189,7 @@ def test_sigterm_from_torchrun_is_explained(tmp_path):
     assert "--resume, on any number of processes" in done.stderr
 
 
-def test_shares_are_as_alike_as_can_be(monkeypatch):
+def test_shares_of_a_batch_are_as_equal_as_possible(monkeypatch):
     for rank in range(3):
         monkeypatch.setattr(distribution, "world_size", lambda: 3)
         monkeypatch.setattr(distribution, "rank", lambda rank=rank: rank)
@@ -201,7 +203,7 @@ def test_shares_are_as_alike_as_can_be(monkeypatch):
             distribution.shard([1, 2])
 
 
-def test_what_several_processes_cannot_do_is_refused(monkeypatch):
+def test_bad_devices_and_methods_are_refused_with_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -220,8 +222,8 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch):
     assert methods.method_class("fdda") is methods.FDDA
 
 
-def test_damaged_images_count_together(monkeypatch):
-    """No process alone sees more than may be; all together do."""
+def test_damaged_images_are_counted_over_all_processes(monkeypatch):
+    """Exceed the limit only with the damaged images of all ranks together."""
     source = worker.BatchSource(worker.Logits(), 10, max_unreadable=1)
     monkeypatch.setattr(
         "fdda_ext.engine.evaluation.total_counts", lambda *counts: [*counts[:3], counts[3] + 2]

@@ -1,4 +1,4 @@
-"""The documentation: its snippets run, its commands parse, its links lead somewhere."""
+"""The documentation: code blocks, commands, links, and names that the text uses."""
 
 import contextlib
 import doctest
@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = ("python", "console", "yaml")
 NOT_CODE = ("text", "math", "mermaid")
 
-#: Appended to a command, so that a page takes seconds: of an option given twice the last counts.
+#: Options appended to commands so that a page takes seconds; the last value of an option counts.
 CHEAP = {
     "train": [
         *("--schedule-share=0.005", "--threads=1", "--no-report"),
@@ -37,14 +37,14 @@ CHEAP = {
         *("--settings.fdda.batch=4", "--settings.fdda.generator.channels=4"),
         *("--quantization.weight_range=minmax", "--quantization.activation_range=minmax"),
     ],
-    # FDDA wants classes with images that the float network gets right: it learns them by heart.
+    # FDDA needs images that the float network classifies correctly, so let it overfit.
     "pretrain": ["--epochs=10", "--images=128", "--threads=1"],
     "visualize": ["--images=16"],
 }
-#: Images of each class that the embedded data has left, for the same reason.
+#: Images per class of the reduced embedded data, for the same reason.
 IMAGES_PER_CLASS = {"train": 16, "test": 1}
-#: Commands that cannot run here: what they lack, and what their parser, all arguments being right,
-#: says in the end; None where it has nothing to say, as only time lacks.
+#: Commands that cannot run here, with what is missing and the error of the command. The error is
+#: None for commands that only take too long.
 NOT_RUN = {
     "python -m fdda_ext.train --config imagenet/resnet18-w4a4-f4l4 --data imagenet:PATH": (
         "ImageNet",
@@ -71,7 +71,7 @@ NOT_RUN = {
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block of a page, which begins in its line ``line``."""
+    """A fenced block of a page that begins in line ``line``."""
 
     language: str
     text: str
@@ -79,7 +79,7 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The file that the reader is told to write it to."""
+        """Name of the file that the reader is to write, or None."""
         first = re.match(r"# ([\w-]+\.\w+)\n", self.text)
         return first[1] if first else None
 
@@ -91,7 +91,7 @@ def blocks(page: Path) -> list[Block]:
         Block(m[1], m[2], text.count("\n", 0, m.start()) + 2)
         for m in re.finditer(r"^```(.*)\n((?:.*\n)*?)^```$", text, re.M)
     ]
-    assert len(fences) == 2 * len(found), "a fence that is indented, or left open"
+    assert len(fences) == 2 * len(found), "a fence is indented or not closed"
     return found
 
 
@@ -100,9 +100,9 @@ def prose(page: Path) -> str:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The words of every command of a console block, which holds nothing else."""
+    """Return the words of every command of a console block, which must hold only commands."""
     lines = block.text.replace("\\\n", " ").splitlines()
-    assert all(line.startswith("$ ") for line in lines), "output belongs in a block of its own"
+    assert all(line.startswith("$ ") for line in lines), "output belongs in a separate block"
     return [shlex.split(line[2:], comments=True) for line in lines]
 
 
@@ -111,11 +111,11 @@ def by_name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
-def test_every_block_is_in_a_language_that_is_tested_or_none(page):
+def test_every_block_has_a_known_language(page):
     assert {block.language for block in blocks(page)} <= {*CODE, *NOT_CODE}
 
 
-def test_what_is_not_run_still_occurs():
+def test_commands_that_are_not_run_are_on_a_page():
     written = {
         " ".join(words)
         for page in PAGES
@@ -128,11 +128,11 @@ def test_what_is_not_run_still_occurs():
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch) -> Iterator[Path]:
-    """An empty folder to work in, little embedded data, and nothing left behind."""
+    """An empty working folder, and little embedded data; everything is restored afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # A page's call of `fdda_ext.quantize` takes moments, however fast the machine is.
+    # Keep calls of `fdda_ext.quantize` short on every machine.
     monkeypatch.setattr("fdda_ext.api.fitting_share", lambda *_: 1 / 200)
     for split, count in IMAGES_PER_CLASS.items():
         monkeypatch.setitem(glyphs._LENGTHS, split, count * len(glyphs.CHARACTERS))
@@ -146,7 +146,7 @@ def reader(tmp_path, monkeypatch) -> Iterator[Path]:
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if any(b.language in CODE for b in blocks(p))], ids=by_name
 )
-def test_a_page_works_from_start_to_end(page, reader):
+def test_all_code_of_a_page_works(page, reader):
     namespace: dict[str, Any] = {"__name__": "__main__"}
     files: set[str] = set()
     used: set[str] = set()
@@ -164,12 +164,12 @@ def test_a_page_works_from_start_to_end(page, reader):
             place = "\n" * (block.line - 1)  # tracebacks name the page's lines
             exec(compile(place + block.text, str(page), "exec"), namespace)
         else:
-            assert block.language in NOT_CODE, f"line {block.line}: a file without its name"
-    assert used == files, "a file that no command uses"
+            assert block.language in NOT_CODE, f"line {block.line}: the name of the file is missing"
+    assert used == files, "no command uses one of the files"
 
 
 def run_session(text: str, namespace: dict[str, Any]) -> None:
-    """What follows ``>>>``; results are compared where the page shows them."""
+    """Run the code after ``>>>``, and compare results that the page shows."""
     for example in doctest.DocTestParser().get_examples(text):
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown):
@@ -178,7 +178,7 @@ def run_session(text: str, namespace: dict[str, Any]) -> None:
 
 
 def run(words: list[str]) -> None:
-    """Run a command of a page, in this process; what cannot run gets as far as it can."""
+    """Run a command of a page in this process, or check it as far as possible."""
     lacking, error = NOT_RUN.get(" ".join(words), ("", None))
     if words[0] == "make":
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
@@ -211,7 +211,7 @@ def run(words: list[str]) -> None:
 
 
 def check_runs_of_comparison(arguments: list[str]) -> None:
-    """Whether fdda_ext.train takes what fdda_ext.compare would give every method and setting."""
+    """Check that fdda_ext.train accepts the arguments of all runs of fdda_ext.compare."""
     config, rest = compare.parse(arguments)
     first, *others = compare.settings_of(config)
     cells = [cell for cell in compare.cells_of(config, first) if cell.seed == config.seeds[0]]
@@ -219,17 +219,17 @@ def check_runs_of_comparison(arguments: list[str]) -> None:
         train.parse_arguments(["--out=x", *compare.run_arguments(config, cell, rest)])
 
 
-# ---- what the pages refer to ----------------------------------------------------------------
+# ---- links and names ------------------------------------------------------------------------
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """Return the anchors that GitHub makes of the headings."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
 def links(page: Path) -> list[tuple[str, str]]:
-    """Text and target of every link within the repository."""
+    """Return text and target of every link within the repository."""
     found = re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", prose(page))
     return [(text, target) for text, target in found if not re.match(r"\w+:", target)]
 
@@ -265,7 +265,7 @@ FOREIGN = {"--nproc-per-node", "--nnodes", "--no-build-isolation", "--fmad", "--
 
 @pytest.fixture(scope="module")
 def options() -> dict[str, set[str]]:
-    """What every command and every program takes, with underscores; "" for all of them together."""
+    """The options of every command and program, with underscores; "" has all of them."""
     found: dict[str, set[str]] = {}
     for name in COMMANDS:
         with contextlib.redirect_stdout(io.StringIO()) as help_text, pytest.raises(SystemExit):
@@ -273,7 +273,7 @@ def options() -> dict[str, set[str]]:
         found[f"fdda_ext.{name}"] = set(re.findall(r"--[\w.-]+", help_text.getvalue()))
     for program in [*(ROOT / "python").glob("*.py"), ROOT / "benchmarks" / "gpu_report.py"]:
         text = program.read_text()
-        if "import cost_table" in text:  # which reads its options
+        if "import cost_table" in text:  # this function parses the options
             text += (ROOT / "python" / "common.py").read_text()
         found[program.name] = set(re.findall(r"\"(--[\w-]+)\"", text))
     found = {name: {o.replace("-", "_") for o in every} for name, every in found.items()}
@@ -288,7 +288,7 @@ def test_options_that_the_text_names_exist(page, options):
         known = options[name if name in options else ""]
         for option in re.findall(r"(?<!\S)--[\w.-]*\w", span):
             wanted = re.sub(r"[A-Z]{2,}", r"\\w+", re.escape(option.replace("-", "_")))
-            # A section stands for what is in it, and --no_ for the opposite.
+            # The name of a section matches all of its options; --no_ matches a negated option.
             wanted = wanted.replace("__no_", "__(no_)?")
             assert any(re.match(rf"{wanted}\b", o) for o in known), (span, option)
 
@@ -301,7 +301,7 @@ def members(owner: Any) -> set[str]:
     return {*dir(owner), *getattr(owner, "__annotations__", {})}
 
 
-def test_the_method_page_names_what_there_is():
+def test_the_method_page_names_existing_objects():
     page = ROOT / "docs" / "method.md"
     named = [(text, target) for text, target in links(page) if target.endswith(".py")]
     assert len(named) > 50
@@ -322,7 +322,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def test_the_method_page_lists_every_departure_of_the_short_preset():
+def test_the_method_page_lists_every_difference_between_the_presets():
     paper, short = (
         flat(yaml.safe_load((ROOT / f"fdda_ext/presets/fdda/{name}.yaml").read_text()))
         for name in ("paper", "short")

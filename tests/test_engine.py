@@ -1,4 +1,4 @@
-"""Run folder, checkpoints, loop and evaluation."""
+"""Run folders, checkpoints, the training loop, and evaluation."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_state_round_trip_keeps_structure_types_and_bits(tmp_path):
     assert torch.equal(loaded["same"][0], shared)
 
 
-def test_optimizer_state_survives(tmp_path):
+def test_optimizer_state_round_trip(tmp_path):
     def build():
         torch.manual_seed(0)
         layer = nn.Linear(4, 4)
@@ -72,7 +72,7 @@ def test_optimizer_state_survives(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 60, 0.5, 0.999])
-def test_truncated_state_is_refused_in_one_sentence(tmp_path, keep):
+def test_truncated_state_is_refused_in_one_line(tmp_path, keep):
     path = tmp_path / "s.safetensors"
     save_state(path, {"a": torch.randn(100)})
     data = path.read_bytes()
@@ -91,7 +91,7 @@ def test_state_of_another_format_is_refused(tmp_path):
         read_student(tmp_path / "y.safetensors")
 
 
-def test_run_folder_protects_what_it_holds(tmp_path):
+def test_run_folder_protects_its_content(tmp_path):
     folder = RunFolder(tmp_path / "a", "seed: 0\n", resume=False)
     assert folder.summary() is None
     with pytest.raises(UsageError, match="give --resume"):
@@ -105,14 +105,14 @@ def test_run_folder_protects_what_it_holds(tmp_path):
     with pytest.raises(UsageError, match="holds other files"):
         RunFolder(tmp_path / "b", "seed: 0\n", resume=True)
     (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "config.yaml.tmp").write_text("se")  # killed while it was written
+    (tmp_path / "c" / "config.yaml.tmp").write_text("se")  # an incomplete file of a killed process
     RunFolder(tmp_path / "c", "seed: 0\n", resume=False)
     with pytest.raises(UsageError, match="got the file"):
         RunFolder(tmp_path / "b" / "mine.txt", "seed: 0\n", resume=False)
 
 
 class Walk:
-    """A random walk: its end shows whether every step was taken once and in order."""
+    """A random walk, whose end shows whether every step was made once and in order."""
 
     iterations = 30
     part = "walking"
@@ -150,7 +150,7 @@ def test_interrupted_training_ends_like_an_uninterrupted_one(tmp_path):
     assert [line["iteration"] for line in lines] == list(range(30))
 
 
-def test_time_limit_stops_and_a_later_call_goes_on(tmp_path):
+def test_time_limit_stops_and_a_later_call_continues(tmp_path):
     folder = RunFolder(tmp_path / "a", "", resume=False)
     first = train(Walk(), folder, description="a", max_seconds=0.0)
     assert first.iterations == 0
@@ -166,13 +166,13 @@ def test_metrics_after_the_last_checkpoint_are_dropped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(Walk(stop_at=9), folder, description="a", checkpoint_seconds=1e9, log_every=1)
     with folder.metrics.open("a") as file:
-        file.write('{"iteration": 9, "nor')  # a line that the kill cut short
+        file.write('{"iteration": 9, "nor')  # an incomplete line
     train(Walk(), folder, description="a", log_every=1)
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(30))
 
 
-def test_a_run_may_go_on_on_another_kind_of_device(tmp_path, caplog):
+def test_a_run_can_resume_on_another_kind_of_device(tmp_path, caplog):
     RunFolder(tmp_path / "a", "seed: 0\ndevice: cpu\n", resume=False)
     folder = RunFolder(tmp_path / "a", "seed: 0\ndevice: cuda\n", resume=True)
     assert folder.fingerprint == RunFolder(tmp_path / "b", "seed: 0\n", resume=False).fingerprint
@@ -192,7 +192,7 @@ def test_a_run_may_go_on_on_another_kind_of_device(tmp_path, caplog):
 
 
 class Images:
-    """A source of given images, the damaged ones None."""
+    """A data set of given images, in which None is a damaged image."""
 
     def __init__(self, items):
         self.items = items
@@ -226,7 +226,7 @@ def test_evaluate_refuses_labels_beyond_the_network_and_empty_data():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damaged_images_are_named_and_left_out_up_to_the_limit(workers, caplog):
+def test_damaged_images_are_named_and_skipped_up_to_the_limit(workers, caplog):
     good = (torch.tensor([1, 0], dtype=torch.uint8), 0)
     source = Images([good, (None, 0), (None, 1), good, (None, 1)])
     batches = BatchSource(source, batch_size=2, workers=workers, max_unreadable=3)
@@ -243,12 +243,12 @@ def test_damaged_images_are_named_and_left_out_up_to_the_limit(workers, caplog):
         evaluate(nn.Identity(), BatchSource(Images([(None, 0)]), max_unreadable=1))
 
 
-def test_accuracy_against_time_is_in_the_metrics(tmp_path, monkeypatch):
+def test_accuracy_over_time_is_in_the_metrics(tmp_path, monkeypatch):
     whole, measured = Walk(), Walk()
     train(whole, RunFolder(tmp_path / "a", "", resume=False), description="a")
     folder = RunFolder(tmp_path / "b", "", resume=False)
 
-    now = [1000.0]  # a clock that nothing but a measurement moves
+    now = [1000.0]  # a clock that moves only during evaluations
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def measure(bar):
@@ -258,10 +258,10 @@ def test_accuracy_against_time_is_in_the_metrics(tmp_path, monkeypatch):
         return {"top1": accuracy.top1}
 
     options = {"evaluation": measure, "evaluate_every": 7, "log_every": 100}
-    with pytest.raises(KeyboardInterrupt):  # measured again after the last checkpoint
+    with pytest.raises(KeyboardInterrupt):  # later evaluations are repeated
         train(Walk(stop_at=16), folder, description="b", checkpoint_seconds=1e9, **options)
     progress = train(measured, folder, description="b", **options)
-    assert progress.seconds == 0, "measuring is no training"
+    assert progress.seconds == 0, "evaluations do not count as training"
     assert torch.equal(whole.position, measured.position)
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     assert [x["iteration"] for x in lines if "top1" in x] == [6, 13, 20, 27]
@@ -269,7 +269,7 @@ def test_accuracy_against_time_is_in_the_metrics(tmp_path, monkeypatch):
     assert seconds == sorted(seconds)
 
 
-def test_too_little_memory_is_answered_by_the_setting_to_lower():
+def test_the_error_for_too_little_memory_names_the_setting_to_lower():
     with (
         pytest.raises(
             UsageError,
@@ -293,7 +293,7 @@ def test_too_little_memory_is_answered_by_the_setting_to_lower():
 
 
 class Templates(nn.Module):
-    """Classifies 8x8 images by the nearest of K templates."""
+    """A network that classifies 8x8 images by the nearest of K templates."""
 
     def __init__(self, templates):
         super().__init__()
@@ -304,7 +304,7 @@ class Templates(nn.Module):
 
 
 class Noisy:
-    """Images near a template of their class, normalised with a mean of ImageNet's."""
+    """Noisy templates of the classes as images, normalised with the mean and std of ImageNet."""
 
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -313,7 +313,7 @@ class Noisy:
         random = torch.Generator().manual_seed(0)
         self.templates = torch.rand(classes, 3, 8, 8, generator=random)
         self.templates[:, 1] = 0.5
-        self.templates[:, 2] = 1 - self.templates[:, 0]  # with red and blue exchanged, a negative
+        self.templates[:, 2] = 1 - self.templates[:, 0]  # swapping red and blue gives a negative
         self.labels = torch.arange(classes).repeat_interleave(10)
         noise = torch.randn(len(self.labels), 3, 8, 8, generator=random)
         values = (self.templates[self.labels] + 0.05 * noise).clamp(0, 1)
@@ -347,8 +347,8 @@ def test_a_float_network_that_guesses_is_diagnosed():
     assert "the likely cause is" in diagnose(random, source, 20)
 
 
-def test_images_are_decoded_beside_a_gpu_alone(monkeypatch):
-    for cores, workers in ({5}, 1), (set(range(64)), 8):  # those that taskset leaves count
+def test_worker_processes_decode_images_only_for_a_gpu(monkeypatch):
+    for cores, workers in ({5}, 1), (set(range(64)), 8):  # cores that taskset allows
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
         assert decode_workers(None, "cuda:0", True) == workers
     assert decode_workers(None, "cuda", False) == 0
@@ -374,13 +374,13 @@ class Diverging(Walk):
         return {"loss": torch.tensor(float("nan") if iteration >= 20 else 1.0)}
 
 
-def test_a_run_that_diverges_is_no_result(tmp_path):
+def test_a_run_that_diverges_ends_with_an_error(tmp_path):
     folder = RunFolder(tmp_path / "a", "", resume=False)
     with pytest.raises(UsageError, match="walk: expected a finite loss, got nan for loss in itera"):
         train(Diverging(), folder, description="walk")
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "a", "seed: 0", resume=False)
     state = {"config": folder.fingerprint, "trainable": Walk().state_dict(), "seconds": 1.0}
     for change in (
@@ -399,7 +399,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     assert [json.loads(line)["iteration"] for line in folder.metrics.open()] == [2, 29]
 
 
-def test_a_flipped_bit_is_noticed(tmp_path):
+def test_a_flipped_bit_is_detected(tmp_path):
     path = tmp_path / "x.safetensors"
     for write, read in (
         (lambda: save_state(path, {"a": torch.ones(100)}), load_state),
@@ -422,7 +422,7 @@ def test_a_damaged_summary_is_refused(tmp_path):
             folder.summary()
 
 
-def test_two_processes_do_not_train_in_one_folder(tmp_path):
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
     folder = RunFolder(tmp_path / "a", "seed: 0", resume=False)
     with (
         folder.lock(),
@@ -432,7 +432,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     assert train(Walk(), folder, description="walk").iterations == 30
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
+def test_a_full_disk_gives_a_one_line_error(tmp_path):
     code = (
         "import resource, torch; resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999));"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
@@ -455,7 +455,7 @@ def test_folder_of_a_run_that_computed_nothing_is_removed(tmp_path):
     with pytest.raises(UsageError, match="wrong"), folder.removed_if_unused():
         raise UsageError("wrong")
     assert list(tmp_path.iterdir()) == []
-    RunFolder(path, "seed: 0\n", resume=False)  # so the same command can be given again
+    RunFolder(path, "seed: 0\n", resume=False)  # the same command works again
 
 
 @pytest.mark.parametrize("result", ["checkpoint.safetensors", "baselines/mse/summary.json"])
@@ -477,7 +477,7 @@ def test_folder_of_another_run_is_never_removed(tmp_path):
 
 
 class Interrupted(Walk):
-    """A walk during which Ctrl-C is pressed."""
+    """A walk that presses Ctrl-C in one step."""
 
     def step(self, iteration):
         if iteration == self.stop_at:
@@ -492,7 +492,7 @@ def test_ctrl_c_ends_training_after_a_whole_iteration(tmp_path):
     cut = Interrupted(stop_at=12)
     progress = train(cut, None, description="walk", show=False)
     assert (progress.iterations, progress.interrupted) == (13, True)
-    # What it was stopped with is stored, so that it goes on to the same end.
+    # The stopped run is stored and resumes to the same result.
     folder = RunFolder(tmp_path / "run", "seed: 0\n", resume=False)
     progress = train(Interrupted(stop_at=12), folder, description="walk", show=False)
     assert (progress.iterations, progress.interrupted) == (13, True)

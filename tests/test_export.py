@@ -1,4 +1,4 @@
-"""Which networks become integer programs, and what is said of the others before training."""
+"""Export of network structures to integer programs, and obstacles that prevent it."""
 
 import os
 import pickle
@@ -31,7 +31,7 @@ SIZE = 16
 
 
 class Network(nn.Module):
-    """Two normalised convolutions, and a head; a test's function says what happens with them."""
+    """Two normalised convolutions and a head, which the function ``forward`` combines."""
 
     def __init__(self, forward, channels: int = 8) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def two_pools_before_relu6(n, x):
 
 
 def pool_in_float(n, x):
-    """As ResNetV2 begins: the pooled values are normalised, and added later."""
+    """Like the stem of ResNetV2: pooled values are normalised, and added later."""
     x = F.max_pool2d(n.conv1(x), 3, 2, 1)
     return n.end(F.relu(n.bn2(n.conv2(F.relu(n.bn1(x)))) + x))
 
@@ -141,20 +141,20 @@ def pooled_and_linear(n, x):
 
 
 def pooled_sum(n, x):
-    """Two average poolings to [N, C], of which one is the residual of the other."""
+    """Add two average poolings ``[N, C]``."""
     x = F.relu(n.stem(x))
     return n.fc(x.mean((2, 3)) + F.relu(n.conv2(x)).mean((2, 3)))
 
 
 def shapes_in_between(n, x):
-    """Shapes that no value of a program has, on the way to one that it has."""
+    """Reshape via shapes that no value of a program can have."""
     x = F.relu(n.stem(x)).flatten(2).view(-1, 8, 4, 8, 8).flatten(1).view(-1, 8, SIZE, SIZE)
     x = F.adaptive_avg_pool2d(F.relu(n.conv2(x)), 1)
     return n.fc(x.squeeze(-1).squeeze(-1))
 
 
 def two_grids(n, x):
-    """A result that a concatenation rounds to its grid, and that the end reads in float."""
+    """Use a result both on the grid of a concatenation and in float."""
     x = n.bn2(n.conv2(F.relu(n.stem(x))))
     y = n.head(torch.cat([x, F.relu(x)], 1))
     return n.fc((F.relu(y) + x).mean((2, 3)))
@@ -197,7 +197,7 @@ def build(name: str) -> nn.Module:
 
 
 def assert_equal(network: nn.Module, bits: int, x: Tensor) -> IntegerProgram:
-    """The program gives the logits of the student, whose obstacles are none before calibration."""
+    """Require that the program is bit-identical to the student, which has no obstacles."""
     config = QuantizationConfig(weight_bits=bits, activation_bits=bits)
     student = prepare(network, config, x[:1])
     assert export_obstacles(student) == []
@@ -235,7 +235,7 @@ def test_eight_bits_keep_the_logits(name):
     assert (student(x) - expected).norm() < 0.05 * expected.norm()
 
 
-def test_codes_are_pooled_where_a_relu_follows():
+def test_codes_are_pooled_if_a_relu_follows():
     pools = [
         step.output.grid is not None
         for name in ("pool_before_relu", "two_pools_before_relu6", "pool_in_float")
@@ -245,14 +245,14 @@ def test_codes_are_pooled_where_a_relu_follows():
     assert pools == [True, True, True, False]
 
 
-def test_image_statistics_before_the_first_layer_keep_the_bits_of_the_image():
+def test_normalisation_before_the_first_layer_keeps_the_bits_of_the_image():
     student = prepare(build("norm_of_the_image"), QuantizationConfig(), images(1))
     bits = [q.grid.bits for q in student.activation_quantizers.children()]
     assert bits[:3] == [8, 8, 4]
 
 
 @pytest.mark.parametrize("kernel", [2, 3, (4, 3)])
-def test_same_padding_is_written_out(kernel):
+def test_same_padding_is_exported(kernel):
     conv = nn.Conv2d(8, 8, kernel, padding="same", dilation=(1, 3))
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding="valid"), nn.BatchNorm2d(8), nn.ReLU(), conv, nn.ReLU(),
@@ -262,7 +262,7 @@ def test_same_padding_is_written_out(kernel):
     assert conv.padding == "same"
 
 
-def test_names_of_modules_may_be_those_of_values():
+def test_modules_and_values_may_have_the_same_names():
     class Colliding(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -277,7 +277,7 @@ def test_names_of_modules_may_be_those_of_values():
     assert_equal(settle(Colliding(), SIZE), 4, images())
 
 
-def test_depth_does_not_matter():
+def test_depth_is_no_obstacle():
     layers = [nn.Conv2d(3, 3, 1) for _ in range(300)]
     end = (nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
     network = nn.Sequential(*layers, *end)
@@ -296,7 +296,7 @@ def resnetv2() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [densenet, resnetv2])
-def test_networks_that_pool_in_float(make):
+def test_networks_that_pool_in_float_are_exported(make):
     torch.manual_seed(0)
     network = settle(make(), 32)
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -304,7 +304,7 @@ def test_networks_that_pool_in_float(make):
     assert any(isinstance(i, MaxPool) and i.output.grid is None for i in program.instructions)
 
 
-# ---- what has no program --------------------------------------------------------------------
+# ---- networks without a program -------------------------------------------------------------
 
 
 class Refused(nn.Module):
@@ -351,7 +351,7 @@ OBSTACLES = {
 
 
 def refused(name: str):
-    """A prepared student, what its obstacle is to say, and its images."""
+    """Return a prepared student, and a pattern for its obstacle."""
     change, message = OBSTACLES[name]
     torch.manual_seed(0)
     network = Refused(change)
@@ -361,7 +361,7 @@ def refused(name: str):
 
 
 @pytest.mark.parametrize("name", OBSTACLES)
-def test_obstacle_is_named_before_training(name):
+def test_obstacles_are_named_before_training(name):
     student, message = refused(name)
     obstacles = export_obstacles(student)
     assert len(obstacles) == 1
@@ -405,7 +405,7 @@ def test_error_shows_the_first_of_many_obstacles():
         lower(student)
 
 
-def test_what_is_no_student_of_the_deploy_grid_has_an_obstacle():
+def test_networks_other_than_students_of_the_deploy_grid_have_an_obstacle():
     student = prepare(build("pooled_sum"), QuantizationConfig(), images(1))
     unpickled = pickle.loads(pickle.dumps(student))
     for network in (nn.Linear(2, 2), torch.fx.symbolic_trace(nn.ReLU()), unpickled):
@@ -428,7 +428,7 @@ def student() -> torch.fx.GraphModule:
     return student
 
 
-def test_export_student_writes_what_it_returns(student, tmp_path):
+def test_export_student_writes_the_program_that_it_returns(student, tmp_path):
     path = tmp_path / "net.safetensors"
     for normalisation in ((None, None), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))):
         program = export_student(student, str(path), *normalisation)
@@ -442,7 +442,7 @@ def test_export_student_writes_what_it_returns(student, tmp_path):
 
 @pytest.mark.parametrize("given", [None, 1, 5])
 def test_program_that_differs_is_not_written(student, tmp_path, monkeypatch, given):
-    """By the last bit of one logit, on batches of any size."""
+    """Change the last bit of one logit, for different numbers of given images."""
     seen = []
 
     def changed(self, x):
@@ -471,7 +471,7 @@ def test_program_that_fails_is_not_written(student, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_logits_that_are_not_finite_are_said_to_be(tmp_path):
+def test_logits_that_are_not_finite_are_refused(tmp_path):
     student = prepare(build("norm_of_codes"), QuantizationConfig(), images(1))
     calibrate(student, images())
     student.get_submodule("bn3").bias.data.fill_(3e38)
@@ -481,7 +481,7 @@ def test_logits_that_are_not_finite_are_said_to_be(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_target_is_checked_before_work_is_spent(student, tmp_path, monkeypatch):
+def test_the_target_is_checked_first(student, tmp_path, monkeypatch):
     for path in (tmp_path, tmp_path / "none" / "file", Path("/dev/null")):
         with pytest.raises(UsageError, match="path to be a file in a folder that exists"):
             export_student(nn.Identity(), path)
@@ -493,7 +493,7 @@ def test_target_is_checked_before_work_is_spent(student, tmp_path, monkeypatch):
             export.main(["--run=missing", f"--out={out}"])
 
 
-def test_command_compares_on_images_of_the_run(tmp_path, monkeypatch):
+def test_the_command_compares_on_images_of_the_run(tmp_path, monkeypatch):
     network = load_model("glyphs_mobilenet")
     dataset = load_dataset("glyphs", "test", limit=3)
     config = QuantizationConfig()

@@ -1,4 +1,4 @@
-"""fake_quantize against its plain reference, an independent float64 oracle, and its promises."""
+"""fake_quantize: values and gradients against references, layouts, compilation, errors."""
 
 import math
 from collections.abc import Callable
@@ -24,18 +24,18 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def permuted(x: Tensor) -> Tensor:
-    """Dense, with the dimensions reversed in memory."""
+    """Return a dense copy with reversed dimensions in memory."""
     order = list(range(x.dim()))[::-1]
     return x.permute(order).contiguous().permute(order)
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Not dense: every second element of a larger tensor's last dimension."""
+    """Return every second element of a larger tensor, which is not dense."""
     return torch.stack([x, torch.full_like(x, math.nan)], -1).flatten(-2)[..., ::2]
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """Contiguous, one element away from the allocator's alignment."""
+    """Return a contiguous copy that is not aligned."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -47,7 +47,7 @@ LAYOUTS: list[Callable[[Tensor], Tensor]] = [
     unaligned,
 ]
 
-# Shape and axis: odd tails, one element, channels innermost, long and short runs, blocks.
+# Shape and axis: ragged ends, one element, channels innermost, long and short runs, blocks.
 CASES = [
     ((1,), None),
     ((1,), 0),
@@ -67,7 +67,7 @@ CASES = [
 def make_inputs(
     shape: tuple[int, ...], axis: int | None, dtype: torch.dtype, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, upstream gradient, scale, zero_point; about a fifth of x lies outside a 4-bit grid."""
+    """Return x (a fifth is outside a 4-bit grid), upstream gradient, scale and zero_point."""
     generator = torch.Generator().manual_seed(seed)
     channels = [] if axis is None else [shape[axis]]
     x = torch.randn(shape, generator=generator).to(dtype)
@@ -85,7 +85,7 @@ def run(
     zero: Tensor,
     *rest: int | None,
 ) -> tuple[Tensor, ...]:
-    """y and the three gradients; rest is quant_min, quant_max and perhaps axis."""
+    """Return y and the three gradients; rest is quant_min, quant_max and optionally axis."""
     leaves = [tensor.detach().requires_grad_() for tensor in (x, scale, zero)]
     y = op(*leaves, *rest)
     return y.detach(), *torch.autograd.grad(y, leaves, grad)
@@ -94,13 +94,13 @@ def run(
 def assert_matches_reference(
     x: Tensor, grad: Tensor, scale: Tensor, zero: Tensor, *rest: int | None
 ) -> None:
-    """y to the bit; dx to the rounding of scale * (1/scale); sums to float32 accuracy."""
+    """Compare y bit by bit, dx up to the rounding of scale * (1/scale), sums up to rounding."""
     y, dx, ds, dz = run(fake_quantize, x, grad, scale, zero, *rest)
     y_ref, dx_ref, ds_ref, dz_ref = run(fake_quantize_reference, x, grad, scale, zero, *rest)
     assert torch.equal(y, y_ref)
     assert y.dtype == x.dtype and dx.dtype == x.dtype
     torch.testing.assert_close(dx, dx_ref)
-    # The sums cancel, so their error scales with the magnitudes that were added.
+    # Terms of the sums cancel, so the error is relative to the sum of their magnitudes.
     axis = rest[2] if len(rest) > 2 else None
     other = list(range(x.dim()))
     if axis is not None:
@@ -154,10 +154,10 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("axis", [None, 1])
-def test_large_outputs_stored_past_the_caches(
+def test_large_outputs_written_past_the_caches_are_correct(
     isa: str, axis: int | None, dtype: torch.dtype
 ) -> None:
-    """More than 16 MiB, with planes that begin a cache line and planes that do not."""
+    """Use more than 16 MiB, with planes aligned and not aligned to cache lines."""
     for side in (56, 30):
         channels = 2**24 // dtype.itemsize // (2 * side * side) + 1
         x, grad, scale, zero = make_inputs((2, channels, side, side), axis, dtype)
@@ -171,7 +171,7 @@ def test_large_outputs_stored_past_the_caches(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_formats_convert_like_torch(isa: str, dtype: torch.dtype) -> None:
-    """Every 16-bit pattern through scale 1: integers up to the grid's end, and special values."""
+    """Quantize every 16-bit pattern with scale 1."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype)
     limit = 2**22
@@ -179,14 +179,14 @@ def test_half_formats_convert_like_torch(isa: str, dtype: torch.dtype) -> None:
     expected = torch.round(x.float()).clamp(-limit, limit).to(dtype)
     assert torch.equal(y.isnan(), x.isnan())
     assert torch.equal(y[~x.isnan()], expected[~x.isnan()])
-    # A scale with many bits makes the result need rounding to 16 bits.
+    # With a scale of many bits, the result must be rounded to 16 bits.
     scale = torch.tensor(0.7310585)
     y = fake_quantize(x, scale, torch.tensor(0.0), -limit, limit)
     expected = fake_quantize_reference(x, scale, torch.tensor(0.0), -limit, limit)
     assert torch.equal(y[~x.isnan()], expected[~x.isnan()])
 
 
-def test_matches_torchs_own_fake_quantize(device: str) -> None:
+def test_matches_torch_fake_quantize(device: str) -> None:
     x = torch.randn(2, 3, 8, 8, device=device)
     zero = torch.tensor(3.0, device=device)
     y = fake_quantize(x, torch.tensor(0.11, device=device), zero, 0, 15)
@@ -202,10 +202,10 @@ def test_matches_torchs_own_fake_quantize(device: str) -> None:
     width=st.integers(1, 255),
     isa=st.sampled_from(_C.supported_isas()),
 )
-def test_agrees_with_exact_arithmetic_outside_the_tie_band(
+def test_agrees_with_float64_arithmetic_except_near_ties(
     values: list[float], scale: float, zero: float, quant_min: int, width: int, isa: str
 ) -> None:
-    """The quotient in float64 names the integer, except within a few float32 ulps of a tie."""
+    """Compare codes with float64; within a few float32 ulps of a tie they may differ by 1."""
     before = _C.isa()
     _C.set_isa(isa)
     try:
@@ -239,7 +239,7 @@ def test_zero_point_is_rounded_half_to_even(device: str) -> None:
 
 
 def test_gradients_of_literal_values(device: str) -> None:
-    """Below, inside (two), on the bound, just above it (rounds into the grid) and above."""
+    """Use values below, inside, on the limit, just above it (rounded into the grid), and above."""
     x = torch.tensor([-1.0, 0.26, 0.7, 7.5, 7.6, 20.0], device=device)
     scale, zero = torch.tensor(0.5, device=device), torch.tensor(0.0, device=device)
     grad = torch.ones_like(x)
@@ -261,7 +261,7 @@ def test_nan_and_infinity(device: str) -> None:
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((0,), None), ((0, 3), 1), ((3, 0), 0), ((2, 0), 1)])
-def test_empty(device: str, shape: tuple[int, ...], axis: int | None) -> None:
+def test_empty_tensors(device: str, shape: tuple[int, ...], axis: int | None) -> None:
     x, grad, scale, zero = (t.to(device) for t in make_inputs(shape, axis, torch.float32))
     y, dx, ds, dz = run(fake_quantize, x, grad, scale, zero, -8, 7, axis)
     assert y.shape == x.shape and dx.shape == x.shape
@@ -306,7 +306,7 @@ def test_raw_op_is_differentiable(device: str) -> None:
 
 
 @pytest.mark.parametrize("op", [fake_quantize, torch.ops.fdda.fake_quantize.default])
-def test_double_backward_is_refused_in_words(op: Callable[..., Tensor]) -> None:
+def test_double_backward_is_refused(op: Callable[..., Tensor]) -> None:
     x = torch.randn(8, requires_grad=True)
     scale = torch.tensor(0.5, requires_grad=True)
     y = op(x, scale, torch.tensor(0.0), -8, 7)
@@ -387,7 +387,9 @@ CPU_MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
-def test_mistakes_are_named(device: str, arguments: tuple[object, ...], message: str) -> None:
+def test_bad_arguments_are_refused(
+    device: str, arguments: tuple[object, ...], message: str
+) -> None:
     moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
     with pytest.raises(UsageError) as error:
         fake_quantize(*moved)  # type: ignore[arg-type]
@@ -395,19 +397,19 @@ def test_mistakes_are_named(device: str, arguments: tuple[object, ...], message:
 
 
 @pytest.mark.parametrize(("arguments", "message"), CPU_MISTAKES)
-def test_bad_values_are_named_on_the_cpu(arguments: tuple[object, ...], message: str) -> None:
+def test_bad_values_are_refused_on_the_cpu(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(UsageError) as error:
         fake_quantize(*arguments)  # type: ignore[arg-type]
     assert str(error.value).startswith(f"fake_quantize: {message}")
 
 
 @pytest.mark.needs_cuda
-def test_parameters_on_another_device_are_named() -> None:
+def test_parameters_on_another_device_are_refused() -> None:
     with pytest.raises(UsageError, match="expected scale to be on the device of x, cuda:0, got"):
         fake_quantize(X.cuda(), ONE, ZERO.cuda(), 0, 15)
 
 
-def test_unsupported_layout_is_named() -> None:
+def test_unsupported_layout_is_refused() -> None:
     with pytest.raises(UsageError, match="expected x to be dense on the CPU or a CUDA device, got"):
         fake_quantize(X.to_sparse(), ONE, ZERO, 0, 15)
 

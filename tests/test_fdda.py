@@ -1,4 +1,4 @@
-"""FDDA against its paper: what is drawn, what each loss sees, how the schedule runs."""
+"""FDDA against its paper: random draws, losses, schedule, learned rounding."""
 
 import gc
 import math
@@ -57,12 +57,12 @@ def teacher() -> nn.Module:
 
 
 def problem(right: bool | None = None, **quantization) -> Problem:
-    """Calibration images; with ``right`` their labels are all what the teacher says, or all not."""
+    """Build a problem; if ``right`` is given, the teacher predicts all labels, or none of them."""
     network = teacher()
     images = torch.randn(CLASSES, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(CLASSES)
     if right is not None:
-        # A teacher that answers class k on image k, by construction of its last layer.
+        # Choose the last layer such that the teacher predicts class k for image k.
         features = network[:-1](images)
         target = torch.eye(CLASSES) * 20
         solution = torch.linalg.lstsq(
@@ -109,7 +109,7 @@ def test_distillation_loss_is_cross_entropy_plus_weighted_divergence():
     divergence = (p * (p.log() - q.log())).sum(1)
     expected = F.cross_entropy(student, labels) + 20 * 20**2 * divergence.mean()
     torch.testing.assert_close(distillation_loss(student, target, labels, config), expected)
-    # GDFQ's reduction is K times less.
+    # GDFQ's reduction gives 1/K of that.
     lighter = replace(config, reduction="batch_and_classes", cross_entropy_weight=0.0)
     expected = 20 * 20**2 * divergence.mean() / 7
     torch.testing.assert_close(distillation_loss(student, target, labels, lighter), expected)
@@ -136,7 +136,7 @@ def test_number_of_steps_and_phases():
 
 
 class Recomputed(Replayed):
-    """Without a GPU: a replay runs the captured call again, on the captured memory."""
+    """A stand-in for a CUDA graph: a replay repeats the captured call on the same memory."""
 
     def _capture(self, step, inputs):
         before = None if self._random is None else self._random.get_state()
@@ -144,7 +144,7 @@ class Recomputed(Replayed):
         self._outputs = step(*self._inputs)
         self._gradients = [parameter.grad for parameter in self._parameters]
         if self._random is not None:
-            self._random.set_state(before)  # a capture draws nothing
+            self._random.set_state(before)  # a capture draws no random numbers
         self._graph = SimpleNamespace(replay=lambda: self.recompute(step))
 
     def recompute(self, step):
@@ -156,7 +156,7 @@ class Recomputed(Replayed):
 
 
 def test_replayed_steps_get_their_inputs_and_leave_their_gradients():
-    """All that a CUDA graph needs from its surroundings, on the CPU; test_cuda.py has the rest."""
+    """Check inputs, gradients and random numbers of replays on the CPU; test_cuda.py has graphs."""
     chosen = settings({"steps": 8}, warmup_iterations=10, misclassified_iterations=6)
     task = problem(right=True)
     launched = FDDA(task, chosen)
@@ -170,7 +170,7 @@ def test_replayed_steps_get_their_inputs_and_leave_their_gradients():
         with mock.patch.object(Problem, "replays", True):
             found = replayed.step(iteration)
         assert found == expected
-        # Captured anew when classes without a good centre are no longer drawn.
+        # Steps are captured again when classes without a correct centre are no longer drawn.
         assert replayed.replayed_generator.is_captured == (iteration % 6 > 2 or iteration >= 9)
         assert replayed.trainer.replayed.is_captured == (iteration >= 13)
     assert torch.equal(launched.random.get_state(), replayed.random.get_state())
@@ -180,7 +180,7 @@ def test_replayed_steps_get_their_inputs_and_leave_their_gradients():
         assert torch.equal(one, other)
 
 
-def test_steps_that_no_graph_can_hold_name_the_option(monkeypatch):
+def test_a_failed_capture_names_the_option_to_disable_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.Mock())
     monkeypatch.setattr(torch.cuda, "Stream", mock.Mock())
     for context in ("device_of", "graph"):
@@ -201,8 +201,8 @@ def test_steps_that_no_graph_can_hold_name_the_option(monkeypatch):
         replayed(step)
 
 
-def test_a_finished_method_lets_go_of_its_steps():
-    """Not only when Python collects cycles: a graph holds the memory of a whole step."""
+def test_a_deleted_method_frees_its_steps_at_once():
+    """Require this without the garbage collector: a graph holds the memory of a whole step."""
     method = FDDA(problem(), settings())
     steps = [weakref.ref(method.trainer.replayed), weakref.ref(method.replayed_generator)]
     gc.disable()
@@ -229,10 +229,10 @@ def test_generator_loss_is_the_weighted_sum_of_its_terms():
 
 
 @pytest.mark.parametrize("name", ["bns", "centralised", "distorted", "classification"])
-def test_each_generator_loss_falls_when_trained_on_it_alone(name):
+def test_each_generator_loss_falls_when_it_is_trained_alone(name):
     names = ("bns", "centralised", "distorted", "classification")
     weights = {f"{other}_weight": float(other == name) for other in names}
-    # Less noise than published: its variance is the floor of the distorted loss.
+    # Use less noise than published, since its variance is the minimum of the distorted loss.
     chosen = settings(**weights, lr=5e-3, lr_milestones=[], distortion=Distortion(0.01, 0.01))
     method = FDDA(problem(right=True), chosen)
     values = [float(method.generator_step(i)[0][name]) for i in range(60)]
@@ -240,7 +240,7 @@ def test_each_generator_loss_falls_when_trained_on_it_alone(name):
 
 
 @pytest.mark.parametrize("classes_per_batch", [1, 2, 4])
-def test_batch_b_has_the_asked_number_of_different_classes(classes_per_batch):
+def test_batch_b_has_the_given_number_of_different_classes(classes_per_batch):
     method = FDDA(problem(), settings(classes_per_batch=classes_per_batch))
     classes = method.draw_classes(0)
     assert classes.unique().numel() == classes.numel() == classes_per_batch
@@ -252,7 +252,7 @@ def test_misclassified_classes_are_pulled_to_noise_then_no_longer_drawn():
     method.centres.correct[:4] = False
     method.num_correct = 2
     metrics = [method.generator_step(0)[0] for _ in range(20)]
-    # L_C is zero exactly for the classes without a trusted centre, about 4 in 6 of the draws.
+    # L_C is 0 for classes without a correct centre, about 4 of 6 draws.
     zero = sum(float(m["centralised"]) == 0 for m in metrics)
     assert 0 < zero < 20
     assert all(float(m["distorted"]) > 0 for m in metrics)
@@ -266,7 +266,7 @@ def test_teacher_that_gets_every_image_wrong_is_refused():
         FDDA(problem(right=False), settings())
 
 
-def test_ranges_move_in_the_range_phase_only():
+def test_ranges_move_only_in_the_range_phase():
     method = FDDA(problem(grid="paper"), settings())
 
     def ranges():
@@ -286,7 +286,7 @@ def test_ranges_move_in_the_range_phase_only():
     assert seen[3] is False
 
 
-def test_student_learns_and_stays_on_its_statistics():
+def test_student_learns_and_keeps_its_running_statistics():
     method = FDDA(
         problem(right=True),
         settings(
@@ -304,7 +304,7 @@ def test_student_learns_and_stays_on_its_statistics():
 
 
 class Reads(TorchDispatchMode):
-    """Counts what would have to wait for a GPU: values read, shapes that depend on values."""
+    """A mode that records operators that would wait for a GPU: they read values of tensors."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal")
 
@@ -319,12 +319,12 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_an_iteration_waits_for_nothing():
+def test_an_iteration_does_not_wait_for_a_gpu():
     method = FDDA(problem(right=True), settings({"optimizer": "adam"}))
     with Reads() as reads:
         for iteration in range(method.iterations):
-            # Neither the end of the range phase, once in a run, is meant, nor Adam's count of
-            # steps, which a CPU keeps as a tensor.
+            # Two reads do not count: one per run at the end of the range phase, and Adam's count
+            # of steps, which is a tensor on the CPU.
             with (
                 mock.patch("fdda_ext.methods.alternating.set_activation_mode"),
                 mock.patch.object(torch.optim.Adam, "step"),
@@ -332,10 +332,10 @@ def test_an_iteration_waits_for_nothing():
                 method.step(iteration)
         assert reads.found == []
         method.centres.correct.sum().item()
-        assert reads.found == ["_local_scalar_dense"], "the test sees what it looks for"
+        assert reads.found == ["_local_scalar_dense"], "this read is recorded"
 
 
-def test_bfloat16_is_close_and_leaves_what_is_trained_in_float32():
+def test_bfloat16_is_close_and_trained_parameters_stay_in_float32():
     exact = FDDA(problem(right=True), settings())
     rough = FDDA(replace(problem(right=True), precision=torch.bfloat16), settings())
     for iteration in range(exact.iterations):
@@ -361,7 +361,7 @@ def test_learning_rate_follows_the_published_half_periods():
     assert student.rate_factor() == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
 
 
-def test_sampler_shows_every_image_once_a_pass_and_drops_the_rest():
+def test_sampler_draws_batches_of_different_images():
     task = problem()
     sampler = ImageSampler(task, 4, task.random())
     first = sampler.next()[1]
@@ -389,7 +389,7 @@ def test_bad_settings_are_refused(change, message):
         settings(**change)
 
 
-def test_the_student_may_see_generated_images_alone():
+def test_the_student_may_see_only_generated_images():
     method = FDDA(problem(right=True), settings({"real_batch": 0}))
     images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
     shown, shown_labels = method.student_images(images, labels)
@@ -430,7 +430,7 @@ def test_rounding_is_learned_instead_of_weights():
         inside = quantizer.codes(before[row.name]).abs() < quantizer.grid.quant_max
         assert float(distance[inside].abs().max()) < 1 + 1e-4
         moved += int((distance[inside].abs() > 0.5 + 1e-4).sum())
-    assert moved > 0, "some weight is rounded the other way"
+    assert moved > 0, "some weights are not rounded to the nearest"
     assert share_decided(whole.trainer.soft) >= 0.999
     norms = [m for m in whole.student.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(norm.weight.grad is not None for norm in norms)
@@ -446,7 +446,9 @@ def test_rounding_is_learned_instead_of_weights():
         ("zaq", {"objective": "discrepancy"}, {}, "rounding null with the objective discrepancy"),
     ],
 )
-def test_where_rounding_cannot_be_learned(name, distillation, quantization, message):
+def test_settings_that_exclude_learned_rounding_are_refused(
+    name, distillation, quantization, message
+):
     config = settings({**distillation, "rounding": RoundingConfig()})
     config = replace(config, zaq=ZAQConfig(generator=config.fdda.generator))
     with pytest.raises(UsageError, match=message):

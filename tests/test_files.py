@@ -1,4 +1,4 @@
-"""Images in many files: listings kept in a cache, shards, damaged files, the synthetic folder."""
+"""Images in many files: cached listings, shards, damaged files, synthetic folders."""
 
 import io
 import os
@@ -17,7 +17,7 @@ from fdda_ext.preprocessing import Preprocessing
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache of its own, in which short and new listings are kept, too."""
+    """A separate cache that also keeps short and new listings."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(listing, "CACHE_FROM", 1)
     monkeypatch.setattr(listing, "_SETTLED_SECONDS", -1e9)
@@ -50,7 +50,7 @@ def make_folder(path, counts=(2, 3)):
         place.mkdir(parents=True)
         for i in range(count):
             Image.new("RGB", (20, 20), (60 * label, 10 * i, 90)).save(place / f"{i}.png")
-    # Long ago: a change that follows at once may be in the same tick of the file system's clock.
+    # Date the folders back, since the file system's clock may be too coarse for the next change.
     for place in (path / "val", *(path / "val").iterdir()):
         os.utime(place, (1e9, 1e9))
     return path
@@ -67,7 +67,7 @@ def test_a_listing_is_read_once_and_again_after_a_change(tmp_path, cache, monkey
     assert first == ["c0/0.png", "c0/1.png", "c1/0.png", "c1/1.png", "c1/2.png"]
     assert len(list(cache.iterdir())) == 1
     monkeypatch.setattr("fdda_ext.data.folder._read_folder", None)
-    assert names_of(path) == first, "from the cache"
+    assert names_of(path) == first, "the listing is from the cache"
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
     nested = path / "val" / "c1" / "more"
@@ -80,7 +80,7 @@ def test_a_listing_is_read_once_and_again_after_a_change(tmp_path, cache, monkey
 
 
 def hide_things(path):
-    """What Jupyter, macOS, Windows and network drives leave in a folder of images."""
+    """Add files that Jupyter, macOS, Windows and network drives write into folders of images."""
     image = next(path.rglob("*.png")).read_bytes()
     place = path / "val"
     for folder in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "c0/.ipynb_checkpoints", "c1/.x/y"):
@@ -102,10 +102,10 @@ def test_hidden_files_and_folders_are_neither_images_nor_classes(tmp_path, cache
     assert load_dataset(f"folder:{path}", "test").num_classes == 2
 
 
-def test_a_list_of_another_version_is_made_anew(tmp_path, cache, monkeypatch):
+def test_a_cached_listing_of_another_version_is_ignored(tmp_path, cache, monkeypatch):
     path = make_folder(tmp_path / "data")
     hide_things(path)
-    with monkeypatch.context() as older:  # which counted hidden files
+    with monkeypatch.context() as older:  # a version that counted hidden files
         older.setattr(listing, "_FORMAT", "fdda_ext.listing.1")
         older.setattr("fdda_ext.data.folder.is_hidden", lambda name: name == "@eaDir")
         assert len(names_of(path)) > 5
@@ -113,12 +113,12 @@ def test_a_list_of_another_version_is_made_anew(tmp_path, cache, monkeypatch):
     assert len(names_of(path)) == 5
 
 
-def test_a_split_with_fewer_classes_keeps_their_numbers(tmp_path, cache, capsys):
+def test_a_split_with_fewer_classes_keeps_the_class_numbers(tmp_path, cache, capsys):
     path = make_folder(tmp_path / "data", counts=(2, 3, 1, 2))
     (path / "val").rename(path / "train")
     make_folder(path, counts=(0, 3, 0, 2))  # two empty folders
-    (path / "val" / "c0").rmdir()  # and one that is not there
-    for _ in range(2):  # the second time from the cache
+    (path / "val" / "c0").rmdir()  # one of them is missing
+    for _ in range(2):  # the second listing is from the cache
         data = load_dataset(f"folder:{path}", "test", image_size=16)
         assert data.class_names == ("c0", "c1", "c2", "c3")
         assert data.labels.tolist() == [1, 1, 1, 3, 3]
@@ -132,7 +132,7 @@ def test_a_split_with_fewer_classes_keeps_their_numbers(tmp_path, cache, capsys)
 
 
 @pytest.mark.parametrize("damage", [b"", b"no list", None])
-def test_a_damaged_cache_is_read_anew(tmp_path, cache, damage):
+def test_a_damaged_cache_is_ignored(tmp_path, cache, damage):
     path = make_folder(tmp_path / "data")
     first = names_of(path)
     (file,) = cache.iterdir()
@@ -140,14 +140,14 @@ def test_a_damaged_cache_is_read_anew(tmp_path, cache, damage):
     assert names_of(path) == first
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_not_needed(tmp_path, cache, caplog):
+def test_a_cache_that_cannot_be_written_gives_a_warning(tmp_path, cache, caplog):
     cache.parent.mkdir()
     cache.write_text("a file where the folder should be")
     assert len(names_of(make_folder(tmp_path / "data"))) == 5
     assert "could not be kept" in caplog.text
 
 
-def test_short_and_fresh_listings_are_not_kept(tmp_path, cache, monkeypatch):
+def test_short_and_fresh_listings_are_not_cached(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(listing, "CACHE_FROM", 6)
     names_of(make_folder(tmp_path / "short"))
     monkeypatch.setattr(listing, "CACHE_FROM", 1)
@@ -353,7 +353,7 @@ def test_damaged_calibration_images_are_replaced_up_to_the_limit(written, tmp_pa
 QUICK = [
     "--no-report",
     "--image-size=32",
-    "--seed=1",  # one whose random network is right now and then
+    "--seed=1",  # this random network classifies some images correctly
     "--model=torchvision:resnet18",
     "--weights=none",
     "--baselines=[]",
@@ -368,7 +368,7 @@ QUICK = [
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_a_run_on_files_from_end_to_end(written, tmp_path, capsys, kind):
+def test_a_complete_run_on_files(written, tmp_path, capsys, kind):
     out = tmp_path / "run"
     train.main(
         [
@@ -395,7 +395,7 @@ def test_a_run_on_files_from_end_to_end(written, tmp_path, capsys, kind):
     assert best.count == 3
 
 
-def test_damaged_test_images_are_left_out_by_the_commands(written, tmp_path, caplog):
+def test_commands_skip_damaged_test_images(written, tmp_path, caplog):
     path = copy_of(written / "folder", tmp_path / "data")
     (path / "val" / "n00000001" / "n00000001_0.JPEG").write_bytes(b"no image")
     arguments = ["--model=torchvision:resnet18", "--weights=none", "--image_size=32"]

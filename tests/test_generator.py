@@ -1,4 +1,4 @@
-"""The conditional generator: sizes, statistics of its images, dependence on the label."""
+"""The conditional generator: image sizes, statistics, labels, and its layers."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fdda_ext.synthesis.generator import ConditionalBatchNorm, UpsampledConv2d
 
 
 @pytest.mark.parametrize("size", [4, 30, 32, 33, 47, 64])
-def test_any_image_size(size):
+def test_generator_makes_images_of_any_size(size):
     generator = ConditionalGenerator(7, size, GeneratorConfig(channels=8))
     images = generator.sample(torch.arange(6), torch.Generator().manual_seed(0))
     assert images.shape == (6, 3, size, size)
@@ -34,7 +34,7 @@ def test_published_size_has_the_published_number_of_parameters():
     assert 41.3e6 < parameters < 41.5e6
 
 
-def test_label_and_noise_both_matter_and_reach_the_gradient():
+def test_images_depend_on_label_and_noise():
     generator = ConditionalGenerator(4, 16, GeneratorConfig(channels=8))
     with torch.no_grad():
         generator.norm_b.shift.weight[1] += 1.0
@@ -78,7 +78,7 @@ def test_conditional_normalisation_equals_its_definition():
     torch.testing.assert_close(layer(x, labels, torch.zeros(4, dtype=torch.int64), 1), expected)
 
 
-def test_two_batches_in_one_pass_are_two_passes():
+def test_two_batches_in_one_pass_equal_two_passes():
     generator = ConditionalGenerator(4, 16, GeneratorConfig(channels=8))
     noise, labels = torch.randn(6, 100), torch.tensor([0, 1, 2, 3, 3, 3])
     expected = torch.cat([generator(noise[:3], labels[:3]), generator(noise[3:], labels[3:])])

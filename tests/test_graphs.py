@@ -1,4 +1,4 @@
-"""Networks as people write them: sizes, branches, arguments, layers that are called twice."""
+"""Forms of networks: computed sizes, branches, arguments, layers that are called twice."""
 
 import copy
 import re
@@ -33,7 +33,7 @@ def images(count: int = 5) -> torch.Tensor:
 
 
 class Network(nn.Module):
-    """A normalised convolution; `head` turns its ``[N, 8, 16, 16]`` into what `fc` takes."""
+    """A normalised convolution, a `head` from ``[N, 8, 16, 16]`` to features, and `fc`."""
 
     def __init__(self, features: int = 8) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Network(nn.Module):
 
 
 def of(head, features: int = 8) -> nn.Module:
-    """A network with this head, in evaluation mode."""
+    """Build a network with this head, in evaluation mode."""
     torch.manual_seed(0)
     network = type("Network", (Network,), {"head": head})(features)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def resized(self, x):
     return F.interpolate(F.max_pool2d(x, 2), size=x.shape[2:]).mean([2, 3])
 
 
-# Heads, the features they give, and whether an integer program has all their operations.
+# Heads, their number of features, and whether they can be exported.
 HEADS = [
     (window_from_size, 8, True),
     (window_from_shape, 8, True),
@@ -163,7 +163,7 @@ HEADS = [
 
 @torch.no_grad()
 @pytest.mark.parametrize(("head", "features", "exported"), HEADS)
-def test_student_of_any_batch_size(head, features, exported):
+def test_student_takes_any_batch_size(head, features, exported):
     network, x = of(head, features), images()
     student = prepare(network, QuantizationConfig(weight_bits=8, activation_bits=8), x[:1])
     calibrate(student, x)
@@ -179,7 +179,7 @@ def test_student_of_any_batch_size(head, features, exported):
         assert torch.equal(program(x[:1]), logits[:1])
 
 
-def test_only_sizes_that_need_the_batch_stay_in_the_graph():
+def test_only_sizes_that_depend_on_the_batch_stay_in_the_graph():
     for head, features, _ in HEADS:
         graph = trace(of(head, features), images(1)).graph
         left = [n for n in graph.nodes if "shape" not in n.meta and n.op != "output"]
@@ -208,14 +208,14 @@ def test_other_arguments_keep_their_defaults(network):
 
 
 @torch.no_grad()
-def test_ceil_mode_without_effect_is_ordinary_pooling():
+def test_ceil_mode_without_effect_is_removed():
     def head(self, x):
         x = F.avg_pool2d(self.pool(x), 2, ceil_mode=True)
         return self.odd(x).mean([2, 3])
 
     network = of(head)
     network.pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
-    network.odd = nn.AvgPool2d(3, ceil_mode=True)  # 4x4 to 2x2, where it has an effect
+    network.odd = nn.AvgPool2d(3, ceil_mode=True)  # 4x4 to 2x2: ceil_mode matters
     graph = trace(network, images(1))
     torch.testing.assert_close(graph(images()), network(images()))
     modules = dict(graph.named_modules())
@@ -227,7 +227,7 @@ def test_ceil_mode_without_effect_is_ordinary_pooling():
 
 
 @torch.no_grad()
-def test_views_of_any_memory_format():
+def test_views_work_in_any_memory_format():
     network = of(fixed_size, 128)
     expected = network(images())
     assert any_memory_format(of(window_from_size), images()).__class__.__name__ == "Network"
@@ -246,7 +246,7 @@ def test_views_of_any_memory_format():
 
 
 class Twice(nn.Module):
-    """A convolution and a normalisation that are called twice, a linear layer with a norm."""
+    """A network that calls a convolution and a normalisation twice, with a BatchNorm1d."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,12 +264,12 @@ class Twice(nn.Module):
 
 
 def trained(network: nn.Module) -> nn.Module:
-    """With statistics of random images."""
+    """Set running statistics from random images."""
     network.train()(images(16))
     return network.eval().requires_grad_(False)
 
 
-def test_every_call_of_a_layer_has_a_layer_of_its_own():
+def test_every_call_of_a_layer_becomes_a_separate_layer():
     torch.manual_seed(0)
     network = trained(Twice())
     student = prepare(network, QuantizationConfig(), images(1))
@@ -285,7 +285,7 @@ def test_every_call_of_a_layer_has_a_layer_of_its_own():
     assert set(network.state_dict()) <= set(student.state_dict())
 
 
-def test_layers_that_share_a_weight_get_one_each():
+def test_layers_that_share_a_weight_get_separate_copies():
     network = nn.Sequential(
         *(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)),
@@ -311,7 +311,7 @@ def test_layers_that_share_a_weight_get_one_each():
         lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     ],
 )
-def test_computed_weights_become_plain_ones(compute, frozen):
+def test_computed_weights_become_plain_weights(compute, frozen):
     torch.manual_seed(0)
     with torch.enable_grad():
         network = nn.Sequential(
@@ -328,7 +328,7 @@ def test_computed_weights_become_plain_ones(compute, frozen):
     assert student.get_submodule("0").weight.requires_grad
 
 
-# ---- what is said ---------------------------------------------------------------------------
+# ---- messages -------------------------------------------------------------------------------
 
 
 def test_nodes_are_described_as_the_author_wrote_them():
@@ -401,7 +401,7 @@ PLACE = r"Network, test_graphs.py:\d+"
         (all_images_together, r"one row for each image, got shape \(1, 10\) for 2 images"),
     ],
 )
-def test_what_cannot_be_traced_is_named_with_its_place(head, message):
+def test_code_that_cannot_be_traced_is_named_with_its_place(head, message):
     with pytest.raises(UsageError, match=message):
         trace(of(head), images(1))
 
@@ -419,11 +419,11 @@ def problem(network: nn.Module) -> Problem:
 
 
 def run(name: str, network: nn.Module) -> nn.Module:
-    """The student that a few steps of method ``name`` make of ``network``, which is exported."""
+    """Run a few steps of a method, export its student, and return the student."""
     short = train.without_unused(["--method", name, "--baselines=[]", "--schedule_share=0.001"])
     config, _ = train.parse_arguments(short)
     method = build_method(name, problem(network), config.scheduled)
-    # Bit-Split finds the ranges of activations in its last step.
+    # Bit-Split sets the ranges of activations in its last iteration.
     for iteration in range(method.iterations if name == "bitsplit" else min(method.iterations, 4)):
         assert all(value.isfinite().all() for value in method.step(iteration).values())
     student = method.student.eval()

@@ -1,4 +1,4 @@
-"""ZeroQ, DSG and DeepInversion: losses against plain formulas, images on their way, mixed bits."""
+"""ZeroQ, DSG and DeepInversion: losses against formulas, optimisation of images, mixed bits."""
 
 import copy
 import json
@@ -68,7 +68,7 @@ def statistics(channels: tuple[int, ...]) -> LayerStatistics:
 
 
 def plain_alignment(x, mean, variance, margins=(0.0, 0.0)):
-    """Of one image ``[C, H, W]`` in one layer."""
+    """Return the alignment loss of one image ``[C, H, W]`` in one layer."""
     total = 0.0
     for c in range(len(x)):
         values = x[c].flatten()
@@ -80,7 +80,7 @@ def plain_alignment(x, mean, variance, margins=(0.0, 0.0)):
 
 
 @pytest.mark.parametrize("margins", [None, [[0.3, 0.1], [0.02, 0.5]]])
-def test_alignment_is_its_formula_for_every_image_and_layer(margins):
+def test_alignment_equals_its_formula_for_every_image_and_layer(margins):
     torch.manual_seed(0)
     inputs = [torch.randn(3, 4, 5, 5), torch.randn(3, 2, 1, 1)]
     targets = statistics((4, 2))
@@ -104,7 +104,7 @@ def test_inside_the_margins_there_is_neither_loss_nor_gradient():
     assert float(loss.detach()) == 0 and not gradient.any()
 
 
-def test_feature_distance_is_a_sum_of_norms_with_a_gradient_at_a_match():
+def test_feature_distance_is_a_sum_of_norms_with_a_finite_gradient_at_0():
     torch.manual_seed(0)
     inputs = [torch.randn(3, 4, 5, 5), torch.randn(3, 2, 3, 3)]
     running = statistics((4, 2))
@@ -122,7 +122,7 @@ def test_feature_distance_is_a_sum_of_norms_with_a_gradient_at_a_match():
     assert gradient.isfinite().all()
 
 
-def test_total_variation_is_its_formula_and_that_of_a_constant_is_zero():
+def test_total_variation_equals_its_formula_and_is_0_for_a_constant():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 5)
     expected = sum(
@@ -144,7 +144,7 @@ def test_total_variation_is_its_formula_and_that_of_a_constant_is_zero():
     assert torch.autograd.grad(flat, constant)[0].isfinite().all()
 
 
-def test_jensen_shannon_is_its_formula_from_nought_to_ln_2():
+def test_jensen_shannon_equals_its_formula_and_lies_between_0_and_ln_2():
     torch.manual_seed(0)
     a, b = torch.randn(4, 6) * 5, torch.randn(4, 6) * 5
     p, q = (a / 3).softmax(1), (b / 3).softmax(1)
@@ -189,7 +189,7 @@ def test_zeroq_loss_is_the_alignment_of_images_and_layers():
     torch.testing.assert_close(found, expected / 3)
 
 
-def test_dsg_without_margins_and_own_layers_is_zeroq():
+def test_dsg_without_margins_and_own_layers_equals_zeroq():
     method = build_method("dsg", problem(), settings(dsg={"own_layer_weight": 0.0}))
     zeroq = build_method("zeroq", problem(), settings())
     images, labels = torch.randn(3, 3, 16, 16), torch.zeros(3, dtype=torch.int64)
@@ -200,9 +200,9 @@ def test_dsg_without_margins_and_own_layers_is_zeroq():
     )
 
 
-def test_dsg_own_layers_come_in_turn_over_the_batches():
+def test_dsg_own_layers_alternate_from_image_to_image():
     method = build_method("dsg", problem(), settings())
-    method.images = torch.zeros(3, 3, 16, 16)  # so that this batch begins with number 3
+    method.images = torch.zeros(3, 3, 16, 16)  # the next batch begins with image 3
     images = torch.randn(2, 3, 16, 16)
     _, inputs, layers = seen_by(method, images)
     expected = 0.0
@@ -215,7 +215,7 @@ def test_dsg_own_layers_come_in_turn_over_the_batches():
     torch.testing.assert_close(found, expected / 2)
 
 
-def test_dsg_margins_are_quantiles_of_what_noise_does():
+def test_dsg_margins_are_quantiles_over_noise_images():
     method = build_method("dsg", problem(), settings(dsg={"quantile": 0.8, "noise_images": 5}))
     random = method.problem.random()
     noise = torch.cat([method.noise(count, random) for count in (3, 2)])
@@ -261,12 +261,12 @@ def test_adaptive_images_compete_with_the_student_from_the_second_round_on():
     images, labels = torch.randn(3, 3, 16, 16), torch.tensor([0, 4, 2])
     expected = plain.image_loss(images, labels)["images"]
     torch.testing.assert_close(method.image_loss(images, labels)["images"], expected)
-    first_round = 2  # steps of its only batch
+    first_round = 2  # iterations of its only batch
     for iteration in range(first_round + 1):
         metrics = method.step(iteration)
-    assert "student" in metrics, "half of its steps come before the second round"
+    assert "student" in metrics, "half of the student steps come before the second round"
     losses = method.image_loss(images, labels)
-    with torch.enable_grad():  # the student's float path, as in the loss
+    with torch.enable_grad():  # with gradients the student sums floats, as in the loss
         competition = 1 - jensen_shannon(method.student(images), method.problem.teacher(images))
     torch.testing.assert_close(losses["competition"], competition)
     torch.testing.assert_close(losses["images"], expected + 0.2 * competition)
@@ -302,7 +302,7 @@ def test_shifts_roll_and_mirror_the_whole_batch():
     assert len(seen) == 18
 
 
-def test_the_first_steps_see_half_the_resolution_with_half_the_jitter():
+def test_the_coarse_steps_see_half_the_resolution():
     images = optimisation(steps=3, coarse_steps=2, schedule="cosine")
     sizes = []
     while not images.finished:
@@ -312,7 +312,7 @@ def test_the_first_steps_see_half_the_resolution_with_half_the_jitter():
     assert sizes == [4, 4, 8]
 
 
-def test_cosine_rises_and_falls_at_each_resolution():
+def test_the_cosine_schedule_restarts_at_each_resolution():
     images = optimisation(
         steps=10, coarse_steps=4, schedule="cosine", warmup_steps=2, lr=0.5, start_std=1.0
     )
@@ -325,10 +325,10 @@ def test_cosine_rises_and_falls_at_each_resolution():
     assert rates == pytest.approx(expected)
 
 
-def test_plateau_takes_a_tenth_down_to_its_floor():
+def test_the_plateau_schedule_ends_at_its_minimum():
     images = optimisation(steps=40, patience=3, lr=0.5)
     while not images.finished:
-        images.step(images.show().sum() * 0 + 1)  # never falls
+        images.step(images.show().sum() * 0 + 1)  # a constant loss
     assert images.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
@@ -340,7 +340,7 @@ def test_pixels_stay_in_their_range():
     assert (images.result >= -0.5).all()
     assert images.result.amax((0, 2, 3)).tolist() == [0.5, 1.0, 2.0]
     free = optimisation(steps=5, start_std=2.0, pixel_range=ends)
-    assert free.pixels.min() < -0.5, "not asked to clip"
+    assert free.pixels.min() < -0.5, "without clip, pixels may leave their range"
 
 
 def test_the_best_images_are_kept():
@@ -369,7 +369,7 @@ def test_loss_falls_and_ranges_are_set_without_a_student_step(name):
         assert torch.equal(lower(method.student)(method.images), method.student(method.images))
 
 
-def test_classes_are_balanced_and_zeroq_asks_the_teacher():
+def test_classes_are_balanced_and_zeroq_takes_labels_from_the_teacher():
     method = build_method("di", problem(), settings(synthesis={"images": 15, "batch": 4}))
     counts = torch.bincount(method.labels, minlength=CLASSES)
     assert counts.sum() == 15 and counts.min() == 2 and counts.max() == 3
@@ -444,7 +444,7 @@ def test_sensitivity_is_the_divergence_of_one_quantized_layer():
             assert found[name][8] < found[name][2]
 
 
-def test_average_bits_hold_and_reach_the_student():
+def test_average_bits_are_kept_and_used_by_the_student():
     method = build_method("zeroq", problem(), settings(zeroq={"average_bits": 4.5}))
     for iteration in range(method.iterations):
         method.step(iteration)
@@ -458,7 +458,7 @@ def test_average_bits_hold_and_reach_the_student():
         assert torch.equal(lower(method.student)(method.images), method.student(method.images))
 
 
-def test_a_run_leaves_its_images_and_a_student_of_the_chosen_bits(tmp_path):
+def test_a_run_writes_its_images_and_a_student_of_the_chosen_bits(tmp_path):
     out = tmp_path / "run"
     section = "--settings.zeroq."
     train.main(

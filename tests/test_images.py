@@ -1,4 +1,4 @@
-"""Sizes, channels and preparation of images: gray, RGBA, not square, small ones as they are."""
+"""Preprocessing of images: sizes, aspect ratios, channels, small images."""
 
 import sys
 from dataclasses import replace
@@ -24,7 +24,7 @@ from fdda_ext.preprocessing import Preprocessing, PreprocessingConfig
 
 
 @pytest.mark.parametrize("written", ["32x64", "32X64", "32 x 64", "[32,64]", [32, 64], (32, 64)])
-def test_a_size_is_height_times_width_however_it_is_written(written):
+def test_all_forms_of_a_size_mean_height_times_width(written):
     assert parse_image_size(written) == (32, 64)
     assert show_image_size((32, 64)) == "32x64"
 
@@ -41,7 +41,7 @@ def test_other_sizes_are_refused(written):
         parse_image_size(written, "evaluate")
 
 
-def test_options_and_files_of_options_take_sizes(tmp_path):
+def test_options_and_configuration_files_take_sizes(tmp_path):
     for written in ("32x64", "[32,64]"):
         config, text = train.parse_arguments([f"--image-size={written}"])
         assert config.image_size == (32, 64)
@@ -55,10 +55,10 @@ def test_options_and_files_of_options_take_sizes(tmp_path):
         train.parse_arguments(["--image-size=32y64"])
 
 
-# ---- preparation ----------------------------------------------------------------------------
+# ---- preprocessing --------------------------------------------------------------------------
 
 
-def test_sides_after_resizing_are_those_of_torchvision():
+def test_sizes_after_resizing_equal_those_of_torchvision():
     from fdda_ext._torchvision import import_torchvision
 
     expected = import_torchvision().transforms.functional._compute_resized_output_size
@@ -72,19 +72,19 @@ def test_an_image_covers_a_frame_that_is_not_square():
     how = Preprocessing(image_size=(40, 80), resize=50, keep_small=False)
     assert how.resized(40, 80) == (50, 100)
     assert how.resized(20, 40) == (50, 100)
-    assert how.resized(100, 100) == (100, 100), "as wide as the frame"
-    assert how.resized(60, 400) == (50, 333), "as high as the frame"
+    assert how.resized(100, 100) == (100, 100), "the width is that of the frame"
+    assert how.resized(60, 400) == (50, 333), "the height is that of the frame"
     for height, width in ((8, 300), (300, 8), (33, 65), (1000, 999)):
         new_height, new_width = how.resized(height, width)
         assert new_height >= 50 and new_width >= 100
         assert new_height == 50 or new_width == 100
 
 
-def test_images_are_not_enlarged_for_a_margin_unless_that_is_prescribed():
+def test_images_are_not_enlarged_for_a_margin_unless_prescribed():
     small = Preprocessing().for_size(32)
     assert small == Preprocessing(image_size=32, resize=37)
     assert small.resized(32, 32) == (32, 32)
-    assert small.resized(35, 50) == (35, 50), "between crop and margin"
+    assert small.resized(35, 50) == (35, 50), "between crop and resize: unchanged"
     assert small.resized(16, 24) == (32, 48), "enlarged to the crop"
     assert small.resized(48, 74) == (37, 57), "made smaller"
     oblong = Preprocessing().for_size("20x400")
@@ -100,7 +100,7 @@ def test_images_are_not_enlarged_for_a_margin_unless_that_is_prescribed():
     assert asked.for_channels(1).without_margin.resized(32, 32) == (32, 32)
 
 
-def test_what_is_done_is_said():
+def test_describe_tells_how_images_are_prepared():
     def said(how, stored=None):
         return how.describe(stored).partition(", mean")[0]
 
@@ -117,7 +117,7 @@ def test_what_is_done_is_said():
     assert said(oblong, (32, 64)) == "32x64 as they are"
 
 
-def test_old_files_prepare_images_as_they_did():
+def test_preprocessing_of_old_files_does_not_change():
     stored = {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 32, "resize": 37}
     old = Preprocessing.from_dict({**stored, "interpolation": "bilinear"})
     assert old.resized(32, 32) == (37, 37)
@@ -151,7 +151,7 @@ def write_folder(path, sizes, mode="RGB"):
 
 
 def test_small_images_of_one_size_are_not_resized_by_default(tmp_path):
-    spec = write_folder(tmp_path, [(32, 20)] * 3)  # Pillow has the width first
+    spec = write_folder(tmp_path, [(32, 20)] * 3)  # Pillow's sizes are (width, height)
     dataset = load_dataset(spec, "test")
     assert dataset.stored_size == (20, 32)
 
@@ -166,11 +166,11 @@ def test_small_images_of_one_size_are_not_resized_by_default(tmp_path):
     raw = torch.tensor(list(Image.open(dataset.name(0)).tobytes()), dtype=torch.uint8)
     assert torch.equal(prepared.pixels(0), raw.view(20, 32, 3).permute(2, 0, 1))
     assert chosen(Preprocessing(), 24).image_size == 24
-    assert chosen(Preprocessing(keep_small=False)).image_size == 224, "as published"
+    assert chosen(Preprocessing(keep_small=False)).image_size == 224, "the published size"
     assert chosen(Preprocessing(), resize=30).resized(20, 32) == (30, 48)
 
 
-def test_photographs_and_images_of_several_sizes_have_no_size_of_their_own(tmp_path):
+def test_large_images_and_images_of_several_sizes_have_no_stored_size(tmp_path):
     spec = write_folder(tmp_path / "several", [(32, 32), (32, 33)])
     assert load_dataset(spec, "test").stored_size is None
     spec = write_folder(tmp_path / "large", [(120, 120)] * 2)
@@ -181,14 +181,14 @@ def test_photographs_and_images_of_several_sizes_have_no_size_of_their_own(tmp_p
 
 
 class BrightBorder(nn.Module):
-    """Class 1 for images with a bright first column, which a crop cuts off."""
+    """A network with class 1 for images with a bright first column, which a crop removes."""
 
     def forward(self, x):
         bright = x[:, :, :, 0].mean((1, 2)) - x.mean((1, 2, 3))
         return torch.stack([torch.full_like(bright, 0.1), bright], 1)
 
 
-def test_a_margin_that_changes_answers_is_told(tmp_path):
+def test_a_margin_that_changes_answers_gives_a_warning(tmp_path):
     for split in ("train", "val"):
         for label in range(2):
             (tmp_path / split / str(label)).mkdir(parents=True)
@@ -211,7 +211,7 @@ def test_a_margin_that_changes_answers_is_told(tmp_path):
     assert doubt_margin(BrightBorder(), load_dataset("glyphs", "test")) is None
 
 
-def test_no_doubt_where_images_are_only_made_smaller(tmp_path):
+def test_images_that_are_only_made_smaller_have_no_margin(tmp_path):
     spec = write_folder(tmp_path, [(80, 60)] * 4)
     how = Preprocessing(image_size=32, resize=60, keep_small=False)
     assert load_dataset(spec, "test", preprocessing=how).pixels_without_margin(0) is None
@@ -220,7 +220,7 @@ def test_no_doubt_where_images_are_only_made_smaller(tmp_path):
 # ---- channels -------------------------------------------------------------------------------
 
 
-def test_colours_become_gray_and_opaque_as_in_pillow():
+def test_conversion_to_gray_and_rgba_equals_that_of_pillow():
     image = noisy((30, 20))
     pixels = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(20, 30, 3).permute(2, 0, 1)
     for channels, mode in ((1, "L"), (4, "RGBA")):
@@ -253,12 +253,12 @@ def test_opacity_is_read_from_files(tmp_path):
 
 
 def network_of(channels):
-    """A network that takes so many channels."""
+    """Return the class of a network that takes images with ``channels`` channels."""
 
     class Network(nn.Module):
         def __init__(self, num_classes):
             super().__init__()
-            self.late = nn.Conv2d(7, 2, 1)  # made first, run never
+            self.late = nn.Conv2d(7, 2, 1)  # created first, but never called
             self.features = nn.Sequential(
                 *(nn.Conv2d(channels, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
                 *(nn.Conv2d(8, 12, 3, 1, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU()),
@@ -297,7 +297,7 @@ class Map(TwoInputs):
 
 @pytest.fixture
 def networks(monkeypatch):
-    """A module ``nets`` of networks, as a user has one."""
+    """A user's module ``nets`` with networks."""
     module = ModuleType("nets")
     module.Gray, module.Colour, module.Four = network_of(1), network_of(3), network_of(4)
     module.Two, module.TwoInputs, module.TwoOutputs = network_of(2), TwoInputs, TwoOutputs
@@ -327,7 +327,7 @@ def test_channels_are_those_of_the_first_convolution_that_runs(channels):
         ("Two", r"1 \(gray\), 3 \(RGB\) or 4 \(RGBA\) channels, got a first convolution of 2"),
     ],
 )
-def test_other_networks_are_refused_by_what_they_are(networks, tmp_path, model, message):
+def test_networks_with_other_inputs_or_outputs_are_refused(networks, tmp_path, model, message):
     arguments = [f"--model=module:nets.{model}", "--data=digits"]
     commands = {
         "train": lambda: train.main([*arguments, "--weights=none", f"--out={tmp_path}/a"]),
@@ -340,7 +340,7 @@ def test_other_networks_are_refused_by_what_they_are(networks, tmp_path, model, 
         assert str(error.value).startswith(f"{name}: ")
 
 
-def test_arguments_with_defaults_are_no_inputs():
+def test_arguments_with_defaults_are_not_counted_as_inputs():
     class Optional(nn.Module):
         def forward(self, x, mask=None, *, scale=1):
             return x.flatten(1)
@@ -371,7 +371,7 @@ def test_every_method_takes_gray_and_oblong_images(networks, name, model):
     assert tuple(problem.images.shape[1:]) == shape
     assert problem.pixel_range is not None
     assert problem.pixel_range[0].shape == (shape[0], 1, 1)
-    with torch.no_grad():  # FDDA wants an image that is classified rightly
+    with torch.no_grad():  # FDDA needs an image that is classified correctly
         label = int(problem.teacher(problem.images[:1]).argmax())
     labels = problem.labels.clone()
     labels[[0, label]] = labels[[label, 0]]
@@ -396,7 +396,7 @@ def test_every_method_takes_gray_and_oblong_images(networks, name, model):
 @pytest.mark.parametrize(
     ("model", "size"), [("Gray", "28"), ("Colour", "32x64"), ("Four", "20x36")]
 )
-def test_a_run_on_other_images_from_end_to_end(networks, tmp_path, model, size, capsys):
+def test_a_complete_run_on_gray_oblong_and_rgba_images(networks, tmp_path, model, size, capsys):
     out = tmp_path / "run"
     train.main(
         [
@@ -425,7 +425,7 @@ def test_a_run_on_other_images_from_end_to_end(networks, tmp_path, model, size, 
         evaluate.main([f"--run={source}", "--data=digits", "--test-limit=40"])
         texts.append(capsys.readouterr().out.split("top-1")[1].split())
     assert texts[0] == texts[1]
-    train.main([f"--out={out}", "--resume"])  # the size is read back from the folder
+    train.main([f"--out={out}", "--resume"])  # the image size is read from the folder
 
 
 def test_a_run_on_gray_files(networks, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""int4_conv2d against a convolution of integers in float64, on every instruction set."""
+"""int4_conv2d against an integer convolution in float64, on every instruction set."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from fdda_ext.ops import int4_conv2d, int4_linear, int4_pack_weight
 def reference(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    """The documented formula, step by step."""
+    """Compute the documented formula step by step."""
     integers = (x.double() - options["zero_point"]).permute(0, 3, 1, 2)
     total = F.conv2d(
         integers,
@@ -51,7 +51,7 @@ def make_case(
     residual: str = "none",
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
-    """x, plain weight, scale, shift, options; the result spreads over its codes."""
+    """Return x, plain weight, scale, shift and options for which the result has many codes."""
     generator = torch.Generator().manual_seed(seed)
     options = {
         "kernel": (3, 3),
@@ -196,8 +196,8 @@ def test_winograd_is_exact(isa: str, threads: int, case: str) -> None:
     assert torch.equal(run(*arguments, winograd=True), reference(*arguments))
 
 
-def test_winograd_takes_the_largest_codes_and_weights(isa: str) -> None:
-    """All signs of the transforms, with 5-bit codes of 31 and 0 and weights of -8 and 7."""
+def test_winograd_is_exact_for_extreme_codes_and_weights(isa: str) -> None:
+    """Use 5-bit codes of 31 and 0 and weights of -8 and 7, with all signs of the transforms."""
     x, weight, scale, shift, options = make_case((2, 8, 8, 64), 32, zero_point=31)
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, 2, x.shape, generator=generator, dtype=torch.uint8) * 31
@@ -211,7 +211,7 @@ def test_winograd_takes_the_largest_codes_and_weights(isa: str) -> None:
 @pytest.mark.parametrize("corner", [-32, 31])
 @pytest.mark.parametrize("value", [-14, 14])
 def test_no_sum_saturates_under_winograd(isa: str, bits: int, corner: int, value: int) -> None:
-    """Transformed weights at the ends of int8, the largest codes, and enough channels."""
+    """Use transformed weights at the limits of int8, the largest codes, and many channels."""
     x, weight, scale, shift, options = make_case((1, 6, 6, 600), 20, zero_point=0, bits=bits)
     x[x > 0] = 2**bits - 1
     x[0, :4] = 2**bits - 1
@@ -228,7 +228,7 @@ def test_no_sum_saturates_under_winograd(isa: str, bits: int, corner: int, value
 @pytest.mark.parametrize("value", [-128, -65, -64, -8, 7, 64, 127])
 @pytest.mark.parametrize("size", [2, 5])
 def test_no_sum_saturates(isa: str, bits: int, groups: int, value: int, size: int) -> None:
-    """The largest codes, with weights whose pairs of products just fit 16 bits or do not."""
+    """Use the largest codes, and weights whose pairs of products just fit 16 bits, or do not."""
     shape = (1, size, size, 70)
     x, weight, scale, shift, options = make_case(shape, 70, groups=groups, zero_point=0)
     x.fill_(2**bits - 1)
@@ -242,7 +242,7 @@ def test_no_sum_saturates(isa: str, bits: int, groups: int, value: int, size: in
 @pytest.mark.parametrize("bits", [3, 4, 5, 8])
 @pytest.mark.parametrize("value", [-128, -8, 7, 127])
 def test_long_sums_do_not_saturate(isa: str, bits: int, value: int) -> None:
-    """More groups than 16 bits hold, whatever the weights; in the second image half as much."""
+    """Sum so many products that 16 bits overflow; the second image has random codes."""
     options = {"kernel": (1, 1), "padding": (0, 0), "zero_point": 0}
     x, weight, scale, shift, options = make_case((2, 1, 7, 4100), 33, bits=bits, **options)
     x[0] = 2**bits - 1
@@ -255,7 +255,7 @@ def test_long_sums_do_not_saturate(isa: str, bits: int, value: int) -> None:
 
 @pytest.mark.parametrize("groups", [1, 40])
 def test_zero_point_may_exceed_the_codes(isa: str, groups: int) -> None:
-    """What lies around the image then has more bits than the image."""
+    """Use padding with more bits than the image."""
     arguments = make_case((1, 6, 6, 40), 40, groups=groups, zero_point=255)
     x, weight, *_ = arguments
     weight.fill_(127)
@@ -263,7 +263,7 @@ def test_zero_point_may_exceed_the_codes(isa: str, groups: int) -> None:
     assert torch.equal(run(*arguments), reference(*arguments))
 
 
-def test_winograd_refuses_what_it_cannot_do() -> None:
+def test_winograd_refuses_bad_arguments() -> None:
     weight = torch.full((4, 3, 3, 4), 15, dtype=torch.int8)
     with pytest.raises(UsageError, match="weight to stay within int8 under Winograd's transform"):
         int4_pack_weight(weight, winograd=True)
@@ -283,7 +283,7 @@ def test_winograd_refuses_what_it_cannot_do() -> None:
 
 
 def test_cases_reach_the_whole_grid() -> None:
-    """A result of one code only would agree with much."""
+    """Require many different codes, since results of a single code would hide errors."""
     result = run(*make_case(**CASES["3x3"]))
     assert result.unique().numel() > 8
 
@@ -394,7 +394,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_arguments_are_named(case: str) -> None:
+def test_bad_arguments_are_refused(case: str) -> None:
     x, weight, scale, shift, options = make_case((1, 5, 5, 8), 17)
     arguments: dict[str, Any] = {
         "x": x,
@@ -409,7 +409,7 @@ def test_bad_arguments_are_named(case: str) -> None:
         int4_conv2d(**(arguments | change))
 
 
-def test_bad_weights_are_named() -> None:
+def test_bad_weights_are_refused() -> None:
     with pytest.raises(UsageError, match="int4_pack_weight: expected weight to be int8, got int32"):
         int4_pack_weight(torch.zeros(4, 1, 1, 4, dtype=torch.int32))
     with pytest.raises(

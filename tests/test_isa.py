@@ -1,4 +1,4 @@
-"""Kernels of instruction sets that this processor may lack, on one that computes the same."""
+"""Kernels for instruction sets that this CPU may lack, run with an equivalent instruction."""
 
 import os
 import platform
@@ -12,15 +12,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def cpu_flags() -> set[str]:
-    """What the processor has, in Linux's words."""
+    """Return the flags of the CPU in /proc/cpuinfo."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="vpdpbusd belongs to x86")
-def test_avxvnni_kernels(tmp_path: Path) -> None:
-    """Without AVX-VNNI they run in AVX-512's encoding of vpdpbusd, which is all that differs."""
+def test_avxvnni_kernels_are_bit_identical_to_plain_loops(tmp_path: Path) -> None:
+    """Use the AVX-512 encoding of vpdpbusd if AVX-VNNI is missing; nothing else differs."""
     flags = cpu_flags()
     if "avx_vnni" in flags:
         encoding = "%{vex%}"
@@ -29,7 +29,7 @@ def test_avxvnni_kernels(tmp_path: Path) -> None:
     else:
         pytest.skip("this processor has no vpdpbusd")
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    assert compiler, "building fdda_ext takes a C++ compiler, and so does this test"
+    assert compiler, "this test needs a C++ compiler, like the build of fdda_ext"
     program = tmp_path / "compare"
     command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
     command += ["-Werror", f"-I{ROOT / 'csrc'}", f'-DFDDA_DOT="{encoding} vpdpbusd"']

@@ -1,4 +1,4 @@
-"""LAPQ: the fit, Powell's method, and a search that ends where it says."""
+"""LAPQ: the fit of the exponent, Powell's method, and the method as a whole."""
 
 import itertools
 import math
@@ -43,10 +43,10 @@ def test_vertex_of_an_exact_parabola():
     assert vertex(p, 0.3 + 0.7 * (p - 2.9) ** 2) == pytest.approx(2.9, abs=1e-9)
 
 
-def test_without_a_minimum_among_the_exponents_the_best_one_measured():
+def test_without_a_minimum_the_best_measured_exponent_is_taken():
     p = torch.linspace(2, 4, 5, dtype=torch.float64)
-    assert vertex(p, -((p - 2.9) ** 2)) == 4.0  # opens downwards; the right end is lowest
-    assert vertex(p, (p - 5) ** 2) == 4.0  # vertex beyond the exponents
+    assert vertex(p, -((p - 2.9) ** 2)) == 4.0  # opens downwards; the minimum is at the right end
+    assert vertex(p, (p - 5) ** 2) == 4.0  # the vertex is outside the exponents
     assert vertex(p, p) == 2.0  # a line
 
 
@@ -54,11 +54,11 @@ def test_without_a_minimum_among_the_exponents_the_best_one_measured():
 
 
 def line(function):
-    """What `Powell` wants of a plain function of a point."""
+    """Turn a function of a point into the argument that `Powell` takes."""
     return lambda point, direction: lambda t: function(point + t * direction)
 
 
-def test_powell_finds_what_scipy_s_finds():
+def test_powell_agrees_with_scipy():
     torch.manual_seed(0)
     root = torch.randn(4, 4, dtype=torch.float64)
     hessian = root @ root.T + 0.05 * torch.eye(4, dtype=torch.float64)
@@ -79,11 +79,11 @@ def test_powell_finds_what_scipy_s_finds():
     torch.testing.assert_close(powell.point, torch.from_numpy(theirs.x), atol=1e-3, rtol=0)
     assert powell.value == quadratic(powell.point)
     eye = torch.eye(4, dtype=torch.float64)
-    assert not torch.equal(powell.directions, eye), "it has learned a direction"
+    assert not torch.equal(powell.directions, eye), "Powell's method has a new direction"
 
 
-def test_a_new_direction_is_the_way_of_the_sweep():
-    """A narrow valley along the diagonal: after one sweep the way replaces the steepest axis."""
+def test_a_new_direction_is_the_displacement_of_the_sweep():
+    """Use a narrow valley along the diagonal: the displacement replaces the steepest axis."""
 
     def valley(x):
         return float((x[0] - x[1]) ** 2 * 100 + (x.sum() - 3) ** 2)
@@ -141,7 +141,7 @@ def test_the_loss_is_the_student_s_and_never_rises_in_the_search(grid):
         assert torch.equal(method.student(task.images), logits), "the student has the best point"
 
 
-def test_what_is_not_computed_again_does_not_matter():
+def test_the_cache_does_not_change_the_losses():
     task = problem_of_small_network()
     methods = [
         build_method("lapq", task, settings(cache_megabytes=size, sweeps=0.3)) for size in (0, 64)
@@ -155,7 +155,7 @@ def test_ranges_of_an_exponent_are_those_of_the_lp_rule():
     method._set_exponent(3.0)
     config = QuantizationConfig(weight_range="lp", activation_range="lp", lp_exponent=3.0)
     expected = prepare(task.teacher, config, task.images[:1])
-    # Activations are those that weights at the first exponent leave.
+    # Activations are collected with weights quantized at the first exponent.
     first = replace(config, lp_exponent=TINY.least_exponent)
     seen = prepare(task.teacher, first, task.images[:1])
     with torch.no_grad(), collecting(activation_quantizers(seen)) as histograms:
@@ -168,7 +168,7 @@ def test_ranges_of_an_exponent_are_those_of_the_lp_rule():
 
 
 def test_bias_correction_keeps_mean_outputs():
-    """Of the first layer, whose input is the image: quantized, its outputs have the float means."""
+    """Compare mean outputs of the first and the last layer with those of the float network."""
     task = problem(weight_bits=2)
     method = build_method("lapq", task, settings())
     layer = method.student.get_submodule("0")

@@ -1,4 +1,4 @@
-"""Weights of one library in another library's network, and what weights say of their images."""
+"""Weights of one library in a network of another, and the preprocessing of weights."""
 
 import copy
 import itertools
@@ -14,8 +14,8 @@ from fdda_ext.models import load_model, open_model
 from fdda_ext.models.layouts import _families, relatives, translate
 from fdda_ext.preprocessing import Preprocessing, PreprocessingConfig
 
-#: One function in each row. pytorchcv's MobileNetV2 has no bias in its classifier, so that only
-#: its weights can go to the others.
+#: Networks in one row compute the same function. The classifier of pytorchcv's MobileNetV2 has no
+#: bias, so its weights fit the other networks, but not the reverse.
 NETWORKS = {
     "resnet18": ("torchvision:resnet18", "timm:resnet18", "pytorchcv:resnet18"),
     "resnet50": ("torchvision:resnet50", "timm:resnet50", "pytorchcv:resnet50b"),
@@ -34,7 +34,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def trained():
-    """Networks with random weights and random statistics, by name, each made once."""
+    """A function that returns networks with random weights and statistics, cached by name."""
     made = {}
 
     def make(spec: str) -> nn.Module:
@@ -61,7 +61,7 @@ def trained():
 
 
 def with_common_pool(network: nn.Module) -> nn.Module:
-    """pytorchcv's average over a window of 7x7 adds the same numbers in another order."""
+    """Replace pytorchcv's 7x7 average pooling, which adds up in another order."""
     features = getattr(network, "features", None)
     if isinstance(getattr(features, "final_pool", None), nn.AvgPool2d):
         features.final_pool = nn.AdaptiveAvgPool2d(1)
@@ -70,7 +70,7 @@ def with_common_pool(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=[" in ".join(pair) for pair in PAIRS])
-def test_logits_are_those_of_the_source(trained, tmp_path, source, target):
+def test_translated_weights_give_the_logits_of_the_source(trained, tmp_path, source, target):
     network = trained(source)
     path = tmp_path / "weights.safetensors"
     save_file(network.state_dict(), path)
@@ -85,7 +85,7 @@ def test_logits_are_those_of_the_source(trained, tmp_path, source, target):
     elif "mobilenetv2b" not in source:
         expected = with_common_pool(network)(images)
         assert torch.equal(with_common_pool(opened.network)(images), expected)
-    else:  # its classifier is a convolution: what enters it
+    else:  # the classifier is a convolution, so compare its inputs
         features = {}
         network.output.register_forward_pre_hook(lambda m, i: features.update(a=i[0]))
         classifier = opened.network.get_submodule(
@@ -102,7 +102,7 @@ def state_of(spec: str, tmp_path, suffix: str = "pth"):
     return path
 
 
-def test_networks_that_compute_something_else_are_refused_and_the_difference_named(tmp_path):
+def test_networks_that_compute_something_else_are_refused(tmp_path):
     path = state_of("timm:mobilenetv1_100", tmp_path)
     with pytest.raises(UsageError, match="another input .*ReLU6 against ReLU before it"):
         load_model("pytorchcv:mobilenet_w1", weights=str(path))
@@ -120,8 +120,8 @@ def test_networks_that_compute_something_else_are_refused_and_the_difference_nam
         load_model("pytorchcv:regnetx006", weights=f"timm:regnetx_006={path}")
 
 
-def test_a_file_of_two_possible_networks_needs_the_users_word(tmp_path):
-    # pytorchcv's resnet50 and resnet50b have the same names and shapes, and other strides.
+def test_the_user_must_choose_between_two_possible_networks(tmp_path):
+    # pytorchcv's resnet50 and resnet50b have the same names and shapes, but different strides.
     path = state_of("pytorchcv:resnet50b", tmp_path)
     with pytest.raises(UsageError, match="any of pytorchcv:resnet50b, .*compute different things"):
         load_model("torchvision:resnet50", weights=str(path))
@@ -131,7 +131,7 @@ def test_a_file_of_two_possible_networks_needs_the_users_word(tmp_path):
 
 
 class Small(nn.Module):
-    """A branch beside a convolution of the same shape."""
+    """A network with two parallel convolutions of the same shape."""
 
     def __init__(self, *, eps: float = 1e-5, pool: nn.Module | None = None, extra: bool = False):
         super().__init__()
@@ -172,12 +172,12 @@ def test_layers_are_paired_by_what_they_compute():
         ({"extra": True}, "got gain of B, which belongs to no layer"),
     ],
 )
-def test_what_differs_is_named(change, message):
+def test_differences_between_networks_are_named(change, message):
     with pytest.raises(UsageError, match=message):
         twin(**change)
 
 
-def test_a_file_of_unknown_names_goes_by_its_order_if_told_so(tmp_path):
+def test_a_file_of_unknown_names_can_be_read_by_its_order(tmp_path):
     state = load_model("torchvision:mobilenet_v2", weights="none").state_dict()
     path = tmp_path / "weights.pth"
     renamed = {f"{i}.{k.rpartition('.')[2]}": v for i, (k, v) in enumerate(state.items())}
@@ -193,7 +193,7 @@ def test_a_file_of_unknown_names_goes_by_its_order_if_told_so(tmp_path):
         load_model("torchvision:mobilenet_v2", weights=f"order={path}")
 
 
-def test_images_that_one_of_the_networks_cannot_take_are_said():
+def test_images_that_one_of_the_networks_cannot_take_are_refused():
     source, target = (load_model(f"{x}:resnet18", weights="none") for x in ("timm", "pytorchcv"))
     with pytest.raises(UsageError, match="same network on images of 96, got RuntimeError"):
         translate(source.state_dict(), source, target, names=("A", "B"), image_size=96)
@@ -228,7 +228,7 @@ def test_default_weights_come_from_the_librarys_cache(tmp_path, monkeypatch):
         assert all(torch.equal(loaded[k], v) for k, v in network.state_dict().items())
 
 
-def test_absent_network_connection_is_said_in_words(tmp_path, monkeypatch):
+def test_a_failed_download_of_weights_is_reported(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise URLError("no route")
 
@@ -248,14 +248,14 @@ def test_preprocessing_is_that_of_the_weights(tmp_path, monkeypatch):
     assert opened("glyphs_resnet", "default") == Preprocessing()
     assert opened("timm:mobilenetv1_100") == Preprocessing(half, half, 224, 256, "bicubic", False)
     assert opened("timm:resnet50.tv_in1k").interpolation == "bilinear"
-    # A file that still has torchvision's name is known to be its first or second version.
+    # The file name tells the version of torchvision's weights.
     state = load_model("torchvision:resnet50", weights="none").state_dict()
     for name, resize in (("0676ba61", 256), ("11ad3fa6", 232)):
         torch.save(state, tmp_path / f"resnet50-{name}.pth")
         assert opened("torchvision:resnet50", str(tmp_path / f"resnet50-{name}.pth")).resize == (
             resize
         )
-    # Weights of timm in another library's network still want timm's images.
+    # Weights of timm in a network of another library need timm's preprocessing.
     path = state_of("timm:regnetx_006", tmp_path)
     assert opened("pytorchcv:regnetx006", str(path)).interpolation == "bicubic"
 

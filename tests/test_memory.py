@@ -1,4 +1,4 @@
-"""What a run will need, against what it takes; where large images come in parts."""
+"""Estimated memory of a run against the real one, and batches that are computed in parts."""
 
 import gc
 import json
@@ -23,11 +23,11 @@ PROGRAMS = Path(__file__).parent.parent / "python"
 def test_tensors_are_counted_while_they_live():
     with LiveTensors() as live:
         x = torch.zeros(1000)
-        y = x.view(10, 100)  # the same memory
+        y = x.view(10, 100)  # shares memory
         z = (y + 1).relu_()
         assert live.now == 8000
         del x, z
-        assert live.now == 4000  # which y holds
+        assert live.now == 4000  # y holds it
         del y
     assert (live.now, live.peak) == (0, 8000)
 
@@ -40,13 +40,13 @@ def test_parts_have_sixteen_large_images_on_a_cpu():
     assert parts_of(250, 224**2, torch.device("cuda")) == 1
 
 
-def test_steps_in_parts_are_steps_on_the_whole_batch():
-    """Two batches of the generator in turn, and the student's images three at a time."""
+def test_steps_in_parts_equal_steps_on_the_whole_batch():
+    """Compute the generator's batches one after the other, and three student images at a time."""
     whole = problem(right=True)
     parts = replace(whole, images_at_once=3)
     methods = [FDDA(p, settings()) for p in (whole, parts)]
     assert [method.in_turn for method in methods] == [False, True]
-    # Early on, classes without a centre are pulled towards noise; both draw it alike.
+    # At first, classes without a centre are pulled towards noise, which both draw alike.
     for iteration in range(methods[0].iterations):
         found, other = (method.step(iteration) for method in methods)
         assert found.keys() == other.keys()
@@ -58,7 +58,7 @@ def test_steps_in_parts_are_steps_on_the_whole_batch():
     assert torch.equal(*(method.random.get_state() for method in methods))
 
 
-def test_gradients_in_parts_are_those_of_the_whole_batch():
+def test_gradients_in_parts_equal_those_of_the_whole_batch():
     gradients = []
     for at_once in (None, 3):
         method = FDDA(replace(problem(right=True), images_at_once=at_once), settings())
@@ -87,8 +87,8 @@ def test_class_maps_have_at_most_eight_by_eight_positions():
 
 
 @pytest.mark.parametrize("name", ["fdda", "distill"])
-def test_estimates_are_close_to_the_bytes_that_live(name):
-    """Of the largest phase, run whole: the tensors, of which the estimate adds a share."""
+def test_estimates_are_close_to_the_bytes_of_live_tensors(name):
+    """Compare the estimate, without its safety margin, with the peak of live tensors."""
     given, config = problem(right=True), settings({"real_batch": 64, "generated_batch": 64})
     given = replace(given, images=given.images.repeat(32, 1, 1, 1), labels=given.labels.repeat(32))
     config = replace(config, fdda=replace(config.fdda, batch=128))
@@ -103,7 +103,7 @@ def test_estimates_are_close_to_the_bytes_that_live(name):
     assert counted == pytest.approx(live.peak, rel=0.3)
 
 
-def test_a_run_that_does_not_fit_is_told_what_helps_most():
+def test_the_error_for_a_run_that_does_not_fit_names_the_best_remedy():
     phases = [
         Phase("the evaluation", 0, 1e6, 250, "test_batch", 250),
         Phase("a student step", 1e8, 1e8, 16, "images_at_once", 16),
@@ -121,7 +121,7 @@ def test_a_run_that_does_not_fit_is_told_what_helps_most():
         estimate.check(10**8)
 
 
-def test_methods_are_measured_each_in_a_process(tmp_path, monkeypatch, capsys):
+def test_the_memory_of_methods_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(PROGRAMS)
     arguments = [
         *("--model=glyphs_mobilenet", "--image-size=16", "--classes=8", "--methods=minmax"),

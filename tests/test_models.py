@@ -1,4 +1,4 @@
-"""Networks by name, weights from files, and refusal of what is not weights."""
+"""Networks by name, weights from files, and refusal of files without weights."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ from fdda_ext.models.zoo import EMBEDDED
 
 
 @pytest.mark.parametrize("name", sorted(EMBEDDED))
-def test_embedded_network_has_the_promised_size(name):
+def test_embedded_network_has_the_expected_size(name):
     network = load_model(name)
     assert not network.training
     parameters = sum(p.numel() for p in network.parameters())
@@ -30,7 +30,7 @@ def test_embedded_network_has_the_promised_size(name):
 @pytest.mark.parametrize(
     "spec", ["torchvision:resnet18", "timm:regnetx_002", "pytorchcv:mobilenet_wd4"]
 )
-def test_library_networks(spec):
+def test_networks_of_libraries_are_loaded(spec):
     network = load_model(spec, weights="none", num_classes=7)
     assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 7)
 
@@ -59,7 +59,7 @@ def test_weights_from_safetensors_and_torch_files(tmp_path):
         assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
 
 
-def test_no_damage_to_a_file_gets_past_the_one_exception(tmp_path):
+def test_damaged_files_raise_only_usage_errors(tmp_path):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     state = network.state_dict()
     save_file(state, tmp_path / "a")
@@ -89,7 +89,7 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_a_pickle_bomb_does_not_go_off(tmp_path):
+def test_code_in_a_pickle_is_not_executed(tmp_path):
     bomb = Bomb()
     Bomb.path = str(tmp_path / "exploded")
     torch.save({"conv1.weight": bomb}, tmp_path / "bomb.pth")
@@ -150,7 +150,7 @@ def test_every_library_can_be_the_first_to_be_imported(name):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_network_of_the_user_s(tmp_path, monkeypatch):
+def test_a_network_of_the_user_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "def net(num_classes):\n"

@@ -1,4 +1,4 @@
-"""Every option that a user gives is used by the method, or refused."""
+"""Options of the user: each is used by the method, or refused."""
 
 from dataclasses import fields, is_dataclass, replace
 
@@ -47,11 +47,11 @@ def test_option_that_nothing_uses_is_refused_with_the_reason(arguments, reason):
     assert reason in str(caught.value)
     option = next(a for a in arguments[::-1] if a.startswith("--")).partition("=")[0]
     assert option[2:].replace("-", "_") in str(caught.value)
-    # Without it, nothing else is wrong.
+    # The other options are fine.
     train.parse_arguments(train.without_unused(alone))
 
 
-def test_option_that_a_baseline_uses_is_taken():
+def test_option_that_a_baseline_uses_is_accepted():
     options = ["--method=mse", "--baselines=[distill]", "--quantization.weight_range=minmax"]
     train.parse_arguments(options)
     train.parse_arguments(["--method=minmax", "--quantization.weight_range=minmax"])
@@ -68,7 +68,7 @@ def test_unused_option_of_a_configuration_file_is_a_warning(tmp_path, caplog):
     assert "seed" not in caplog.text
 
 
-def test_unused_options_are_taken_out_with_their_values():
+def test_unused_options_are_removed_with_their_values():
     given = ["--method", "mse", "--max_time", "3", "--seed=1", "--keep_best", "--evaluate_every=4"]
     kept = train.without_unused([*given, "--baselines=[]"])
     assert kept == ["--method", "mse", "--seed=1", "--baselines=[]"]
@@ -84,7 +84,7 @@ def problem():
 
 
 class Recorder:
-    """Settings that note which of their sections are read."""
+    """Settings that record which sections are read."""
 
     def __init__(self, settings):
         self.settings, self.read = settings, set()
@@ -95,7 +95,7 @@ class Recorder:
 
 
 def quick(name):
-    """The method's short preset, in almost no steps."""
+    """Return the method's short preset with almost no steps."""
     config, _ = train.parse_arguments([f"--method={name}", "--baselines=[]"])
     return config.settings.scaled(1 / 600)
 
@@ -107,7 +107,7 @@ def test_a_method_reads_the_sections_that_it_declares(name, problem):
     assert recorder.read == set(METHODS[name].sections)
 
 
-#: Another value for every field of the quantization, and what it needs beside it.
+#: Another value for some fields of the quantization.
 OTHERS = {
     "weight_range": {"weight_range": "lsq"},
     "activation_range": {"activation_range": "lsq"},
@@ -128,7 +128,7 @@ def test_a_field_of_the_quantization_changes_the_student_unless_it_is_called_unu
     reason = why_unused(
         f"quantization.{field}", name, METHODS[name], settings, changed.quantization
     )
-    if name != "bitsplit":  # whose activation ranges come with its last step
+    if name != "bitsplit":  # Bit-Split sets activation ranges only in its last iteration
         assert same == (reason is not None)
     else:
         assert reason is None

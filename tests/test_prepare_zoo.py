@@ -1,4 +1,4 @@
-"""Preparation of the zoo's networks, with random weights, and of what cannot be prepared."""
+"""Preparation of library networks with random weights, of small structures, and refusals."""
 
 import pathlib
 
@@ -39,15 +39,14 @@ CONFIGS = {
 
 
 def settle(network: nn.Module, size: int = 64) -> nn.Module:
-    """Give random weights the normalisation statistics of random images.
+    """Set the running statistics from random images, and all BN shifts to 1.
 
-    Biases of 1 leave most ReLUs open: a deep random network of half-closed ones would amplify any
-    perturbation, that of eight bits included.
+    Then most values pass the ReLUs. Otherwise a deep random network amplifies every perturbation.
     """
     network.train()
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = None  # the plain mean over batches
+            module.momentum = None  # plain mean over batches
             nn.init.ones_(module.bias)
     with torch.no_grad():
         network(torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)))
@@ -57,7 +56,7 @@ def settle(network: nn.Module, size: int = 64) -> nn.Module:
 def load(spec: str) -> nn.Module:
     torch.manual_seed(0)
     network = load_model(spec, weights=None, num_classes=10)
-    if spec == "pytorchcv:mobilenet_w1":  # pools 7x7, made for images of 224
+    if spec == "pytorchcv:mobilenet_w1":  # its 7x7 pooling needs images of 224x224
         network.features.final_pool = nn.AdaptiveAvgPool2d(1)
     return settle(network)
 
@@ -77,7 +76,7 @@ def config(name: str) -> QuantizationConfig:
 
 
 @pytest.mark.parametrize("config_name", sorted(CONFIGS))
-def test_table_of_bits_forward_and_backward(named_network, images, config_name):
+def test_networks_have_the_expected_bits_and_finite_gradients(named_network, images, config_name):
     name, network = named_network
     student = prepare(network, config(config_name), images[:1])
     expected = (TABLES / f"{name}_{config_name}.txt").read_text()
@@ -93,7 +92,7 @@ def test_table_of_bits_forward_and_backward(named_network, images, config_name):
     assert set(network.state_dict()) <= set(student.state_dict())
 
 
-def test_inputs_of_all_layers_lie_on_their_grids(named_network, images):
+def test_inputs_of_all_layers_are_on_their_grids(named_network, images):
     _, network = named_network
     student = prepare(network, config("deploy_w4a4"), images[:1])
     calibrate(student, images)
@@ -143,7 +142,7 @@ def test_eight_bits_keep_the_logits(named_network, images):
         "pytorchcv:preresnet18",  # normalisation before convolution
     ],
 )
-def test_other_structures_enter_every_layer_on_a_grid(spec):
+def test_every_layer_of_other_structures_has_a_quantized_input(spec):
     torch.manual_seed(0)
     size = 224 if spec.startswith("pytorchcv") else 64
     network = settle(load_model(spec, weights=None), size)
@@ -162,7 +161,7 @@ def test_other_structures_enter_every_layer_on_a_grid(spec):
 
 
 class Block(nn.Module):
-    """A normalised convolution, then whatever a test puts behind it."""
+    """A normalised convolution followed by a given module."""
 
     def __init__(self, behind: nn.Module | None = None, channels: int = 8) -> None:
         super().__init__()
@@ -190,7 +189,7 @@ def test_values_keep_their_grid_through_pooling_padding_and_reshaping():
     assert table(Block(behind))[1][:4] == ("behind.3", "relu", 4, False)
 
 
-def test_first_and_last_activation_are_those_of_the_rule():
+def test_first_last_bits_apply_to_the_first_and_the_last_activation():
     network = Block(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), head(8)))
     student = prepare(network, QuantizationConfig(first_last_bits=7), torch.zeros(1, 3, 16, 16))
     bits = {n: q.grid.bits for n, q in student.activation_quantizers.named_children()}
@@ -219,7 +218,7 @@ def test_joint_norm_and_activation_become_two_nodes():
 
 
 class InPlace(Block):
-    """Changes tensors whose names it goes on using."""
+    """A network that changes tensors in place and uses them afterwards."""
 
     def forward(self, x):
         y = self.bn(self.conv(x))
@@ -302,7 +301,7 @@ def with_norm_of_the_batch() -> nn.Module:
         (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), "Conv2d or Linear layer, got none"),
     ],
 )
-def test_what_cannot_be_quantized_is_named(network, message):
+def test_networks_that_cannot_be_quantized_are_refused(network, message):
     with pytest.raises(UsageError, match=message):
         prepare(network, QuantizationConfig(), torch.zeros(1, 3, 16, 16))
 

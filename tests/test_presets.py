@@ -1,4 +1,4 @@
-"""The published settings: complete, exact, and each able to run."""
+"""The presets with published settings: complete, correct, and able to run."""
 
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from fdda_ext.methods import Problem, build_method
 from fdda_ext.models import load_model
 
 FOLDER = Path(fdda_ext.__file__).parent / "presets" / "imagenet"
-#: Top-1 in the order W4A4 and W5A5, each with all layers alike and with 8 bits at both ends.
+#: Network, float top-1, and top-1 of W4A4 and W5A5, each without and with 8-bit ends.
 PUBLISHED = {
     "resnet18": ("pytorchcv:resnet18", 71.47, (68.88, 69.76, 70.56, 70.86)),
     "mobilenetv1": ("pytorchcv:mobilenet_w1", 73.39, (63.75, 65.76, 70.26, 71.76)),
@@ -36,12 +36,12 @@ PRESETS = [
 ]
 
 
-def test_there_are_sixteen():
+def test_there_are_sixteen_imagenet_presets():
     assert sorted(p.stem for p in FOLDER.glob("*")) == sorted(name for name, *_ in PRESETS)
 
 
 @pytest.mark.parametrize(("name", "model", "bits", "ends", "top1", "full"), PRESETS)
-def test_every_constant_is_the_published_one(name, model, bits, ends, top1, full):
+def test_every_setting_is_the_published_one(name, model, bits, ends, top1, full):
     text = (FOLDER / f"{name}.yaml").read_text()
     assert f"{top1:.2f} %, of {full:.2f} % in float" in text
     config, stored = train.parse_arguments([f"--config=imagenet/{name}", "--data=imagenet:/x"])
@@ -76,7 +76,7 @@ def test_every_constant_is_the_published_one(name, model, bits, ends, top1, full
 
 @cache
 def random_network(model: str) -> nn.Module:
-    """Random weights, with the statistics of random images: otherwise signals fade away."""
+    """Build a random network with statistics of random images, without which signals vanish."""
     torch.manual_seed(0)
     network = load_model(model, weights="none", num_classes=2).requires_grad_(False).train()
     for module in network.modules():
@@ -86,17 +86,17 @@ def random_network(model: str) -> nn.Module:
     return network.eval()
 
 
-# Those of five bits differ in nothing but the number.
+# Presets with five bits differ only in the number of bits.
 @pytest.mark.parametrize("name", [name for name, *_ in PRESETS if "w4a4" in name])
-def test_two_iterations_on_random_images(name):
+def test_presets_run_two_iterations_on_random_images(name):
     config, _ = train.parse_arguments(
         [
             f"--config=imagenet/{name}",
-            # The second iteration is the first with a student step.
+            # Only the second iteration has a student step.
             "--settings.fdda.warmup_iterations=1",
             "--settings.fdda.range_iterations=1",
             "--settings.distillation.steps=1",
-            # What one core can do in a second.
+            # These sizes take a second on one core.
             "--settings.fdda.generator.channels=2",
             "--settings.fdda.batch=2",
             "--settings.distillation.real_batch=1",
@@ -105,7 +105,7 @@ def test_two_iterations_on_random_images(name):
     )
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     teacher = random_network(config.model)
-    with torch.no_grad():  # one class each, of which a random network gets one right or both
+    with torch.no_grad():  # choose labels such that at least one prediction is correct
         first = int(teacher(images[:1]).argmax())
     labels = torch.tensor([first, 1 - first])
     problem = Problem(teacher, 2, images, labels, Augmentation(), config.quantization, seed=0)
@@ -120,7 +120,7 @@ def test_two_iterations_on_random_images(name):
     assert any(g.any() for g in gradients)
 
 
-def test_imagenet_is_found_by_the_environment(monkeypatch, tmp_path):
+def test_the_environment_gives_the_path_of_imagenet(monkeypatch, tmp_path):
     monkeypatch.delenv("IMAGENET", raising=False)
     with pytest.raises(UsageError, match="PATH in the environment variable IMAGENET, got"):
         train.main(["--config=imagenet/resnet18-w4a4-f4l4", f"--out={tmp_path / 'run'}"])

@@ -1,4 +1,4 @@
-"""The command that trains a float network."""
+"""fdda_ext.pretrain, the command that trains a float network."""
 
 import functools
 import subprocess
@@ -19,7 +19,7 @@ from fdda_ext.models.zoo import EMBEDDED
 
 @pytest.fixture
 def one_thread():
-    """For networks this small, waiting for a second thread costs more than it brings."""
+    """A single thread, which is faster for such small networks."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,7 +27,7 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_it_learns_and_its_file_is_a_teacher(tmp_path):
+def test_pretraining_learns_and_writes_a_teacher(tmp_path):
     arguments = ["--model", "glyphs_resnet", "--data", "digits", "--image_size", "16"]
     for name in ("a", "b"):
         pretrain.main([*arguments, "--epochs", "2", "--batch", "32", "--out", str(tmp_path / name)])
@@ -87,7 +87,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole_test_split():
-    """Its images are drawn once for all networks."""
+    """The whole test split, whose images are drawn once for all networks."""
     dataset = load_dataset("glyphs", "test")
     dataset.pixels = functools.cache(dataset.pixels)
     return BatchSource(dataset)
@@ -95,7 +95,7 @@ def whole_test_split():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", sorted(EMBEDDED))
-def test_shipped_weights_have_their_accuracy_on_the_whole_test_split(name, whole_test_split):
+def test_embedded_weights_have_their_accuracy_on_the_whole_test_split(name, whole_test_split):
     path = files("fdda_ext") / "models" / "weights" / f"{name}.safetensors"
     with safe_open(str(path), "pt") as file:
         metadata = file.metadata()
@@ -103,7 +103,7 @@ def test_shipped_weights_have_their_accuracy_on_the_whole_test_split(name, whole
     accuracy = evaluate(load_model(name), whole_test_split)
     assert accuracy.count == 150 * 71
     assert accuracy.top1 >= 88
-    # Another release of the font renderer may move a few images.
+    # Another release of the font renderer may change a few images.
     assert abs(accuracy.top1 - float(metadata["top1"])) < 1
 
 
@@ -121,7 +121,7 @@ class Views(nn.Sequential):
 """
 
 
-def test_a_network_that_takes_views_of_its_maps_is_trained(tmp_path, monkeypatch):
+def test_a_network_with_views_of_feature_maps_is_trained(tmp_path, monkeypatch):
     (tmp_path / "views_of_maps.py").write_text(VIEWS)
     monkeypatch.syspath_prepend(tmp_path)
     options = {"data": "digits", "epochs": 1, "images": 64, "batch": 32, "threads": 1}

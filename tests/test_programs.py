@@ -1,4 +1,4 @@
-"""The programs that make the paper's tables and figures, each with its budget of seconds."""
+"""The programs that make the paper's tables and figures, with their smoke budgets."""
 
 import csv
 import importlib
@@ -26,7 +26,7 @@ SMOKE = ("--budget=smoke",)
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """What a program prints that is run with the smoke budget; here, as a process takes seconds."""
+    """A function that runs a program with the smoke budget in this process; returns its output."""
     monkeypatch.syspath_prepend(PROGRAMS)
 
     def printed(name: str, out: Path, *arguments: str, budget: tuple[str, ...] = SMOKE) -> str:
@@ -45,12 +45,12 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def is_drawing(path: Path) -> bool:
-    """Whether a picture has more than one colour."""
+    """Return whether an image has more than 20 colours."""
     with Image.open(path) as image:
         return len(image.convert("RGB").getcolors(1 << 24)) > 20
 
 
-def test_classes_separate_with_depth(run, tmp_path):
+def test_classes_separate_in_deep_layers(run, tmp_path):
     run("figure_s1_s2_bns_tsne", tmp_path)
     rows = table(tmp_path / "bns_separation.csv")
     assert len(rows) == 23
@@ -60,7 +60,7 @@ def test_classes_separate_with_depth(run, tmp_path):
     assert is_drawing(tmp_path / "bns_separation.png")
 
 
-def test_accuracy_over_time(run, tmp_path):
+def test_table_of_accuracy_over_time(run, tmp_path):
     run("table_s3_accuracy_over_time", tmp_path)
     folder = tmp_path / "smoke"
     points = table(folder / "curve.csv")
@@ -76,7 +76,7 @@ def test_accuracy_over_time(run, tmp_path):
     assert is_drawing(folder / "curve.png")
 
 
-def test_size_and_speed(run, tmp_path):
+def test_tables_of_size_and_speed(run, tmp_path):
     run("section_3_size_and_speed", tmp_path, "--model", "torchvision:mobilenet_v2")
     folder = tmp_path / "smoke"
     with (folder / "size.csv").open() as file:
@@ -98,17 +98,17 @@ def test_size_and_speed(run, tmp_path):
     assert is_drawing(folder / "section_3.png")
 
 
-def test_ablation_goes_on_run_by_run(run, tmp_path):
+def test_ablation_repeats_only_missing_runs(run, tmp_path):
     first = run("ablation", tmp_path, "--groups", "layers").splitlines()
     (folder,) = (tmp_path / "smoke").iterdir()
     names = [row["row"] for row in table(folder / "runs.csv")]
     depths = (0.0, 0.25, 0.75)
     assert names == ["full method", *(f"class losses from {n} of the depth" for n in depths)]
     assert is_drawing(folder / "ablation.png")
-    # One run is lost and made again, in a process beside others; the table stays as it is.
+    # A lost run is repeated in another process, and the table does not change.
     lost = folder / "class losses from 0.25 of the depth, seed 0" / "summary.json"
     kept = folder / "full method, seed 0" / "summary.json"
-    (tmp_path / "kept").hardlink_to(kept)  # a file that is written again is another file
+    (tmp_path / "kept").hardlink_to(kept)  # a file that is written again gets another inode
     lost.unlink()
     again = run("ablation", tmp_path, "--groups", "layers", "--jobs", "2").splitlines()
     assert again[-6:] == first[-6:]
@@ -118,12 +118,12 @@ def test_ablation_goes_on_run_by_run(run, tmp_path):
 
 @pytest.fixture
 def programs(monkeypatch):
-    """The programs as modules."""
+    """A function that imports a program as a module."""
     monkeypatch.syspath_prepend(PROGRAMS)
     return importlib.import_module
 
 
-def test_every_row_of_the_ablation_is_another_setting_than_its_preset(programs):
+def test_every_row_of_the_ablation_differs_from_the_preset(programs):
     ablation = programs("ablation")
     rows = {row: a for group in ablation.GROUPS.values() for row, a in group.items()}
     assert len({tuple(arguments) for arguments in rows.values()}) == len(rows) == 22
@@ -137,7 +137,7 @@ def test_every_row_of_the_ablation_is_another_setting_than_its_preset(programs):
         assert section(arguments) != full, row
 
 
-def test_without_images_the_constants_are_fdda_s(programs):
+def test_the_ablation_without_images_has_the_settings_of_fdda(programs):
     arguments = programs("ablation").constants_for_gdfq("short")
     found = parse_arguments(["--out=x", "--method=gdfq", *arguments])[0].settings
     own = parse_arguments(["--out=x", "--method=fdda"])[0].settings
@@ -146,7 +146,7 @@ def test_without_images_the_constants_are_fdda_s(programs):
     assert found.distillation == replace(own.distillation, generated_batch=32)
 
 
-def test_the_class_losses_begin_where_they_are_told():
+def test_class_depth_sets_the_first_layer_of_the_class_losses():
     # Two BN layers.
     methods = [FDDA(problem(), settings(class_depth=share)) for share in (0.0, 0.25, 0.5, 0.75)]
     assert [method.first_layer for method in methods] == [0, 0, 1, 1]
@@ -171,7 +171,7 @@ def test_runs_with_other_options_are_refused(tmp_path, programs, monkeypatch):
         common.finished_run(tmp_path / "run", ["--data=digits"])
 
 
-def test_curves_cross_where_they_do(programs):
+def test_crossings_of_curves_are_described(programs):
     s3 = programs("table_s3_accuracy_over_time")
 
     def curve(*points):
@@ -193,15 +193,15 @@ def test_curves_cross_where_they_do(programs):
     ("name", "arguments", "message"),
     [
         ("table_s3_accuracy_over_time", ["--methods", "minmax"], "train step by step, got minmax"),
-        ("table_s3_accuracy_over_time", ["--bits", "W4A4,W3A3"], "expected one, got W4A4,W3A3"),
-        ("table_s1_zeroshot_cost", ["--model", "a,b"], "expected one, got a,b"),
+        ("table_s3_accuracy_over_time", ["--bits", "W4A4,W3A3"], "a single value, got W4A4,W3A3"),
+        ("table_s1_zeroshot_cost", ["--model", "a,b"], "expected a single value, got a,b"),
         ("section_3_size_and_speed", ["--threads", "0"], "threads between 1 and"),
         ("figure_s1_s2_bns_tsne", ["--seed", "-1"], "seed between 0 and"),
         ("figure_s1_s2_bns_tsne", ["--classes", "9"], "classes between 2 and 8"),
         ("figure_s1_s2_bns_tsne", ["--layers", "24"], "layers between 1 and 23, got"),
     ],
 )
-def test_wrong_options_are_named(run, tmp_path, capsys, name, arguments, message):
+def test_bad_options_are_refused(run, tmp_path, capsys, name, arguments, message):
     with pytest.raises(SystemExit) as end:
         run(name, tmp_path, *arguments)
     assert end.value.code != 0
@@ -212,7 +212,7 @@ def test_wrong_options_are_named(run, tmp_path, capsys, name, arguments, message
     ("name", "method", "known", "real"),
     [("table_s1_zeroshot_cost", "gdfq", True, "0"), ("table_s2_ptq_cost", "lapq", False, "71")],
 )
-def test_costs_stand_beside_published_ones(run, tmp_path, name, method, known, real):
+def test_tables_of_costs_show_published_costs(run, tmp_path, name, method, known, real):
     run(name, tmp_path, "--methods", method)
     (stem,) = (tmp_path / "smoke").glob("table_s?.csv")
     (row,) = table(stem)
@@ -224,24 +224,24 @@ def test_costs_stand_beside_published_ones(run, tmp_path, name, method, known, r
     assert f"| {shown} |" in stem.with_suffix(".md").read_text()
 
 
-def test_networks_are_taken_as_far_as_they_go(run, tmp_path):
+def test_the_page_of_networks_shows_every_stage(run, tmp_path):
     page = tmp_path / "networks.md"
     names = r"torchvision:(squeezenet1_1|mnasnet0_5|vgg11)$"
     arguments = ["--libraries=torchvision", "--names", names, "--image-size=64"]
     printed = run("networks", page, *arguments, "--most-parameters=100", budget=())
-    assert "Of 1 networks, 1 are prepared, 1 train, 1 are exported, 1 are equal" in printed
+    assert "Of 1 networks, 1 are prepared, 1 train, 1 are exported, 1 are bit-identical" in printed
     text = page.read_text()
     assert "| mnasnet0_5 | 2.2 | 64 | yes | yes | yes | yes |  |" in text
-    assert "Left out, 2 without batch normalisation: squeezenet1_1, vgg11." in text
+    assert "Left out are 2 networks without batch normalisation: squeezenet1_1, vgg11." in text
     assert "torch" in text
-    # What is known is not found again.
+    # Known results are not computed again.
     known = page.with_suffix(".jsonl").read_text()
     again = run("networks", page, *arguments, "--most-parameters=100", budget=())
     assert again.splitlines() == printed.splitlines()[-2:]
     assert (page.read_text(), page.with_suffix(".jsonl").read_text()) == (text, known)
 
 
-def test_a_network_that_hangs_or_dies_takes_no_other_with_it(programs):
+def test_a_network_that_hangs_or_dies_does_not_affect_others(programs):
     networks = programs("networks")
     options = SimpleNamespace(image_size=32, memory=8.0, most_parameters=120.0, minutes=1e-9)
     worker = networks.Worker(options)
@@ -263,7 +263,7 @@ def test_a_network_that_hangs_or_dies_takes_no_other_with_it(programs):
         (KeyError("x"), True, "crash: KeyError: 'x'"),
     ],
 )
-def test_errors_that_are_no_one_s_usage_are_crashes(programs, monkeypatch, fails, crash, reason):
+def test_errors_other_than_usage_errors_are_crashes(programs, monkeypatch, fails, crash, reason):
     networks = programs("networks")
 
     def fail(*_):
@@ -277,7 +277,7 @@ def test_errors_that_are_no_one_s_usage_are_crashes(programs, monkeypatch, fails
     assert told == ["float network", "preparation"]
 
 
-def test_the_smallest_of_a_family_are_run(programs):
+def test_the_smallest_networks_of_a_family_are_run(programs):
     networks = programs("networks")
     sizes = {"a": [3, 1, 2], "b": [5]}
     found = [

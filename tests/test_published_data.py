@@ -1,4 +1,4 @@
-"""torchvision's data sets by name, from tiny files in their formats; nothing is downloaded."""
+"""torchvision's data sets by name, from tiny files in their formats, without downloads."""
 
 import bz2
 import pickle
@@ -22,7 +22,7 @@ CIFAR10 = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship"
 
 
 def old_pickle(content) -> bytes:
-    """Protocol 2, with the module names of NumPy 1."""
+    """Pickle with protocol 2 and the module names of NumPy 1."""
     data = pickle.dumps(content, protocol=2)
     return data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
 
@@ -73,19 +73,19 @@ def test_cifar10_is_read_from_its_published_files(tmp_path):
     assert data.class_names == tuple(CIFAR10)
     assert data.labels.tolist() == expected["labels"]
     pixels = torch.from_numpy(expected["data"][7]).view(3, 32, 32)
-    assert torch.equal(data.pixels(7), pixels), "as they are"
+    assert torch.equal(data.pixels(7), pixels), "pixels are not changed"
     assert torch.equal(load_dataset(f"cifar10:{folder}", "test").pixels(7), pixels)
     assert not data.from_files
     assert data.pixels_without_margin(0) is None
     cut = load_dataset(spec, "test", preprocessing=Preprocessing(image_size=32, resize=40))
-    assert torch.equal(cut.pixels(7), pixels), "an image that has the size is left alone"
+    assert torch.equal(cut.pixels(7), pixels), "an image that already has the size is not changed"
     asked = Preprocessing(image_size=32, resize=40, keep_small=False)
     margin = load_dataset(spec, "test", preprocessing=asked)
     assert not torch.equal(margin.pixels(7), pixels)
     assert torch.equal(margin.pixels_without_margin(7), pixels)
 
 
-def test_what_numpy_and_torchvision_make_of_the_same_files(tmp_path, monkeypatch):
+def test_images_equal_those_of_torchvision(tmp_path, monkeypatch):
     write_cifar10(tmp_path)
     torchvision = import_torchvision()
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
@@ -165,13 +165,13 @@ def test_damaged_files_are_refused(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_absent_files_are_named_with_what_to_do(tmp_path, name):
+def test_absent_files_are_named_with_advice(tmp_path, name):
     with pytest.raises(UsageError, match="expected .*nowhere to hold the files of .*--download"):
         load_dataset(f"{name}:{tmp_path / 'nowhere'}", "test")
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_download_that_fails_is_said(tmp_path, monkeypatch):
+def test_a_failed_download_is_reported(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("no route to host")
 
@@ -183,7 +183,7 @@ def test_a_download_that_fails_is_said(tmp_path, monkeypatch):
             load_dataset(f"{name}:{tmp_path}", "test", download=True)
 
 
-def test_a_download_is_asked_for_only_with_the_option(tmp_path, monkeypatch):
+def test_files_are_downloaded_only_with_the_option(tmp_path, monkeypatch):
     asked = []
 
     def fetch(url, root, filename, md5):
@@ -211,7 +211,7 @@ def test_gray_sets_have_one_channel_unless_three_are_wanted(tmp_path, name):
     assert torch.equal(three.pixels(3), data.pixels(3).expand(3, -1, -1))
 
 
-def test_usps_and_emnist(tmp_path):
+def test_usps_and_emnist_are_read(tmp_path):
     lines = "".join(
         f"{1 + i % 10} " + " ".join(f"{j + 1}:{(i / 10) - 1:.2f}" for j in range(256)) + "\n"
         for i in range(20)
@@ -229,7 +229,7 @@ def test_usps_and_emnist(tmp_path):
     assert load_dataset(f"emnist:{tmp_path}", "test").num_classes == 47
 
 
-def test_arrays_of_colours(tmp_path, monkeypatch):
+def test_svhn_and_stl10_are_read(tmp_path, monkeypatch):
     datasets = import_torchvision().datasets
     for module in (datasets.svhn, datasets.stl10):
         monkeypatch.setattr(module, "check_integrity", lambda *_: True)
@@ -255,7 +255,7 @@ def test_arrays_of_colours(tmp_path, monkeypatch):
     assert not data.augmentation.flip
 
 
-def test_images_in_files(tmp_path):
+def test_data_sets_of_image_files_are_read(tmp_path):
     for split in ("train", "valid", "test"):
         for label in ("AA", "BB"):
             for number in range(2):
@@ -294,7 +294,7 @@ def test_images_in_files(tmp_path):
     assert data.class_names == ("tench", "English springer")
 
 
-def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
+def test_a_complete_run_on_mnist(tmp_path, monkeypatch, capsys):
     module = type(sys)("nets")
     module.Gray = network_of(1)
     monkeypatch.setitem(sys.modules, "nets", module)
@@ -310,7 +310,7 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "images: 28x28 as they are" in printed
     assert "download" not in (out / "config.yaml").read_text()
     (tmp_path / "MNIST").rename(tmp_path / "elsewhere")
-    export.main([f"--run={out}"])  # needs no image
+    export.main([f"--run={out}"])  # export needs no images
     (tmp_path / "elsewhere").rename(tmp_path / "MNIST")
     capsys.readouterr()
     texts = []

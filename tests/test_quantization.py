@@ -1,4 +1,4 @@
-"""Configuration, quantizers, and what holds for a whole student."""
+"""Configuration, quantizers, calibration, and properties of a whole student."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ RULES = ("minmax", "mse", "lp", "lsq", "percentile")
 
 
 class SmallNetwork(nn.Module):
-    """A residual block, an inverted residual with a linear bottleneck, a concatenation."""
+    """A network with a residual block, a linear bottleneck and a concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,11 +129,11 @@ def test_bad_configuration_is_refused(change, message):
         QuantizationConfig(**change)
 
 
-# ---- the promise ----------------------------------------------------------------------------
+# ---- inputs on grids ------------------------------------------------------------------------
 
 
 def assert_on_grid(x, quantizer):
-    """Each value is exactly one of the quantizer's."""
+    """Require that each value is exactly on the quantizer's grid."""
     scale, zero = quantizer.scale.detach(), quantizer.zero_point.detach().round()
     codes = (x / scale).round() + zero
     assert codes.min() >= quantizer.quant_min
@@ -142,7 +142,7 @@ def assert_on_grid(x, quantizer):
 
 
 def check_inputs_on_their_grids(student, images):
-    """A hook on every convolution and linear layer; returns how many it saw."""
+    """Check the inputs of all convolutions and linear layers; return the number of layers."""
     quantizers = dict(student.activation_quantizers.named_children())
     seen = []
 
@@ -165,7 +165,7 @@ def check_inputs_on_their_grids(student, images):
 
 @pytest.mark.parametrize("bits", [2, 4, 5, 8])
 @pytest.mark.parametrize("rule", RULES)
-def test_every_layer_sees_its_grid_and_has_weights_on_theirs(network, images, bits, rule):
+def test_inputs_and_weights_of_every_layer_are_on_their_grids(network, images, bits, rule):
     student = student_of(
         network,
         images,
@@ -187,10 +187,10 @@ def test_every_layer_sees_its_grid_and_has_weights_on_theirs(network, images, bi
                 assert channel.unique().numel() <= 2**bits
 
 
-def test_the_promise_survives_training(network, images):
+def test_inputs_stay_on_their_grids_in_training(network, images):
     student = student_of(network, images, learn_zero_points=True, scale_gradient="none")
     optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
-    student.train()  # changes nothing: statistics are fixed and dropout is gone
+    student.train()  # has no effect: statistics are fixed and there is no dropout
     for _ in range(15):
         optimizer.zero_grad()
         F.mse_loss(student(images), network(images)).backward()
@@ -199,7 +199,7 @@ def test_the_promise_survives_training(network, images):
     assert check_inputs_on_their_grids(student, images) == 7
 
 
-def test_global_pooling_sees_a_grid(network, images):
+def test_global_pooling_has_a_quantized_input(network, images):
     student = student_of(network, images)
     modules = dict(student.named_modules())
     pools = [n for n in student.graph.nodes if str(n.target).startswith("average_pools.")]
@@ -207,7 +207,7 @@ def test_global_pooling_sees_a_grid(network, images):
     assert node.args[0].target == "activation_quantizers.relu_2"
 
 
-def test_table_of_the_small_network(network, images):
+def test_bits_table_of_the_small_network(network, images):
     rows = bits_table(student_of(network, images))
     assert [(r.name, r.kind, r.input, r.input_bits, r.input_signed, r.output) for r in rows] == [
         ("conv1", "conv 3x3", "x", 8, True, "relu 4 unsigned"),
@@ -222,7 +222,7 @@ def test_table_of_the_small_network(network, images):
 
 @torch.no_grad()
 @pytest.mark.parametrize("grid", ["deploy", "paper"])
-def test_bits_of_single_layers(network, images, grid):
+def test_bits_of_single_layers_can_be_set(network, images, grid):
     layer_bits = {"conv1": 5, "depthwise": 2}
     student = student_of(network, images, first_last_bits=8, layer_bits=layer_bits, grid=grid)
     rows = bits_table(student)
@@ -249,7 +249,7 @@ def test_eight_bits_stay_close_and_more_bits_are_closer(network, images):
 
 
 @pytest.mark.parametrize("grid", ["deploy", "paper"])
-def test_the_model_is_not_touched(images, grid):
+def test_the_teacher_does_not_change(images, grid):
     network = small_network().requires_grad_(False)
     before = copy.deepcopy(network.state_dict())
     logits = network(images)
@@ -266,7 +266,7 @@ def test_the_model_is_not_touched(images, grid):
 
 
 @pytest.mark.parametrize("grid", ["deploy", "paper"])
-def test_the_model_s_state_loads_into_the_student(images, grid):
+def test_the_teacher_s_state_loads_into_the_student(images, grid):
     student = prepare(small_network(0), QuantizationConfig(grid=grid), images[:1])
     other = small_network(1)
     result = student.load_state_dict(other.state_dict(), strict=False)
@@ -287,7 +287,7 @@ def test_gradients_reach_weights_norms_and_scales(network, images, grid):
         if "zero_point" not in name:
             assert parameter.grad.abs().sum() > 0, name
     names = [name for name, _ in student.named_parameters() if name.endswith("scale")]
-    # Seven weights; image, three ReLU, two ReLU6, concatenation, pooled features.
+    # Weights: seven. Activations: image, three ReLU, two ReLU6, concatenation, pooled features.
     assert len(names) == (7 + 8 if grid == "deploy" else 0)
     assert len(scale_parameters(student)) == (len(names) + 2 if grid == "deploy" else 0)
 
@@ -363,7 +363,7 @@ def test_moving_range_is_used_in_the_pass_that_moves_it():
     assert quantizer(x) is x
 
 
-def test_signed_activations_keep_zero_and_reach_both_ends():
+def test_signed_activations_represent_zero_and_both_ends():
     quantizer = build_activation("deploy", signed=True)
     quantizer.low.fill_(-1.0)
     quantizer.high.fill_(2.0)
@@ -410,7 +410,7 @@ def test_scale_gradient_is_scaled_once():
     torch.testing.assert_close(grads[1], grads[0] / math.sqrt(27 * 7))
 
 
-def test_projection_keeps_scales_positive_and_zero_points_among_the_codes(network, images):
+def test_projection_keeps_scales_positive_and_zero_points_valid(network, images):
     student = student_of(network, images, learn_zero_points=True)
     with torch.no_grad():
         for parameter in scale_parameters(student):
@@ -433,7 +433,7 @@ def test_calibration_does_not_depend_on_batches(network, images, grid):
     state = copy.deepcopy(student.state_dict())
     calibrate(student, iter(images.split(5)))
     for key, tensor in student.state_dict().items():
-        # Convolutions of other batch sizes may round differently.
+        # Convolutions may round differently for other batch sizes.
         torch.testing.assert_close(tensor, state[key], rtol=1e-3, atol=1e-3)
 
 
@@ -448,7 +448,7 @@ def test_minmax_calibration_reaches_the_extremes_of_float_activations(network, i
     assert student.activation_quantizers.relu.high.item() == pytest.approx(largest, rel=0.02)
 
 
-def test_better_rules_beat_minmax_at_few_bits(network, images):
+def test_mse_is_better_than_minmax_at_few_bits(network, images):
     expected = network(images)
 
     @torch.no_grad()
@@ -474,7 +474,7 @@ def test_calibration_needs_finite_images(network, images):
         calibrate(student, images * math.nan)
 
 
-def test_modes_need_ranges_and_names(network, images):
+def test_activation_modes_are_validated(network, images):
     student = prepare(network, QuantizationConfig(), images[:1])
     with pytest.raises(UsageError, match="ranges to be set before mode quantize"):
         set_activation_mode(student, "quantize")
@@ -502,14 +502,14 @@ def test_a_student_can_be_pickled_and_copied():
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hooks_are_not_dropped_in_silence(register):
+def test_networks_with_forward_hooks_are_refused(register):
     network = load_model("glyphs_resnet")
     getattr(network.conv1, register)(lambda *arguments: None)
     with pytest.raises(UsageError, match="without forward hooks.*got one on conv1"):
         prepare(network, QuantizationConfig(), torch.zeros(1, 3, 32, 32))
 
 
-def test_what_is_no_student_and_what_are_no_images_is_refused():
+def test_bad_students_and_bad_images_are_refused():
     network, images = load_model("glyphs_resnet"), torch.zeros(2, 3, 32, 32)
     for example in (None, images[0], images[:0]):
         with pytest.raises(UsageError, match="example_input of images"):

@@ -1,4 +1,4 @@
-"""Rules for ranges, the search behind them, and the histogram they look at."""
+"""Grids, range rules, their search, and the histogram of activations."""
 
 import math
 
@@ -40,14 +40,15 @@ def test_grid_of_the_full_range_clips_nothing(kind, bits):
         step = torch.maximum(high / (2 ** (bits - 1) - 1), -low / 2 ** (bits - 1))
     if kind == "unsigned":
         step = high / (2**bits - 1)
-    # Half a step off; the rounding of the zero point may move the ends by another half.
+    # Rounding changes values by half a step. The rounded zero point may shift the ends by another
+    # half step.
     slack = 1.0 if kind in ("asymmetric", "paper") else 0.5
     assert ((quantized - values).abs() <= step[:, None] * slack * (1 + 1e-4)).all()
     for row in quantized:
         assert row.unique().numel() <= 2**bits
 
 
-def test_symmetric_grid_uses_its_longer_negative_side():
+def test_symmetric_grid_uses_its_extra_negative_code():
     grid = Grid("symmetric", 4)
     scale, zero_point = grid.parameters(torch.tensor([-8.0, -4.0]), torch.tensor([7.0, 7.0]))
     assert scale.tolist() == [1.0, 1.0]
@@ -57,7 +58,7 @@ def test_symmetric_grid_uses_its_longer_negative_side():
 
 @given(low=st.floats(-10, 10), width=st.floats(0.01, 20), bits=st.integers(2, 8))
 @settings(max_examples=60, deadline=None)
-def test_asymmetric_grid_holds_zero_and_an_integer_zero_point(low, width, bits):
+def test_asymmetric_grid_contains_zero_and_has_an_integer_zero_point(low, width, bits):
     grid = Grid("asymmetric", bits)
     scale, zero_point = grid.parameters(torch.tensor([low]), torch.tensor([low + width]))
     assert zero_point.item() == int(zero_point.item())
@@ -67,8 +68,8 @@ def test_asymmetric_grid_holds_zero_and_an_integer_zero_point(low, width, bits):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_paper_grid_is_the_formula(bits):
-    """FDDA's code: inverse scale, z of range start and half the codes, rounding after the shift."""
+def test_paper_grid_equals_its_formula(bits):
+    """Compare with the formula of FDDA's published code, which rounds after the shift."""
     x = torch.randn(1000) * 2 + 0.3
     low, high = x.min(), x.max()
     s = (2**bits - 1) / max(float(high - low), 1e-8)
@@ -79,8 +80,8 @@ def test_paper_grid_is_the_formula(bits):
 
 
 def test_paper_grid_rounds_ties_after_the_shift():
-    # s = 1, z = round(-8) + 8 = 0 for the first range and 1 for the second: the tie 0.5 goes to an
-    # even code, not to an even value.
+    # With s = 1, z = round(low) + 8 is 0 for the first range and 1 for the second. The tie 0.5 is
+    # rounded to an even code, not to an even value.
     x = torch.tensor([0.5])
     even = paper_quantize(x, torch.tensor(-8.0), torch.tensor(7.0), 4)
     odd = paper_quantize(x, torch.tensor(-7.0), torch.tensor(8.0), 4)
@@ -108,7 +109,7 @@ def test_search_is_at_least_as_good_as_every_share_of_the_full_range(kind, bits,
 
 
 def test_search_finds_the_known_optimum_of_a_gaussian():
-    """Sixteen uniform levels for a unit Gaussian: step 0.3352 (Max, 1960)."""
+    """Expect the step 0.3352 for 16 uniform levels and a unit Gaussian (Max, 1960)."""
     values = torch.randn(4, 60_000, generator=torch.Generator().manual_seed(0))
     low, high = values.aminmax(dim=1)
     grid = Grid("asymmetric", 4)
@@ -128,7 +129,7 @@ def test_rows_do_not_influence_each_other():
             torch.testing.assert_close(whole[1][part], alone[1])
 
 
-def test_so_many_candidates_at_once_as_fit_find_the_same(monkeypatch):
+def test_the_number_of_candidates_at_once_does_not_change_the_range(monkeypatch):
     torch.manual_seed(0)
     values = torch.randn(5, 300)
     grid, rule = Grid(bits=3, kind="asymmetric"), RangeRule("lp", 2.4)
@@ -144,8 +145,8 @@ def test_so_many_candidates_at_once_as_fit_find_the_same(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", ["lp", "lsq", "percentile", "minmax"])
 @pytest.mark.parametrize("counted", [False, True])
-def test_ranges_are_found_where_the_values_are(kind, rule, counted):
-    """On a device other than the processor's, here one without values: nothing else is mixed in."""
+def test_ranges_are_found_on_the_device_of_the_values(kind, rule, counted):
+    """Use the meta device, on which a tensor from the CPU would cause an error."""
     values = torch.empty(5, 400, device="meta")
     counts = torch.empty(5, 400, dtype=torch.int64, device="meta") if counted else None
     low, high = values.aminmax(dim=1)
@@ -167,7 +168,7 @@ def test_lsq_scale_is_twice_the_mean_magnitude_over_the_root_of_quant_max():
         torch.testing.assert_close(grid.parameters(*found)[0], expected)
 
 
-def test_percentile_cuts_the_asked_share():
+def test_percentile_cuts_the_given_share():
     values = torch.arange(1000.0).repeat(2, 1) - 300
     low, high = values.aminmax(dim=1)
     found = find_range(
@@ -210,7 +211,7 @@ def test_constant_and_zero_rows_give_finite_positive_scales():
 # ---- histogram ------------------------------------------------------------------------------
 
 
-def test_histogram_depends_neither_on_batches_nor_on_their_order():
+def test_histogram_does_not_depend_on_batches_or_their_order():
     values = torch.randn(4000, generator=torch.Generator().manual_seed(0)).exp() - 0.5
     whole = Histogram()
     whole.update(values)
@@ -253,7 +254,7 @@ def test_histogram_counts_every_value_of_any_layout(layout):
 
 @pytest.mark.parametrize("name", ["minmax", "lp", "lsq", "percentile"])
 @pytest.mark.parametrize("kind", ["unsigned", "asymmetric", "paper"])
-def test_range_from_histogram_is_the_range_from_the_values(name, kind):
+def test_range_from_the_histogram_is_close_to_the_range_from_the_values(name, kind):
     values = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 0.7 + 0.2
     values = values.relu() if kind == "unsigned" else values
     histogram = Histogram()
@@ -263,7 +264,7 @@ def test_range_from_histogram_is_the_range_from_the_values(name, kind):
     low, high = histogram.find_range(grid, rule)
     ends = values[None].aminmax(dim=1)
     expected = find_range(values[None], None, *ends, grid, rule)
-    # The search may stop at a neighbouring candidate, whose error is practically the same.
+    # The search may stop at a neighbouring candidate with almost the same error.
     assert low == pytest.approx(expected[0].item(), abs=0.08)
     assert high == pytest.approx(expected[1].item(), abs=0.08)
     ours = error(values[None], torch.tensor([low]), torch.tensor([high]), grid)

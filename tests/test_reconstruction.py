@@ -1,4 +1,4 @@
-"""BRECQ, QDrop, AdaQuant: units, rounding, losses against plain formulas, runs that resume."""
+"""BRECQ, QDrop, AdaQuant: units, learned rounding, losses against formulas, resumption."""
 
 import copy
 import errno
@@ -60,7 +60,7 @@ NAMES = ["brecq", "qdrop", "adaquant"]
 
 
 def tiny(**changes) -> MethodSettings:
-    """A few steps; ``changes`` are for all three that know them."""
+    """Return settings with a few steps; ``changes`` apply to all methods that have such a field."""
     sections = {
         "brecq": BRECQConfig(steps=4, batch=4, scale_steps=3, scale_lr=1e-3),
         "qdrop": QDropConfig(steps=4, batch=4, scale_lr=1e-3),
@@ -80,7 +80,7 @@ def run(method, begin: int = 0, end: int | None = None) -> list:
 
 # ---- units ----------------------------------------------------------------------------------
 
-#: Layers in each block.
+#: Number of layers in each block.
 BLOCKS = {
     "torchvision:resnet18": [1, 2, 2, 3, 2, 3, 2, 3, 2, 1],
     "pytorchcv:mobilenet_w1": [1] + [2] * 13 + [1],
@@ -94,7 +94,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("spec", sorted(BLOCKS))
 @torch.no_grad()
-def test_every_layer_is_in_one_unit_and_units_in_turn_are_the_student(spec):
+def test_every_layer_is_in_one_unit_and_all_units_together_equal_the_student(spec):
     network = load(spec)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     quantization = QuantizationConfig(weight_range="minmax", activation_range="minmax")
@@ -111,22 +111,22 @@ def test_every_layer_is_in_one_unit_and_units_in_turn_are_the_student(spec):
         if granularity == "block":
             assert [len(unit.layers) for unit in units] == BLOCKS[spec]
             assert all(len(unit.inputs) == 1 for unit in units)
-        # Fed with nothing but what those before have made, the last makes the student's output.
+        # Each unit reads only outputs of earlier units; the last one gives the student's output.
         first = {name for unit in units for name in unit.inputs} - {u.output for u in units}
         made = dict(zip(sorted(first), values_of(student, sorted(first))(images), strict=True))
         if granularity != "layer":
-            assert len(first) == 1, "the images alone come from outside"
+            assert len(first) == 1, "only the images are external inputs"
         for unit in units:
             made[unit.output] = unit.of(student)(*(made[name] for name in unit.inputs))
         assert torch.equal(made[units[-1].output], student(images))
 
 
-def test_the_paper_networks_are_among_them():
+def test_the_paper_s_networks_are_tested():
     assert set(NETWORKS.values()) <= set(BLOCKS)
 
 
 @torch.no_grad()
-def test_float_copy_is_the_teacher():
+def test_float_copy_computes_what_the_teacher_computes():
     task = problem()
     student = task.student()
     calibrate(student, task.images)
@@ -136,9 +136,9 @@ def test_float_copy_is_the_teacher():
 
 
 @torch.no_grad()
-def test_a_frontier_passes_every_layer_once_and_forgets_what_is_not_needed():
+def test_a_frontier_runs_every_layer_once_and_frees_unneeded_tensors():
     task = replace(problem(), teacher=load("torchvision:shufflenet_v2_x0_5"))
-    size = task.images.shape[1:]  # what the student is prepared for
+    size = task.images.shape[1:]  # the student is prepared for this size
     images = torch.randn(40, *size, generator=torch.Generator().manual_seed(1))
     student = task.student()
     calibrate(student, images)
@@ -156,19 +156,19 @@ def test_a_frontier_passes_every_layer_once_and_forgets_what_is_not_needed():
         walked.append(frontier.at(index))
         held.append(len(frontier.known))
     assert seen == dict.fromkeys(layers, len(images))
-    assert max(held) <= 6, "the image, output and inputs of a unit, and a branch that goes on"
+    assert max(held) <= 6, "the image, a unit's output and inputs, and an open branch"
     for index in (0, 5, 30, len(stops) - 1):
         whole = [values_of(student, stops[index])(batch) for batch in images.split(BATCH)]
         for cache, values in zip(walked[index], zip(*whole, strict=True), strict=True):
             found = torch.cat(list(cache.split(BATCH)))
             torch.testing.assert_close(found, torch.cat(values), rtol=1e-4, atol=1e-5)
-    # Back, and straight to a stop: the same to the bit.
+    # Going back to a stop, or directly to it, is bit-identical.
     for again in (frontier, Frontier(student, stops, images, 2**30)):
         for first, second in zip(walked[20], again.at(20), strict=True):
             assert torch.equal(first.rows, second.rows)
 
 
-def test_a_full_disk_is_named(monkeypatch, tmp_path):
+def test_a_full_disk_is_reported(monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -179,7 +179,7 @@ def test_a_full_disk_is_named(monkeypatch, tmp_path):
         collect(lambda x: (x,), [torch.zeros(4, 256, 16, 16)], 0)
 
 
-def test_caches_on_disk_hold_the_same(tmp_path, monkeypatch):
+def test_caches_on_disk_hold_the_same_values(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     images = torch.randn(70, 3, 4, 5)
     chosen = torch.tensor([69, 0, 31, 32])
@@ -188,7 +188,7 @@ def test_caches_on_disk_hold_the_same(tmp_path, monkeypatch):
         assert torch.equal(first.read(chosen), images[chosen] * 2)
         assert first.read(chosen).is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(second.read(chosen), images[chosen].flatten(1))
-    assert not list(tmp_path.iterdir()), "a file without a name"
+    assert not list(tmp_path.iterdir()), "the file has no name in the folder"
 
 
 # ---- rounding -------------------------------------------------------------------------------
@@ -201,13 +201,13 @@ def layer(rows: int = 3, columns: int = 7, bits: int = 3, **config) -> Quantized
 
 
 @pytest.mark.parametrize("grid", ["deploy", "paper"])
-def test_soft_weight_begins_as_the_float_weight(grid):
+def test_soft_weight_starts_as_the_float_weight(grid):
     plain = layer(grid=grid)
     soft = SoftlyRounded(plain)
     position = plain.weight_quantizer.position(plain.weight)
     grid_ = plain.weight_quantizer.grid
     inside = (position >= grid_.quant_min) & (position <= grid_.quant_max)
-    assert 0 < inside.sum() < inside.numel(), "both are tried"
+    assert 0 < inside.sum() < inside.numel(), "some weights are inside and some outside"
     found = soft.weight(soft.share_up())
     torch.testing.assert_close(found[inside], plain.weight[inside])
     x = torch.randn(5, 7)
@@ -215,7 +215,7 @@ def test_soft_weight_begins_as_the_float_weight(grid):
 
 
 @pytest.mark.parametrize("grid", ["deploy", "paper"])
-def test_hard_rounding_is_floor_or_one_more_and_rounds_to_itself(grid):
+def test_hard_rounding_is_up_or_down_and_does_not_change_when_repeated(grid):
     plain = layer(grid=grid)
     soft = SoftlyRounded(plain)
     nn.init.normal_(soft.alpha)
@@ -228,7 +228,7 @@ def test_hard_rounding_is_floor_or_one_more_and_rounds_to_itself(grid):
     torch.testing.assert_close(quantizer(plain.weight), quantizer.values(expected))
 
 
-def test_regulariser_and_its_schedule():
+def test_regulariser_and_its_schedule_equal_their_formulas():
     soft = SoftlyRounded(layer())
     h = (soft.alpha.sigmoid() * 1.2 - 0.1).clamp(0, 1)
     torch.testing.assert_close(soft.regulariser(7.0), (1 - (2 * h - 1).abs() ** 7).sum())
@@ -239,7 +239,7 @@ def test_regulariser_and_its_schedule():
 def rounding_beside_a_search(
     plain: QuantizedLinear, x: Tensor, weight: float
 ) -> tuple[float, float, float, float]:
-    """Errors of the best of all roundings, of the learned one, of the nearest; share decided."""
+    """Return errors of the best, the learned and the nearest rounding, and the decided share."""
     target = F.linear(x, plain.weight, plain.bias).detach()
     quantizer = plain.weight_quantizer
     floor = quantizer.position(plain.weight).floor()
@@ -272,30 +272,32 @@ def rounding_beside_a_search(
     return best, error(quantizer.codes(plain.weight)), nearest, float(metrics["decided"])
 
 
-def test_rounding_is_as_good_as_a_search_over_all():
+def test_learned_rounding_is_as_good_as_exhaustive_search():
     plain = layer(rows=1, columns=9, bits=2)
     torch.manual_seed(0)
-    x = torch.randn(64, 9) @ torch.randn(9, 9) / 3  # correlated: the nearest is not the best
+    x = torch.randn(64, 9) @ torch.randn(9, 9) / 3  # correlated inputs: nearest is not best
     best, found, nearest, decided = rounding_beside_a_search(plain, x, 0.01)
     assert decided == 1
     assert best <= found <= 1.02 * best < nearest
 
 
-def test_rounding_is_mostly_as_good_as_a_search_over_all_whatever_the_seed():
+def test_learned_rounding_is_as_good_as_exhaustive_search_for_most_seeds():
     errors = []
     for seed in range(12):
         torch.manual_seed(seed)
         config = QuantizationConfig(weight_range="lp")
         plain = QuantizedLinear.from_float(nn.Linear(9, 1), 2, config)
-        x = torch.randn(64, 9) + torch.randn(64, 1)  # what inputs share, their errors share
+        x = torch.randn(64, 9) + torch.randn(64, 1)  # correlated inputs
         errors.append(rounding_beside_a_search(plain, x, 0.1)[:3])
     assert all(best <= found * 1.0001 for best, found, _ in errors)
     as_good = sum(found <= 1.02 * best for best, found, _ in errors)
-    assert as_good >= 10, "AdaRound descends, and may end in a minimum that is not the least"
-    assert sum(nearest <= 1.02 * best for best, _, nearest in errors) <= 6, "it takes learning"
+    assert as_good >= 10, "AdaRound may end in a local minimum"
+    assert sum(nearest <= 1.02 * best for best, _, nearest in errors) <= 6, (
+        "nearest rounding is worse"
+    )
 
 
-#: One layer or block after the other, whatever enters it.
+#: Methods that train one unit after the other, layers or blocks.
 WAYS = [
     ("brecq", {}),
     ("brecq", {"granularity": "layer"}),
@@ -307,7 +309,7 @@ WAYS = [
 
 @pytest.mark.parametrize(("name", "changes"), WAYS)
 @pytest.mark.parametrize("grid", ["deploy", "paper"])
-def test_units_of_a_branched_network_read_what_the_final_student_makes(name, changes, grid):
+def test_units_of_a_branched_network_read_inputs_of_the_final_student(name, changes, grid):
     task = problem_of_small_network(grid=grid)
     method = build_method(name, task, tiny(**changes))
     read = []
@@ -324,13 +326,13 @@ def test_units_of_a_branched_network_read_what_the_final_student_makes(name, cha
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_caches_in_files_change_nothing(name):
+def test_caches_in_files_do_not_change_results(name):
     task = problem_of_small_network()
     methods = [build_method(name, task, tiny(cache_megabytes=size)) for size in (4096, 0)]
     assert run(methods[0]) == run(methods[1])
 
 
-def test_an_argument_that_no_one_reads_does_not_matter():
+def test_an_unused_argument_does_not_matter():
     class Network(nn.Module):
         def __init__(self, network: nn.Module) -> None:
             super().__init__()
@@ -358,18 +360,18 @@ def test_output_error_is_a_sum_over_channels():
 
 
 def first_step(name: str, **changes):
-    """A method before its first step, on all its images, and what that step says."""
+    """Return a method after its first step, with all images in one batch, and the metrics."""
     method = build_method(name, problem(), tiny(batch=CLASSES, **changes))
     return method, method.step(0)
 
 
-def test_brecq_objective():
+def test_brecq_objective_equals_its_formula():
     method, metrics = first_step("brecq")
     images = method.problem.images
     (target,) = values_of(method.reference, [method.units[0].output])(images)
     network = method.problem.teacher[:3]
     torch.testing.assert_close(target, network(images))
-    # Soft weights begin in float, and activations are, so only clipped weights differ.
+    # Activations and soft weights are in float at first, so only clipped weights differ.
     plain = method.student.get_submodule("0")
     scale = plain.weight_quantizer.scale.view(-1, 1, 1, 1)
     quantizer = plain.weight_quantizer
@@ -377,7 +379,7 @@ def test_brecq_objective():
     made = F.relu(network[1](F.conv2d(images, weight, padding=1)))
     expected = (made - target).square().sum(1).mean()
     torch.testing.assert_close(metrics["reconstruction"], expected, rtol=1e-3, atol=1e-6)
-    assert float(metrics["regulariser"]) == 0, "warm-up"
+    assert float(metrics["regulariser"]) == 0, "the regulariser is off in the warm-up"
     assert float(method.step(1)["regulariser"]) > 0
 
 
@@ -395,7 +397,7 @@ def test_fisher_weights_are_squared_gradients_of_the_divergence():
     torch.testing.assert_close(found, expected / expected.mean(), rtol=1e-2, atol=1e-2)
 
 
-def test_brecq_second_stage_is_the_power_of_float_activations():
+def test_brecq_second_stage_trains_only_activation_scales():
     method = build_method("brecq", problem(), tiny(batch=CLASSES))
     stage = 4 * len(method.units)
     assert method.iterations == stage + 3 * sum(bool(unit.quantizers) for unit in method.units)
@@ -417,7 +419,7 @@ def test_brecq_second_stage_is_the_power_of_float_activations():
         assert torch.equal(weight, method.student.get_parameter(name)), name
 
 
-def test_dropping_masks_elements_at_random():
+def test_qdrop_drops_elements_at_random():
     task = problem()
     student = task.student()
     calibrate(student, task.images)
@@ -453,7 +455,7 @@ def test_qdrop_without_dropping_is_joint_reconstruction():
 
 
 @pytest.mark.parametrize("relu_loss", [True, False])
-def test_adaquant_objective(relu_loss):
+def test_adaquant_objective_equals_its_formula(relu_loss):
     method, metrics = first_step("adaquant", relu_loss=relu_loss, held_out=0.0)
     fresh = build_method("adaquant", problem(), tiny(held_out=0.0))
     images, teacher = method.problem.images, method.problem.teacher
@@ -472,16 +474,18 @@ def test_adaquant_keeps_the_best_state_on_held_out_images():
     method = build_method("adaquant", problem(), tiny(lr=10.0, steps=10, held_out=0.5))
     before = method.student.get_submodule("0").weight.clone()
     run(method, end=10)
-    assert torch.equal(method.student.get_submodule("0").weight, before), "ruin is undone"
+    assert torch.equal(method.student.get_submodule("0").weight, before), (
+        "the best state is restored"
+    )
     gentle = build_method("adaquant", problem(weight_bits=2), tiny(steps=40, held_out=0.2))
-    run(gentle, end=41)  # the image is white noise, for which the first layer's nearest is best
+    run(gentle, end=41)  # for white noise, nearest rounding of the first layer is best
     current, first = gentle.current, gentle.current.best_error
     run(gentle, 41, 80)
     assert current.best_error < 0.9 * first
 
 
 @pytest.mark.parametrize("sequential", [True, False])
-def test_adaquant_inputs_are_the_quantized_or_the_float_network_s(sequential):
+def test_adaquant_inputs_come_from_the_student_or_from_the_teacher(sequential):
     method = build_method("adaquant", problem(), tiny(sequential=sequential))
     run(method, end=5)
     source = method.student if sequential else method.reference
@@ -490,7 +494,7 @@ def test_adaquant_inputs_are_the_quantized_or_the_float_network_s(sequential):
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_relative_adam_moves_by_shares():
+def test_relative_adam_changes_parameters_by_a_factor():
     small, large = (nn.Parameter(torch.tensor(v)) for v in (1e-3, 1e3))
     optimizer = RelativeAdam([small, large], lr=0.1)
     for _ in range(3):
@@ -501,14 +505,16 @@ def test_relative_adam_moves_by_shares():
         assert parameter.item() == pytest.approx(expected, rel=2e-3)
 
 
-def test_bn_tuning_measures_the_quantized_network():
+def test_bn_tuning_uses_statistics_of_the_quantized_network():
     task = problem(weight_bits=2)
     method = build_method("adaquant", task, tiny(bn_tuning=True, steps=20, held_out=0.0))
     student = method.student
     norms = {name: student.get_submodule(name) for name in ("1", "4")}
     run(method, end=method.iterations - 1)
     for name, norm in norms.items():
-        assert not torch.equal(norm.bias, task.teacher.get_submodule(name).bias), "it has learned"
+        assert not torch.equal(norm.bias, task.teacher.get_submodule(name).bias), (
+            "the shift was trained"
+        )
     run(method, begin=method.iterations - 1)
     seen = {}
 
@@ -524,7 +530,7 @@ def test_bn_tuning_measures_the_quantized_network():
         variance, mean = torch.var_mean(x, (0, 2, 3))
         torch.testing.assert_close(norm.running_mean, mean, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(norm.running_var, variance, rtol=1e-3, atol=1e-4)
-        # What the learned shift made up for is in the measured mean now, and counts once.
+        # With the measured mean, the mean output is the teacher's shift, not the learned one.
         expected = task.teacher.get_submodule(name).bias
         torch.testing.assert_close(y.mean((0, 2, 3)), expected, rtol=1e-3, atol=1e-3)
     before = norms["4"].running_mean.clone()
@@ -533,11 +539,11 @@ def test_bn_tuning_measures_the_quantized_network():
     torch.testing.assert_close(norms["4"].running_mean, before)
 
 
-def test_images_that_judge_are_drawn_at_random_and_not_learned_from(monkeypatch):
+def test_held_out_images_are_random_and_not_used_for_training(monkeypatch):
     method = build_method("adaquant", problem(), tiny(held_out=0.4, steps=30, batch=2))
     kept = set(method.held_out.tolist())
     assert len(kept) == round(0.4 * CLASSES)
-    assert kept != set(range(CLASSES - len(kept), CLASSES)), "images come class by class"
+    assert kept != set(range(CLASSES - len(kept), CLASSES)), "images are sorted by class"
     method.step(0)
     read = []
     error = method.current._error
@@ -549,11 +555,11 @@ def test_images_that_judge_are_drawn_at_random_and_not_learned_from(monkeypatch)
     assert len(learning) == 29 and {i for batch in learning for i in batch} | kept == set(
         range(CLASSES)
     )
-    assert len(judging) == 10 * len(kept), "after each tenth of the steps"
+    assert len(judging) == 10 * len(kept), "held-out images are read after each tenth of the steps"
 
 
-def test_ranges_at_eight_bits_move_by_their_rate():
-    """LSQ's factor makes their gradients small beside the eps that Adam usually has."""
+def test_ranges_at_eight_bits_move_by_the_learning_rate():
+    """Check Adam's eps, since LSQ's factor makes these gradients very small."""
     rate = 1e-3
     task = problem(weight_bits=8, activation_bits=8)
     method = build_method("adaquant", task, tiny(weight_range_lr=rate, held_out=0.0, steps=2))
@@ -566,7 +572,7 @@ def test_ranges_at_eight_bits_move_by_their_rate():
 
 @pytest.mark.parametrize("changes", [{"scale_steps": 0}, {}])
 @pytest.mark.parametrize("grid", ["deploy", "paper"])
-def test_ranges_are_those_of_the_weights_in_the_end(grid, changes):
+def test_final_ranges_belong_to_the_final_weights(grid, changes):
     task = problem(grid=grid, weight_bits=2, weight_range="lp", activation_range="minmax")
     rounding = RoundingConfig(lr=0.1, weight=1.0)
     settings = tiny(steps=60, rounding=rounding, scale_lr=1e-9, **changes)
@@ -605,7 +611,7 @@ def test_state_resumes_exactly_and_the_student_is_a_program(name, grid, changes)
     whole = build()
     run(whole)
     halves, resumed = build(), build()
-    half = whole.iterations - 2  # within a unit
+    half = whole.iterations - 2  # inside a unit
     run(halves, end=half)
     resumed.load_state_dict(halves.state_dict())
     run(resumed, begin=half)
@@ -617,7 +623,7 @@ def test_state_resumes_exactly_and_the_student_is_a_program(name, grid, changes)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_stopped_between_units_and_early_in_one_resumes(name):
+def test_a_run_stopped_between_units_or_inside_a_unit_resumes(name):
     task = problem_of_small_network()
     whole = build_method(name, task, tiny())
     run(whole)
@@ -649,7 +655,7 @@ def test_labels_do_not_matter_and_errors_fall(name):
 
 
 @pytest.mark.parametrize("name", ["brecq", "qdrop"])
-def test_roundings_are_decided_in_the_end(name):
+def test_all_roundings_are_decided_at_the_end(name):
     rounding = RoundingConfig(lr=0.05, weight=1.0)
     method = build_method(name, problem(), tiny(steps=300, scale_steps=0, rounding=rounding))
     metrics = run(method)
@@ -660,7 +666,7 @@ def test_roundings_are_decided_in_the_end(name):
         assert method.progress[index]["first"] == float(metrics[300 * index]["reconstruction"])
 
 
-def test_ends_at_eight_bits_are_reconstructed_too():
+def test_first_and_last_layer_at_eight_bits_are_reconstructed_too():
     method = build_method("brecq", problem(first_last_bits=8), tiny())
     run(method)
     assert [row.weight_bits for row in bits_table(method.student)] == [8, 4, 8]
@@ -670,7 +676,7 @@ def test_ends_at_eight_bits_are_reconstructed_too():
         assert torch.equal(quantizer.values(quantizer.codes(plain.weight)), plain.weight)
 
 
-def test_average_bits_go_where_they_matter():
+def test_average_bits_are_given_to_the_layers_that_need_them():
     task = problem(first_last_bits=8)
     student, images = task.student(), task.images
     costs = prediction_costs(student, task.quantization, images, {"3": (2, 8), "8": (4,)})
@@ -728,7 +734,7 @@ def test_presets_set_everything_and_scale(name, preset):
         assert section == type(section)()
 
 
-def test_train_runs_one(tmp_path):
+def test_train_runs_qdrop(tmp_path):
     out = tmp_path / "run"
     train.main(
         [

@@ -1,4 +1,4 @@
-"""A limited data set is a fair sample, and an accuracy over it says how far it may be off."""
+"""Samples of a data set, and the standard error of an accuracy over a sample."""
 
 import json
 import math
@@ -33,18 +33,18 @@ def test_every_class_has_its_share_of_every_sample(name):
     sizes = torch.bincount(labels).double()
     for count in {1, 2, 5, 10, 71, 100, 500, 999, 1000, 1500, n // 2, n - 1} & set(range(1, n)):
         sample = fair_sample(labels, count)
-        assert torch.equal(sample, order[:count]), "a small sample is part of a large one"
+        assert torch.equal(sample, order[:count]), "a smaller sample is part of a larger one"
         found = torch.bincount(labels[sample], minlength=len(sizes))
         assert (found - count * sizes / n).abs().max() < 1.5
         if count % 1000 == 0 and name.startswith("classes"):
             assert set(found.tolist()) == {count // 1000}
 
 
-def test_classes_in_turn_do_not_meet_the_sample_in_step():
-    # Equal distances of 10 would find one class alone.
+def test_periodic_labels_do_not_bias_the_sample():
+    # A regular distance of 10 would find only one class.
     labels = torch.arange(1000) % 10
     assert torch.bincount(labels[fair_sample(labels, 100)]).tolist() == [10] * 10
-    # The images of a class are not the first ones of it.
+    # The sample does not take the first images of a class.
     labels = torch.arange(10).repeat_interleave(100)
     places = fair_sample(labels, 300) % 100
     assert 40 < places.double().mean() < 60
@@ -66,7 +66,7 @@ def test_the_sample_is_the_same_on_every_machine():
     assert fair_sample(torch.empty(0, dtype=torch.int64), 5).numel() == 0
 
 
-def test_samples_of_images_are_nested_sorted_and_free_of_the_seed():
+def test_samples_of_images_are_nested_sorted_and_do_not_depend_on_the_seed():
     small, large, other = (
         load_dataset("glyphs", "test", limit=limit, seed=seed)
         for limit, seed in ((71, 0), (142, 0), (71, 1))
@@ -96,7 +96,7 @@ def test_standard_error_is_the_spread_of_samples():
     assert standard_error(50, 10, 10) == standard_error(50, 10, 0) == 0
 
 
-def test_an_accuracy_knows_whether_it_is_of_a_sample():
+def test_accuracies_over_a_sample_have_a_standard_error():
     whole, sample = Accuracy(81.2, 99.0, 1000), Accuracy(81.2, 99.0, 400, 1000)
     assert (whole.is_sample, whole.standard_error) == (False, 0)
     assert str(whole) == "top-1 81.20 %, top-5 99.00 %, 1000 images"
@@ -118,7 +118,7 @@ def test_an_accuracy_knows_whether_it_is_of_a_sample():
         assert accuracy.top1 == pytest.approx(100 / 71)
 
 
-def test_whatever_prints_an_accuracy_of_a_sample_prints_its_error(tmp_path, capsys):
+def test_every_printed_accuracy_over_a_sample_has_its_standard_error(tmp_path, capsys):
     out = tmp_path / "out"
     compare.main(["--methods=minmax", "--seeds=0", f"--out={out}", "--", "--test_limit=71"])
     folder = out / "glyphs_resnet-W4A4" / "minmax-seed0"
@@ -143,7 +143,7 @@ def test_whatever_prints_an_accuracy_of_a_sample_prints_its_error(tmp_path, caps
     assert f"{top1} %" in report
     assert "71 of 10650 test images" in report
     assert "20 test images, a sample of 10650" in report
-    # A summary from before samples were told counts as one of all images.
+    # A summary without "of" counts as one over all images.
     del summary["of"]
     row = train.Row(**{k: v for k, v in summary.items() if k != "config"})
     assert "±" not in train.render_rows([row], "W4A4").columns[1]._cells[0]

@@ -1,4 +1,4 @@
-"""BN-statistic capture, centres and the losses of FDDA against plain formulas."""
+"""Capture of BN statistics, BNS centres, and the losses of FDDA against formulas."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def small_network(num_classes: int = 5) -> nn.Module:
 
 
 def plain_distance(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """MSE(mu, mean) + MSE(v, variance) of one layer's input [N, C, H, W], as in the paper."""
+    """Return MSE(mu, mean) + MSE(v, variance) of a layer's input [N, C, H, W], as in the paper."""
     mu = x.mean(dim=(0, 2, 3))
     v = x.var(dim=(0, 2, 3), unbiased=False)
     return ((mu - mean) ** 2).mean() + ((v - variance) ** 2).mean()
@@ -103,7 +103,7 @@ def test_class_losses_equal_the_formula_for_each_class():
     targets = centralised_and_distorted_targets(index, centres, share, Distortion(0.0, 0.0), random)
     together = targets.distances(inputs)
     centralised, distorted = together.mean(1)
-    # A layer at a time, with the same bits.
+    # Layer by layer, the result is bit-identical.
     alone = [targets.distances([x], layer) for layer, x in enumerate(inputs)]
     assert torch.cat(alone, 1).equal(together)
     plain = sum(
@@ -112,11 +112,11 @@ def test_class_losses_equal_the_formula_for_each_class():
         for k in (0, 2)
     ) / len(inputs)
     torch.testing.assert_close(centralised, plain)
-    # Without noise the two losses are the same.
+    # Without noise the two losses are equal.
     torch.testing.assert_close(distorted, centralised)
 
 
-def test_distorted_loss_at_the_centre_has_the_noise_as_its_expectation():
+def test_distorted_loss_at_the_centre_is_the_variance_of_the_noise_on_average():
     x = torch.randn(8, 512, 4, 4)
     centre = LayerStatistics(
         [x.mean(dim=(0, 2, 3))[None]], [x.var(dim=(0, 2, 3), unbiased=False)[None]]
@@ -144,7 +144,7 @@ def test_noise_pull_is_twice_the_distance_to_standard_normal_noise():
         return float(noise_pull_loss(noise_pull_targets(index, like, share, random).distances(x)))
 
     values = [loss(share) for _ in range(40)]
-    # Statistics are 0, so each term is the mean square of standard normal noise: 1.
+    # The statistics are 0, so each term is the mean square of standard normal noise, which is 1.
     assert sum(values) / len(values) == pytest.approx(2 * (1 + 1), rel=0.05)
     assert loss(torch.zeros(1)) == 0
 
@@ -154,7 +154,7 @@ def test_centres_are_those_of_each_class_alone(tmp_path):
     images = torch.randn(120, 3, 8, 8)
     labels = torch.arange(120) % 40
     predicted = network(images).argmax(1)
-    labels[80:] = predicted[80:]  # classes with right and wrong images, and some with wrong alone
+    labels[80:] = predicted[80:]  # some classes have only misclassified images
     right = labels == predicted
     centres = compute_centres(network, images, labels, 40)
     assert 0 < int(centres.correct.sum()) < 40

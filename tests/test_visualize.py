@@ -1,4 +1,4 @@
-"""Reports of runs: what is measured for them, what is in them, and how a browser shows them."""
+"""Reports of runs: measurements, content, and display in a browser."""
 
 import json
 import math
@@ -33,7 +33,7 @@ from fdda_ext.visualization import (
     statistics_distance,
 )
 
-#: A run of seconds with everything that a report can show.
+#: Arguments for a short run with everything that a report can show.
 ARGUMENTS = [
     "--threads=1",
     "--test_limit=71",
@@ -63,7 +63,7 @@ OF_A_GENERATOR = {
 
 
 class Page(HTMLParser):
-    """A page that must be well formed: what is in it."""
+    """The content of an HTML page, which must be well-formed."""
 
     VOID = ("meta", "img", "br", "hr", "link", "input")
 
@@ -102,7 +102,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A finished run, whose report was made by the training itself."""
+    """A finished run with the report that training wrote."""
     before = torch.get_num_threads()
     folder = tmp_path_factory.mktemp("report") / "run"
     train.main([*ARGUMENTS, f"--out={folder}"])
@@ -113,7 +113,7 @@ def run(tmp_path_factory) -> Path:
 # ---- the pages ----------------------------------------------------------------------------------
 
 
-def test_training_leaves_a_page_that_holds_all_it_shows(run):
+def test_training_writes_a_self_contained_report(run):
     found = Page(run / "report.html")
     assert set(found.ids) == ALWAYS | OF_A_GENERATOR
     assert not found.links
@@ -132,7 +132,7 @@ def test_training_leaves_a_page_that_holds_all_it_shows(run):
         assert words in found.words, words
 
 
-def test_a_baseline_has_no_sections_without_data(run):
+def test_reports_of_baselines_have_no_sections_without_data(run):
     folder = run / "baselines" / "minmax"
     visualize.main([str(folder), "--images=30"])
     found = Page(folder / "report.html")
@@ -141,7 +141,7 @@ def test_a_baseline_has_no_sections_without_data(run):
     assert "minmax on glyphs_resnet" in found.words
 
 
-def test_after_export_the_page_has_size_and_speed_and_is_the_same_otherwise(run):
+def test_after_export_the_report_also_has_size_and_speed(run):
     before = (run / "report.html").read_text()
     visualize.main([str(run)])
     assert (run / "report.html").read_text() == before
@@ -153,7 +153,7 @@ def test_after_export_the_page_has_size_and_speed_and_is_the_same_otherwise(run)
     assert "integer program" in found.words
 
 
-def test_a_report_that_fails_is_one_line_and_the_run_is_finished(tmp_path, monkeypatch):
+def test_a_failed_report_gives_a_warning_and_the_run_is_finished(tmp_path, monkeypatch):
     def fail(*arguments: object) -> None:
         raise RuntimeError("no [font]\nfound")
 
@@ -165,14 +165,14 @@ def test_a_report_that_fails_is_one_line_and_the_run_is_finished(tmp_path, monke
     (line,) = [x for x in console.export_text().splitlines() if "warning" in x]
     assert line.strip() == "warning: no report.html (RuntimeError: no [font] found)"
     assert (tmp_path / "run" / "summary.json").exists()
-    # Without a report nothing of the kind is tried.
+    # With --no-report there is no warning.
     config, stored = train.parse_arguments(["--resume", "--no-report", *quick[-1:]])
     console = Console(record=True, width=200)
     train.run(config, stored, console)
     assert "warning" not in console.export_text()
 
 
-def test_mistakes_are_named(tmp_path, run):
+def test_bad_arguments_are_refused(tmp_path, run):
     with pytest.raises(UsageError, match="to hold a run"):
         visualize.main([str(tmp_path)])
     with pytest.raises(UsageError, match="images at least 1, got 0"):
@@ -191,7 +191,7 @@ def test_text_is_escaped(tmp_path):
     assert found.words.count(evil) == 10
 
 
-def test_drawing_changes_nothing_global_and_gives_the_same_bytes():
+def test_figures_are_reproducible_and_change_no_global_state():
     settings, known = matplotlib.rcParams.copy(), "matplotlib.pyplot" in sys.modules
     series = {"a": ([1, 2], [3, 4])}
     image = figures.curves(series, "x", "y")
@@ -207,11 +207,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def browse(path: Path, screenshot: Path, height: int) -> list[str]:
-    """Show a page in headless Chromium; what its console said."""
+    """Show a page in headless Chromium; return the lines of its console."""
     if CHROMIUM is None:
         if os.environ.get("FDDA_REQUIRE_CHROMIUM") == "1":
-            pytest.fail("FDDA_REQUIRE_CHROMIUM=1, but there is no chromium on this machine")
-        pytest.skip("there is no chromium on this machine")
+            pytest.fail("FDDA_REQUIRE_CHROMIUM=1, but chromium is not installed")
+        pytest.skip("chromium is not installed")
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
         "--disable-background-networking --disable-component-update --disable-sync "
@@ -224,35 +224,35 @@ def browse(path: Path, screenshot: Path, height: int) -> list[str]:
         ],
         capture_output=True,
         text=True,
-        timeout=1800,  # against a browser that hangs, not a slow one
+        timeout=1800,  # for a browser that hangs; a slow machine takes less
     )
     assert screenshot.exists(), done.stderr
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-def test_a_browser_shows_the_report_without_complaint(run, tmp_path):
+def test_a_browser_shows_the_report_without_errors(run, tmp_path):
     screenshot = tmp_path / "report.png"
     assert not browse(run / "report.html", screenshot, 5000)
     with Image.open(screenshot) as image:
         pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
         pixels = pixels.view(image.height, image.width, 3)
     ink = (pixels.int().sum(2) < 500).sum(1)  # by line
-    # Text and drawings from top to bottom, and the colours of the curves.
+    # There are text and figures from top to bottom, and the colours of the curves.
     assert all(int(part.sum()) > 1000 for part in ink.split(1000))
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
         assert int((pixels == torch.tensor(colour)).all(2).sum()) > 50, colour
 
 
-def test_a_complaint_of_the_console_would_be_seen(tmp_path):
+def test_errors_in_the_console_of_the_browser_are_seen(tmp_path):
     path = tmp_path / "page.html"
     path.write_text("<!DOCTYPE html><p>text</p><script>throw new Error('seen')</script>")
     assert any("seen" in line for line in browse(path, tmp_path / "page.png", 100))
 
 
-# ---- what is measured ---------------------------------------------------------------------------
+# ---- measurements -------------------------------------------------------------------------------
 
 
-def test_statistics_over_batches_are_those_of_all_images():
+def test_statistics_over_batches_equal_those_of_all_images():
     network, images = load_model("glyphs_resnet"), torch.randn(21, 3, 32, 32)
     seen = bn_statistics(network, images)
     x = network.conv1(images).double()
@@ -261,7 +261,7 @@ def test_statistics_over_batches_are_those_of_all_images():
     assert torch.allclose(seen.variances[0][0].double(), expected, rtol=1e-4)
 
 
-def test_the_distance_is_in_standard_deviations():
+def test_the_distance_of_statistics_is_in_standard_deviations():
     real = LayerStatistics([torch.zeros(1, 4)], [torch.full((1, 4), 9.0)])
     assert statistics_distance(real, real) == [0]
     moved = LayerStatistics([torch.full((1, 4), 6.0)], [torch.full((1, 4), 9.0)])
@@ -270,7 +270,7 @@ def test_the_distance_is_in_standard_deviations():
     assert statistics_distance(wider, real) == pytest.approx([1])
 
 
-def test_a_tenth_too_much_is_twenty_decibels():
+def test_an_error_of_a_tenth_is_twenty_decibels():
     teacher, images = load_model("glyphs_mobilenet"), torch.randn(18, 3, 32, 32)
     assert layer_sqnr(teacher, trace(teacher, images), images) == {}
     louder = trace(teacher, images)
@@ -292,27 +292,27 @@ def test_predictions_are_counted():
     assert seen.confusion(3).tolist() == [[2, 2, 0], [0, 1, 0], [0, 1, 0]]
 
 
-def test_a_report_tells_when_and_where_a_run_began(run):
+def test_the_report_shows_date_versions_and_machine(run):
     origin = json.loads((run / "origin.json").read_text())
     report = (run / "report.html").read_text()
     assert set(origin) == {"date", "versions", "machine"}
     assert all(value in report for value in origin.values())
 
 
-def test_a_run_stopped_within_a_unit_has_a_report(tmp_path):
+def test_a_run_stopped_inside_a_unit_has_a_report(tmp_path):
     out = tmp_path / "run"
     arguments = ["--method=qdrop", "--baselines=[]", "--threads=1", "--test_limit=71"]
     train.main([*arguments, "--settings.qdrop.steps=1", f"--out={out}"])
     assert "not finished" not in (out / "report.html").read_text()
     units = json.loads((out / "units.json").read_text())
-    for name in ("last", "decided", "divergence"):  # come with a unit's last step
+    for name in ("last", "decided", "divergence"):  # written after a unit's last step
         del units[-1][name]
     (out / "units.json").write_text(json.dumps(units))
     visualize.main([str(out)])
     assert "not finished" in (out / "report.html").read_text()
 
 
-def test_what_images_are_taken_for_is_counted():
+def test_correct_images_and_predicted_classes_are_counted():
     class Network(torch.nn.Module):
         def forward(self, images):
             return images.flatten(1)

@@ -1,4 +1,4 @@
-"""Methods that see no real image; GDFQ, Qimera and ZAQ: every loss as its paper has it."""
+"""Methods without real images; the losses of GDFQ, Qimera and ZAQ against their papers."""
 
 import json
 from dataclasses import replace
@@ -56,7 +56,7 @@ def tiny(objective: str = "divergence", **changes) -> MethodSettings:
     )
 
 
-def test_there_are_such_methods():
+def test_all_methods_without_real_images_are_tested():
     assert {"noise", "gdfq", "qimera", "zaq", "zeroq", "dsg", "di", "adi"} <= set(NAMES)
 
 
@@ -111,7 +111,7 @@ def test_gdfq_generator_loss_is_cross_entropy_and_distance_to_running_statistics
     torch.testing.assert_close(losses["generator"], expected)
 
 
-def test_superposition_equals_its_sum_over_classes():
+def test_superposition_equals_its_formula():
     torch.manual_seed(0)
     table = torch.randn(CLASSES, 5)
     generator = SuperposedGenerator(CLASSES, 16, GeneratorConfig(channels=4, latent_dim=3), table)
@@ -129,7 +129,7 @@ def test_superposition_equals_its_sum_over_classes():
         torch.testing.assert_close(shares[n], share)
 
 
-def test_one_hot_shares_are_labels():
+def test_one_hot_shares_equal_labels():
     generator = SuperposedGenerator(
         CLASSES, 16, GeneratorConfig(channels=4, class_maps=True), torch.randn(CLASSES, 5)
     )
@@ -148,10 +148,12 @@ def test_qimera_mixes_with_its_probability(probability, mixed):
     torch.testing.assert_close(shares.sum(1), torch.ones(32))
     assert bool((shares.max(1).values < 1).any()) == mixed
     teacher = method.problem.teacher[-1].weight
-    assert torch.equal(method.generator.embedding.weight, teacher), "begins with the classifier"
+    assert torch.equal(method.generator.embedding.weight, teacher), (
+        "the embedding starts as the classifier's weights"
+    )
 
 
-def test_channel_relations_are_cosines_and_their_discrepancy_weighs_layers():
+def test_channel_relations_and_feature_discrepancy_equal_their_formulas():
     torch.manual_seed(0)
     p, q = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     found = channel_relations(p)
@@ -162,12 +164,12 @@ def test_channel_relations_are_cosines_and_their_discrepancy_weighs_layers():
                 torch.testing.assert_close(found[n, i, j], cosine)
     one = (channel_relations(p) - channel_relations(q)).abs().mean()
     same = feature_discrepancy([p, p], [q, p])
-    torch.testing.assert_close(same, one)  # all the weight is on the layer that differs
+    torch.testing.assert_close(same, one)  # only the layer that differs has weight
     half = feature_discrepancy([p, p], [q, q])
     torch.testing.assert_close(half, one)
 
 
-def test_zaq_generator_seeks_and_student_avoids_disagreement():
+def test_zaq_generator_and_student_have_opposite_losses():
     method = build_method("zaq", problem(), tiny("discrepancy"))
     for iteration in range(3):
         method.step(iteration)
@@ -215,7 +217,7 @@ def test_presets_set_everything_and_scale(name, preset):
     assert config.settings.distillation.real_batch == 0
 
 
-def test_train_leaves_generated_images(tmp_path):
+def test_train_writes_generated_images(tmp_path):
     out = tmp_path / "run"
     section = "--settings.gdfq."
     train.main(
