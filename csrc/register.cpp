@@ -32,8 +32,7 @@ STABLE_TORCH_LIBRARY(fdda, m) {
       "Tensor[] target_means, Tensor[] target_vars, Tensor weight, Tensor statistics) "
       "-> Tensor[]");
 
-  // weight int8 [O, kh, kw, C / groups] -> int8 [*], the layout that int4_conv2d reads on its
-  // device.
+  // weight int8 [O, kh, kw, C / groups] -> int8 [*], in the layout of int4_conv2d on its device.
   m.def("int4_pack_weight(Tensor weight, int groups, bool winograd=False) -> Tensor");
   // x uint8 [N, H, W, C]; weight packed; scale, shift float32 [O]; correction int32 [O]; residual
   // uint8 or float32 [N, H', W', O] -> [N, H', W', O]: uint8 codes, or float32 if out_bits is 0.

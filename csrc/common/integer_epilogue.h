@@ -2,7 +2,7 @@
 // (cpu/isa/kernels.h). Every step is rounded to float32:
 //
 //   t = float(sum - correction) * scale + shift
-//   t = t + residual                              codes: (q - residual_zero_point) * residual_scale
+//   t = t + r     with r = residual value, or (residual code - residual_zero_point) * residual_scale
 //   t = clamp(t, low, high)
 //   q = clamp(round_half_even(t * inverse_scale) + zero_point, 0, quant_max)
 //

@@ -93,8 +93,8 @@ inline ChannelView channel_view(const Tensor& x, std::optional<int64_t> axis) {
   return view;
 }
 
-// x[n, c, p] = data[n * sample_stride + c * channel_stride + p * position_stride] for a tensor [N,
-// C, *] whose trailing dimensions collapse into one. Their order does not matter for statistics.
+// x[n, c, p] = data[n * sample_stride + c * channel_stride + p * position_stride] for a tensor
+// [N, C, *] whose trailing dimensions collapse into one; statistics do not need their order.
 struct SampleView {
   int64_t samples;
   int64_t channels;

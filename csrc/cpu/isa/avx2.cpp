@@ -1,5 +1,6 @@
-// The loops on AVX2. Standard headers come before the target region: what they define must not be
-// compiled for it, as the linker may pick that copy for code that runs everywhere.
+// The kernels for AVX2. Standard headers are included before the target region, because their
+// functions must not be compiled for AVX2: the linker may use that copy for code that runs on every
+// processor.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>

@@ -1,5 +1,6 @@
-// The loops on AVX-512. Standard headers come before the target region: what they define must not
-// be compiled for it, as the linker may pick that copy for code that runs everywhere.
+// The kernels for AVX-512. Standard headers are included before the target region, because their
+// functions must not be compiled for AVX-512: the linker may use that copy for code that runs on
+// every processor.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
@@ -12,7 +13,7 @@
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
     apply_to = function)
 #else
-// GCC's own intrinsics start from registers they leave undefined.
+// GCC's intrinsics start from undefined registers on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")

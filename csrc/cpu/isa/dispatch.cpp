@@ -13,7 +13,7 @@ struct Implementation {
   bool (*supported)();
 };
 
-// Worst to best.
+// In ascending order of preference.
 const Implementation kImplementations[] = {
     {"scalar", &kScalarKernels, [] { return true; }},
 #if defined(__x86_64__)

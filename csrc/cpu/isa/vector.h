@@ -1,5 +1,5 @@
-// Included by every vector_*.h inside its own namespace: which vector holds a given element type.
-// (No #pragma once: each instruction set defines its own.)
+// The vector type of each element type. Every instruction set includes this before its vector_*.h,
+// inside its own namespace, and defines its own vectors. (No #pragma once for this reason.)
 
 struct Floats;   // 16 lanes
 struct Doubles;  // 8 lanes
