@@ -1,6 +1,6 @@
 // The Python module fdda_ext._C. Importing it loads this library, whose static initializers
-// register the operators with torch. The functions of the module itself take no tensors. They
-// report facts about the build and set switches that a dispatcher schema cannot express.
+// register the operators with torch. Its own functions report facts about the build and set
+// switches that a dispatcher schema cannot express.
 
 #include "common/stable.h"
 #include "cpu/isa/dispatch.h"
@@ -9,8 +9,8 @@
 #include <cuda_runtime_api.h>
 #endif
 
-// With a target version, torch 2.11 does not compile its copy of pybind11, because operators must
-// not use pybind11 types. No operator here does.
+// With a target version, torch 2.11 refuses its copy of pybind11, because its types must not enter
+// operators. None does here.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

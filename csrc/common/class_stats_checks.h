@@ -1,6 +1,6 @@
 // Argument checks of the per-class statistics for all devices. Only the CPU operators check the
-// range of the labels. On CUDA that check would wait for the device; there, samples with a label
-// outside [0, num_classes) are ignored.
+// range of the labels. On CUDA this would wait for the device, so samples with a label outside
+// [0, num_classes) are ignored.
 #pragma once
 
 #include "checks.h"
@@ -57,8 +57,8 @@ inline void check_class_batch_stats_backward(
   }
 }
 
-// Checks that all layers have the same dtype, device and number of samples, that the targets are
-// [T, K, C_l], and that weight is [T, K].
+// All layers have the same dtype, device and number of samples. Targets are [T, K, C_l], weight is
+// [T, K].
 inline void check_class_stats_loss(
     const char* op, const std::vector<Tensor>& xs, const Tensor& labels,
     const std::vector<Tensor>& target_means, const std::vector<Tensor>& target_vars,

@@ -28,7 +28,7 @@ struct ConvGeometry {
   }
 };
 
-// The arguments of int4_conv2d in the order of the schema, without winograd.
+// The arguments of int4_conv2d without winograd.
 struct ConvArguments {
   const Tensor& x;
   const Tensor& weight;
@@ -61,8 +61,7 @@ inline void check_pair(
   }
 }
 
-// Checks a weight [O, kh, kw, C / groups] and returns its geometry. The image size, the padding and
-// the bits stay 0.
+// The geometry of a weight [O, kh, kw, C / groups], without an image.
 inline ConvGeometry check_int4_weight(const char* op, const Tensor& weight, int64_t groups) {
   check_dtype(op, "weight", weight, ScalarType::Char);
   if (weight.dim() != 4 || weight.numel() == 0) {
@@ -103,8 +102,7 @@ inline ConvGeometry check_int4_geometry(const char* op, const ConvArguments& a) 
           a.dilation[0], a.dilation[1], a.groups,    a.scale.size(0), a.bits};
 }
 
-// Checks the other tensors and the numbers. `packed_size` is the size of the whole packed weight on
-// this device.
+// Checks all arguments but the geometry. `packed_size` is the size of the packed weight.
 inline void check_int4_operands(
     const char* op, const ConvArguments& a, const ConvGeometry& g, int64_t packed_size) {
   check_dtype(op, "weight", a.weight, ScalarType::Char);

@@ -1,18 +1,17 @@
-// The arithmetic of the epilogue of an integer sum for CUDA. The CPU kernels compute the same
-// (cpu/isa/kernels.h). Every step is rounded to float32:
+// The epilogue of an integer sum on CUDA, the same as in cpu/isa/kernels.h. Every step is rounded
+// to float32:
 //
 //   t = float(sum - correction) * scale + shift
-//   t = t + r     with r = residual value, or (residual code - residual_zero_point) * residual_scale
+//   t = t + residual          for residual codes r: (r - residual_zero_point) * residual_scale
 //   t = clamp(t, low, high)
 //   q = clamp(round_half_even(t * inverse_scale) + zero_point, 0, quant_max)
 //
-// epilogue_code computes q with one clamp instead of two, and without conversions, which run at a
-// quarter of the speed of other arithmetic on GPUs. Rounding, scaling and clamping are monotone.
-// Therefore, for integers a and b,
-//   clamp(round(clamp(t, low, high) * i), a, b)  =  clamp(round(t * i), low', high')
-//       with low' = clamp(round(low * i), a, b) and high' = clamp(round(high * i), a, b)
+// q needs one clamp instead of two, and no conversions, which are four times slower than other
+// arithmetic on GPUs. Rounding, scaling and clamping are monotone. Therefore, for integers a and b,
+//   clamp(round(clamp(t, low, high) * i), a, b)  =  clamp(round(t * i), bound(low), bound(high))
+//                                 with bound(t)  =  clamp(round(t * i), a, b)
 //   clamp(round(v), a, b)                        =  round(clamp(v, a, b))
-// Adding 1.5 * 2^23 to a small float rounds it half to even and leaves the integer in its low bits.
+// Adding 1.5 * 2^23 rounds a small float half to even and leaves the integer in its low bits.
 #pragma once
 
 #include <string.h>
@@ -27,8 +26,8 @@ struct EpilogueNumbers {
   float residual_scale;
   float residual_zero_point;
   float inverse_scale;
-  float code_low;   // bounds of t * inverse_scale: smallest possible code minus zero_point
-  float code_high;  // largest possible code minus zero_point
+  float code_low;   // bound(low): the smallest possible code minus zero_point
+  float code_high;  // bound(high)
   int zero_point;
 };
 

@@ -1,5 +1,5 @@
-// Views of a tensor's memory for the CPU and CUDA kernels. Contiguous, channels_last and most
-// sliced tensors are read in place, without a copy.
+// Views of a tensor's memory for all kernels. Contiguous, channels_last and most sliced tensors are
+// read in place.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace fdda {
 
-// Dimensions with more than one element, from the outermost in memory to the innermost.
+// Dimensions with more than one element, outermost in memory first.
 inline std::vector<int64_t> memory_order(const Tensor& x) {
   std::vector<int64_t> order;
   for (int64_t d = 0; d < x.dim(); ++d) {
@@ -37,7 +37,7 @@ inline bool is_dense(const Tensor& x) {
   return true;
 }
 
-// x itself if it is dense, else a dense copy in the layout of empty_like(x).
+// x itself, or a dense copy in the layout of empty_like(x).
 inline Tensor dense(const Tensor& x) {
   return is_dense(x) ? x : torch::stable::clone(x);
 }
@@ -51,7 +51,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// `tensor` itself if it has the layout of the dense tensor `x`, else a copy in that layout.
+// `tensor` itself, or a copy in the layout of the dense tensor `x`.
 inline Tensor in_layout_of(const Tensor& x, const Tensor& tensor) {
   if (same_layout(x, tensor)) {
     return tensor;
@@ -94,7 +94,7 @@ inline ChannelView channel_view(const Tensor& x, std::optional<int64_t> axis) {
 }
 
 // x[n, c, p] = data[n * sample_stride + c * channel_stride + p * position_stride] for a tensor
-// [N, C, *] whose trailing dimensions collapse into one; statistics do not need their order.
+// [N, C, *] whose trailing dimensions collapse into one (in any order: statistics do not need it).
 struct SampleView {
   int64_t samples;
   int64_t channels;
@@ -109,8 +109,8 @@ struct SampleView {
   bool is_rows() const { return channel_stride == 1; }
 };
 
-// Returns the view of x, or nullopt if x must be copied first. Test is_planes before is_rows: a
-// view with one channel or one position can be both.
+// The view of x, or nullopt if x must be copied first. Test is_planes first: a view with one
+// channel or one position can be both.
 inline std::optional<SampleView> sample_view(const Tensor& x) {
   SampleView view{x.size(0), x.size(1), 1, x.stride(0), x.stride(1), 1};
   if (x.numel() == 0) {
@@ -129,8 +129,7 @@ inline std::optional<SampleView> sample_view(const Tensor& x) {
     view.positions *= x.size(d);
     view.position_stride = x.stride(d);
   }
-  // A dimension with one element can have any stride. Choose it so that the longer runs are
-  // contiguous.
+  // A dimension of one element can have any stride. Choose it so that the longer run is contiguous.
   if (view.channels == 1) {
     view.channel_stride = 1;
   }

@@ -188,7 +188,7 @@ void class_statistics(
     offsets.push_back(total);
     total += view.samples * view.channels;
     if (view.positions == 0) {
-      // There is nothing to read; merging writes zeros.
+      // Nothing to read; merging writes zeros.
     } else if (view.is_planes()) {
       add_tasks(l, view.samples * view.channels, view.positions, moment_tasks);
     } else {
@@ -221,7 +221,7 @@ void class_statistics(
 
 namespace {
 
-// One layer of the backward pass: its input, its output, and how it is cut into items.
+// Input and output of one layer of the backward pass.
 struct BackwardLayer {
   Layer from;
   Tensor result;    // in the layout of empty_like(x)

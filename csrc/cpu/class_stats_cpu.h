@@ -1,11 +1,10 @@
 // Per-class statistics of several layers at once, used by class_batch_stats and class_stats_loss on
 // the CPU.
 //
-// In the forward pass, every sample and channel first gets its own mean and M2. The values are read
-// from memory once; the second pass over a block finds it in the cache. Each class then merges its
-// samples in batch order. Both parts are cut into tasks of about equal size over all layers. The
-// borders of the tasks depend only on the sizes, so the result does not depend on the number of
-// threads.
+// In the forward pass, every sample and channel first gets its own mean and M2 (its values are read
+// from memory once; the second pass finds the block in the cache). Then each class merges its
+// samples in order. Both are cut into tasks of about equal size over all layers. Their borders
+// depend only on the sizes, so the result does not depend on the number of threads.
 #pragma once
 
 #include <memory>
@@ -40,7 +39,7 @@ class ClassOrder {
   std::vector<int64_t> present_;
 };
 
-// The activation of one layer, or a contiguous copy if sample_view cannot describe its strides.
+// The activation of one layer, or a contiguous copy if sample_view refuses its strides.
 struct Layer {
   explicit Layer(const Tensor& activation);
 
@@ -48,8 +47,8 @@ struct Layer {
   SampleView view;
 };
 
-// Memory for the statistics of one layer. A is float or double. The channels of class k start at
-// k * class_stride. Classes without samples get zeros.
+// Memory for the statistics of one layer, A = float or double. The channels of class k start at
+// k * class_stride.
 template <typename A>
 struct StatisticsSpan {
   A* mean;
@@ -57,14 +56,13 @@ struct StatisticsSpan {
   int64_t class_stride;
 };
 
-// Writes the statistics of layers[i] to out[i]. T is the element type, A its accumulator type.
+// Classes without samples get zeros. T is the element type, A its accumulator type.
 template <typename T, typename A>
 void class_statistics(
     const std::vector<Layer>& layers, const ClassOrder& classes,
     const std::vector<StatisticsSpan<A>>& out);
 
-// The affine map of the backward pass (StatsGradient in common/statistics.h), [P, C] for the P
-// classes that are present.
+// The affine map of the backward pass (common/statistics.h), [P, C] for the P classes present.
 template <typename A>
 struct GradientMap {
   explicit GradientMap(int64_t size) : mean(new A[size]), offset(new A[size]), slope(new A[size]) {}
@@ -72,7 +70,7 @@ struct GradientMap {
   // Fills a row of [P, C]; gradient(c) returns the map of channel c.
   template <typename Gradient>
   void set_row(int64_t row, int64_t channels, const Gradient& gradient) {
-    // Local pointers tell the compiler that they do not overlap, so that it vectorizes the loop.
+    // Local restrict pointers let the compiler vectorize the loop.
     A* __restrict to_mean = &mean[row * channels];
     A* __restrict to_offset = &offset[row * channels];
     A* __restrict to_slope = &slope[row * channels];

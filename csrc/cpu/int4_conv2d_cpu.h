@@ -1,7 +1,6 @@
-// Convolution and pooling for int4_conv2d and the integer program: they prepare pointers to codes
-// and weights for the integer kernels of isa/. Integer sums do not depend on their order. The
-// results are therefore bit-identical for any number of threads, any instruction set, and with or
-// without Winograd.
+// Convolution and pooling for int4_conv2d and the integer program, on the integer kernels of isa/.
+// Integer sums do not depend on their order, so threads, instruction sets and Winograd do not
+// change any bit of the result.
 #pragma once
 
 #include "common/int4_conv2d_checks.h"
@@ -14,7 +13,7 @@ constexpr int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
-// Bits that hold both the codes of an image and the zero point in its padding.
+// Bits that hold the codes of an image and the zero point around it.
 constexpr int64_t bits_beside(int64_t zero_point, int64_t bits) {
   while (zero_point >> bits != 0) ++bits;
   return bits;
@@ -30,11 +29,11 @@ struct Geometry : ConvGeometry {
            dilation_x == 1 && groups == 1 && bits <= kWinogradBits;
   }
 
-  // Without groups, a row of the window is one segment, because neighbours in a row of the image
-  // are neighbours in memory. With groups, every tap is a segment.
+  // Without groups, a row of the window is contiguous in memory: one segment. With groups, every
+  // tap is a segment.
   int64_t segments() const { return groups == 1 ? kernel_y : taps(); }
   int64_t segment_taps() const { return groups == 1 ? kernel_x : 1; }
-  // Groups of kGroup codes in a segment.
+  // Groups of kGroup codes.
   int64_t segment_groups() const {
     return (segment_taps() * group_channels() + kGroup - 1) / kGroup;
   }
@@ -50,18 +49,17 @@ struct Geometry : ConvGeometry {
   }
 };
 
-// Packs the weight [O, kh, kw, C / groups] into the layout that the kernels read. `packed` must
-// contain zeros. Returns false if the weight's transform for Winograd does not fit into int8.
+// Packs the weight [O, kh, kw, C / groups] for the kernels. `packed` must contain zeros. Returns
+// false if the transform for Winograd does not fit int8.
 bool pack_weight(const Geometry& geometry, bool winograd, const int8_t* weight, int8_t* packed);
 
-// Convolves the `geometry.samples` images of x. The pointers of the epilogue point to output 0 of
-// pixel 0.
+// Convolves `geometry.samples` images. The epilogue begins with output 0 of pixel 0.
 void convolve(
     const Geometry& geometry, bool winograd, const uint8_t* x, uint8_t zero_point,
     const int8_t* packed, const IntEpilogue& epilogue);
 
-// Pooling of codes, with groups = channels = outputs: the largest code of each window and channel,
-// and the sum of its codes followed by the epilogue. Outside the image the codes are 0.
+// The largest code of each window, and the sum of its codes with an epilogue, per channel: groups =
+// channels = outputs. Codes outside the image are 0.
 void max_pool(const Geometry& geometry, const uint8_t* x, uint8_t* out);
 void add_pool(const Geometry& geometry, const uint8_t* x, const IntEpilogue& epilogue);
 

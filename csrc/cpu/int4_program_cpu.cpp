@@ -16,12 +16,12 @@ namespace fdda::cpu {
 namespace {
 
 constexpr const char* kOp = "_int4_program";
-// Bytes that kernels may read past the end of a value or of per-output parameters.
+// Bytes that kernels may read past a value or per-output parameters.
 constexpr int64_t kSlack = 64;
 constexpr int64_t kMostTaps = 65536;
 
 struct ValueRecord {
-  int64_t offset;  // in bytes, to be multiplied by the number of images
+  int64_t offset;  // bytes per image
   int64_t height, width, channels;
   int64_t bytes;  // per element: 1 for codes, 4 for float32
 };
@@ -38,14 +38,13 @@ enum class Kind : int64_t {
   kCount
 };
 
-// The record of an instruction. `weight` and `parameters` are byte offsets into the constants.
 struct StepRecord {
   Kind kind;
   int64_t source, residual, target;  // indices of values; -1 for the images, and for no residual
   int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, groups;
   int64_t winograd;    // 0 or 1
-  int64_t weight;      // packed
-  int64_t parameters;  // scale, shift, correction, each padded to kPanel; or the table of kLookUp
+  int64_t weight;      // byte offset in the constants
+  int64_t parameters;  // likewise: scale, shift, correction, each padded to kPanel; or a table
   int64_t zero_point;  // of the source
   int64_t bits;        // of the source
   int64_t channel;     // first channel that a copy writes
@@ -63,7 +62,7 @@ void require(bool condition, const char* rule) {
   }
 }
 
-// Returns a pointer to `bytes` bytes of the constants or of the workspace, after a bounds check.
+// Part of the constants or of the workspace, after a bounds check.
 const uint8_t* span(const Tensor& memory, int64_t offset, int64_t bytes) {
   require(
       offset >= 0 && offset % 4 == 0 && bytes >= 0 && bytes <= memory.numel() - kSlack &&
@@ -253,7 +252,7 @@ class Program {
         "to fit the images");
   }
 
-  // Calls body(planes, codes) for every row of pixels. planes[c] points to the values of channel c.
+  // Calls body(planes, codes) for every row of pixels, with pointers to the values of each channel.
   template <typename T, typename Body>
   void for_image_rows(const ValueRecord& out, const Body& body) const {
     const T* x = const_ptr<T>(images_);

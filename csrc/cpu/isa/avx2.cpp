@@ -1,6 +1,5 @@
-// The kernels for AVX2. Standard headers are included before the target region, because their
-// functions must not be compiled for AVX2: the linker may use that copy for code that runs on every
-// processor.
+// The kernels for AVX2. Standard headers come before the target region. Otherwise their functions
+// would be compiled for it, and the linker might use that copy in code for every processor.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>

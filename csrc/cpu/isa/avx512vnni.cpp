@@ -1,6 +1,5 @@
 // The kernels for AVX-512 with VNNI. Only the integer kernels differ from those for AVX-512.
-// Standard headers are included before the target region, because their functions must not be
-// compiled for it: the linker may use that copy for code that runs on every processor.
+// Standard headers come before the target region: see avx2.cpp.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
@@ -13,7 +12,7 @@
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), \
     apply_to = function)
 #else
-// GCC's intrinsics start from undefined registers on purpose.
+// GCC's intrinsics use undefined registers on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")

@@ -1,6 +1,5 @@
 // The kernels for AVX2 with AVX-VNNI. Only the integer kernels differ from those for AVX2. Standard
-// headers are included before the target region, because their functions must not be compiled for
-// it: the linker may use that copy for code that runs on every processor.
+// headers come before the target region: see avx2.cpp.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>

@@ -13,7 +13,7 @@ struct Implementation {
   bool (*supported)();
 };
 
-// In ascending order of preference.
+// Worst to best.
 const Implementation kImplementations[] = {
     {"scalar", &kScalarKernels, [] { return true; }},
 #if defined(__x86_64__)

@@ -1,12 +1,11 @@
 // Integer convolution with vectors of 32 bytes, two per panel.
 //
 // vpmaddubsw multiplies unsigned bytes by signed bytes and adds neighbouring products in 16 bits,
-// where it saturates. With codes up to `code` and weights of magnitude up to `weight`, such a pair
-// of products is at most 2 * code * weight. exact_groups() pairs can be added in 16 bits before
-// vpmaddwd with ones widens the sum to 32 bits: 136 for 4-bit codes and weights, but only 8 for
-// 4-bit codes and any weights. Therefore each panel is searched for its largest weight. If not even
-// one pair fits, with codes of 8 bits and weights beyond 64, the bytes are widened first
-// (wide_tile).
+// where it saturates. With codes up to `code` and weights of magnitude up to `weight`, a pair is at
+// most 2 * code * weight. exact_groups() pairs can be added in 16 bits before vpmaddwd with ones
+// widens the sum: 136 for 4-bit codes and weights, but 8 for 4-bit codes and any weights. Therefore
+// panels are searched for their largest weight. If not even one pair fits, with 8-bit codes and
+// weights beyond 64, bytes are widened first (wide_tile).
 //
 // AVX-VNNI needs none of this: its vpdpbusd (FDDA_DOT) adds four products in 32 bits.
 
@@ -21,8 +20,7 @@ constexpr int64_t largest_code(int64_t bits) {
 #if defined(FDDA_DOT)
 constexpr bool kDot = true;
 
-// sums += the four products of every lane. In assembly, because GCC 12 copies the sums around its
-// intrinsic.
+// sums += the four products of every lane. GCC 12 would copy the sums around its intrinsic.
 FDDA_INLINE void dot(__m256i& sums, __m256i x, __m256i w) {
   asm(FDDA_DOT " %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w));
 }
@@ -65,8 +63,7 @@ FDDA_INLINE int64_t largest_magnitude(const int8_t* weights, int64_t count) {
 
 // Products of m patches with v vectors of a panel -------------------------------------------------
 
-// 16-bit sums stay in registers. After every `steps` groups they are added to the 32-bit sums in
-// memory.
+// 16-bit sums stay in registers; after `steps` groups they are added to 32-bit sums in memory.
 template <int m, int v>
 void narrow_tile(
     int64_t steps, int64_t segments, int64_t groups, const uint8_t* const* rows, const int8_t* w,
@@ -123,7 +120,7 @@ void narrow_tile(
   if (left < steps) widen();
 }
 
-// Bytes 0 and 2 (even) and bytes 1 and 3 (odd) of every 32-bit lane, widened to 16 bits.
+// Bytes 0 and 2, and bytes 1 and 3, of every 32-bit lane, widened to 16 bits.
 struct Halves {
   __m256i even, odd;
 };
@@ -186,14 +183,14 @@ void wide_tile(
   }
 }
 
-// Pixels of a tile. Six pixels by two vectors of sums leave four of sixteen registers for codes,
-// weights and products. Four pixels leave eight registers, which widened codes and weights need.
+// Pixels of a tile. Six by two vectors of sums leave four of sixteen registers for codes, weights
+// and products; four by two leave eight, for widened ones.
 constexpr int kTilePixels = 6;
 constexpr int kWidePixels = kDot ? kTilePixels : 4;
 // Pixels whose sums enter the epilogue together, from the L1 cache.
 constexpr int64_t kBlockPixels = 24;
 
-// Pixels of the next block if `left` pixels remain and all blocks have about equal size.
+// Size of the next block of `left` pixels, if all blocks have about equal size.
 FDDA_INLINE int64_t block_of(int64_t left) {
   const int64_t blocks = (left + kBlockPixels - 1) / kBlockPixels;
   return (left + blocks - 1) / blocks;
@@ -214,8 +211,8 @@ constexpr Tile kWideTiles[kTilePixels] = {
     wide_tile<(kDot ? 5 : 1), v>,
     wide_tile<(kDot ? 6 : 1), v>};
 
-// The sums of `count` patches for n <= 16 outputs, in tiles of about equal size. steps = 0 means
-// that a pair of products can exceed 16 bits. For n <= 8 the second vector of sums is not written.
+// The sums of `count` patches for n <= 16 outputs, in tiles of about equal size. With steps = 0 a
+// pair of products can exceed 16 bits. With n <= 8 the second vector of sums is not written.
 inline void add_products(
     int64_t steps, int64_t count, int64_t segments, int64_t groups, const uint8_t* const* rows,
     const int8_t* weights, int64_t n, int32_t (*sums)[kPanel]) {
@@ -276,8 +273,8 @@ FDDA_INLINE __m256 with_residual(__m256 t, int64_t place, const IntEpilogue& e) 
   return t;
 }
 
-// Codes minus the zero point, not yet clamped from below. Values beyond int32 become the smallest
-// int32, which the saturating packing keeps at the lower bound.
+// Codes minus the zero point, not clamped from below: values below int32 become the smallest int32,
+// which saturating packing keeps at the lower bound.
 FDDA_INLINE __m256i rounded(__m256 t, const Rounding& r) {
   t = _mm256_mul_ps(t, _mm256_set1_ps(r.inverse_scale));
   return _mm256_cvtps_epi32(_mm256_min_ps(t, _mm256_set1_ps(r.most)));
@@ -342,7 +339,7 @@ void finish_codes(
   }
 }
 
-// Writes values clamped to [low, high]. The order of the operands handles NaN as clamp does.
+// Writes values clamped to [low, high], in the order of clamp's comparisons.
 template <Residual residual, int v>
 void finish_values(
     int64_t count, const int32_t (*sums)[kPanel], const int64_t* pixels, int64_t at, int64_t /*n*/,
@@ -373,8 +370,8 @@ constexpr Finish kFinishValues[3] = {
     finish_values<Residual::kNone, v>, finish_values<Residual::kCodes, v>,
     finish_values<Residual::kValues, v>};
 
-// The epilogue for n <= 16 outputs of `count` pixels with the indices `pixels`. It handles one
-// output at a time where vectors would reach beyond the last output.
+// The epilogue for n <= 16 outputs of `count` pixels with indices `pixels`, in scalar code where
+// vectors would reach beyond the last output.
 __attribute__((noinline)) inline void finish_panel(
     int64_t count, const int32_t (*sums)[kPanel], const int64_t* pixels, int64_t at, int64_t n,
     const Rounding& r, const IntEpilogue& e) {
@@ -400,7 +397,7 @@ inline void patches_avx2(
   alignas(32) int32_t sums[kBlockPixels][kPanel] = {};
   for (int64_t o = 0; o < outputs; o += kPanel, weights += panel_size) {
     const int64_t n = outputs - o < kPanel ? outputs - o : kPanel;
-    // The search takes at most the time of one pixel. It pays off if it saves enough widening.
+    // The search takes the time of a pixel or less, so it must save some widening.
     int64_t steps = exact_groups(code, 128);
     if (!kDot && (steps == 0 || (pixels > kTilePixels && segments * groups > 3 * steps))) {
       steps = exact_groups(code, largest_magnitude(weights, panel_size));
@@ -417,9 +414,8 @@ inline void patches_avx2(
 
 // Depthwise ---------------------------------------------------------------------------------------
 
-// 32 channels in four vectors. Unpacking brings the bytes of four slots of a channel together in
-// 32 bits. It changes the order of the channels: element i of 128-bit lane l of vector j holds
-// channel 16 l + 4 j + i. Packing the codes to bytes restores the order.
+// 32 channels. Unpacking brings the bytes of four slots of a channel together: element i of 128-bit
+// lane l of vector j holds channel 16 l + 4 j + i. Packing codes to bytes restores the order.
 struct Channels {
   __m256i part[4];
 };
@@ -434,7 +430,7 @@ FDDA_INLINE Channels unpack(__m256i a, __m256i b, __m256i c, __m256i d) {
        _mm256_unpacklo_epi16(ab_high, cd_high), _mm256_unpackhi_epi16(ab_high, cd_high)}};
 }
 
-// Loads 32 parameters in that order, of which n <= 32 are valid. It reads whole groups of sixteen.
+// 32 parameters in that order, n of them valid; whole groups of sixteen are read.
 FDDA_INLINE Channels load_channels(const void* values, int64_t n) {
   const char* from = static_cast<const char*>(values);
   const char* second = n > kPanel ? from + 64 : from;
@@ -451,7 +447,7 @@ FDDA_INLINE Channels load_channels(const void* values, int64_t n) {
 // Data of channels [c, c + n), n <= 32, that all pixels share.
 struct DepthwiseBlock {
   int64_t c, n;
-  const int8_t* weights;  // the four vectors of four slots are 64 bytes apart
+  const int8_t* weights;  // the vectors of four slots are 64 bytes apart
   Channels correction, scale, shift;
   Rounding rounding;
   Way way;
@@ -515,8 +511,7 @@ FDDA_INLINE __m256i slot_products(__m256i x, const int8_t* weights) {
                 : wide_products(halves_of_codes(x), halves_of_weights(w));
 }
 
-// Four taps at a time. `narrow` adds products in 16 bits for `steps` groups. With any weights that
-// needs codes of at most seven bits; fewer bits allow more groups.
+// Four taps at a time. Sums of `steps` > 0 groups fit 16 bits for codes of at most seven bits.
 template <bool narrow>
 void depthwise_taps(
     int64_t steps, int64_t pixels, int64_t taps, const uint8_t* const* rows,
@@ -568,8 +563,8 @@ inline void depthwise_avx2(
   }
 }
 
-// Neighbouring pixels share two of three columns at stride 1, one at stride 2, and none at stride
-// 3. The products of the three columns can be added in 16 bits if the codes have at most five bits.
+// Neighbouring pixels share two of three columns at stride 1, one at stride 2, none at stride 3.
+// The products of three columns can be added in 16 bits for codes of at most five bits.
 constexpr int64_t kColumnBits = 5;
 static_assert(exact_groups(largest_code(kColumnBits), 128) >= 3, "three columns fit 16 bits");
 
@@ -630,10 +625,10 @@ inline void depthwise_3x3_avx2(
 
 // Winograd ----------------------------------------------------------------------------------------
 
-// For codes up to M, B^T d B is in [-2 M, 2 M]. Only position (1, 1), where all signs are plus, is
-// in [0, 4 M]. An offset of 2 M at all other positions brings them into [0, 4 M] too. That is [0,
-// 60] for 4 bits, so more products can be added in 16 bits than with kWinogradOffset. One pair of
-// products always fits: it is at most 2 * 124 * 128, for 5 bits and any weights.
+// For codes up to M, B^T d B is in [-2 M, 2 M], and in [0, 4 M] at position (1, 1), where all signs
+// are plus. An offset of 2 M at the other positions brings them into [0, 4 M] too. For 4 bits this
+// is [0, 60], so more products fit 16 bits than with kWinogradOffset. One pair always fits: it is
+// at most 2 * 124 * 128, for 5 bits and any weights.
 constexpr int kUnshifted = 5;
 static_assert(exact_groups(4 * largest_code(kWinogradBits), 128) >= 1, "pairs fit 16 bits");
 
@@ -713,8 +708,8 @@ FDDA_INLINE void winograd_offset(int64_t shift, const int8_t* panel, int32_t (&o
   }
 }
 
-// Multiplies a block of tiles position by position. The products of the block and the weights of
-// the position stay in the L1 cache.
+// Multiplies a block of tiles position by position: its products and the weights of the position
+// stay in the L1 cache.
 inline void winograd_output_avx2(
     int64_t bits, int64_t tiles, int64_t groups, const uint8_t* from, int64_t stride,
     int64_t position_stride, const int8_t* weights, int64_t outputs, const int64_t* pixels,

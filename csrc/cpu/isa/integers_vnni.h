@@ -1,7 +1,7 @@
 // Integer convolution with vpdpbusd: sixteen outputs per register, four products per lane.
 
-// sums += the four products of every lane. In assembly, because GCC 12 copies the sums around its
-// intrinsic and keeps them on the stack.
+// sums += the four products of every lane. GCC 12 would copy the sums around its intrinsic and keep
+// them on the stack.
 FDDA_INLINE void add_products(__m512i& sums, __m512i x, __m512i w) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
 }
@@ -18,8 +18,8 @@ FDDA_INLINE __m512 residual_codes(const uint8_t* codes, __mmask16 inside, const 
   return _mm512_mul_ps(integer, _mm512_set1_ps(e.residual_scale));
 }
 
-// Codes minus the zero point, not yet clamped from below. Values beyond int32 become the smallest
-// int32, which the saturating packing below keeps at the lower bound.
+// Codes minus the zero point, not clamped from below: values below int32 become the smallest int32,
+// which saturating packing keeps at the lower bound.
 FDDA_INLINE __m512i rounded(__m512 t, const Rounding& r) {
   t = _mm512_mul_ps(t, _mm512_set1_ps(r.inverse_scale));
   t = _mm512_min_ps(t, _mm512_set1_ps(r.most));
@@ -50,8 +50,7 @@ FDDA_INLINE __mmask16 lanes(int64_t n) {
   return first(n < 16 ? (n < 0 ? 0 : n) : 16);
 }
 
-// The epilogue for up to 64 outputs of one pixel in registers: to codes, with or without a residual
-// in codes.
+// The epilogue for up to 64 outputs of a pixel: to codes, with or without a residual in codes.
 template <bool has_residual, int n>
 FDDA_INLINE void finish_codes(
     const __m512i (&sums)[n], int64_t place, int64_t at, int64_t outputs, const Rounding& r,
@@ -74,7 +73,7 @@ FDDA_INLINE void finish_codes(
   store_codes(e.codes + place, _mm512_permutexvar_epi32(order, mixed), outputs);
 }
 
-// The epilogue in all other cases, with sums in memory.
+// The epilogue in all other cases, from memory.
 FDDA_INLINE void finish_some(
     const int32_t* sums, int64_t place, int64_t at, int64_t outputs, const Rounding& r,
     const IntEpilogue& e) {
@@ -101,7 +100,7 @@ FDDA_INLINE void finish_some(
   }
 }
 
-// Sums and epilogue of m pixels by n panels, with all sums in registers.
+// m pixels by n panels, all sums in registers.
 template <Way way, int m, int n>
 void patches_tile(
     int64_t segments, int64_t groups, const uint8_t* const* rows, const int8_t* weights,
@@ -188,9 +187,9 @@ inline void patches_vnni(
   }
 }
 
-// Depthwise, 64 channels at a time in four vectors. Unpacking brings the bytes of four slots of a
-// channel together in 32 bits. It changes the order of the channels: element i of 128-bit lane l of
-// vector j holds channel 16 l + 4 j + i. Packing the codes to bytes restores the order.
+// Depthwise, 64 channels at a time. Unpacking brings the bytes of four slots of a channel together:
+// element i of 128-bit lane l of vector j holds channel 16 l + 4 j + i. Packing codes to bytes
+// restores the order.
 
 struct Unpacked {
   __m512i part[4];
@@ -206,8 +205,7 @@ FDDA_INLINE Unpacked unpack(__m512i a, __m512i b, __m512i c, __m512i d) {
        _mm512_unpacklo_epi16(ab_high, cd_high), _mm512_unpackhi_epi16(ab_high, cd_high)}};
 }
 
-// Converts 64 values from their order to that of Unpacked, or back: the exchange is its own
-// inverse.
+// Converts 64 values to the order of Unpacked, or back: the exchange is its own inverse.
 FDDA_INLINE Unpacked exchange(const Unpacked& x) {
   const __m512i a = _mm512_shuffle_i32x4(x.part[0], x.part[1], 0x44);
   const __m512i b = _mm512_shuffle_i32x4(x.part[2], x.part[3], 0x44);
@@ -309,8 +307,7 @@ inline void depthwise_vnni(
   }
 }
 
-// Neighbouring pixels share two of three columns at stride 1, one at stride 2, and none at stride
-// 3.
+// Neighbouring pixels share two of three columns at stride 1, one at stride 2, none at stride 3.
 template <int stride>
 void depthwise_3x3_row(
     int64_t pixels, const uint8_t* const* columns, const int8_t* weights,
@@ -453,8 +450,8 @@ inline void winograd_input_vnni(
   }
 }
 
-// m tiles by n panels. The products of each position are added up in registers and stored. The
-// output transform then reads them from the L1 cache.
+// m tiles by n panels. The sums of each position are formed in registers; the output transform
+// reads them from the L1 cache.
 template <Way way, int m, int n>
 void winograd_tile(
     int64_t groups, const uint8_t* from, int64_t stride, int64_t position_stride,
@@ -572,7 +569,7 @@ inline void max_taps_vnni(
   }
 }
 
-// Interleaves the bytes of a, b and c to 48 bytes and returns part k of 3.
+// Interleaves the bytes of a, b and c; part k of 3 of the result.
 template <int k>
 FDDA_INLINE __m128i woven(__m128i a, __m128i b, __m128i c) {
   alignas(16) static constexpr struct Masks {

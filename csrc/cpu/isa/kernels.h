@@ -1,17 +1,15 @@
 // The contract of the CPU kernels: inner loops without torch, one table of them per instruction
-// set. All tables give bit-identical results.
-//
-// Floating-point kernels are written once (generic/*.h) on vectors of 16 floats or 8 doubles. Each
-// instruction set supplies the vectors (vector_*.h) and works in the same lanes and the same order.
-// Integer kernels have a version in plain C++ (generic/integers.h) and faster ones
-// (integers_*.h). Integer sums do not depend on their order.
+// set. All tables give bit-identical results. Floating-point kernels are written once (generic/*.h)
+// on vectors of 16 floats or 8 doubles, whose lanes and order every instruction set keeps
+// (vector_*.h). Integer kernels can differ (integers_*.h): the order of integer sums does not
+// matter.
 #pragma once
 
 #include <cstdint>
 
 namespace fdda::cpu {
 
-// Storage formats. Kernels convert them to float for arithmetic.
+// Storage formats; arithmetic is in float.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -21,7 +19,7 @@ struct Half {
 
 // Fake quantization -------------------------------------------------------------------------------
 
-// Parameters of the channels, [channels] each; see QuantParams in common/quantization.h.
+// Parameters, [channels] each; see common/quantization.h.
 struct ChannelParams {
   const float* scale;
   const float* inverse_scale;
@@ -29,10 +27,10 @@ struct ChannelParams {
   const float* high;
 };
 
-// The cut of a contiguous tensor [outer, channels, inner] into work units. A run is `inner`
-// neighbouring elements of one channel. Each run is cut into blocks_per_run blocks of at most
-// `block` elements. Work unit u is block u % blocks_per_run of run u / blocks_per_run. With
-// `streaming`, stores bypass the caches in those work units whose output begins a cache line.
+// The cut of a tensor [outer, channels, inner] into work units. A run is `inner` neighbours, all of
+// one channel. It is cut into blocks_per_run blocks of at most `block` elements. Work unit u is
+// block u % blocks_per_run of run u / blocks_per_run. With `streaming`, the stores of a work unit
+// bypass the caches if its output begins a cache line.
 struct RunPlan {
   int64_t channels;
   int64_t inner;
@@ -43,19 +41,16 @@ struct RunPlan {
 
 template <typename T>
 struct FakeQuantizeKernels {
-  // y = fake_quantize(x) for work units [begin, end). x and y point to the whole tensors.
+  // y = fake_quantize(x) for work units [begin, end) of the tensors.
   void (*runs)(
       const RunPlan& plan, int64_t begin, int64_t end, const ChannelParams& p, const T* x, T* y);
-  // Writes dx to grad_x for work units [begin, end), and the sums ds and dz over each work unit u
-  // to scale_sum[u] and zero_point_sum[u].
+  // grad_x = dx; writes the sums ds and dz of work unit u to scale_sum[u] and zero_point_sum[u].
   void (*runs_backward)(
       const RunPlan& plan, int64_t begin, int64_t end, const ChannelParams& p, const T* grad,
       const T* x, T* grad_x, float* scale_sum, float* zero_point_sum);
-  // y = fake_quantize(x) for x [rows, channels], a tensor with inner = 1: neighbours in memory
-  // belong to different channels.
+  // y = fake_quantize(x) for [rows, channels] (inner = 1: neighbours belong to different channels).
   void (*rows)(int64_t rows, int64_t channels, const ChannelParams& p, const T* x, T* y);
-  // Writes dx to grad_x [rows, channels], and the sums ds and dz over these rows to scale_sum and
-  // zero_point_sum, [channels] each.
+  // grad_x = dx; writes the sums ds and dz over the rows to scale_sum, zero_point_sum [channels].
   void (*rows_backward)(
       int64_t rows, int64_t channels, const ChannelParams& p, const T* grad, const T* x, T* grad_x,
       float* scale_sum, float* zero_point_sum);
@@ -63,7 +58,7 @@ struct FakeQuantizeKernels {
 
 // Class statistics --------------------------------------------------------------------------------
 
-// Type of the sums, and of the parameters of the backward pass: double for double, else float.
+// Type of sums and of the parameters of the backward pass: float, or double for double.
 template <typename T>
 struct Accumulator {
   using type = float;
@@ -76,21 +71,19 @@ struct Accumulator<double> {
 template <typename T>
 struct StatisticsKernels {
   using A = typename Accumulator<T>::type;
-  // Mean and M2 (see common/statistics.h) of each plane, [planes] each. A plane is `count` > 0
-  // contiguous values. Planes are `stride` values apart.
+  // Mean and M2 [planes] of planes of `count` > 0 contiguous values, which are `stride` values
+  // apart.
   void (*planes)(
       int64_t planes, int64_t count, int64_t stride, const T* x, double* mean, double* m2);
-  // Mean and M2 of each of `channels` neighbouring columns, [channels] each, over `count` > 0 rows.
-  // Rows are `stride` values apart.
+  // Mean and M2 [channels] of neighbouring columns over `count` > 0 rows, `stride` values apart.
   void (*columns)(
       int64_t count, int64_t channels, int64_t stride, const T* x, double* mean, double* m2);
-  // grad_x = offset + (x - mean) * slope for planes of `count` contiguous values. mean, offset and
-  // slope are [planes]. The strides are the distances between planes. `streaming` asks for stores
-  // that bypass the caches.
+  // grad_x = offset + (x - mean) * slope for planes, with parameters [planes]. Strides are from
+  // plane to plane. `streaming` requests stores that bypass the caches.
   void (*planes_backward)(
       bool streaming, int64_t planes, int64_t count, int64_t x_stride, int64_t grad_x_stride,
       const A* mean, const A* offset, const A* slope, const T* x, T* grad_x);
-  // The same for rows of `channels` contiguous values. mean, offset and slope are [channels].
+  // The same for rows of channels, with parameters [channels].
   void (*rows_backward)(
       bool streaming, int64_t rows, int64_t channels, int64_t x_stride, int64_t grad_x_stride,
       const A* mean, const A* offset, const A* slope, const T* x, T* grad_x);
@@ -98,55 +91,51 @@ struct StatisticsKernels {
 
 // Integer convolution -----------------------------------------------------------------------------
 
-// The epilogue: what kernels do with an integer sum. The result is the code q if `codes` is not
-// null, else the float t.
+// The epilogue of an integer sum. It writes t to `values` or q to `codes`.
 //   t = float(sum - correction) * scale + shift
-//   t = t + r     with r = residual value, or (residual code - residual_zero_point) * residual_scale
+//   t = t + residual          for residual codes r: (r - residual_zero_point) * residual_scale
 //   t = clamp(t, low, high)
 //   q = clamp(round_half_even(t * inverse_scale) + zero_point, 0, quant_max)
-// scale, shift and correction point to the values of the first output of a call. They must be
-// readable up to the next multiple of 16 outputs. Residual and results are [pixels, outputs] with
-// `stride` elements from pixel to pixel; their pointers point to the first output of pixel 0.
+// All pointers point to the first output (and pixel) of the call. scale, shift and correction must
+// be readable up to the next multiple of 16 outputs. Residual and results are [pixels, outputs].
 struct IntEpilogue {
   const float* scale;
   const float* shift;
   const int32_t* correction;  // zero point of the input times the sum of the weights
   float low;
   float high;
-  const uint8_t* residual_codes;  // at most one of the two residuals is not null
+  const uint8_t* residual_codes;  // at most one of the residuals is not null
   const float* residual_values;
   float residual_scale;
   float residual_zero_point;
-  uint8_t* codes;  // exactly one of the two results is not null
+  uint8_t* codes;  // exactly one of the results is not null
   float* values;
   float inverse_scale;
   float zero_point;
   float quant_max;
-  int64_t stride;
+  int64_t stride;  // elements from pixel to pixel in results and residual
 };
 
-// Layouts of packed weights. A panel has 16 outputs, which is one vector of int32 sums. A group has
-// four codes or weights, whose products one 32-bit lane adds up. Incomplete panels and groups are
-// padded with 0.
-//   dense      int8 [panels][segments][groups][16 outputs][4]. A patch, which is the codes in the
-//              window of an output pixel, consists of a few segments. A segment is contiguous in
-//              memory, for example all channels of the pixels in one row of the window.
-//   Winograd   [panels] of int32 offset [16 positions][16 outputs], followed by int8
-//              [16 positions][groups][16 outputs][4]
+// Layouts of weights. A panel has 16 outputs: one vector of sums. A group has four codes or
+// weights: one lane adds up their products. Both are padded with 0.
+//   dense      int8 [panels][segments][groups][16][4]. A patch (the codes in a window) has a few
+//              segments, each contiguous in memory: the channels of all pixels in a row of the
+//              window, or of one pixel.
+//   Winograd   [panels] of int32 offset [16 positions][16], int8 [16 positions][groups][16][4]
 //   depthwise  int8 [blocks of 64 channels][slots / 4][4][64], see depthwise_place
 constexpr int64_t kPanel = 16;
 constexpr int64_t kGroup = 4;
 
-// The slot of a tap in a depthwise weight. A 3x3 window has four slots per column, the last of them
-// empty, so that neighbouring pixels can share columns. In other windows the slot is the tap.
+// The slot of a tap in a depthwise weight. In a 3x3 window every column has four slots, the last of
+// them empty, so that neighbouring pixels can share columns.
 constexpr int64_t depthwise_slot(int64_t kernel_y, int64_t kernel_x, int64_t tap) {
   return kernel_y == 3 && kernel_x == 3 ? tap % 3 * 4 + tap / 3 : tap;
 }
 constexpr int64_t depthwise_slots(int64_t kernel_y, int64_t kernel_x) {
   return kernel_y == 3 && kernel_x == 3 ? 12 : (kernel_y * kernel_x + 3) / 4 * 4;
 }
-// Index of the weight of a channel and slot. The channels are in the order in which the kernels get
-// them by unpacking the bytes of four slots.
+// Index of the weight of a channel and slot: channels in the order in which unpacking the bytes of
+// four slots leaves them.
 constexpr int64_t depthwise_place(int64_t slots, int64_t channel, int64_t slot) {
   const int64_t in_block = channel % 64;
   return (channel / 64 * slots + slot / 4 * 4) * 64 + in_block % 16 / 4 * 64 + in_block / 16 * 16 +
@@ -154,10 +143,10 @@ constexpr int64_t depthwise_place(int64_t slots, int64_t channel, int64_t slot) 
 }
 
 // Winograd's F(2x2, 3x3) in integers. For a tile d of 4x4 codes up to 31, B^T d B is in [-62, 124].
-// The transformed weights 4 G g G^T must fit int8. S is the sum over the channels of the products
-// of both. Then A^T S A is exactly 4 y for the 2x2 outputs y. The product instructions need an
-// unsigned operand, so kWinogradOffset is added to B^T d B. The `offset` of the packed weight
-// cancels it: minus kWinogradOffset times the sum of the transformed weights over the channels.
+// The transformed weights 4 G g G^T must fit int8. Let S be the sum over the channels of the
+// products of the two. Then A^T S A is exactly 4 y for the 2x2 outputs y. The instructions need an
+// unsigned operand, so kWinogradOffset is added to B^T d B. `offset` (minus kWinogradOffset times
+// the sum of the transformed weights) compensates for it.
 constexpr int64_t kWinogradPositions = 16;
 constexpr int32_t kWinogradOffset = 64;
 constexpr int64_t kWinogradBits = 5;
@@ -166,49 +155,43 @@ constexpr int64_t winograd_panel_size(int64_t groups) {
   return kWinogradPositions * kPanel * (4 + groups * kGroup);
 }
 
-// Codes are less than 2^bits; few bits allow faster code. `weights` points to the panel, or block
-// of channels, of the first output of the call. From a pointer to a pixel, kernels may read whole
-// vectors of 64 channels; `patches` reads only whole groups.
+// Codes are less than 2^bits; few bits allow faster code. `weights` begins with the first output.
+// Kernels may read whole vectors of 64 channels from a pixel, `patches` only whole groups.
 struct IntKernels {
-  // Dense convolution of `pixels` patches. rows [pixels, segments] points to the segments of each
-  // patch, each of `groups` groups.
+  // Dense convolution. rows [pixels, segments] points to segments of `groups` groups.
   void (*patches)(
       int64_t bits, int64_t pixels, int64_t segments, int64_t groups, const uint8_t* const* rows,
       const int8_t* weights, int64_t outputs, const IntEpilogue& epilogue);
-  // Depthwise convolution with any window but 3x3. rows [pixels, taps] points to the pixel under
-  // each tap.
+  // Depthwise convolution, except 3x3. rows [pixels, taps] points to the pixel of each tap.
   void (*depthwise)(
       int64_t bits, int64_t pixels, int64_t taps, const uint8_t* const* rows, const int8_t* weights,
       int64_t channels, const IntEpilogue& epilogue);
-  // Depthwise convolution with a 3x3 window. A column is three pointers to pixels, and a window is
-  // three columns. The window of the next pixel begins `stride` columns later: 1 or 2, or 3 if the
-  // two windows share no column.
+  // Depthwise convolution, 3x3. Each column is three pointers to pixels. The three columns of the
+  // next pixel begin `stride` columns later: 1 or 2, or 3 if the pixels share none.
   void (*depthwise_3x3)(
       int64_t bits, int64_t pixels, int64_t stride, const uint8_t* const* columns,
       const int8_t* weights, int64_t channels, const IntEpilogue& epilogue);
-  // Writes B^T d B + kWinogradOffset of tiles to to[position][tile][channel], one byte each.
-  // rows [tiles, 16] points to the pixels of each tile. Tiles are `stride` bytes apart, a multiple
-  // of 64 that is at least `channels`; positions are `position_stride` bytes apart. A table may use
-  // other offsets if its winograd_output accounts for them.
+  // to[position][tile][channel] = B^T d B + kWinogradOffset; rows [tiles, 16] points to the pixels.
+  // The strides are in bytes; `stride`, from tile to tile, is a multiple of 64 and at least
+  // `channels`. The offset may differ if winograd_output of the same table knows it.
   void (*winograd_input)(
       int64_t bits, int64_t tiles, int64_t channels, const uint8_t* const* rows, int64_t stride,
       int64_t position_stride, uint8_t* to);
-  // Products, output transform and epilogue for tiles that winograd_input of the same table wrote.
-  // pixels [tiles, 4] holds the indices of the 2x2 output pixels, -1 for those that do not exist.
+  // The outputs of these tiles. pixels [tiles, 4] holds the indices of the 2x2 output pixels, -1
+  // for one that does not exist.
   void (*winograd_output)(
       int64_t bits, int64_t tiles, int64_t groups, const uint8_t* from, int64_t stride,
       int64_t position_stride, const int8_t* weights, int64_t outputs, const int64_t* pixels,
       const IntEpilogue& epilogue);
-  // The epilogue alone, for sums [pixels, channels], which are integers or floats.
+  // The epilogue of sums [pixels, channels], which are integers or floats.
   void (*finish)(
       int64_t pixels, int64_t channels, const int32_t* sums, const IntEpilogue& epilogue);
   void (*finish_floats)(
       int64_t pixels, int64_t channels, const float* sums, const IntEpilogue& epilogue);
-  // Sum and maximum over `taps` > 0 pixels for every channel. rows [taps] points to the pixels.
+  // Sum and maximum over the pixels rows [taps], for every channel.
   void (*add_taps)(int64_t taps, const uint8_t* const* rows, int64_t channels, int32_t* sums);
   void (*max_taps)(int64_t taps, const uint8_t* const* rows, int64_t channels, uint8_t* largest);
-  // Codes [count, channels] of `count` pixels. planes [channels] points to the values of each
-  // channel, [count].
+  // Codes [count, channels] of pixels whose channels are planes [channels][count].
   void (*quantize)(
       int64_t count, int64_t channels, const float* const* planes, float inverse_scale,
       float zero_point, float quant_max, uint8_t* codes);
@@ -224,8 +207,7 @@ struct Kernels {
   StatisticsKernels<double> statistics_double;
   StatisticsKernels<BFloat16> statistics_bfloat16;
   StatisticsKernels<Half> statistics_half;
-  // Merges the moments b into the moments a, channel by channel, [channels] each (`merge` in
-  // common/statistics.h). Every channel has count_a values in a and count_b values in b.
+  // Merges moments b [channels] of count_b values each into moments a of count_a values each.
   void (*merge_channels)(
       int64_t channels, double count_a, double count_b, double* mean_a, double* m2_a,
       const double* mean_b, const double* m2_b);

@@ -1,5 +1,4 @@
-// The vector type of each element type. Every instruction set includes this before its vector_*.h,
-// inside its own namespace, and defines its own vectors. (No #pragma once for this reason.)
+// The vector type of each element type. (No #pragma once: each instruction set defines its own.)
 
 struct Floats;   // 16 lanes
 struct Doubles;  // 8 lanes

@@ -1,4 +1,5 @@
-// One 512-bit register per vector. Needs avx512f, bw, dq, vl.
+// One 512-bit register per vector. Needs avx512f, bw, dq, vl. vector_scalar.h describes the
+// functions.
 
 struct Floats {
   static constexpr int kWidth = 16;
@@ -64,8 +65,6 @@ FDDA_INLINE Floats select(Mask mask, Floats if_true, Floats if_false) {
   return Floats(_mm512_mask_blend_ps(mask.v, if_false.v, if_true.v));
 }
 
-// Sums of all lanes, in the same order as every other instruction set: lane i + lane (i + half) for
-// half of the lanes, then a quarter, and so on.
 FDDA_INLINE float sum(Floats a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -106,8 +105,8 @@ FDDA_INLINE __m512 widen_bfloat16(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// Rounds each lane to bfloat16 in its upper 16 bits, half to even; the lower 16 bits are garbage.
-// NaN becomes the quiet NaN 0x7fc0, as in torch.
+// Rounds lanes half to even to bfloat16 in their upper 16 bits; the lower 16 bits are garbage. NaN
+// becomes the quiet NaN 0x7fc0, as in torch.
 FDDA_INLINE __m512i round_bfloat16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -147,7 +146,6 @@ FDDA_INLINE Doubles load(const double* data) {
   return Doubles(_mm512_loadu_pd(data));
 }
 
-// The first n lanes from memory, the others from fill.
 FDDA_INLINE Floats load_some(const float* data, int64_t n, Floats fill) {
   return Floats(_mm512_mask_loadu_ps(fill.v, first(n), data));
 }
@@ -163,8 +161,6 @@ FDDA_INLINE Doubles load_some(const double* data, int64_t n, Doubles fill) {
   return Doubles(_mm512_mask_loadu_pd(fill.v, static_cast<__mmask8>(first(n)), data));
 }
 
-// Loads two vectors of neighbouring elements in the order that is cheapest for their type: the even
-// and the odd elements for bfloat16, one vector after the other for other types.
 template <typename T>
 FDDA_INLINE void load_pair(const T* data, VectorOf<T>* a, VectorOf<T>* b) {
   *a = load(data);
@@ -179,7 +175,6 @@ FDDA_INLINE void load_pair(const BFloat16* data, Floats* a, Floats* b) {
   split_bfloat16(_mm512_loadu_si512(data), a, b);
 }
 
-// The first n elements of a pair from memory, the others from fill.
 template <typename T>
 FDDA_INLINE void load_pair_some(
     const T* data, int64_t n, VectorOf<T> fill, VectorOf<T>* a, VectorOf<T>* b) {
@@ -221,7 +216,6 @@ FDDA_INLINE void store_some(double* data, int64_t n, Doubles value) {
   _mm512_mask_storeu_pd(data, static_cast<__mmask8>(first(n)), value.v);
 }
 
-// Stores two vectors in the order of load_pair.
 template <typename T>
 FDDA_INLINE void store_pair(T* data, VectorOf<T> a, VectorOf<T> b) {
   store(data, a);
@@ -231,7 +225,6 @@ FDDA_INLINE void store_pair(BFloat16* data, Floats even, Floats odd) {
   _mm512_storeu_si512(data, join_bfloat16(even, odd));
 }
 
-// Streaming stores, which bypass the caches. The address must be aligned to the vector.
 FDDA_INLINE void stream(float* data, Floats value) {
   _mm512_stream_ps(data, value.v);
 }
@@ -252,12 +245,10 @@ FDDA_INLINE void stream_pair(T* data, VectorOf<T> a, VectorOf<T> b) {
 FDDA_INLINE void stream_pair(BFloat16* data, Floats even, Floats odd) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(data), join_bfloat16(even, odd));
 }
-// Orders streaming stores before the next stores of this thread, so that other threads see them.
 FDDA_INLINE void finish_streaming() {
   _mm_sfence();
 }
 
-// Copies one cache line with streaming stores. Both addresses must begin a cache line.
 FDDA_INLINE void stream_line(const void* from, void* to) {
   _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
 }

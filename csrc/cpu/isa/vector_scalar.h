@@ -1,4 +1,4 @@
-// Vectors in plain C++: the fallback for any processor, and the reference for the other vectors.
+// Vectors in plain C++: the fallback for any processor, and the reference for the others.
 
 struct Floats {
   static constexpr int kWidth = 16;
@@ -67,8 +67,7 @@ FDDA_INLINE Floats select(const Mask& mask, const Floats& if_true, const Floats&
   return r;
 }
 
-// Sums of all lanes in a fixed order: lane i + lane (i + half) for half of the lanes, then a
-// quarter, and so on.
+// Sums the lanes in a fixed order: i + (i + half), then again with half as many lanes.
 FDDA_INLINE float sum(Floats a) {
   for (int half = 8; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
@@ -185,7 +184,8 @@ FDDA_INLINE void store_pair(BFloat16* data, const Floats& even, const Floats& od
   }
 }
 
-// Streaming stores in other instruction sets, ordinary stores here.
+// Streaming stores, where the instruction set has them. The address must be aligned to the vector.
+// finish_streaming orders them before later stores, so that other threads see them in time.
 template <typename T>
 FDDA_INLINE void stream(T* data, const VectorOf<T>& value) {
   store(data, value);
@@ -196,7 +196,7 @@ FDDA_INLINE void stream_pair(T* data, const VectorOf<T>& a, const VectorOf<T>& b
 }
 FDDA_INLINE void finish_streaming() {}
 
-// Copies one cache line; plain C++ has no streaming stores.
+// Copies one cache line with streaming stores. Both addresses must begin a cache line.
 FDDA_INLINE void stream_line(const void* from, void* to) {
   __builtin_memcpy(to, from, 64);
 }

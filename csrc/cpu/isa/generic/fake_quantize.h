@@ -1,5 +1,5 @@
 // Fake quantization over runs and rows: the arithmetic of common/quantization.h on vectors.
-// (No #pragma once: each instruction set compiles its own copy, inside its own namespace.)
+// (No #pragma once: each instruction set compiles its own copy.)
 
 FDDA_INLINE QuantParams<Floats> params_of_channel(const ChannelParams& p, int64_t channel) {
   return {

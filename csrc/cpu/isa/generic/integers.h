@@ -1,8 +1,7 @@
 // Integer convolution with plain loops over sixteen outputs, which compilers vectorize.
-// (No #pragma once: each instruction set compiles its own copy, inside its own namespace.)
+// (No #pragma once: each instruction set compiles its own copy.)
 
-// The epilogue for n <= 16 sums of one pixel. `at` is the first output, counted from that of the
-// call.
+// The epilogue for n <= 16 sums of one pixel, from output `at` on.
 template <typename Sum>
 FDDA_INLINE void finish(
     const Sum* sums, int64_t n, int64_t pixel, int64_t at, const IntEpilogue& e) {
@@ -35,8 +34,8 @@ void finish_pixels(int64_t pixels, int64_t channels, const Sum* sums, const IntE
   }
 }
 
-// Rounding to codes for kernels that round in vectors, the same for all outputs. Rounding is
-// monotone, so the codes can be clamped in place of the values.
+// Rounding to codes for kernels that round in vectors. Rounding is monotone, so the codes can be
+// clamped instead of the values.
 struct Rounding {
   float inverse_scale;
   float most;  // largest code minus the zero point
@@ -54,8 +53,7 @@ FDDA_INLINE Rounding rounding_of(const IntEpilogue& e) {
       static_cast<uint8_t>(least + e.zero_point)};
 }
 
-// Kinds of epilogues: codes without a residual, codes with a residual in codes (the usual kinds),
-// and all others.
+// Kinds of epilogues: to codes, to codes with a residual in codes, and all others.
 enum class Way { kCodes, kResidual, kOther };
 
 FDDA_INLINE Way way_of(const IntEpilogue& e) {
@@ -63,7 +61,7 @@ FDDA_INLINE Way way_of(const IntEpilogue& e) {
   return e.residual_codes == nullptr ? Way::kCodes : Way::kResidual;
 }
 
-// sums += the products of one group of codes with one group of each output of a panel.
+// sums += the products of a group of codes with a group of weights of each output of a panel.
 FDDA_INLINE void add_group(const uint8_t* x, const int8_t* w, int32_t (&sums)[kPanel]) {
   for (int64_t i = 0; i < kPanel; ++i) {
     sums[i] += x[0] * w[4 * i] + x[1] * w[4 * i + 1] + x[2] * w[4 * i + 2] + x[3] * w[4 * i + 3];

@@ -1,5 +1,5 @@
 // Mean and M2 of planes and columns, and the backward pass; see common/statistics.h.
-// (No #pragma once: each instruction set compiles its own copy, inside its own namespace.)
+// (No #pragma once: each instruction set compiles its own copy.)
 
 // Values per block: 16 KiB of float32, which stay in the L1 cache for both passes.
 constexpr int64_t kBlockValues = 4096;
@@ -62,8 +62,7 @@ FDDA_INLINE VectorOf<T> block_m2(int64_t count, const T* x, VectorOf<T> mean) {
 }
 
 // Mean and M2 of `count` values of each of n planes. The planes are read one after the other, for
-// the hardware prefetcher. The sums over the lanes are chains of dependent instructions, so those
-// of all planes are computed together.
+// the hardware prefetcher. The sums over the lanes, chains of dependent steps, run together.
 template <int n, typename T, typename A>
 FDDA_INLINE void block_moments(int64_t count, int64_t stride, const T* x, A* mean, A* m2) {
   using V = VectorOf<T>;
@@ -139,9 +138,8 @@ FDDA_INLINE void column_pass(int64_t rows, V share, const Load& load_row, V* mea
   *m2 = deviations;
 }
 
-// Prefetches the same columns of the next block, because the hardware prefetcher does not follow
-// the short pieces of a strip. The target is the L2 cache: in L1 they would evict the current
-// block.
+// Prefetches the same columns of the next block, as the hardware does not predict the short pieces
+// of a strip. To L2 only: in L1 they would evict the current block.
 template <typename T>
 FDDA_INLINE void prefetch_strip(const T* at) {
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -150,7 +148,7 @@ FDDA_INLINE void prefetch_strip(const T* at) {
   }
 }
 
-// column_pass for a full strip, with the same sums, but all four vectors of a row together.
+// column_pass for a full strip: the same sums, row by row across its four vectors.
 template <typename T>
 FDDA_INLINE void strip_pass(
     int64_t rows, int64_t stride, const T* x, VectorOf<T> share, VectorOf<T>* mean,
@@ -267,8 +265,8 @@ void column_moments(
   }
 }
 
-// The backward pass over planes without gaps, with streaming stores. A cache line in which one
-// plane ends and the next begins is assembled in `line` before it is stored.
+// Backward pass over planes without gaps, with streaming stores. A cache line that belongs to two
+// planes is assembled in `line` before it is stored.
 template <typename T>
 void streamed_planes_backward(
     int64_t planes, int64_t count, int64_t x_stride, const typename Accumulator<T>::type* mean,
@@ -278,8 +276,7 @@ void streamed_planes_backward(
   constexpr int64_t kWidth = V::kWidth;
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   alignas(64) T line[kLine];
-  // `line` holds values [begin, end) of the current cache line. Other calls write those before
-  // `begin`.
+  // `line` holds values [begin, end) of the current cache line; other calls write those before.
   int64_t begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(grad_x) % 64 / sizeof(T));
   int64_t end = begin;
   const auto flush = [&](T* line_end) __attribute__((always_inline)) {

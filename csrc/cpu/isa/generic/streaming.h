@@ -1,5 +1,5 @@
 // Stores that bypass the caches if `streaming` is true. They need an address for which begins_line
-// is true. (No #pragma once: each instruction set compiles its own copy, inside its own namespace.)
+// is true. (No #pragma once: each instruction set compiles its own copy.)
 
 FDDA_INLINE bool begins_line(const void* data) {
   return reinterpret_cast<uintptr_t>(data) % 64 == 0;
