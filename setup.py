@@ -33,8 +33,7 @@ DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "12.0"]
 CXX_FLAGS = [f"-O{os.environ.get('FDDA_OPTIMIZE', '3')}", "-g0", "-ffp-contract=off"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # --no-as-needed keeps libtorch, which loads libtorch_cuda if torch has it, although the extension
-# uses no symbol of it. --exclude-libs keeps the symbols of the static CUDA runtime private, apart
-# from torch's copy of that runtime.
+# uses no symbol of it. --exclude-libs separates the static CUDA runtime from torch's copy of it.
 LINK_FLAGS = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--exclude-libs,ALL"]
 NVCC_FLAGS = ["-O3", "--fmad=false", "--extended-lambda", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 

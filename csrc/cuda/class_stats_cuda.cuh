@@ -4,10 +4,9 @@
 // Forward pass, three launches for up to kMaxLayers layers:
 //   moments  each warp reads one work unit (class_stats_plan.cuh) and writes mean and M2 of its
 //            chunk per channel: two passes over batches in registers, merged by Chan's formula
-//   merge    each block merges the chunks and samples of one class for up to 32 channels, in a
-//            fixed order, and computes their distances for the loss; there is a block per sample,
-//            of which only that of the first sample of a class works, so the work does not grow
-//            with num_classes
+//   merge    one block per sample and up to 32 channels; that of the first sample of a class merges
+//            all chunks and samples of the class in a fixed order and computes their distances for
+//            the loss, so the work does not grow with num_classes
 //   loss     adds up the distances
 // Backward pass, one launch: each warp reads one work unit of x and writes that of grad_x. Results
 // are reproducible, as there are no atomics. Nothing waits for the device, so CUDA graphs can

@@ -53,8 +53,8 @@ __device__ __forceinline__ uint32_t larger_bytes(uint32_t a, uint32_t b) {
   return __vmaxu4(a, b);
 }
 
-// Loads four matrices of 8 rows of 16 bytes from shared memory. Lane l gives the address of row l %
-// 8 of matrix l / 8, and gets bytes 4 (l % 4) to 4 (l % 4) + 3 of row l / 4 of each matrix.
+// Loads four matrices of 8 rows of 16 bytes from shared memory. Lane l gives the address of row
+// l % 8 of matrix l / 8, and gets bytes 4 (l % 4) to 4 (l % 4) + 3 of row l / 4 of each matrix.
 __device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])

@@ -59,8 +59,8 @@ FDDA_HOST_DEVICE int64_t pixel_offset(const ConvShape& s, int sample, int y, int
 // A block multiplies kRows patches by kPanels panels of 32 outputs. Each warp holds sums of
 // kWarpRows patches and one panel. With kSlices > 1, several warps hold the same sums, each over
 // some of the chunks, and add them up at the end: otherwise small images at batch 1 have too few
-// tiles to keep a GPU busy. Copies fill kStages stages of shared memory cyclically and run kStages
-// - 1 steps ahead. All stages together take at most 48 KB.
+// tiles to keep a GPU busy. Copies run kStages - 1 steps ahead, into kStages stages of shared
+// memory, which take at most 48 KB.
 template <int kRows_, int kPanels_, int kWarpRows_, int kSlices_, int kStages_>
 struct MatrixTile {
   static constexpr int kRows = kRows_;
@@ -109,9 +109,9 @@ struct TileList {};
 // The tiles to choose from and their costs: UnitTiles if all 16-byte units are aligned in memory,
 // SegmentTiles otherwise. The costs were fitted to the times of 18 tiles for the layers of
 // ResNet-18 and MobileNetV2 with batches of 1, 8 and 32 on an H100 (benchmarks/fit_tiles.py).
-// Omitted tiles are nowhere more than a few percent faster. The chosen tile is on average within
-// 1.3 % of the best one, at worst 15 %. The largest tile that fills the device is on average within
-// 16 %. Other devices have other times, but similar ratios.
+// Omitted tiles are nowhere more than a few percent faster. The chosen tile is within 1.3 % of the
+// best one on average, and 15 % at worst; the largest tile that fills the device, within 16 % on
+// average. Other devices have other times, but similar ratios.
 using UnitTiles = TileList<
     MatrixTile<16, 1, 16, 4, 4>, MatrixTile<32, 1, 32, 4, 3>, MatrixTile<64, 2, 32, 1, 4>,
     MatrixTile<128, 1, 32, 1, 4>, MatrixTile<64, 4, 64, 1, 4>>;
@@ -155,7 +155,7 @@ int best_tile(TileList<Tiles...>, const TileCost* costs, const ConvShape& s, int
   return best;
 }
 
-// Each thread on its own ------------------------------------------------------------------------
+// Depthwise and direct --------------------------------------------------------------------------
 
 constexpr int kDirectThreads = 128;
 // Neighbours in a row that a thread of the 3x3 depthwise kernel computes; they share columns.

@@ -1,12 +1,11 @@
 // The three int8 layouts of weights for int4_conv2d on CUDA, computed alike on host and device.
 // int4_pack_weight fills every byte according to `source_of`.
 //
-// Two weights per byte would not pay off. Weights matter most at batch 1, where ResNet-18 reads 11
-// MB of them. That takes 3.7 us at an H100's memory bandwidth (nothing if they stay in the L2
-// cache), beside about 50 us for twenty launches. Half the bytes would save 2 us and cost two
-// instructions for every four weights in every tile. From batch 8 on, each byte of weights serves
-// hundreds of products, and nothing is left to save. A T4, with a tenth of the bandwidth, would
-// save 17 us of about 150 at batch 1.
+// Two weights per byte would save little. At batch 1, ResNet-18 reads 11 MB of weights. That takes
+// 3.7 us of an H100's memory bandwidth (nothing from the L2 cache), beside about 50 us for twenty
+// launches. Unpacking would cost two instructions per four weights in every tile. From batch 8 on,
+// a byte of weights serves hundreds of products. A T4, with a tenth of the bandwidth, would save 17
+// us of about 150 at batch 1.
 //
 // kMatrix, for tensor cores. The summation dimension K is cut into units of 16 bytes. A window has
 // a few segments: its rows without groups, its taps with groups. A segment has its bytes in the

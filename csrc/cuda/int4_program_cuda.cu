@@ -186,7 +186,6 @@ __global__ void __launch_bounds__(kStepThreads) int4_max_pool_kernel(
   store_pack(reinterpret_cast<Word*>(to), largest);
 }
 
-// Height and width.
 struct IntPair {
   int y;
   int x;
@@ -229,7 +228,7 @@ Tensor int4_max_pool_cuda(
   if (x.size(1) * x.size(2) * x.size(3) > kMostBytes ||
       (x.size(0) > 0 && pixels > kMostBytes / x.size(0))) {
     refuse(
-        op, "x", "to have images of fewer than 2^31 codes, and to give fewer output pixels than that",
+        op, "x", "to have images of fewer than 2^31 codes, and to give fewer than 2^31 pixels",
         shape_text(x));
   }
   const DeviceGuard guard(x.get_device_index());

@@ -1,4 +1,4 @@
-// Kernel launches. Only this file and common/cuda.h call the CUDA runtime.
+// Kernel launches. Operators reach the device only through this file and common/cuda.h.
 #pragma once
 
 #include <cstdint>

@@ -339,7 +339,7 @@ void finish_codes(
   }
 }
 
-// Writes values clamped to [low, high], in the order of clamp's comparisons.
+// Writes values clamped to [low, high]. NaN stays NaN, as in clamp.
 template <Residual residual, int v>
 void finish_values(
     int64_t count, const int32_t (*sums)[kPanel], const int64_t* pixels, int64_t at, int64_t /*n*/,
@@ -397,7 +397,7 @@ inline void patches_avx2(
   alignas(32) int32_t sums[kBlockPixels][kPanel] = {};
   for (int64_t o = 0; o < outputs; o += kPanel, weights += panel_size) {
     const int64_t n = outputs - o < kPanel ? outputs - o : kPanel;
-    // The search takes the time of a pixel or less, so it must save some widening.
+    // The search takes the time of a pixel or less. It is done only if it can save widening.
     int64_t steps = exact_groups(code, 128);
     if (!kDot && (steps == 0 || (pixels > kTilePixels && segments * groups > 3 * steps))) {
       steps = exact_groups(code, largest_magnitude(weights, panel_size));
@@ -511,7 +511,7 @@ FDDA_INLINE __m256i slot_products(__m256i x, const int8_t* weights) {
                 : wide_products(halves_of_codes(x), halves_of_weights(w));
 }
 
-// Four taps at a time. Sums of `steps` > 0 groups fit 16 bits for codes of at most seven bits.
+// Four taps at a time. Sums of `steps` groups fit 16 bits; up to seven bits steps is at least 1.
 template <bool narrow>
 void depthwise_taps(
     int64_t steps, int64_t pixels, int64_t taps, const uint8_t* const* rows,

@@ -173,7 +173,7 @@ struct IntKernels {
       const int8_t* weights, int64_t channels, const IntEpilogue& epilogue);
   // to[position][tile][channel] = B^T d B + kWinogradOffset; rows [tiles, 16] points to the pixels.
   // The strides are in bytes; `stride`, from tile to tile, is a multiple of 64 and at least
-  // `channels`. The offset may differ if winograd_output of the same table knows it.
+  // `channels`. A table may use another offset in winograd_input and winograd_output.
   void (*winograd_input)(
       int64_t bits, int64_t tiles, int64_t channels, const uint8_t* const* rows, int64_t stride,
       int64_t position_stride, uint8_t* to);

@@ -139,7 +139,7 @@ FDDA_INLINE void column_pass(int64_t rows, V share, const Load& load_row, V* mea
 }
 
 // Prefetches the same columns of the next block, as the hardware does not predict the short pieces
-// of a strip. To L2 only: in L1 they would evict the current block.
+// of a strip. They go to L2 only, because in L1 they would evict the current block.
 template <typename T>
 FDDA_INLINE void prefetch_strip(const T* at) {
   constexpr int64_t kLine = 64 / sizeof(T);
