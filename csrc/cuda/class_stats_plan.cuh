@@ -25,7 +25,7 @@ constexpr int kRowsUnitValues = 4096;
 // more than kFewChunks chunks. Then there are thousands of parts, which more threads must share.
 constexpr int kFewChunks = 8;
 constexpr int kFewChannels = 8;
-// Layers per launch. Their descriptions are kernel parameters, which have 32 KB.
+// Layers per launch. Their descriptions must fit into the 32 KB of kernel parameters.
 constexpr int kMaxLayers = 64;
 
 // One activation x[n, c, p] = x[n * sample_stride + c * channel_stride + p * position_stride], its

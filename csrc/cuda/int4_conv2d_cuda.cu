@@ -1,9 +1,9 @@
 // int4_conv2d on CUDA: bit-identical twin of cpu/int4_conv2d_cpu.cpp. Integer sums are exact in any
 // order, and the epilogue is the same (common/integer_epilogue.h).
 //
-// One launch, by the kind of the weight (int4_layout.cuh): matrix products on tensor cores, with
-// the fastest tile; depthwise; or groups that are too narrow for tensor cores. Nothing waits for
-// the device, so CUDA graphs can capture everything.
+// The kind of the weight (int4_layout.cuh) selects the kernel of the one launch: matrix products on
+// tensor cores, with the fastest tile; depthwise; or direct, for groups too narrow for tensor
+// cores. Nothing waits for the device, so CUDA graphs can capture everything.
 
 #include <cstdlib>
 

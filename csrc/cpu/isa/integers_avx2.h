@@ -183,8 +183,8 @@ void wide_tile(
   }
 }
 
-// Pixels of a tile. Six by two vectors of sums leave four of sixteen registers for codes, weights
-// and products; four by two leave eight, for widened ones.
+// Pixels of a tile. The sums of six pixels, two vectors each, leave four of sixteen registers for
+// codes, weights and products. Those of four pixels leave eight, for widened codes and weights.
 constexpr int kTilePixels = 6;
 constexpr int kWidePixels = kDot ? kTilePixels : 4;
 // Pixels whose sums enter the epilogue together, from the L1 cache.
@@ -511,7 +511,7 @@ FDDA_INLINE __m256i slot_products(__m256i x, const int8_t* weights) {
                 : wide_products(halves_of_codes(x), halves_of_weights(w));
 }
 
-// Four taps at a time. Sums of `steps` groups fit 16 bits; up to seven bits steps is at least 1.
+// Four taps at a time. With `narrow`, for at most seven bits, sums of `steps` groups fit 16 bits.
 template <bool narrow>
 void depthwise_taps(
     int64_t steps, int64_t pixels, int64_t taps, const uint8_t* const* rows,
