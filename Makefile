@@ -1,24 +1,24 @@
-# Everything a fresh machine needs: each target does its own set-up, once.
+# Every target sets up what it needs, so a fresh machine needs no other preparation.
 #
 #   make train [ARGS="--bits W3A3"]   quantize a network on the embedded data
-#   make test  [ARGS="-k name"]       run the tests, on all cores
-#   make lint                         formatting, types, layer rules
-#   make sanitize                     the operators' tests under AddressSanitizer and UBSan
-#   make bench                        CPU benchmarks against real peers
+#   make test  [ARGS="-k name"]       run the tests on all cores
+#   make lint                         check formatting, types and layer rules
+#   make sanitize                     test the operators under AddressSanitizer and UBSan
+#   make bench                        run the CPU benchmarks against peers
 #   make cuda                         build with the CUDA kernels for every architecture
 #   make gpu                          on a machine with a GPU: build, test, sanitize, measure
-#   make clean
+#   make clean                        delete the environment and everything built
 #
-# PYTHON     interpreter that makes the environment      (python3)
-# TORCH      torch to install                            (2.13.0)
-# FDDA_CUDA  1 demands the CUDA kernels, 0 leaves them out (unset: built where nvcc is found)
+# PYTHON     interpreter that creates the environment    (python3)
+# TORCH      torch version to install                    (2.13.0)
+# FDDA_CUDA  1 requires the CUDA kernels, 0 omits them   (unset: built if nvcc is found)
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# torchvision 0.(n + 15) belongs to torch 2.n; its dependencies would bring another torch.
+# torchvision 0.(n + 15) matches torch 2.n. Its dependencies could replace this torch.
 TORCHVISION := 0.$(shell echo $$(( $(word 2,$(subst ., ,$(TORCH))) + 15 ))).*
 CUDA_ARCHS := 7.5 8.0 8.6 8.9 9.0 12.0
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
@@ -36,7 +36,7 @@ $(VENV)/torch.stamp:
 	$(BIN)/pip install --quiet torch==$(TORCH) numpy
 	@touch $@
 
-# The package is installed editable: the tests run what is in the tree.
+# The install is editable: the tests run the files of the working tree.
 $(VENV)/package.stamp: $(VENV)/torch.stamp $(NATIVE)
 	$(BIN)/pip install --quiet --no-build-isolation --editable .
 	$(BIN)/pip install --quiet --no-deps torchvision==$(TORCHVISION) timm pytorchcv
@@ -50,7 +50,7 @@ $(VENV)/tools.stamp: $(VENV)/torch.stamp pyproject.toml
 train: $(VENV)/package.stamp
 	$(BIN)/python -m fdda_ext.train $(ARGS)
 
-# A file's tests stay in one process, as their fixtures are costly.
+# All tests of a file run in one process, because they share costly fixtures.
 test: $(VENV)/package.stamp $(VENV)/tools.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder \
 	  $(ARGS)
@@ -62,8 +62,8 @@ lint: $(VENV)/package.stamp $(VENV)/tools.stamp
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/lint-imports
 
-# A build of its own, at -O1 and with calls for the checks of addresses, as others take minutes to
-# compile. Python itself is not built with the sanitizers, so they are loaded before it.
+# A separate build at -O1. Address checks are function calls, because inlined checks take minutes to
+# compile. Python itself is not built with the sanitizers, so LD_PRELOAD loads them.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZERS += --param asan-instrumentation-with-call-threshold=0
 OP_TESTS := tests/test_fake_quantize.py tests/test_class_batch_stats.py tests/test_class_stats_loss.py \
@@ -80,14 +80,14 @@ bench: $(VENV)/package.stamp $(VENV)/tools.stamp
 	mkdir -p benchmarks/out
 	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/out/cpu.json $(ARGS)
 
-# The package with its CUDA kernels. Needs nvcc, but neither a GPU nor a torch with CUDA.
+# Builds the package with its CUDA kernels. Needs nvcc, but neither a GPU nor a torch with CUDA.
 cuda: $(VENV)/torch.stamp
 	rm -f $(VENV)/package.stamp
 	FDDA_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" $(MAKE) $(VENV)/package.stamp
 	$(BIN)/python -c \
 	  "import fdda_ext; i = fdda_ext.build_info(); print(i); assert len(i.cuda_archs) == 6, i"
 
-# Uses the machine's own Python and torch, which must have CUDA; writes one JSON to OUT.
+# Uses the machine's Python and its torch, which must have CUDA. Writes one JSON file to OUT.
 OUT ?= benchmarks/results
 gpu:
 	$(PYTHON) benchmarks/gpu_report.py --out "$(OUT)"

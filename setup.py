@@ -1,15 +1,15 @@
-"""Builds fdda_ext._C, one extension with the CPU kernels and, where nvcc is found, the CUDA ones.
+"""Build fdda_ext._C, one extension with the CPU kernels and, if nvcc is found, the CUDA kernels.
 
 Environment:
-    FDDA_CUDA: 1 demands the CUDA kernels, 0 leaves them out; unset builds them if nvcc is found.
-    TORCH_CUDA_ARCH_LIST: architectures as in torch, e.g. "8.0 9.0+PTX".
-    CUDA_HOME: the toolkit to use; otherwise nvcc is looked up on PATH.
-    MAX_JOBS: how many compilers run at once.
-    FDDA_OPTIMIZE: the C++ compiler's level of optimization; 3 if unset.
+    FDDA_CUDA: 1 requires the CUDA kernels, 0 omits them. If unset, they are built if nvcc is found.
+    TORCH_CUDA_ARCH_LIST: Architectures as in torch, e.g. "8.0 9.0+PTX".
+    CUDA_HOME: CUDA toolkit to use. If unset, nvcc is searched on PATH.
+    MAX_JOBS: Number of compilers that run at once.
+    FDDA_OPTIMIZE: Optimization level of the C++ compiler, 3 if unset.
 
-torch's own CUDAExtension refuses a CPU-only torch. The stable ABI needs nothing from torch's CUDA
-libraries at build time, so nvcc is driven here and its objects are linked with a static CUDA
-runtime: the result imports on machines without any CUDA library.
+torch's CUDAExtension does not work with a CPU-only torch. The stable ABI needs no CUDA library of
+torch at build time, so this script calls nvcc and links its objects with a static CUDA runtime.
+The extension can then be imported on machines without any CUDA library.
 """
 
 import os
@@ -25,21 +25,21 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent
-# The oldest torch whose stable ABI the extension uses (2.11), so that one build serves all later.
+# The oldest supported torch. One build works with this and all later versions.
 STABLE_ABI = (2, 11)
 STABLE_ABI_TARGET = f"0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
 DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "12.0"]
-# No contraction to fma: every instruction set, and CUDA, must give the same bits.
+# Without contraction to fma, all instruction sets and CUDA give bit-identical results.
 CXX_FLAGS = [f"-O{os.environ.get('FDDA_OPTIMIZE', '3')}", "-g0", "-ffp-contract=off"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-# libtorch brings libtorch_cuda with it where torch has one, though no symbol of it is needed here.
-# The static CUDA runtime's symbols stay ours, apart from those of torch's copy.
+# --no-as-needed keeps libtorch, which loads libtorch_cuda if torch has it, although the extension
+# uses no symbol of it. --exclude-libs separates the static CUDA runtime from torch's copy of it.
 LINK_FLAGS = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--exclude-libs,ALL"]
 NVCC_FLAGS = ["-O3", "--fmad=false", "--extended-lambda", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 class CudaToolkit:
-    """An nvcc with its static runtime library."""
+    """An nvcc and its static runtime library."""
 
     def __init__(self, nvcc: str) -> None:
         self.nvcc = nvcc
@@ -60,7 +60,7 @@ class CudaToolkit:
         return done.stdout + done.stderr
 
     def architectures(self) -> list[str]:
-        """What to compile for: TORCH_CUDA_ARCH_LIST, or what this nvcc knows of the default."""
+        """Return TORCH_CUDA_ARCH_LIST, or the default architectures that this nvcc supports."""
         asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
         if asked:
             return asked
@@ -82,7 +82,7 @@ class CudaToolkit:
 
 
 def find_toolkit() -> CudaToolkit | None:
-    """Honours FDDA_CUDA: the toolkit to build with, or None for a CPU-only build."""
+    """Return the toolkit that FDDA_CUDA selects, or None for a CPU-only build."""
     asked = os.environ.get("FDDA_CUDA", "")
     if asked not in ("", "0", "1"):
         raise SystemExit(f"setup.py: expected FDDA_CUDA to be 0 or 1, got {asked!r}")
@@ -108,7 +108,7 @@ def find_toolkit() -> CudaToolkit | None:
 
 
 class Build(BuildExtension):
-    """torch's build_ext, with the .cu files compiled beforehand into extra objects."""
+    """torch's build_ext, which first compiles the .cu files into extra objects."""
 
     def build_extensions(self) -> None:
         if TOOLKIT is not None:

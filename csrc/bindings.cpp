@@ -1,6 +1,6 @@
 // The Python module fdda_ext._C. Importing it loads this library, whose static initializers
-// register the operators with torch. The module itself knows nothing of tensors: it answers
-// questions about the build and sets switches that a dispatcher schema cannot express.
+// register the operators with torch. Its own functions report facts about the build and set
+// switches that a dispatcher schema cannot express.
 
 #include "common/stable.h"
 #include "cpu/isa/dispatch.h"
@@ -9,8 +9,8 @@
 #include <cuda_runtime_api.h>
 #endif
 
-// torch 2.11 refuses its copy of pybind11 beside a target version, as if its types might
-// cross into operators. None does here.
+// With a target version, torch 2.11 refuses its copy of pybind11, because its types must not enter
+// operators. None does here.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -19,8 +19,8 @@ namespace py = pybind11;
 
 namespace {
 
-// The CUDA runtime this library carries and what the driver supports; (0, 0) without CUDA kernels,
-// a driver version of 0 without a driver.
+// Versions of the CUDA runtime in this library and of the CUDA that the driver supports. (0, 0)
+// without CUDA kernels; the second is 0 without a driver.
 py::tuple cuda_versions() {
   int runtime = 0;
   int driver = 0;
@@ -34,7 +34,7 @@ py::tuple cuda_versions() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native part of fdda_ext: registers torch.ops.fdda, build facts and switches.";
+  m.doc() = "Native part of fdda_ext: operators of torch.ops.fdda, build facts and switches.";
   m.attr("built_with_torch") = FDDA_BUILT_WITH_TORCH;
   m.attr("stable_abi") = FDDA_STABLE_ABI;
   m.attr("cuda_archs") = FDDA_CUDA_ARCHS;

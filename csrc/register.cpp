@@ -1,11 +1,11 @@
-// Every operator of torch.ops.fdda, in reading order. Implementations register themselves at the
-// foot of csrc/cpu/*_cpu.cpp and csrc/cuda/*_cuda.cu; fake kernels and autograd are attached in
-// fdda_ext/ops. A leading underscore marks a backward, which is private and not differentiable.
+// Schemas of all operators of torch.ops.fdda. The implementations register themselves at the end of
+// csrc/cpu/*_cpu.cpp and csrc/cuda/*_cuda.cu. fdda_ext/ops adds fake kernels and autograd. A
+// leading underscore marks a private operator: a backward pass, or a part of the integer programs.
 
 #include "common/stable.h"
 
 STABLE_TORCH_LIBRARY(fdda, m) {
-  // x [*] float32|bfloat16|float16; scale, zero_point float32: one value, or [C] = [x.size(axis)].
+  // x [*] float32, bfloat16 or float16; scale, zero_point float32 [] or [1], or [x.size(axis)].
   m.def(
       "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
       "int? axis=None) -> Tensor");
@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(fdda, m) {
       "Tensor count, Tensor mean) -> Tensor");
 
   // xs: L tensors [N, C_l, *]; targets: L tensors [T, K, C_l]; weight [T, K] -> loss [T, L] and
-  // statistics [2, K, sum C_l] (mean, then var; the layers lie side by side), kept for backward.
+  // statistics [2, K, sum C_l] for the backward pass (mean, then var; layers side by side).
   m.def(
       "class_stats_loss(Tensor[] xs, Tensor labels, Tensor[] target_means, Tensor[] target_vars, "
       "Tensor weight) -> (Tensor loss, Tensor statistics)");
@@ -32,10 +32,10 @@ STABLE_TORCH_LIBRARY(fdda, m) {
       "Tensor[] target_means, Tensor[] target_vars, Tensor weight, Tensor statistics) "
       "-> Tensor[]");
 
-  // weight int8 [O, kh, kw, C / groups] -> int8, in the order in which int4_conv2d reads it.
+  // weight int8 [O, kh, kw, C / groups] -> int8 [*], in the layout of int4_conv2d on its device.
   m.def("int4_pack_weight(Tensor weight, int groups, bool winograd=False) -> Tensor");
   // x uint8 [N, H, W, C]; weight packed; scale, shift float32 [O]; correction int32 [O]; residual
-  // uint8 or float32, like the result [N, H', W', O]: uint8 codes, or float32 if out_bits is 0.
+  // uint8 or float32 [N, H', W', O] -> [N, H', W', O]: uint8 codes, or float32 if out_bits is 0.
   m.def(
       "int4_conv2d(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor correction, "
       "Tensor? residual, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
@@ -46,13 +46,14 @@ STABLE_TORCH_LIBRARY(fdda, m) {
   m.def(
       "_int4_image_codes(Tensor images, Tensor? table, float inverse_scale, int zero_point, "
       "int quant_max) -> Tensor");
-  // x uint8 [N, H, W, C] -> its largest codes uint8 [N, size[0], size[1], C]. Both on CUDA alone.
+  // x uint8 [N, H, W, C] -> largest code of each window, uint8 [N, size[0], size[1], C]. This and
+  // _int4_image_codes are for CUDA only.
   m.def(
       "_int4_max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, "
       "int[] size) -> Tensor");
-  // images float32 or uint8 [N, C, H, W]; constants, workspace uint8; records int64 -> the
-  // last value [N, H, W, C]; int4_program_cpu.cpp describes the records. The time of every step is
-  // written to nanoseconds int64.
+  // images float32 or uint8 [N, C, H, W]; constants, workspace uint8; records int64 (described in
+  // int4_program_cpu.cpp) -> the result [N, H, W, C]. nanoseconds int64 receives the time of every
+  // instruction. CPU only.
   m.def(
       "_int4_program(Tensor images, Tensor constants, Tensor records, Tensor(a!) workspace, "
       "Tensor(b!)? nanoseconds=None) -> Tensor");

@@ -583,7 +583,7 @@ def test_image_codes_and_max_pool_refuse_bad_arguments(simt: SimpleNamespace) ->
     images = torch.zeros(1, 3, 4, 4)
     with pytest.raises(ValueError, match="expected images to be float32, got float64"):
         simt._int4_image_codes(images.double(), None, 1.0, 0, 15)
-    with pytest.raises(ValueError, match="expected table with images of bytes alone, got none"):
+    with pytest.raises(ValueError, match="expected table only and always with uint8 images, got"):
         simt._int4_image_codes(images.byte(), None, 1.0, 0, 15)
     with pytest.raises(ValueError, match="expected x to be uint8, got float32"):
         simt._int4_max_pool(images, *[(2, 2)] * 4, (1, 1))
@@ -596,7 +596,7 @@ def test_image_codes_and_max_pool_refuse_bad_arguments(simt: SimpleNamespace) ->
         ("size", [0, 1], 1),
     ):
         pairs = {"kernel": ones, "stride": ones, "padding": (0, 0), "dilation": ones, "size": ones}
-        told = re.escape(f"expected {name} to be two of at least {least}, got {pair}")
+        told = re.escape(f"expected {name} to be two integers of at least {least}, got {pair}")
         with pytest.raises(ValueError, match=told):
             simt._int4_max_pool(codes, *(pairs | {name: pair}).values())
     with pytest.raises(ValueError, match="expected size to end before pixel"):

@@ -1,4 +1,4 @@
-// Argument checks, shared by the CPU and CUDA shells. Every message is one sentence:
+// Argument checks shared by the CPU and CUDA operators. Every message has the form
 // "<op>: expected <argument> <rule>, got <value>[; hint]".
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace fdda {
 
-// std::invalid_argument arrives in Python as ValueError (and from fdda_ext.ops as UsageError).
+// Python sees std::invalid_argument as ValueError; fdda_ext.ops turns it into UsageError.
 template <typename... Value>
 [[noreturn]] void refuse(
     const char* op, const char* argument, const std::string& rule, const Value&... value) {

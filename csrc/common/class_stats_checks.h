@@ -1,13 +1,13 @@
-// What the per-class statistics demand of their arguments, on any device. The range of the labels
-// is checked on the CPU alone; on CUDA, where looking would wait for the device, samples whose
-// label lies outside [0, num_classes) are left out.
+// Argument checks of the per-class statistics for all devices. Only the CPU operators check the
+// range of the labels. On CUDA this would wait for the device, so samples with a label outside
+// [0, num_classes) are ignored.
 #pragma once
 
 #include "checks.h"
 
 namespace fdda {
 
-// The dtype of mean, var, targets and weight for activations of this dtype.
+// Dtype of mean, var, targets and weight for the activation x.
 inline ScalarType statistics_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -57,7 +57,8 @@ inline void check_class_batch_stats_backward(
   }
 }
 
-// The layers agree in dtype, device and number of samples; targets fit; weight is [T, K].
+// All layers have the same dtype, device and number of samples. Targets are [T, K, C_l], weight is
+// [T, K].
 inline void check_class_stats_loss(
     const char* op, const std::vector<Tensor>& xs, const Tensor& labels,
     const std::vector<Tensor>& target_means, const std::vector<Tensor>& target_vars,
@@ -100,7 +101,7 @@ inline void check_class_stats_loss(
   }
 }
 
-// What the loss's backward gets from its forward and from upstream.
+// Checks the gradient of the loss, and the statistics that the forward pass saved.
 inline void check_class_stats_loss_saved(
     const char* op, const Tensor& grad_loss, const Tensor& statistics, const Tensor& x,
     const std::vector<int64_t>& loss_sizes, const std::vector<int64_t>& statistics_sizes) {

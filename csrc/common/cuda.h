@@ -1,4 +1,4 @@
-// What every .cu file needs beside its kernels: the current stream, a device guard, launch checks.
+// Helpers for all .cu files: the current stream, a device guard, launch checks.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,8 +8,8 @@
 
 #include "stable.h"
 
-// STABLE-ABI: a CPU-only libtorch lacks this function, so a strong reference would stop the
-// extension from loading beside it; Stream::nativeHandle() exists only from torch 2.13.
+// STABLE-ABI: a CPU-only libtorch lacks this function. A strong reference would prevent the
+// extension from loading with it. Stream::nativeHandle() exists only in torch 2.13 and later.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
@@ -17,7 +17,8 @@ namespace fdda::cuda {
 
 using DeviceGuard = torch::stable::accelerator::DeviceGuard;
 
-// Throws with the op's name. STABLE-ABI: STD_CUDA_CHECK needs symbols a CPU-only libtorch lacks.
+// Throws std::runtime_error for an error. STABLE-ABI: STD_CUDA_CHECK needs symbols that a CPU-only
+// libtorch lacks.
 inline void check(cudaError_t error, const char* op) {
   if (error != cudaSuccess) {
     throw std::runtime_error(
@@ -30,7 +31,7 @@ inline void check_launch(const char* op) {
   check(cudaGetLastError(), op);
 }
 
-// The stream torch is working on, for the device of `tensor`.
+// torch's current stream on the device of `tensor`.
 inline cudaStream_t current_stream(const Tensor& tensor) {
   if (aoti_torch_get_current_cuda_stream == nullptr) {
     throw std::runtime_error("fdda_ext: the loaded torch has no CUDA support");

@@ -1,5 +1,5 @@
-// What fake_quantize and its backward demand of their arguments, on any device. The values of
-// scale and zero_point are checked on the CPU alone: on CUDA that would wait for the device.
+// Argument checks of fake_quantize and its backward pass for all devices. Only the CPU operators
+// check the values of scale and zero_point. On CUDA that check would wait for the device.
 #pragma once
 
 #include "checks.h"
@@ -19,7 +19,7 @@ inline void check_quant_parameter(
   }
 }
 
-// Returns the axis counted from the front.
+// Returns the axis as a nonnegative number.
 inline std::optional<int64_t> check_fake_quantize(
     const char* op, const Tensor& x, const Tensor& scale, const Tensor& zero_point,
     int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis) {

@@ -1,6 +1,6 @@
-// FDDA_HOST_DEVICE marks arithmetic that the CPU loops and the CUDA kernels share. On the host it
-// is always inlined and has internal linkage: every instruction set compiles its own copy, and a
-// shared one could run AVX-512 code on a machine without it.
+// FDDA_HOST_DEVICE marks functions that the CPU and CUDA kernels share. On the host they are always
+// inlined and have internal linkage, so every instruction set compiles its own copy. A shared copy
+// could run AVX-512 code on a machine without AVX-512.
 #pragma once
 
 #if defined(__CUDACC__)

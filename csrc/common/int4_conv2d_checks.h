@@ -1,16 +1,16 @@
-// Shapes and argument checks of int4_conv2d and int4_pack_weight, shared by the backends.
+// Shapes and argument checks of int4_conv2d and int4_pack_weight, for the CPU and CUDA.
 #pragma once
 
 #include "checks.h"
 
 namespace fdda {
 
-// x [samples, height, width, channels], the window and what comes out.
+// Sizes of x [samples, height, width, channels], of the window and of the result.
 struct ConvGeometry {
   int64_t samples, height, width, channels;
   int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
   int64_t groups, outputs;
-  int64_t bits;  // of the codes
+  int64_t bits;  // of a code of x
 
   int64_t out_height() const { return out_size(height, kernel_y, stride_y, pad_y, dilation_y); }
   int64_t out_width() const { return out_size(width, kernel_x, stride_x, pad_x, dilation_x); }
@@ -28,7 +28,7 @@ struct ConvGeometry {
   }
 };
 
-// The arguments of int4_conv2d, as the schema has them.
+// The arguments of int4_conv2d without winograd.
 struct ConvArguments {
   const Tensor& x;
   const Tensor& weight;
@@ -57,11 +57,11 @@ inline void check_pair(
   if (pair.size() != 2 || pair[0] < low || pair[1] < low || pair[0] > 32767 || pair[1] > 32767) {
     refuse(
         op, argument, "to be two integers from " + std::to_string(low) + " to 32767", pair.size(),
-        " of them, or others");
+        " values; check their number and size");
   }
 }
 
-// Of a weight [O, kh, kw, C / groups]; what belongs to an image stays 0.
+// The geometry of a weight [O, kh, kw, C / groups], without an image.
 inline ConvGeometry check_int4_weight(const char* op, const Tensor& weight, int64_t groups) {
   check_dtype(op, "weight", weight, ScalarType::Char);
   if (weight.dim() != 4 || weight.numel() == 0) {
@@ -92,7 +92,7 @@ inline ConvGeometry check_int4_geometry(const char* op, const ConvArguments& a) 
   check_dtype(op, "scale", a.scale, ScalarType::Float);
   if (a.scale.dim() != 1 || a.groups < 1 || a.scale.size(0) == 0 ||
       a.scale.size(0) % a.groups != 0 || a.x.size(3) % a.groups != 0) {
-    refuse(op, "groups", "to divide the channels of x and the outputs, one per scale", a.groups);
+    refuse(op, "groups", "to divide the channels of x and the outputs (values of scale)", a.groups);
   }
   if (a.bits < 1 || a.bits > 8) {
     refuse(op, "bits", "to lie in [1, 8]", a.bits);
@@ -102,7 +102,7 @@ inline ConvGeometry check_int4_geometry(const char* op, const ConvArguments& a) 
           a.dilation[0], a.dilation[1], a.groups,    a.scale.size(0), a.bits};
 }
 
-// The tensors beside x, and the numbers. `packed_size` is the backend's, of the whole weight.
+// Checks all arguments but the geometry. `packed_size` is the size of the packed weight.
 inline void check_int4_operands(
     const char* op, const ConvArguments& a, const ConvGeometry& g, int64_t packed_size) {
   check_dtype(op, "weight", a.weight, ScalarType::Char);

@@ -1,16 +1,17 @@
-// What becomes of an integer sum: the arithmetic, each step rounded to float32.
+// The epilogue of an integer sum on CUDA, the same as in cpu/isa/kernels.h. Every step is rounded
+// to float32:
 //
 //   t = float(sum - correction) * scale + shift
-//   t = t + residual                              codes: (q - residual_zero_point) * residual_scale
+//   t = t + residual          for residual codes r: (r - residual_zero_point) * residual_scale
 //   t = clamp(t, low, high)
 //   q = clamp(round_half_even(t * inverse_scale) + zero_point, 0, quant_max)
 //
-// Codes are found with one clamp instead of two, and without conversions, which GPUs do at a
-// quarter of the speed of other arithmetic. Rounding, scaling and clamping never fall as their
-// argument rises, hence, for integers a and b,
-//   round(clamp(t, low, high) * i) within [a, b]  =  clamp(round(t * i), round(low * i), ...)
-//   clamp(round(v), a, b)                         =  round(clamp(v, a, b))
-// and adding 1.5 * 2^23 rounds a small float to an integer, half to even, in its low bits.
+// q needs one clamp instead of two, and no conversions, which are four times slower than other
+// arithmetic on GPUs. Rounding, scaling and clamping are monotone. Therefore, for integers a and b,
+//   clamp(round(clamp(t, low, high) * i), a, b)  =  clamp(round(t * i), bound(low), bound(high))
+//                                 with bound(t)  =  clamp(round(t * i), a, b)
+//   clamp(round(v), a, b)                        =  round(clamp(v, a, b))
+// Adding 1.5 * 2^23 rounds a small float half to even and leaves the integer in its low bits.
 #pragma once
 
 #include <string.h>
@@ -25,8 +26,8 @@ struct EpilogueNumbers {
   float residual_scale;
   float residual_zero_point;
   float inverse_scale;
-  float code_low;   // of t * inverse_scale: the least code that low and 0 leave, less zero_point
-  float code_high;  // likewise
+  float code_low;   // bound(low): the smallest possible code minus zero_point
+  float code_high;  // bound(high)
   int zero_point;
 };
 
@@ -47,7 +48,7 @@ inline EpilogueNumbers epilogue_numbers(
 }
 
 FDDA_HOST_DEVICE float epilogue_scaled(int sum, int correction, float scale, float shift) {
-  // Sums beyond int32 wrap around, like the accumulators themselves.
+  // Sums beyond int32 wrap around, as they do in the accumulators.
   const unsigned exact = static_cast<unsigned>(sum) - static_cast<unsigned>(correction);
   return static_cast<float>(static_cast<int>(exact)) * scale + shift;
 }

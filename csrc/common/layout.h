@@ -1,5 +1,5 @@
-// How the kernels see a tensor's memory. Both backends walk the same views, so that contiguous,
-// channels_last and most sliced tensors are read where they lie.
+// Views of a tensor's memory for all kernels. Contiguous, channels_last and most sliced tensors are
+// read in place.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ inline std::vector<int64_t> memory_order(const Tensor& x) {
   return order;
 }
 
-// True when the elements fill one gapless stretch of memory, in whatever order of dimensions.
+// True if the elements fill one block of memory without gaps, in any order of dimensions.
 inline bool is_dense(const Tensor& x) {
   if (x.numel() == 0 || x.is_contiguous()) {
     return true;
@@ -37,7 +37,7 @@ inline bool is_dense(const Tensor& x) {
   return true;
 }
 
-// x itself, or a gapless copy in the layout that empty_like(x) has.
+// x itself, or a dense copy in the layout of empty_like(x).
 inline Tensor dense(const Tensor& x) {
   return is_dense(x) ? x : torch::stable::clone(x);
 }
@@ -51,7 +51,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// `tensor` itself when its elements lie in the order of `x` (dense), or a copy that does.
+// `tensor` itself, or a copy in the layout of the dense tensor `x`.
 inline Tensor in_layout_of(const Tensor& x, const Tensor& tensor) {
   if (same_layout(x, tensor)) {
     return tensor;
@@ -61,8 +61,8 @@ inline Tensor in_layout_of(const Tensor& x, const Tensor& tensor) {
   return copy;
 }
 
-// A dense tensor as [outer, channels, inner] in memory order; inner = 1 is channels_last with the
-// channel axis at 1. Without an axis: [1, 1, numel].
+// A dense tensor as [outer, channels, inner] in memory order. A channels_last tensor with channel
+// axis 1 has inner = 1. Without an axis the view is [1, 1, numel].
 struct ChannelView {
   int64_t outer;
   int64_t channels;
@@ -94,7 +94,7 @@ inline ChannelView channel_view(const Tensor& x, std::optional<int64_t> axis) {
 }
 
 // x[n, c, p] = data[n * sample_stride + c * channel_stride + p * position_stride] for a tensor
-// [N, C, *] whose trailing dimensions collapse into one (in any order: statistics do not care).
+// [N, C, *] whose trailing dimensions collapse into one (in any order: statistics do not need it).
 struct SampleView {
   int64_t samples;
   int64_t channels;
@@ -103,14 +103,14 @@ struct SampleView {
   int64_t channel_stride;
   int64_t position_stride;
 
-  // Each plane [positions] of one sample and channel is contiguous: NCHW.
+  // True if each plane [positions] of one sample and channel is contiguous: NCHW.
   bool is_planes() const { return position_stride == 1; }
-  // Each row [channels] of one sample and position is contiguous: channels_last, or [N, C].
+  // True if each row [channels] of one sample and position is contiguous: channels_last, or [N, C].
   bool is_rows() const { return channel_stride == 1; }
 };
 
-// The view of x, or nothing when x must be copied first. Ask is_planes first: a view with one
-// channel or one position may be both.
+// The view of x, or nullopt if x must be copied first. Test is_planes first: a view with one
+// channel or one position can be both.
 inline std::optional<SampleView> sample_view(const Tensor& x) {
   SampleView view{x.size(0), x.size(1), 1, x.stride(0), x.stride(1), 1};
   if (x.numel() == 0) {
@@ -129,7 +129,7 @@ inline std::optional<SampleView> sample_view(const Tensor& x) {
     view.positions *= x.size(d);
     view.position_stride = x.stride(d);
   }
-  // The stride along a single element is free; choose it so that the longer run is contiguous.
+  // A dimension of one element can have any stride. Choose it so that the longer run is contiguous.
   if (view.channels == 1) {
     view.channel_stride = 1;
   }

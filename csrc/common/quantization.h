@@ -1,5 +1,5 @@
-// The arithmetic of fake quantization. This is the only place where it is written: CUDA kernels use
-// it on floats, the CPU loops on vectors of floats (cpu/isa), and the documentation quotes it.
+// The arithmetic of fake quantization, written only here. CUDA kernels use it on floats, CPU
+// kernels (cpu/isa) on vectors of floats.
 //
 //   t = x * (1 / scale)                                        float32
 //   z = round_half_even(zero_point)
@@ -8,16 +8,17 @@
 //
 // With low = quant_min - z and high = quant_max - z this is
 //   y = clamp(round_half_even(t), low, high) * scale
-// exactly, because all three are integers that float32 holds. A NaN in x stays NaN in y.
+// exactly, because z, quant_min and quant_max are integers that float32 represents exactly. A NaN
+// in x gives a NaN in y.
 //
 // Gradients (LSQ: Esser et al., ICLR 2020, eq. 3 and 5; LSQ+: Bhalgat et al., CVPRW 2020), with
-// inside := low <= t <= high on the unrounded t, as in autograd of clamp:
+// inside := low <= t <= high for the unrounded t, as in autograd of clamp:
 //   dx = inside ? g : 0
 //   ds = sum g * (inside ? round_half_even(t) - t : bound)      bound = low or high
 //   dz = sum g * (inside ? 0 : -scale)                          straight through the rounding of z
 // Where x is NaN, dx is 0 and the bound is high.
 //
-// Host and device compile without contraction to fma, so that they agree to the bit.
+// Host and device are compiled without contraction to fma, so their results are bit-identical.
 #pragma once
 
 #include <math.h>
@@ -26,12 +27,12 @@
 
 namespace fdda {
 
-// quant_min and quant_max lie within +-2^22: sums of two such integers are exact in float32.
+// Limit of |quant_min| and |quant_max|: sums of two such integers are exact in float32.
 constexpr long long kMaxQuantizedMagnitude = 1LL << 22;
 
-// Primitives for float; cpu/isa defines the same ones for its vectors.
+// Primitives for float; cpu/isa defines the same functions for its vectors.
 
-// To the nearest integer, ties to even.
+// Rounds to the nearest integer, ties to even.
 FDDA_HOST_DEVICE float round_half_even(float value) {
   return rintf(value);
 }
@@ -40,7 +41,7 @@ FDDA_HOST_DEVICE float select(bool condition, float if_true, float if_false) {
   return condition ? if_true : if_false;
 }
 
-// NaN fails both comparisons and passes through.
+// A NaN fails both comparisons and is returned.
 FDDA_HOST_DEVICE float clamp(float value, float low, float high) {
   const float above = value < low ? low : value;
   return above > high ? high : above;
@@ -54,7 +55,7 @@ FDDA_HOST_DEVICE bool less(float a, float b) {
   return a < b;
 }
 
-// One tensor's or one channel's parameters, prepared once outside the loop.
+// Parameters of one tensor or one channel, computed once outside the loop.
 template <typename F>
 struct QuantParams {
   F scale;
@@ -74,7 +75,7 @@ FDDA_HOST_DEVICE F fake_quantize_value(F x, const QuantParams<F>& p) {
   return clamp(round_half_even(x * p.inverse_scale), p.low, p.high) * p.scale;
 }
 
-// What one element adds to dx, ds and dz.
+// Contribution of one element to dx, ds and dz.
 template <typename F>
 struct QuantGradient {
   F x;

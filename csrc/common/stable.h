@@ -1,6 +1,6 @@
-// LibTorch's stable ABI under short names, and every workaround for it. Nothing else in csrc
-// includes a torch header. Each workaround wears the tag STABLE-ABI so that it can be found and
-// removed when the oldest torch we support no longer needs it.
+// Short names for LibTorch's stable ABI, and workarounds for it. Only this file includes torch
+// headers. The tag STABLE-ABI marks every workaround in csrc, so that it can be removed when the
+// oldest supported torch does not need it.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -23,8 +23,8 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Reads a pointer of a tensor whose dtype the caller has checked. STABLE-ABI: the typed
-// Tensor::const_data_ptr<T>() is defined for a fixed list of types in libtorch only.
+// Data pointer of a tensor whose dtype the caller has checked. STABLE-ABI: libtorch defines the
+// typed Tensor::const_data_ptr<T>() only for a fixed list of types.
 template <typename T>
 const T* const_ptr(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
@@ -36,7 +36,7 @@ T* mutable_ptr(const Tensor& tensor) {
 }
 
 // A new uninitialized tensor on the device of `like`. STABLE-ABI: torch::stable::new_empty goes
-// through the dispatcher, which takes longer than a small op's work; this shim does not.
+// through the dispatcher, which takes longer than a small operator. This shim bypasses it.
 inline Tensor empty_strided(
     const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim,
     ScalarType dtype) {
@@ -49,7 +49,7 @@ inline Tensor empty_strided(
   return Tensor(handle);
 }
 
-// The same, contiguous.
+// A new uninitialized contiguous tensor on the device of `like`.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) {
@@ -59,7 +59,7 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, Scala
       like, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
-// A new uninitialized tensor with the dtype, shape and strides of a dense one.
+// A new uninitialized tensor with the dtype, shape and strides of the dense tensor x.
 inline Tensor empty_like_dense(const Tensor& x) {
   return empty_strided(x, x.sizes().data(), x.strides().data(), x.dim(), x.scalar_type());
 }

@@ -1,12 +1,11 @@
-// The arithmetic of per-class statistics, shared by the CPU loops and the CUDA kernels.
+// The arithmetic of per-class statistics, shared by the CPU and CUDA kernels.
 //
 //   mean[k, c] = 1/n * sum x          over the samples with label k and all their positions
 //   var[k, c]  = 1/n * sum (x - mean)^2                          biased
 //
-// Each sample and channel first gets its own mean and M2 = sum (x - mean)^2, in two passes inside
-// the cache (or shifted); those are merged over the samples of a class, in the order of the
-// samples, by Chan, Golub and LeVeque's formula. Sums of squares are never subtracted, so a large
-// mean costs no accuracy.
+// Parts of each sample and channel first get their own mean and M2 = sum (x - mean)^2, in two
+// passes over values in the cache or in registers. The parts of a class are then merged in a fixed
+// order. Sums of squares are never subtracted, so a large mean costs no accuracy.
 #pragma once
 
 #include "host_device.h"
@@ -15,12 +14,12 @@ namespace fdda {
 
 template <typename T>
 struct Moments {
-  T count;  // number of values; a floating type, so that one formula serves both
+  T count;  // number of values, as a floating-point number for the formulas
   T mean;
   T m2;  // sum of squared deviations from mean
 };
 
-// Chan et al. (1979): the moments of the union of two disjoint sets of values.
+// Moments of the union of two disjoint sets of values (Chan, Golub and LeVeque, 1979).
 template <typename T>
 FDDA_HOST_DEVICE Moments<T> merge(const Moments<T>& a, const Moments<T>& b) {
   if (b.count == T(0)) {

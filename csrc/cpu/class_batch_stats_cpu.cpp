@@ -1,4 +1,4 @@
-// class_batch_stats and its backward on the CPU: one layer through the engine of class_stats_cpu.h.
+// class_batch_stats and its backward pass on the CPU: class_stats_cpu.h applied to one layer.
 
 #include <tuple>
 

@@ -8,12 +8,12 @@
 namespace fdda::cpu {
 namespace {
 
-// Values per task: enough to be worth a thread, small enough to balance layers of unequal size.
+// Values per task: enough to pay for a thread, few enough to balance layers of unequal size.
 constexpr int64_t kTaskValues = 32768;
-// Channels of one item when rows are walked: 1 KiB of float32 in one piece, which the hardware
-// prefetcher follows from row to row.
+// Channels per item of a layer of rows: 1 KiB of contiguous float32, which the hardware prefetcher
+// follows from row to row.
 constexpr int64_t kGroupChannels = 256;
-// Channels merged together; their running moments stay in the L1 cache.
+// Channels that are merged together: their running moments stay in the L1 cache.
 constexpr int64_t kMergeChannels = 256;
 
 template <typename T>
@@ -97,7 +97,7 @@ int64_t merge_blocks(const SampleView& view) {
   return (view.channels + kMergeChannels - 1) / kMergeChannels;
 }
 
-// Merges the samples of class k, for channels [begin, end); a class without any gets zeros.
+// Merges the samples of class k for channels [begin, end). A class without samples gets zeros.
 template <typename A>
 void merge_samples(
     const SampleView& view, const ClassOrder& classes, const SampleMoments& moments, int64_t k,
@@ -188,7 +188,7 @@ void class_statistics(
     offsets.push_back(total);
     total += view.samples * view.channels;
     if (view.positions == 0) {
-      // Nothing to read; merging writes the zeros.
+      // Nothing to read; merging writes zeros.
     } else if (view.is_planes()) {
       add_tasks(l, view.samples * view.channels, view.positions, moment_tasks);
     } else {
@@ -221,11 +221,11 @@ void class_statistics(
 
 namespace {
 
-// One layer of the backward: where to read, where to write, and how.
+// Input and output of one layer of the backward pass.
 struct BackwardLayer {
   Layer from;
   Tensor result;    // in the layout of empty_like(x)
-  Tensor to;        // result, or a contiguous stand-in copied to it at the end
+  Tensor to;        // result, or a contiguous buffer that is copied to it at the end
   SampleView view;  // of `to`
   int64_t rows_per_item;
 

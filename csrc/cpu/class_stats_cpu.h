@@ -1,10 +1,10 @@
-// Per-class statistics of several layers at once, the engine behind class_batch_stats and
-// class_stats_loss on the CPU.
+// Per-class statistics of several layers at once, used by class_batch_stats and class_stats_loss on
+// the CPU.
 //
-// Forward: every sample and channel first gets its own mean and M2 (read from memory once; the
-// second pass finds the block in the cache); then each class merges its samples in their order.
-// Both steps are cut into tasks of about equal size over all layers, with borders that depend on
-// the sizes alone, so that the result does not depend on the number of threads.
+// In the forward pass, every sample and channel first gets its own mean and M2 (its values are read
+// from memory once; the second pass finds the block in the cache). Then each class merges its
+// samples in order. Both are cut into tasks of about equal size over all layers. Their borders
+// depend only on the sizes, so the result does not depend on the number of threads.
 #pragma once
 
 #include <memory>
@@ -16,7 +16,7 @@
 
 namespace fdda::cpu {
 
-// Which samples belong to which class.
+// The samples of each class.
 class ClassOrder {
  public:
   // Throws if a label lies outside [0, num_classes).
@@ -28,7 +28,7 @@ class ClassOrder {
   int64_t sample(int64_t k, int64_t i) const { return order_[start_[k] + i]; }
   // Classes with at least one sample, ascending.
   const std::vector<int64_t>& present() const { return present_; }
-  // Where the class of a sample stands in present().
+  // Index in present() of the class of a sample.
   int64_t slot(int64_t sample) const { return slot_[sample]; }
 
  private:
@@ -39,7 +39,7 @@ class ClassOrder {
   std::vector<int64_t> present_;
 };
 
-// One layer's activation, readable in place (a contiguous copy if its strides are odd).
+// The activation of one layer, or a contiguous copy if sample_view refuses its strides.
 struct Layer {
   explicit Layer(const Tensor& activation);
 
@@ -47,8 +47,8 @@ struct Layer {
   SampleView view;
 };
 
-// Where one layer's statistics are: A is float or double; class k's channels start at
-// k * class_stride. Classes without samples get zeros.
+// Memory for the statistics of one layer, A = float or double. The channels of class k start at
+// k * class_stride.
 template <typename A>
 struct StatisticsSpan {
   A* mean;
@@ -56,21 +56,21 @@ struct StatisticsSpan {
   int64_t class_stride;
 };
 
-// T is the element type, A its Accumulator.
+// Classes without samples get zeros. T is the element type, A its accumulator type.
 template <typename T, typename A>
 void class_statistics(
     const std::vector<Layer>& layers, const ClassOrder& classes,
     const std::vector<StatisticsSpan<A>>& out);
 
-// The affine map of the backward (common/statistics.h), [P, C], for the P classes present.
+// The affine map of the backward pass (common/statistics.h), [P, C] for the P classes present.
 template <typename A>
 struct GradientMap {
   explicit GradientMap(int64_t size) : mean(new A[size]), offset(new A[size]), slope(new A[size]) {}
 
-  // Rows of [P, C]: gradient(c) is that of channel c.
+  // Fills a row of [P, C]; gradient(c) returns the map of channel c.
   template <typename Gradient>
   void set_row(int64_t row, int64_t channels, const Gradient& gradient) {
-    // Locals, so that the compiler knows that they do not overlap and works on vectors.
+    // Local restrict pointers let the compiler vectorize the loop.
     A* __restrict to_mean = &mean[row * channels];
     A* __restrict to_offset = &offset[row * channels];
     A* __restrict to_slope = &slope[row * channels];
@@ -87,13 +87,13 @@ struct GradientMap {
   std::unique_ptr<A[]> slope;
 };
 
-// Gradients with respect to the activations, in the layouts of empty_like.
+// Gradients with respect to the activations xs, in the layouts of empty_like.
 template <typename T, typename A>
 std::vector<Tensor> class_statistics_backward(
     const std::vector<Tensor>& xs, const ClassOrder& classes,
     const std::vector<GradientMap<A>>& maps);
 
-// Calls body with a value of x's element type and one of its accumulator.
+// Calls body with a value of x's element type and a value of its accumulator type.
 template <typename Body>
 void for_element_type(const Tensor& x, const Body& body) {
   switch (x.scalar_type()) {

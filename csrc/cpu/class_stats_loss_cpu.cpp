@@ -1,4 +1,5 @@
-// class_stats_loss and its backward on the CPU: all layers at once through class_stats_cpu.h.
+// class_stats_loss and its backward pass on the CPU: class_stats_cpu.h applied to all layers at
+// once.
 
 #include <tuple>
 
@@ -26,8 +27,8 @@ int64_t positions(const Tensor& x) {
   return product;
 }
 
-// What the loss adds up to for one class, one layer and one set of targets: the mean over the
-// channels of stats_distance. Eight partial sums keep the additions independent of each other.
+// The loss of one class, one layer and one set of targets: the mean of stats_distance over the
+// channels. Eight partial sums keep the additions independent of each other.
 template <typename A>
 double mean_distance(
     int64_t channels, const A* mean, const A* var, const A* target_mean, const A* target_var) {
@@ -142,7 +143,7 @@ std::vector<Tensor> class_stats_loss_backward_cpu(
       for (const int64_t k : classes.present()) {
         const A count = static_cast<A>(classes.samples(k) * positions(xs[l]));
         map.set_row(row++, width, [&](int64_t c) {
-          // d loss[t, l] / d mean = weight[t, k] * 2 (mean - target_mean) / C, and so for var.
+          // d loss[t, l] / d mean = weight[t, k] * 2 (mean - target_mean) / C, likewise for var.
           const int64_t from = k * channels + c;
           A grad_mean = 0;
           A grad_var = 0;

@@ -1,8 +1,9 @@
-// fake_quantize and its backward on the CPU: checks, memory, threads; the loops are in isa/.
+// fake_quantize and its backward pass on the CPU: checks, memory and threads. The kernels are in
+// isa/.
 //
-// A tensor is walked in memory order as [outer, channels, inner]. Work is cut into units whose
-// borders depend on its size alone. Each unit's share of the sums ds and dz goes to its own slot,
-// and the slots are added in order, so that the result does not depend on the number of threads.
+// A tensor is processed in memory order as [outer, channels, inner], in work units whose borders
+// depend only on its size. Each work unit writes its sums for ds and dz to its own slot. The slots
+// are added in order, so the result does not depend on the number of threads.
 
 #include <cmath>
 #include <memory>
@@ -17,7 +18,7 @@
 namespace fdda::cpu {
 namespace {
 
-// Values per unit: long enough to amortize a unit's start, short enough to share among threads.
+// Values per work unit: enough to amortize its start, few enough to distribute over the threads.
 constexpr int64_t kUnitValues = 16384;
 // Below this many values a second thread costs more than it saves.
 constexpr int64_t kGrainValues = 32768;
@@ -51,7 +52,7 @@ int64_t byte_size(const Tensor& tensor) {
   return tensor.numel() * static_cast<int64_t>(tensor.element_size());
 }
 
-// Scale, inverse scale, low and high of every channel, checked.
+// Checked scale, inverse scale, low and high of every channel.
 class Parameters {
  public:
   Parameters(
@@ -88,7 +89,7 @@ class Parameters {
   std::unique_ptr<float[]> values_;
 };
 
-// How [outer, channels, inner] is cut into units: parts of runs, or groups of rows if inner is 1.
+// The cut of [outer, channels, inner] into work units: parts of runs, or rows if inner is 1.
 struct Plan {
   Plan(const ChannelView& view, int64_t bytes) {
     by_rows = view.inner == 1 && view.channels > 1;
@@ -148,7 +149,7 @@ Tensor fake_quantize_cpu(
   return out;
 }
 
-// Adds, in order, what each unit contributed to its channel.
+// Adds up the slots of each channel in the order of the work units.
 void add_up(const Plan& plan, const ChannelView& view, const float* sums, float* result) {
   std::vector<double> total(view.channels, 0.0);
   if (plan.by_rows) {

@@ -9,14 +9,13 @@
 namespace fdda::cpu {
 namespace {
 
-// Outputs and pixels of an item of work: the weights of 64 outputs stay in the L2 cache from item
-// to item.
+// Outputs and pixels of a work item. The weights of 64 outputs stay in the L2 cache between items.
 constexpr int64_t kItemOutputs = 64;
 constexpr int64_t kItemPixels = 24;
-// Bytes of transformed codes at a time; they stay in the L2 cache while all outputs read them.
+// Bytes of a block of transformed codes, which stays in the L2 cache while all outputs read it.
 constexpr int64_t kWinogradBytes = 256 * 1024;
 
-// Memory of a thread for one item, which keeps its size from call to call.
+// Memory of the thread for one item, aligned to 64 bytes. Later calls reuse it.
 uint8_t* scratch(int64_t bytes) {
   thread_local std::vector<uint8_t> memory;
   if (static_cast<int64_t>(memory.size()) < bytes + 64) {
@@ -25,8 +24,8 @@ uint8_t* scratch(int64_t bytes) {
   return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
 }
 
-// Where an image's pixels lie, and a pixel's worth of codes for what lies outside. Vectors of 64
-// channels may be read from where pixel() points to.
+// Pointers to the pixels of images, or to codes `outside` for pixels outside an image. From
+// pixel(), whole vectors of 64 channels may be read.
 class Image {
  public:
   Image(const Geometry& geometry, const uint8_t* x, uint8_t outside)
@@ -36,7 +35,7 @@ class Image {
         wide_end_(end_ - round_up(g_.channels, kVector)),
         outside_(round_up(g_.kernel_x * g_.channels, kVector), outside),
         last_(g_.channels + 2 * kVector) {
-    // The last pixels once more, with room behind them.
+    // A copy of the last pixels, with readable memory behind them.
     std::copy(std::max(x_, end_ - g_.channels - kVector), end_, last_.data());
   }
 
@@ -87,8 +86,8 @@ void for_windows(const Geometry& g, int64_t first, int64_t last, const Body& bod
   }
 }
 
-// The segments of the patches of a few output pixels: pointers into the image where a segment lies
-// within it, and else to what lies outside or to copies.
+// Pointers to the segments of the patches of a few output pixels: into the image, to the codes
+// outside it, or to a copy where a segment is not in one piece.
 class Patches {
  public:
   Patches(const Geometry& geometry, const Image& image)
@@ -111,7 +110,7 @@ class Patches {
     first_ = first;
     group_ = group;
     if (is_next_group) {
-      // What lies outside is as long as a pixel.
+      // Pointers to image_.outside() can advance too: it is as long as a pixel.
       for (int64_t i = 0; i < (last - first) * g_.segments(); ++i) {
         rows_[i] += g_.group_channels();
       }
@@ -128,7 +127,7 @@ class Patches {
     const int64_t* offsets = offsets_.data();
     const int64_t last_y = g_.height - (g_.kernel_y - 1) * g_.dilation_y;
     const int64_t last_x = g_.width - (g_.kernel_x - 1) * g_.dilation_x;
-    // The last group of four may reach into the next pixel, but not beyond the image.
+    // The last group of codes may reach into the next pixel, but not beyond the images.
     const uint8_t* last_place = image_.end() - segment_size_ - offsets_.back();
     const bool in_one_piece = g_.dilation_x == 1 || g_.segment_taps() == 1;
     const uint8_t** row = rows_.data();
@@ -189,10 +188,10 @@ class Patches {
   const Geometry& g_;
   const Image& image_;
   int64_t segment_size_;
-  bool needs_copies_;  // a segment does not lie in one piece at the border, or reaches beyond it
+  bool needs_copies_;  // segments can cross a border of the image, or end within a group
   int64_t first_ = -1;
   int64_t group_ = -1;
-  std::vector<int64_t> offsets_;  // of a patch's segments from its corner
+  std::vector<int64_t> offsets_;  // of segments, from the corner of a patch
   std::vector<const uint8_t*> rows_;
   std::vector<uint8_t> copies_;
 };
@@ -243,7 +242,8 @@ void convolve_dense(
   });
 }
 
-// Rows of output pixels; body(first pixel, pixels, sample, y, x) with the first one's window.
+// Calls body(first pixel, pixels, sample, y, x) for rows of output pixels, with the corner (y, x)
+// of the first window.
 template <typename Body>
 void for_rows(const Geometry& g, int64_t begin, int64_t end, const Body& body) {
   const int64_t out_height = g.out_height();
@@ -253,7 +253,7 @@ void for_rows(const Geometry& g, int64_t begin, int64_t end, const Body& body) {
   }
 }
 
-// Pointers to all taps of the windows in a row of output pixels, pixel by pixel.
+// Pointers to all taps of the windows of a row of output pixels, pixel by pixel.
 void point_at_taps(
     const Geometry& g, const Image& image, int64_t pixels, int64_t sample, int64_t y0, int64_t x0,
     const uint8_t** rows) {
@@ -270,7 +270,7 @@ void convolve_depthwise(
     const Geometry& g, const Image& image, const int8_t* packed, const IntEpilogue& epilogue) {
   const IntKernels& loop = kernels().integers;
   const bool is_3x3 = g.kernel_y == 3 && g.kernel_x == 3;
-  // How many columns further the next pixel's three begin.
+  // Columns from the window of a pixel to the next; 3 if they share none.
   const int64_t step = g.dilation_x == 1 && g.stride_x <= 2 ? g.stride_x : 3;
   const int64_t width = g.out_width();
   for_items(g.samples * g.out_height(), [&](int64_t begin, int64_t end) {
@@ -294,7 +294,7 @@ void convolve_depthwise(
   });
 }
 
-// Of tiles of 2x2 outputs: the 16 pixels that each sees, and the indices of its outputs.
+// Pointers to the 16 pixels of each tile of 2x2 outputs, and the indices of its output pixels.
 void point_at_tiles(
     const Geometry& g, const Image& image, int64_t first, int64_t count, const uint8_t** windows,
     int64_t* pixels) {
@@ -332,7 +332,7 @@ void convolve_winograd(
   const IntKernels& loop = kernels().integers;
   const int64_t tiles = g.samples * ((g.out_height() + 1) / 2) * ((g.out_width() + 1) / 2);
   const int64_t stride = round_up(g.channels, 64);
-  // Blocks of about equal size, as many for every thread.
+  // Blocks of about equal size, the same number for every thread.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t fitting = std::max<int64_t>(6, kWinogradBytes / (kWinogradPositions * stride));
   const int64_t wanted = (tiles + fitting - 1) / fitting;
@@ -366,7 +366,7 @@ void convolve_winograd(
   });
 }
 
-// 4 G g G^T of one output and channel; taps of a window are `step` values apart.
+// 4 G g G^T of one output and channel; the taps of the window are `step` values apart.
 std::array<int32_t, kWinogradPositions> winograd_weight(const int8_t* g, int64_t step) {
   const auto line = [](int32_t a, int32_t b, int32_t c) {
     return std::array<int32_t, 4>{2 * a, a + b + c, a - b + c, 2 * c};
@@ -385,7 +385,7 @@ std::array<int32_t, kWinogradPositions> winograd_weight(const int8_t* g, int64_t
   return result;
 }
 
-// False if a transformed weight does not fit into a byte.
+// Returns false if a transformed weight does not fit int8.
 bool pack_winograd(const Geometry& g, const int8_t* weight, int8_t* packed) {
   const int64_t groups = g.winograd_groups();
   bool fits = true;
@@ -539,8 +539,8 @@ Tensor int4_conv2d_cpu(
   g.bits = bits_beside(zero_point, bits);
   if (winograd && !g.fits_winograd()) {
     refuse(
-        op, "winograd", "only for ungrouped 3x3 windows of stride and dilation 1, and 5 bits",
-        "others");
+        op, "winograd", "only for ungrouped 3x3 windows, stride and dilation 1, and at most 5 bits",
+        "another convolution");
   }
   const Tensor codes = as_contiguous(x);
   const Tensor weights = as_contiguous(weight);

@@ -1,6 +1,6 @@
-// The drivers behind int4_conv2d and the integer program: from codes in memory to the integer
-// products of isa/. Integer sums do not depend on their order, so neither threads, nor instruction
-// sets, nor the choice between direct convolution and Winograd change a bit of the result.
+// Convolution and pooling for int4_conv2d and the integer program, on the integer kernels of isa/.
+// Integer sums do not depend on their order, so threads, instruction sets and Winograd do not
+// change any bit of the result.
 #pragma once
 
 #include "common/int4_conv2d_checks.h"
@@ -13,13 +13,13 @@ constexpr int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
-// How many bits codes have that share an image with the zero point around it.
+// Bits that hold the codes of an image and the zero point around it.
 constexpr int64_t bits_beside(int64_t zero_point, int64_t bits) {
   while (zero_point >> bits != 0) ++bits;
   return bits;
 }
 
-// The shapes, and how this backend lays out their weights.
+// The shapes of a convolution, and the layout of its packed weight on the CPU.
 struct Geometry : ConvGeometry {
   bool reads_every_pixel() const {
     return taps() == 1 && stride_y == 1 && stride_x == 1 && pad_y == 0 && pad_x == 0;
@@ -29,11 +29,11 @@ struct Geometry : ConvGeometry {
            dilation_x == 1 && groups == 1 && bits <= kWinogradBits;
   }
 
-  // Without groups a row of the window is one segment: neighbours in a row of the image are
-  // neighbours in memory.
+  // Without groups, a row of the window is contiguous in memory: one segment. With groups, every
+  // tap is a segment.
   int64_t segments() const { return groups == 1 ? kernel_y : taps(); }
   int64_t segment_taps() const { return groups == 1 ? kernel_x : 1; }
-  // Of kGroup codes each.
+  // Groups of kGroup codes.
   int64_t segment_groups() const {
     return (segment_taps() * group_channels() + kGroup - 1) / kGroup;
   }
@@ -49,17 +49,17 @@ struct Geometry : ConvGeometry {
   }
 };
 
-// The weight [O, kh, kw, C / groups] in the layout that the kernels read, into zeros. False if its
-// transform for Winograd does not fit into int8.
+// Packs the weight [O, kh, kw, C / groups] for the kernels. `packed` must contain zeros. Returns
+// false if the transform for Winograd does not fit int8.
 bool pack_weight(const Geometry& geometry, bool winograd, const int8_t* weight, int8_t* packed);
 
-// x has `geometry.samples` images; the epilogue's pointers begin at its first output and pixel.
+// Convolves `geometry.samples` images. The epilogue begins with output 0 of pixel 0.
 void convolve(
     const Geometry& geometry, bool winograd, const uint8_t* x, uint8_t zero_point,
     const int8_t* packed, const IntEpilogue& epilogue);
 
-// Windows of every pixel, and what lies outside the image: the largest code of each channel, and
-// the sums, finished. The geometry has groups = channels = outputs.
+// The largest code of each window, and the sum of its codes with an epilogue, per channel: groups =
+// channels = outputs. Codes outside the image are 0.
 void max_pool(const Geometry& geometry, const uint8_t* x, uint8_t* out);
 void add_pool(const Geometry& geometry, const uint8_t* x, const IntEpilogue& epilogue);
 

@@ -1,6 +1,6 @@
-// A whole integer program in one call: fdda_ext/deploy/native.py writes it as records of 64-bit
-// words, which this file reads back and checks, so that no record can lead outside the memory that
-// came with it. Values lie in a workspace, pixel after pixel, all images of one beside another.
+// Runs a whole integer program in one call. fdda_ext/deploy/native.py writes the program as records
+// of 64-bit words. This file checks them, so that no record can access memory outside the tensors
+// of the call. A value is stored in the workspace as [samples, height, width, channels].
 
 #include <algorithm>
 #include <chrono>
@@ -16,14 +16,14 @@ namespace fdda::cpu {
 namespace {
 
 constexpr const char* kOp = "_int4_program";
-// Kernels may read this far past a value, and past per-output parameters.
+// Bytes that kernels may read past a value or per-output parameters.
 constexpr int64_t kSlack = 64;
 constexpr int64_t kMostTaps = 65536;
 
 struct ValueRecord {
   int64_t offset;  // bytes per image
   int64_t height, width, channels;
-  int64_t bytes;  // of an element: 1 for codes, 4 for float32
+  int64_t bytes;  // per element: 1 for codes, 4 for float32
 };
 
 enum class Kind : int64_t {
@@ -40,14 +40,14 @@ enum class Kind : int64_t {
 
 struct StepRecord {
   Kind kind;
-  int64_t source, residual, target;  // values; -1 for the images, and for no residual
+  int64_t source, residual, target;  // indices of values; -1 for the images, and for no residual
   int64_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, groups;
   int64_t winograd;    // 0 or 1
-  int64_t weight;      // offsets into the constants
-  int64_t parameters;  // scale, shift, correction, each for `channels` rounded up to kPanel
+  int64_t weight;      // byte offset in the constants
+  int64_t parameters;  // likewise: scale, shift, correction, each padded to kPanel; or a table
   int64_t zero_point;  // of the source
   int64_t bits;        // of the source
-  int64_t channel;     // where a copy begins
+  int64_t channel;     // first channel that a copy writes
   double low, high, residual_scale, residual_zero_point;
   double out_scale, out_zero_point, quant_max;
 };
@@ -58,16 +58,16 @@ struct Header {
 
 void require(bool condition, const char* rule) {
   if (!condition) {
-    refuse(kOp, "program", rule, "another");
+    refuse(kOp, "records", rule, "others");
   }
 }
 
-// A span of constants or of workspace, checked once.
+// Part of the constants or of the workspace, after a bounds check.
 const uint8_t* span(const Tensor& memory, int64_t offset, int64_t bytes) {
   require(
       offset >= 0 && offset % 4 == 0 && bytes >= 0 && bytes <= memory.numel() - kSlack &&
           offset <= memory.numel() - kSlack - bytes,
-      "to stay within its memory");
+      "to stay within their memory");
   return static_cast<const uint8_t*>(memory.const_data_ptr()) + offset;
 }
 
@@ -79,15 +79,15 @@ class Program {
     const int64_t words = records.numel();
     const int64_t* from = const_ptr<int64_t>(records);
     constexpr int64_t kLimit = int64_t{1} << 20;
-    require(words >= 3, "of three words or more");
+    require(words >= 3, "of at least three words");
     std::memcpy(&header_, from, sizeof(header_));
     require(
         header_.values > 0 && header_.values < kLimit && header_.steps > 0 &&
             header_.steps < kLimit,
-        "of fewer than 2^20 values and steps");
+        "of fewer than 2^20 values and 2^20 instructions");
     const int64_t wanted =
         3 + header_.values * words_of<ValueRecord>() + header_.steps * words_of<StepRecord>();
-    require(words == wanted, "of as many words as its header says");
+    require(words == wanted, "of as many words as the header says");
     values_.resize(header_.values);
     steps_.resize(header_.steps);
     std::memcpy(values_.data(), from + 3, header_.values * sizeof(ValueRecord));
@@ -101,7 +101,7 @@ class Program {
               v.channels < kSize && v.height * v.width < kSize &&
               v.height * v.width * v.channels < kSize && (v.bytes == 1 || v.bytes == 4) &&
               v.offset >= 0 && v.offset < int64_t{1} << 40,
-          "of values of reasonable size");
+          "with values of reasonable size");
       memory(v);
     }
   }
@@ -145,20 +145,22 @@ class Program {
     const Geometry g{
         {samples(), in.height, in.width, in.channels, s.kernel_y, s.kernel_x, s.stride_y,
          s.stride_x, s.pad_y, s.pad_x, s.dilation_y, s.dilation_x, s.groups, out.channels, s.bits}};
-    require(s.bits >= 1 && s.bits <= 8, "of codes of 1 to 8 bits");
+    require(s.bits >= 1 && s.bits <= 8, "with codes of 1 to 8 bits");
     constexpr int64_t kSize = 32768;
     for (const int64_t size :
          {s.kernel_y, s.kernel_x, s.stride_y, s.stride_x, s.dilation_y, s.dilation_x}) {
-      require(size > 0 && size < kSize, "of windows of reasonable size");
+      require(size > 0 && size < kSize, "with windows of reasonable size");
     }
-    require(g.taps() <= kMostTaps, "of windows of reasonable size");
-    require(s.pad_y >= 0 && s.pad_x >= 0 && s.pad_y < kSize && s.pad_x < kSize, "of such padding");
+    require(g.taps() <= kMostTaps, "with windows of reasonable size");
+    require(
+        s.pad_y >= 0 && s.pad_x >= 0 && s.pad_y < kSize && s.pad_x < kSize,
+        "with padding from 0 to 32767");
     require(
         s.groups > 0 && in.channels % s.groups == 0 && out.channels % s.groups == 0,
-        "of groups that divide the channels");
+        "with groups that divide the channels");
     require(
         g.out_height() == out.height && g.out_width() == out.width && in.bytes == 1,
-        "of shapes that fit together");
+        "with shapes that fit together");
     return g;
   }
 
@@ -176,7 +178,7 @@ class Program {
       require(
           residual.height == out.height && residual.width == out.width &&
               residual.channels == out.channels,
-          "of residuals like the result");
+          "with residuals of the result's shape");
       e.residual_scale = static_cast<float>(s.residual_scale);
       e.residual_zero_point = static_cast<float>(s.residual_zero_point);
       if (residual.bytes == 1) {
@@ -199,7 +201,7 @@ class Program {
     require(
         s.out_scale > 0 && s.quant_max >= 1 && s.quant_max <= 255 && s.out_zero_point >= 0 &&
             s.out_zero_point <= s.quant_max,
-        "of grids of 1 to 8 bits");
+        "with grids of 1 to 8 bits");
     e.inverse_scale = 1.0f / static_cast<float>(s.out_scale);
     e.zero_point = static_cast<float>(s.out_zero_point);
     e.quant_max = static_cast<float>(s.quant_max);
@@ -213,28 +215,30 @@ class Program {
       case Kind::kConv: return conv(s, value(s.source), out);
       case Kind::kAddPool: {
         const Geometry g = geometry(s, value(s.source), out);
-        require(g.is_depthwise() && s.pad_y == 0 && s.pad_x == 0, "of pooling without padding");
+        require(
+            g.is_depthwise() && s.pad_y == 0 && s.pad_x == 0,
+            "with average pooling without padding");
         return add_pool(g, memory(value(s.source)), epilogue(s, out));
       }
       case Kind::kMaxPool: {
         if (out.bytes == 4) return max_pool_floats(s, value(s.source), out);
         const Geometry g = geometry(s, value(s.source), out);
-        require(g.is_depthwise() && out.bytes == 1, "of pooling of codes, channel by channel");
+        require(g.is_depthwise() && out.bytes == 1, "with pooling of codes channel by channel");
         return max_pool(g, memory(value(s.source)), memory(out));
       }
       case Kind::kRescale: return rescale(s, value(s.source), out);
       case Kind::kReorder: return reorder(value(s.source), out);
       case Kind::kCopy: return copy(s, value(s.source), out);
-      default: require(false, "of known steps");
+      default: require(false, "of known instructions");
     }
   }
 
   void conv(const StepRecord& s, const ValueRecord& in, const ValueRecord& out) const {
     Geometry g = geometry(s, in, out);
     const bool winograd = s.winograd == 1;
-    require(s.zero_point >= 0 && s.zero_point <= 255, "of zero points among the codes");
+    require(s.zero_point >= 0 && s.zero_point <= 255, "with zero points in [0, 255]");
     g.bits = bits_beside(s.zero_point, g.bits);
-    require(!winograd || g.fits_winograd(), "of Winograd for 3x3 windows only");
+    require(!winograd || g.fits_winograd(), "with Winograd only where it is possible");
     const uint8_t* weight = span(constants_, s.weight, g.packed_size(winograd));
     convolve(
         g, winograd, memory(in), static_cast<uint8_t>(s.zero_point),
@@ -248,7 +252,7 @@ class Program {
         "to fit the images");
   }
 
-  // body(planes, codes) with the planes' values and the codes of every row of pixels.
+  // Calls body(planes, codes) for every row of pixels, with pointers to the values of each channel.
   template <typename T, typename Body>
   void for_image_rows(const ValueRecord& out, const Body& body) const {
     const T* x = const_ptr<T>(images_);
@@ -277,7 +281,7 @@ class Program {
     });
   }
 
-  // The codes of the 256 values that a pixel can have, for every channel.
+  // Converts bytes to codes by a table [channels, 256].
   void look_up(const StepRecord& s, const ValueRecord& out) const {
     check_image(out, ScalarType::Byte);
     const uint8_t* table = span(constants_, s.parameters, 256 * out.channels);
@@ -293,7 +297,7 @@ class Program {
   void rescale(const StepRecord& s, const ValueRecord& in, const ValueRecord& out) const {
     require(
         in.height == out.height && in.width == out.width && in.channels == out.channels,
-        "of shapes that fit together");
+        "with shapes that fit together");
     const IntEpilogue all = epilogue(s, out);
     const IntKernels& loop = kernels().integers;
     const int64_t row = out.width * out.channels;
@@ -317,17 +321,19 @@ class Program {
     });
   }
 
-  // The largest value of each window. Positions outside the image do not count, so a window that
-  // ceil_mode lets reach beyond it needs no more rows.
+  // Writes the largest value of each window. Positions outside the image are skipped, so windows
+  // that reach beyond it (ceil_mode) need no padding.
   void max_pool_floats(const StepRecord& s, const ValueRecord& in, const ValueRecord& out) const {
     constexpr int64_t kSize = 32768;
     for (const int64_t size :
          {s.kernel_y, s.kernel_x, s.stride_y, s.stride_x, s.dilation_y, s.dilation_x}) {
-      require(size > 0 && size < kSize, "of windows of reasonable size");
+      require(size > 0 && size < kSize, "with windows of reasonable size");
     }
-    require(s.kernel_y * s.kernel_x <= kMostTaps, "of windows of reasonable size");
-    require(s.pad_y >= 0 && s.pad_x >= 0 && s.pad_y < kSize && s.pad_x < kSize, "of such padding");
-    require(in.bytes == 4 && in.channels == out.channels, "of shapes that fit together");
+    require(s.kernel_y * s.kernel_x <= kMostTaps, "with windows of reasonable size");
+    require(
+        s.pad_y >= 0 && s.pad_x >= 0 && s.pad_y < kSize && s.pad_x < kSize,
+        "with padding from 0 to 32767");
+    require(in.bytes == 4 && in.channels == out.channels, "with shapes that fit together");
     const float* from = reinterpret_cast<const float*>(memory(in));
     float* to = reinterpret_cast<float*>(memory(out));
     const int64_t channels = out.channels;
@@ -356,12 +362,12 @@ class Program {
     });
   }
 
-  // The same values in another shape, in the order [C, H, W] of the shapes' names.
+  // Copies a value to another shape. The elements keep their order in [C, H, W].
   void reorder(const ValueRecord& in, const ValueRecord& out) const {
     const int64_t count = in.height * in.width * in.channels;
     require(
         out.height * out.width * out.channels == count && in.bytes == out.bytes,
-        "of as many values");
+        "with reshapes between values of equal size");
     const auto place = [](const ValueRecord& v, int64_t i) {
       return i % (v.height * v.width) * v.channels + i / (v.height * v.width);
     };
@@ -374,13 +380,13 @@ class Program {
     }
   }
 
-  // Into the middle of a larger image, or beside other channels; around it lies the zero point.
+  // Copies a value into a larger image, padded with the zero point, or into a range of channels.
   void copy(const StepRecord& s, const ValueRecord& in, const ValueRecord& out) const {
     require(
         s.pad_y >= 0 && s.pad_x >= 0 && s.channel >= 0 && s.pad_y <= out.height - in.height &&
             s.pad_x <= out.width - in.width && s.channel <= out.channels - in.channels &&
             in.bytes == out.bytes,
-        "of copies that fit");
+        "with copies that fit their target");
     const bool is_padded = in.height != out.height || in.width != out.width;
     const int64_t pixel = in.channels * in.bytes;
     const int64_t out_pixel = out.channels * out.bytes;
@@ -421,7 +427,9 @@ Tensor int4_program_cpu(
   check_dtype(kOp, "workspace", workspace, ScalarType::Byte);
   for (const Tensor* memory : {&constants, &records, &workspace}) {
     if (memory->dim() != 1 || !memory->is_contiguous()) {
-      refuse(kOp, "memory", "of one dimension, contiguous", shape_text(*memory));
+      refuse(
+          kOp, "constants, records and workspace", "contiguous with one dimension",
+          shape_text(*memory));
     }
   }
   const Tensor dense = as_contiguous(images);

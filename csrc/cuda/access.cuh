@@ -1,4 +1,4 @@
-// How threads reach memory: 16 bytes at a time, and single values at the ragged ends.
+// Memory accesses of threads: 16 bytes at a time, and single values at the unaligned ends.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ constexpr int kWarpSize = 32;
 template <typename T>
 constexpr int kPackSize = static_cast<int>(16 / sizeof(T));
 
-// V neighbouring values, read and written as one.
+// V neighbouring values that are loaded and stored together.
 template <typename T, int V>
 struct alignas(V * sizeof(T)) Pack {
   T value[V];
@@ -29,7 +29,7 @@ FDDA_HOST_DEVICE void store_pack(T* to, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
-// How many values `pointer` lies past a border of 16 bytes.
+// Number of values from the previous 16-byte boundary to `pointer`.
 template <typename T>
 FDDA_HOST_DEVICE int pack_offset(const T* pointer) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T) % kPackSize<T>);
@@ -39,8 +39,8 @@ inline bool is_aligned(const void* pointer, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// Values [begin, end) of a stretch of memory: single ones up to `body`, packs up to `tail`, single
-// ones up to `end`.
+// Values [begin, end) in memory: single values up to `body`, packs up to `tail`, single values up
+// to `end`.
 //
 //        begin   body                     tail  end
 //          | . . | . . . . | . . . . | . . | . . |
@@ -52,8 +52,8 @@ struct Span {
   int64_t end;
 };
 
-// `offset` is the pack_offset of value 0. Without `packed`, when several pointers have different
-// offsets, everything is single values.
+// `offset` is the pack_offset of value 0. All values are single if `packed` is false, because
+// several pointers have different offsets.
 FDDA_HOST_DEVICE Span split(int64_t begin, int64_t end, int offset, int pack_size, bool packed) {
   Span span = {begin, end, end, end};
   const int64_t body = (begin + offset + pack_size - 1) / pack_size * pack_size - offset;
@@ -64,7 +64,8 @@ FDDA_HOST_DEVICE Span split(int64_t begin, int64_t end, int offset, int pack_siz
   return span;
 }
 
-// The smallest power of two that is at least `count`, at most `most` (a power of two itself).
+// The smallest power of two that is at least `count`, or `most`, a power of two, if that is
+// smaller.
 FDDA_HOST_DEVICE int power_of_two(int64_t count, int most) {
   int power = 1;
   while (power < count && power < most) {

@@ -1,4 +1,4 @@
-// class_batch_stats and its backward on CUDA: one layer through the engine of class_stats_cuda.cuh.
+// class_batch_stats and its backward pass on CUDA: class_stats_cuda.cuh applied to one layer.
 
 #include <tuple>
 
@@ -9,7 +9,7 @@
 namespace fdda::cuda {
 namespace {
 
-// The affine map of the backward, from the upstream gradients [K, C].
+// The affine map of the backward pass, from the upstream gradients [K, C].
 template <typename A>
 struct BatchStatsGradient {
   const A* grad_mean;

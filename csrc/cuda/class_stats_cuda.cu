@@ -5,11 +5,11 @@
 namespace fdda::cuda {
 namespace {
 
-// Packs of a plane, or rows, whose values meet in registers before they join the running moments.
+// Packs of a plane, or rows, whose moments are computed in registers and then merged.
 constexpr int kBatch = 4;
 
-// Moments of the whole warp, in its first `lanes` lanes: lane i joins lanes i + lanes,
-// i + 2 * lanes, ... in a fixed tree. All lanes must call it.
+// Merges moments of the warp into its first `lanes` lanes: lane i gets those of lanes i + lanes,
+// i + 2 * lanes, ... in a fixed order. All lanes must call it.
 template <typename A>
 __device__ __forceinline__ Moments<A> warp_merge(Moments<A> moments, int lanes) {
   for (int offset = kWarpSize / 2; offset >= lanes; offset /= 2) {
@@ -22,7 +22,7 @@ __device__ __forceinline__ Moments<A> warp_merge(Moments<A> moments, int lanes) 
   return moments;
 }
 
-// Mean and M2 of a few values in registers, two-pass.
+// Mean and M2 of a few values in registers, in two passes.
 template <typename A, int Count>
 __device__ __forceinline__ Moments<A> register_moments(const A (&values)[Count]) {
   A sum = 0;
@@ -30,7 +30,7 @@ __device__ __forceinline__ Moments<A> register_moments(const A (&values)[Count])
   for (int i = 0; i < Count; ++i) {
     sum += values[i];
   }
-  const A mean = sum * (A(1) / A(Count));  // Count is a power of two: exact
+  const A mean = sum * (A(1) / A(Count));  // exact: Count is a power of two
   A m2 = 0;
 #pragma unroll
   for (int i = 0; i < Count; ++i) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ Moments<A> register_moments(const A (&values)[Count])
   return {A(Count), mean, m2};
 }
 
-// This lane's share of values [first, last) of a plane.
+// Moments of this lane's part of values [first, last) of a plane.
 template <typename T, typename A>
 __device__ __forceinline__ Moments<A> plane_moments(
     const T* x, int64_t first, int64_t last, int lane) {
@@ -79,7 +79,8 @@ __device__ __forceinline__ Moments<A> plane_moments(
   return moments;
 }
 
-// Moments of V channels over this lane's rows, then of the warp; the first `lanes` lanes write.
+// Moments of V channels over the rows of this lane, then of the warp. The first `lanes` lanes
+// write.
 template <typename T, typename A, int V>
 __device__ __forceinline__ void rows_moments(
     const Layer& layer, const StatsUnit& unit, const T* x, double2* out) {
@@ -155,14 +156,14 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsBlocks)
   }
 }
 
-// Calls `add` with the positions and the moments of every part (chunk of a sample) of class k that
-// falls to this thread: of the threads with its channel, `slices` in number, part i falls to number
-// i % slices. False, at once, if an earlier sample than `sample` is of the class.
+// Calls `add` with the number of positions, mean and M2 of each part (chunk of a sample) of class k
+// that belongs to this thread. The `slices` threads of a channel take turns: part i belongs to
+// slice i % slices. Returns false at once if a sample before `sample` has class k.
 template <typename Add>
 __device__ __forceinline__ bool for_parts(
     const Layer& layer, const double2* moments, const int64_t* labels, int samples, int sample,
     int64_t k, uint32_t slice, uint32_t slices, uint32_t channel, Add add) {
-  uint32_t chunk = slice;  // counts on from one sample to the next
+  uint32_t chunk = slice;  // continues from one sample to the next
   for (int first = 0; first < samples; first += kWarpSize) {
     unsigned members = samples_of_class(labels, samples, first, k);
     while (members != 0) {
@@ -183,7 +184,7 @@ __device__ __forceinline__ bool for_parts(
   return true;
 }
 
-// The sum over the slices of each channel, for all its threads.
+// The sum over the slices of each channel, in all threads of the channel.
 __device__ __forceinline__ double sum_slices(
     double value, int channels, double (&scratch)[kStatsWarps][kWarpSize]) {
   for (int offset = kWarpSize / 2; offset >= channels; offset /= 2) {
@@ -201,8 +202,8 @@ __device__ __forceinline__ double sum_slices(
   return total;
 }
 
-// Merges the chunks and samples of a class, in double: the mean of all parts first, then their
-// squared deviations from it, without a division that the next part would wait for. A block has
+// Merges the chunks and samples of a class in double: first the mean of all parts, then their
+// squared deviations from it. So no part waits for a division of the previous one. A block has
 // merge_channels channels of one class.
 template <typename A>
 __global__ void __launch_bounds__(kStatsThreads) merge_kernel(
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kStatsThreads) merge_kernel(
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const bool active = lane < channels && channel < layer.channels;
   const int64_t k = labels[sample];
-  // Other samples are left out: those without a class, and all but the first of a class.
+  // Only the first sample of each class stands for it; samples without a class never do.
   bool stands_for_class = k >= 0 && k < num_classes;
 
   double count = 0;
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(kStatsThreads) merge_kernel(
                               });
   double total_mean = 0;
   double total_m2 = 0;
-  if (stands_for_class) {  // the same for the whole block
+  if (stands_for_class) {  // uniform over the block, as the barriers inside require
     count = sum_slices(count, channels, counts);
     total_mean = sum_slices(sum, channels, sums) / count;
     for_parts(
@@ -288,7 +289,7 @@ void fill(Layer& layer, const SampleView& view) {
   layer.positions = static_cast<uint32_t>(view.positions);
 }
 
-// Whether rows of kPackSize values can be read from `data` 16 bytes at a time.
+// True if the rows of `data` can be read 16 bytes at a time.
 bool packed_rows(const void* data, const SampleView& view, int64_t element_bytes) {
   const int64_t pack = 16 / element_bytes;
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && view.channels % pack == 0 &&

@@ -1,15 +1,16 @@
-// Per-class statistics of several layers at once, the engine behind class_batch_stats and
-// class_stats_loss on CUDA: twin of cpu/class_stats_cpu.h.
+// Per-class statistics of several layers at once, used by class_batch_stats and class_stats_loss on
+// CUDA. Twin of cpu/class_stats_cpu.h.
 //
-// Forward, three launches for any number of layers (per kMaxLayers):
-//   moments  each warp reads one unit (class_stats_plan.cuh) once and leaves mean and M2 of its
-//            chunk per channel; values meet in registers, two-pass in each batch, Chan between
-//   merge    each block merges the chunks and samples of one class, for 32 channels, in a fixed
-//            order; the first sample of a class stands for it, so the work does not grow with
-//            num_classes; for the loss it also leaves its share of the distances
-//   loss     adds up those shares
-// Backward, one launch: each warp reads one unit of x and writes the same of grad_x.
-// No atomics, no waiting for the device: same input, same bits, and CUDA graphs can capture it.
+// Forward pass, three launches for up to kMaxLayers layers:
+//   moments  each warp reads one work unit (class_stats_plan.cuh) and writes mean and M2 of its
+//            chunk per channel: two passes over batches in registers, merged by Chan's formula
+//   merge    one block per sample and up to 32 channels; that of the first sample of a class merges
+//            all chunks and samples of the class in a fixed order and computes their distances for
+//            the loss, so the work does not grow with num_classes
+//   loss     adds up the distances
+// Backward pass, one launch: each warp reads one work unit of x and writes that of grad_x. Results
+// are reproducible, as there are no atomics. Nothing waits for the device, so CUDA graphs can
+// capture it.
 #pragma once
 
 #include <vector>
@@ -25,7 +26,7 @@ namespace fdda::cuda {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Where the statistics of all layers are: class k's columns start at k * class_stride.
+// Memory for the statistics of all layers. The columns of class k start at k * class_stride.
 template <typename A>
 struct StatisticsSpan {
   A* mean;
@@ -34,7 +35,7 @@ struct StatisticsSpan {
   int64_t* count;  // [K], or null
 };
 
-// What the loss needs beside the statistics; `sets` is 0 without a loss.
+// Additional memory of the loss; `sets` is 0 without a loss.
 template <typename A>
 struct LossTerms {
   int64_t sets;
@@ -44,26 +45,27 @@ struct LossTerms {
 
 // Layers, their memory and the tables that describe them.
 struct LayerList {
-  // Reads activations in place, or a contiguous copy where the strides are odd; the same for
-  // gradients if `backward`. `copies` and `results` keep the memory alive.
+  // Activations, and gradients if `backward`, are in place or in contiguous memory if sample_view
+  // refuses their strides. The tensors keep the memory alive.
   LayerList(const char* op, const std::vector<Tensor>& xs, bool backward);
 
-  // Gradients in the layouts of empty_like(x), after the launch.
+  // The gradients in the layouts of empty_like(x). Call it after the launch.
   std::vector<Tensor> gradients();
 
   std::vector<LayerTable> tables;
   std::vector<Tensor> sources;
   std::vector<Tensor> results;
-  std::vector<Tensor> targets;  // what the kernel writes: results, or contiguous stand-ins
+  std::vector<Tensor> targets;  // written by the kernel: results, or contiguous buffers
 };
 
-// T is the element type, A the statistics' type. Classes without samples are left untouched.
+// T is the element type, A the type of the statistics. Nothing is written for classes without
+// samples.
 template <typename T, typename A>
 void class_statistics(
     const char* op, const LayerTable& table, const Tensor& labels, int64_t num_classes,
     const StatisticsSpan<A>& out, const LossTerms<A>& loss);
 
-// Calls body with a value of x's element type and one of its statistics' type.
+// Calls body with a value of x's element type and a value of its statistics' type.
 template <typename Body>
 void for_element_type(const Tensor& x, const Body& body) {
   switch (x.scalar_type()) {
@@ -76,14 +78,14 @@ void for_element_type(const Tensor& x, const Body& body) {
 
 // Device helpers ----------------------------------------------------------------------------------
 
-// Which of the 32 samples from `first` have label k, one bit each. The whole warp must call it.
+// One bit per sample of the 32 from `first`: whether it has label k. The whole warp must call it.
 __device__ __forceinline__ unsigned samples_of_class(
     const int64_t* labels, int samples, int first, int64_t k) {
   const int n = first + static_cast<int>(threadIdx.x % kWarpSize);
   return __ballot_sync(kAllLanes, n < samples && labels[n] == k);
 }
 
-// How many samples have label k. The whole warp must call it.
+// Number of samples with label k. The whole warp must call it.
 __device__ __forceinline__ int count_class(const int64_t* labels, int samples, int64_t k) {
   int count = 0;
   for (int first = 0; first < samples; first += kWarpSize) {
@@ -94,7 +96,7 @@ __device__ __forceinline__ int count_class(const int64_t* labels, int samples, i
 
 // Backward ----------------------------------------------------------------------------------------
 
-// The gradient for V neighbouring values, value v by map[v].
+// The gradients of V neighbouring values, each by its map.
 template <typename T, typename A, int V>
 __device__ __forceinline__ Pack<T, V> stats_gradient_pack(
     const Pack<T, V>& x, const StatsGradient<A> (&map)[V]) {
@@ -131,7 +133,7 @@ __device__ __forceinline__ void plane_backward(
   }
 }
 
-// `map_of(channel)` gives the affine map of a channel of this sample's class.
+// map_of(channel) returns the affine map of a channel for the class of this sample.
 template <typename T, typename A, int V, typename MapOf>
 __device__ __forceinline__ void rows_backward(
     const Layer& layer, const StatsUnit& unit, const T* x, T* grad_x, const MapOf& map_of) {
@@ -153,7 +155,7 @@ __device__ __forceinline__ void rows_backward(
   }
 }
 
-// source(layer, channel, k, values) gives the affine map of a channel in class k, which has
+// source(layer, channel, k, values) returns the affine map of a channel in class k, which has
 // `values` values per channel.
 template <typename T, typename A, typename Source>
 __global__ void __launch_bounds__(kStatsThreads, kStatsBlocks) class_stats_backward_kernel(
@@ -166,7 +168,7 @@ __global__ void __launch_bounds__(kStatsThreads, kStatsBlocks) class_stats_backw
   const Layer& layer = table.layer[find_layer(table, index, false)];
   const StatsUnit unit = stats_unit(layer, static_cast<uint32_t>(index - layer.unit_begin));
   const int64_t k = labels[unit.sample];
-  const bool known = k >= 0 && k < num_classes;  // other samples get a gradient of zero
+  const bool known = k >= 0 && k < num_classes;  // other samples get zero gradients
   const A values =
       static_cast<A>(count_class(labels, table.samples, k)) * static_cast<A>(layer.positions);
   const auto map_of = [&](int64_t channel) -> StatsGradient<A> {

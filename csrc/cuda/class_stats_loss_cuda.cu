@@ -1,4 +1,4 @@
-// class_stats_loss and its backward on CUDA: all layers at once through class_stats_cuda.cuh.
+// class_stats_loss and its backward pass on CUDA: class_stats_cuda.cuh applied to all layers.
 
 #include <tuple>
 
@@ -9,7 +9,7 @@
 namespace fdda::cuda {
 namespace {
 
-// loss[t, l]: a block adds up what the merge left for set t and one layer of the table.
+// loss[t, l]: each block adds up the distances of set t and one layer of the table.
 template <typename A>
 __global__ void __launch_bounds__(kStatsThreads) loss_kernel(
     const __grid_constant__ LayerTable table, const double* distances, int64_t sets,
@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kStatsThreads) loss_kernel(
   }
 }
 
-// The affine map of the backward, from the gradient of the loss, the targets and the statistics.
+// The affine map of the backward pass, from the gradient of the loss, the targets and the
+// statistics.
 template <typename A>
 struct LossGradient {
   const A* grad_loss;  // [T, L]
@@ -48,7 +49,7 @@ struct LossGradient {
     A grad_mean = 0;
     A grad_var = 0;
     for (int64_t t = 0; t < sets; ++t) {
-      // d loss[t, l] / d mean = weight[t, k] * 2 (mean - target_mean) / C, and so for var.
+      // d loss[t, l] / d mean = weight[t, k] * 2 (mean - target_mean) / C, likewise for var.
       const A factor = grad_loss[t * total_layers + layer.number] * weight[t * num_classes + k] *
                        A(2) / static_cast<A>(layer.channels);
       const int64_t at = (t * num_classes + k) * layer.channels + channel;
@@ -67,7 +68,7 @@ int64_t total_channels(const std::vector<Tensor>& xs) {
   return total;
 }
 
-// Puts the targets into the tables; returns what keeps their memory alive.
+// Sets the targets in the tables. The returned tensors keep their memory alive.
 std::vector<Tensor> set_targets(
     LayerList& layers, const std::vector<Tensor>& target_means,
     const std::vector<Tensor>& target_vars) {

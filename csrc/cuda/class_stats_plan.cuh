@@ -1,9 +1,9 @@
-// How the per-class statistics of several layers are cut among warps. Plain arithmetic, the same on
-// host and device; borders depend on the sizes alone.
+// Distribution of the per-class statistics of several layers over warps, computed alike on host and
+// device. Borders depend only on the sizes.
 //
-// A warp's piece of work is a unit: one chunk of positions of one sample, for one channel where
-// planes [positions] are contiguous (NCHW), for a strip of channels where rows [channels] are
-// (channels_last). Units of all layers are numbered through, so that one launch does them all:
+// A warp processes one work unit: a chunk of positions of one sample, for one channel if planes
+// [positions] are contiguous (NCHW), or for a strip of channels if rows [channels] are
+// (channels_last). The units of all layers are numbered consecutively for a common launch:
 //
 //   layer 0: sample 0: channel (strip) 0: chunk 0, chunk 1, ...;  channel 1: ...
 //            sample 1: ...
@@ -16,20 +16,20 @@ namespace fdda::cuda {
 
 constexpr int kStatsThreads = 256;
 constexpr int kStatsWarps = kStatsThreads / kWarpSize;
-// Blocks per multiprocessor at least. Left to itself, the compiler aims at three and spills.
+// Minimum of blocks per multiprocessor. By default the compiler aims at three and spills registers.
 constexpr int kStatsBlocks = 2;
-// Values per unit: enough to hide the start of a warp, few enough to balance unequal layers.
+// Values per work unit: enough to hide the start of a warp, few enough to balance unequal layers.
 constexpr int kPlaneChunk = 2048;
 constexpr int kRowsUnitValues = 4096;
-// Channels of a block that merges the parts of a class: a warp's; or, of layers with many chunks, a
-// quarter of them, as its other threads share the parts, of which there are thousands then.
+// A block merges the parts of a class for kWarpSize channels, or for kFewChannels if a layer has
+// more than kFewChunks chunks. Then there are thousands of parts, which more threads must share.
 constexpr int kFewChunks = 8;
 constexpr int kFewChannels = 8;
-// Layers per launch. Their descriptions travel by value, in the 32 KB a kernel's parameters have.
+// Layers per launch. Their descriptions must fit into the 32 KB of kernel parameters.
 constexpr int kMaxLayers = 64;
 
 // One activation x[n, c, p] = x[n * sample_stride + c * channel_stride + p * position_stride], its
-// gradient with strides of its own, and where its parts are in what all layers share.
+// gradient with its own strides, and its position in arrays that all layers share.
 struct Layer {
   const void* x;
   void* grad_x;
@@ -42,18 +42,18 @@ struct Layer {
   const void* target_mean;  // [T, K, C]
   const void* target_var;
   int64_t number;         // among the layers of all tables
-  int64_t channel_begin;  // its columns in the statistics [K, sum C]
-  int64_t unit_begin;     // its first unit
-  int64_t moments_begin;  // its moments [N, chunks, C]
-  int64_t merge_begin;    // its first merge unit: [N, tiles of merge_channels]
+  int64_t channel_begin;  // first column in the statistics [K, sum C]
+  int64_t unit_begin;     // first work unit
+  int64_t moments_begin;  // first moments of [N, chunks, C]
+  int64_t merge_begin;    // first merge unit of [N, tiles of merge_channels]
   uint32_t channels;
   uint32_t positions;
   uint32_t chunk;   // positions per unit
   uint32_t chunks;  // per plane, or per strip of rows
-  uint32_t strips;  // of `lanes` groups of channels; with planes every channel is a strip
-  uint32_t lanes;   // groups of channels side by side in a warp; with planes unused
+  uint32_t strips;  // of `lanes` groups of channels; for planes every channel is a strip
+  uint32_t lanes;   // groups of channels side by side in a warp; unused for planes
   uint32_t planes;  // 1: planes, 0: rows
-  uint32_t packed;  // rows: groups of kPackSize channels, aligned; otherwise of one
+  uint32_t packed;  // rows: 1 for aligned groups of kPackSize channels, 0 for groups of one
   uint32_t merge_channels;
 };
 
@@ -65,13 +65,13 @@ struct LayerTable {
   Layer layer[kMaxLayers];
 };
 
-// At least one: without channels there are still samples to count.
+// At least one, as the samples are counted even without channels.
 FDDA_HOST_DEVICE uint32_t merge_tiles(const Layer& layer) {
   return layer.channels == 0 ? 1
                              : (layer.channels + layer.merge_channels - 1) / layer.merge_channels;
 }
 
-// Fills in how a layer is cut, from channels, positions, planes and packed.
+// Sets the other sizes of a layer from channels, positions, planes and packed.
 FDDA_HOST_DEVICE void plan_layer(Layer& layer, int pack_size) {
   if (layer.planes) {
     layer.chunk = kPlaneChunk;
@@ -88,7 +88,7 @@ FDDA_HOST_DEVICE void plan_layer(Layer& layer, int pack_size) {
   layer.merge_channels = layer.chunks <= kFewChunks ? kWarpSize : kFewChannels;
 }
 
-// How many units, merge units and moments a layer has; all zero if it has no positions.
+// Numbers of work units, merge units and moments of a layer; all zero if it has no positions.
 FDDA_HOST_DEVICE int64_t layer_units(const Layer& layer, int64_t samples) {
   return samples * layer.strips * layer.chunks;
 }
@@ -101,8 +101,8 @@ FDDA_HOST_DEVICE int64_t layer_moments(const Layer& layer, int64_t samples) {
   return samples * layer.chunks * layer.channels;
 }
 
-// The last layer whose first unit (merge unit) is not after `unit`: layers without units are passed
-// over, because the next one starts at the same number.
+// The last layer whose first work unit (merge unit) is not after `unit`. This skips layers without
+// units, because the next layer starts at the same number.
 FDDA_HOST_DEVICE int find_layer(const LayerTable& table, int64_t unit, bool merge) {
   int low = 0;
   int high = table.layers - 1;
@@ -118,7 +118,7 @@ FDDA_HOST_DEVICE int find_layer(const LayerTable& table, int64_t unit, bool merg
   return low;
 }
 
-// A unit: positions [first, last) of sample `sample`, of channel or strip `strip`.
+// A work unit: positions [first, last) of a sample, for a channel or a strip.
 struct StatsUnit {
   uint32_t sample;
   uint32_t strip;
@@ -127,7 +127,7 @@ struct StatsUnit {
   uint32_t last;
 };
 
-// `unit` counts from the layer's first, and fits in 32 bits (checked by the host).
+// `unit` counts from the first unit of the layer. The host checks that it fits 32 bits.
 FDDA_HOST_DEVICE StatsUnit stats_unit(const Layer& layer, uint32_t unit) {
   const uint32_t rest = unit / layer.chunks;
   StatsUnit result = {};
@@ -140,12 +140,12 @@ FDDA_HOST_DEVICE StatsUnit stats_unit(const Layer& layer, uint32_t unit) {
   return result;
 }
 
-// Where the moments of channel 0 of one sample's chunk are; the other channels follow.
+// Index of the moments of channel 0 of a chunk of a sample; the other channels follow.
 FDDA_HOST_DEVICE int64_t moments_at(const Layer& layer, int64_t sample, int64_t chunk) {
   return layer.moments_begin + (sample * layer.chunks + chunk) * layer.channels;
 }
 
-// How many positions chunk number `chunk` has.
+// Number of positions of a chunk.
 FDDA_HOST_DEVICE uint32_t chunk_positions(const Layer& layer, uint32_t chunk) {
   return static_cast<uint32_t>(
       at_most(layer.chunk, int64_t{layer.positions} - int64_t{chunk} * layer.chunk));

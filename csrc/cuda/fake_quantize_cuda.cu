@@ -1,11 +1,11 @@
-// fake_quantize and its backward on CUDA: twin of cpu/fake_quantize_cpu.cpp, same arithmetic
-// (common/quantization.h), so y and dx have the CPU's bits.
+// fake_quantize and its backward pass on CUDA: twin of cpu/fake_quantize_cpu.cpp. The arithmetic is
+// the same (common/quantization.h), so y and dx are bit-identical to the CPU's.
 //
-// Forward: one launch; a thread quantizes four packs of 16 bytes. Backward: one launch reads grad
-// and x and writes dx, while each team of threads adds up its share of ds and dz into a slot of its
-// own; a second, tiny launch adds up the slots of each channel. No atomics: same input, same bits.
-// Nothing waits for the device, so everything can be captured in a CUDA graph; therefore the values
-// of scale and zero_point are not checked here.
+// Forward pass: one launch; a thread quantizes four packs of 16 bytes. Backward pass: the first
+// launch reads grad and x and writes dx, and each team of threads sums its part of ds and dz into
+// its own slot. A second, small launch adds up the slots of each channel. Results are reproducible,
+// as there are no atomics. Nothing waits for the device, so CUDA graphs can capture everything. For
+// the same reason the values of scale and zero_point are not checked here.
 
 #include <tuple>
 
@@ -33,7 +33,7 @@ void for_dtype(const Tensor& x, const Body& body) {
   }
 }
 
-// scale and zero_point, [channels] each, on the device; and the grid's bounds.
+// scale and zero_point [channels] on the device, and the bounds of the grid.
 struct Parameters {
   const float* scale;
   const float* zero_point;
@@ -47,7 +47,7 @@ __device__ __forceinline__ QuantParams<float> channel_params(const Parameters& p
 
 // Forward -----------------------------------------------------------------------------------------
 
-// What the forward reads and writes: a dense tensor [outer, channels, inner] in memory order.
+// Arguments of the forward pass: dense tensors [outer, channels, inner] in memory order.
 template <typename T>
 struct Forward {
   const T* x;
@@ -55,12 +55,12 @@ struct Forward {
   int64_t numel;
   int64_t channels;
   int64_t inner;
-  bool packed;  // x and y lie alike with respect to 16-byte borders
+  bool packed;  // x and y have the same pack_offset
   Parameters parameters;
 };
 
-// Quantizes V neighbouring values, the first of which is number `index`. `p` holds the parameters
-// of channel 0; with kPerChannel each value's own are fetched.
+// Quantizes V neighbouring values from value `index` on. `p` has the parameters of channel 0; with
+// kPerChannel those of each value's channel are loaded.
 template <bool kPerChannel, typename T, int V>
 __device__ __forceinline__ Pack<T, V> quantize_pack(
     const Forward<T>& f, const Pack<T, V>& x, int64_t index, QuantParams<float> p) {
@@ -80,7 +80,7 @@ __device__ __forceinline__ Pack<T, V> quantize_pack(
   return y;
 }
 
-// Values per block of threads.
+// Values per thread block.
 template <typename T>
 constexpr int64_t kTileValues = int64_t{kQuantizeThreads} * kQuantizeUnroll * kPackSize<T>;
 
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) fake_quantize_kernel(Forward
   const int thread = static_cast<int>(threadIdx.x);
   const QuantParams<float> p = kPerChannel ? QuantParams<float>{} : channel_params(f.parameters, 0);
 
-  Pack<T, V> x[kQuantizeUnroll] = {};  // all loads go out before the first store
+  Pack<T, V> x[kQuantizeUnroll] = {};  // all loads are issued before the first store
 #pragma unroll
   for (int u = 0; u < kQuantizeUnroll; ++u) {
     const int64_t i = span.body + (u * kQuantizeThreads + thread) * V;
@@ -118,10 +118,10 @@ __global__ void __launch_bounds__(kQuantizeThreads) fake_quantize_kernel(Forward
 
 // Backward ----------------------------------------------------------------------------------------
 
-// Blocks per multiprocessor at least. Left to itself, the compiler aims at three and spills.
+// Minimum of blocks per multiprocessor. By default the compiler aims at three and spills registers.
 constexpr int kBackwardBlocks = 2;
 
-// What the backward reads and writes; the sums go to slots, see fake_quantize_plan.cuh.
+// Arguments of the backward pass. The sums go to slots, see fake_quantize_plan.cuh.
 template <typename T>
 struct Backward {
   const T* grad;
@@ -133,7 +133,7 @@ struct Backward {
   Parameters parameters;
 };
 
-// dx of V neighbouring values of one channel; adds their share to the sums.
+// dx of V neighbouring values of one channel. Adds their contributions to the sums.
 template <typename T, int V>
 __device__ __forceinline__ Pack<T, V> gradient_pack(
     const Pack<T, V>& grad, const Pack<T, V>& x, const QuantParams<float>& p, float& scale_sum,
@@ -150,7 +150,7 @@ __device__ __forceinline__ Pack<T, V> gradient_pack(
   return grad_x;
 }
 
-// A team of kTeam threads per segment: a warp, or the block.
+// A team of kTeam threads per segment: a warp or the thread block.
 template <typename T, int kTeam>
 __global__ void __launch_bounds__(kQuantizeThreads, kBackwardBlocks)
     fake_quantize_backward_runs_kernel(Backward<T> b, RunPlan plan) {
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, kBackwardBlocks)
   }
 }
 
-// Rows: neighbours in memory belong to different channels, V of which each thread keeps.
+// Rows: neighbours in memory belong to different channels. Each thread processes V channels.
 template <typename T, int V>
 __global__ void __launch_bounds__(kQuantizeThreads)
     fake_quantize_backward_rows_kernel(Backward<T> b, RowPlan plan) {
@@ -269,8 +269,8 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   }
 }
 
-// Adds up the slots of each channel, in double as on the CPU, by a team of kTeam threads each: a
-// warp, or the block. Teams [0, channels) do ds, teams [channels, 2 * channels) dz.
+// Adds up the slots of each channel in double, as on the CPU, with a team of kTeam threads: a warp
+// or the thread block. Teams [0, channels) compute ds, teams [channels, 2 * channels) compute dz.
 template <int kTeam>
 __global__ void __launch_bounds__(kQuantizeThreads) add_up_kernel(
     const float* slots, int64_t channels, int64_t slots_per_channel, float* grad_scale,

@@ -1,6 +1,6 @@
-// How fake_quantize cuts a dense tensor [outer, channels, inner] (in memory order) among blocks,
-// warps and threads. Plain arithmetic, the same on host and device; borders depend on the sizes
-// alone, so that the sums have the same bits on every GPU.
+// Distribution of a dense tensor [outer, channels, inner] (in memory order) over thread blocks,
+// warps and threads in fake_quantize, computed alike on host and device. Borders depend only on the
+// sizes, so the sums are bit-identical on all GPUs.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -8,12 +8,12 @@
 namespace fdda::cuda {
 
 constexpr int kQuantizeThreads = 256;
-// Packs of one tensor that a thread has in flight.
+// Packs of one tensor that a thread loads at once.
 constexpr int kQuantizeUnroll = 4;
 
 // Forward -----------------------------------------------------------------------------------------
 
-// Where value `index` is: its channel, and its place in its run of `inner` values.
+// The channel of a value, and its position in its run of `inner` values.
 struct ChannelPlace {
   int64_t channel;
   int64_t position;
@@ -21,7 +21,7 @@ struct ChannelPlace {
 
 FDDA_HOST_DEVICE ChannelPlace channel_place(int64_t index, int64_t channels, int64_t inner) {
   if (index <= 0xffffffff && channels <= 0xffffffff && inner <= 0xffffffff) {
-    // 32-bit divisions take a quarter of the instructions.
+    // 32-bit divisions take a quarter of the instructions of 64-bit ones.
     const uint32_t run = static_cast<uint32_t>(index) / static_cast<uint32_t>(inner);
     return {
         run % static_cast<uint32_t>(channels),
@@ -31,7 +31,7 @@ FDDA_HOST_DEVICE ChannelPlace channel_place(int64_t index, int64_t channels, int
   return {run % channels, index - run * inner};
 }
 
-// Moves to the next value in memory; true if that belongs to another channel.
+// Moves to the next value in memory. Returns true if it belongs to another channel.
 FDDA_HOST_DEVICE bool advance(ChannelPlace& place, int64_t channels, int64_t inner) {
   if (++place.position < inner) {
     return false;
@@ -43,9 +43,9 @@ FDDA_HOST_DEVICE bool advance(ChannelPlace& place, int64_t channels, int64_t inn
 
 // Backward over runs ------------------------------------------------------------------------------
 
-// Each run of `inner` values, which has one channel, is cut into blocks_per_run blocks. A team of
-// threads (a warp for short runs) reduces one block to one slot. The slots of a channel are
-// neighbours: [channels, outer, blocks_per_run].
+// Each run of `inner` values of one channel is cut into blocks_per_run blocks. A team of threads (a
+// warp for short runs, else a thread block) sums a block into a slot. Slots are
+// [channels, outer, blocks_per_run].
 struct RunPlan {
   int64_t channels;
   int64_t inner;
@@ -60,11 +60,11 @@ FDDA_HOST_DEVICE RunPlan run_plan(int64_t outer, int64_t channels, int64_t inner
   RunPlan plan = {};
   plan.channels = channels;
   plan.inner = inner;
-  // A warp covers up to two full rounds of its threads.
+  // A warp takes runs of up to two rounds of its threads.
   const int64_t warp_values = int64_t{2} * kWarpSize * kQuantizeUnroll * pack_size;
   plan.team = inner <= warp_values ? kWarpSize : kQuantizeThreads;
   const int64_t round = static_cast<int64_t>(plan.team) * kQuantizeUnroll * pack_size;
-  // Long runs get longer blocks rather than more, so that adding up the slots stays quick.
+  // Long runs get longer blocks, not more of them, so that adding up the slots stays fast.
   const int64_t kMaxBlocksPerRun = 4096;
   const int64_t rounds = ceil_divide(ceil_divide(inner, kMaxBlocksPerRun), round);
   plan.block = plan.team == kWarpSize ? 2 * round : (rounds > 1 ? rounds : 1) * round;
@@ -74,7 +74,7 @@ FDDA_HOST_DEVICE RunPlan run_plan(int64_t outer, int64_t channels, int64_t inner
   return plan;
 }
 
-// What one team does: values [begin, end), all of `channel`, summed into `slot`.
+// Work of one team: values [begin, end) of `channel`, summed into `slot`.
 struct RunSegment {
   int64_t channel;
   int64_t begin;
@@ -82,7 +82,7 @@ struct RunSegment {
   int64_t slot;
 };
 
-// Segments are numbered in the order of memory.
+// Segments are numbered in memory order.
 FDDA_HOST_DEVICE RunSegment run_segment(const RunPlan& plan, int64_t segment) {
   const int64_t run = segment / plan.blocks_per_run;
   const int64_t block = segment - run * plan.blocks_per_run;
@@ -96,8 +96,8 @@ FDDA_HOST_DEVICE RunSegment run_segment(const RunPlan& plan, int64_t segment) {
 
 // Backward over rows ------------------------------------------------------------------------------
 
-// inner = 1: rows [rows, channels], neighbours belong to different channels. A thread keeps a group
-// of V channels and walks down the rows; a block has `lanes` groups side by side and
+// inner = 1: rows [rows, channels], whose neighbours belong to different channels. A thread
+// processes a group of V channels down the rows. A thread block has `lanes` groups side by side and
 // kQuantizeThreads / lanes rows at a time.
 //
 //                 lanes groups of V channels        one strip
@@ -132,7 +132,7 @@ FDDA_HOST_DEVICE RowPlan row_plan(int64_t rows, int64_t channels, int group_size
   return plan;
 }
 
-// What one thread does: rows first, first + step, ... below last, of the channels from `channel`.
+// Work of one thread: rows first, first + step, ... below last, for the channels from `channel`.
 struct RowPlace {
   int64_t unit;
   int64_t strip;

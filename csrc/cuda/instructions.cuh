@@ -1,5 +1,5 @@
-// Instructions that CUDA C++ has no name for, one small function each. The simulated device has its
-// own version of this header (tests/simt/cuda), with the same functions in plain C++.
+// Small functions for GPU instructions. The simulated device (tests/simt/cuda) has the same
+// functions in plain C++.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 
 // Copies ----------------------------------------------------------------------------------------
 
-// 16 bytes from global to shared memory, both on 16-byte borders. They arrive some time before
-// wait_copies returns; before sm_80 at once.
+// Copies 16 aligned bytes from global to shared memory. They arrive before wait_copies returns, and
+// at once before sm_80.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
@@ -24,14 +24,14 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #endif
 }
 
-// Closes a group of this thread's copies, which may be empty.
+// Closes a group of copies of this thread, which may be empty.
 __device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Waits for this thread's groups but the last `kPending`.
+// Waits for all groups of this thread except the last `kPending`.
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -41,7 +41,7 @@ __device__ __forceinline__ void wait_copies() {
 
 // Products ----------------------------------------------------------------------------------------
 
-// sum + the products of four codes, unsigned bytes, with four weights, signed bytes.
+// sum + the products of four codes (unsigned bytes) and four weights (signed bytes).
 __device__ __forceinline__ int dot4(uint32_t codes, uint32_t weights, int sum) {
   int result;
   asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(codes), "r"(weights), "r"(sum));
@@ -53,8 +53,8 @@ __device__ __forceinline__ uint32_t larger_bytes(uint32_t a, uint32_t b) {
   return __vmaxu4(a, b);
 }
 
-// Four matrices of 8 rows of 16 bytes in shared memory: lane l gives the address of row l % 8 of
-// matrix l / 8, and gets bytes 4 (l % 4) to 4 (l % 4) + 3 of row l / 4 of each matrix.
+// Loads four matrices of 8 rows of 16 bytes from shared memory. Lane l gives the address of row
+// l % 8 of matrix l / 8, and gets bytes 4 (l % 4) to 4 (l % 4) + 3 of row l / 4 of each matrix.
 __device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
@@ -62,8 +62,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void*
                : "memory");
 }
 
-// sums [16, 8] += codes [16, 32] * weights [32, 8], unsigned and signed bytes. Of lane l, with
-// r = l / 4 and k = 4 (l % 4):
+// sums [16, 8] += codes [16, 32] * weights [32, 8], unsigned and signed bytes. With r = l / 4 and
+// k = 4 (l % 4), lane l has
 //   codes    {[r, k..], [r + 8, k..], [r, 16 + k..], [r + 8, 16 + k..]}, four bytes each
 //   weights  {[k.., r], [16 + k.., r]}
 //   sums     {[r, k / 2], [r, k / 2 + 1], [r + 8, k / 2], [r + 8, k / 2 + 1]}
@@ -76,7 +76,7 @@ __device__ __forceinline__ void multiply_add(
       : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(weights[0]),
         "r"(weights[1]));
 #else
-  // Four products [8, 16] * [16, 8], whose fragments are parts of the larger one's.
+  // Four products [8, 16] * [16, 8], whose fragments are parts of those of the larger product.
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll

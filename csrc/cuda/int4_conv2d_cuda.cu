@@ -1,9 +1,9 @@
-// int4_conv2d on CUDA: twin of cpu/int4_conv2d_cpu.cpp, with the same bits: integer sums are exact
-// in any order, and what follows them is written once (common/integer_epilogue.h).
+// int4_conv2d on CUDA: bit-identical twin of cpu/int4_conv2d_cpu.cpp. Integer sums are exact in any
+// order, and the epilogue is the same (common/integer_epilogue.h).
 //
-// One launch, by the kind of the weight (int4_layout.cuh): products of matrices on tensor cores, in
-// the tile that takes least time; depthwise; or groups too narrow for either. Nothing waits
-// for the device, so everything can be captured in a CUDA graph.
+// The kind of the weight (int4_layout.cuh) selects the kernel of the one launch: matrix products on
+// tensor cores, with the fastest tile; depthwise; or direct, for groups too narrow for tensor
+// cores. Nothing waits for the device, so CUDA graphs can capture everything.
 
 #include <cstdlib>
 
@@ -29,11 +29,11 @@ __global__ void __launch_bounds__(kPackThreads)
 // Shapes ------------------------------------------------------------------------------------------
 
 WeightShape weight_shape(const char* op, const ConvGeometry& g) {
-  // With the padding that a layout may add.
+  // The limits include the padding that a layout may add.
   if (g.taps() * (g.group_channels() + kUnitBytes) > kMostBytes - kChunkBytes ||
       g.outputs > kMostBytes - kPanelOutputs || g.groups > kMostBytes) {
     refuse(
-        op, "weight", "of fewer than 2^31 values an output", g.taps(), " times ",
+        op, "weight", "of fewer than 2^31 values per output", g.taps(), " times ",
         g.group_channels());
   }
   return {
@@ -51,7 +51,7 @@ ConvShape conv_shape(const char* op, const ConvGeometry& g) {
   }
   const int64_t out_pixels = g.out_height() * g.out_width();
   if (out_pixels > 0 && g.samples > (kMostBytes - 128) / out_pixels) {
-    refuse(op, "x", "to give fewer than 2^31 pixels", g.samples, " images of ", out_pixels);
+    refuse(op, "x", "to give fewer than 2^31 output pixels", g.samples, " images of ", out_pixels);
   }
   ConvShape s = {};
   s.height = static_cast<int>(g.height);
@@ -73,8 +73,8 @@ ConvShape conv_shape(const char* op, const ConvGeometry& g) {
 
 // Launches ----------------------------------------------------------------------------------------
 
-// FDDA_INT4_TILE=n forces the n-th tile of a list, modulo its length, to measure and to test them;
-// what is no number counts as 0.
+// The environment variable FDDA_INT4_TILE=n forces tile n, modulo the length of the list, for
+// measurements and tests. Anything but a number counts as 0.
 template <typename Units, typename... Tiles>
 void launch_tile(
     const char* op, const ConvCall& call, TileList<Tiles...> tiles, const TileCost* costs,
@@ -164,7 +164,7 @@ void check_devices(const char* op, const ConvArguments& a) {
   }
 }
 
-// The epilogue's memory, all contiguous, and its numbers.
+// All tensors must be contiguous.
 Epilogue make_epilogue(
     const ConvArguments& a, const ConvGeometry& g, const Tensor& scale, const Tensor& shift,
     const Tensor& correction, const std::optional<Tensor>& residual, const Tensor& out) {

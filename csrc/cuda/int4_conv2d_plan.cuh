@@ -1,6 +1,6 @@
-// How int4_conv2d cuts its work among blocks, warps and threads. Plain arithmetic, the same on host
-// and device. Integer sums do not depend on their order, so the plan may: it looks at the number of
-// multiprocessors.
+// Distribution of int4_conv2d over thread blocks, warps and threads, computed alike on host and
+// device. It may depend on the number of multiprocessors, because integer sums do not depend on
+// their order.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -8,10 +8,10 @@
 
 namespace fdda::cuda {
 
-// Of an image's bytes, and of all results' pixels.
+// Limit of the bytes of an image, and of the output pixels of all images.
 constexpr int64_t kMostBytes = (int64_t{1} << 31) - 1;
 
-// One image, the window, and how many pixels there are. An image has fewer than 2^31 bytes.
+// Sizes of an image and of the window, and the number of output pixels.
 struct ConvShape {
   int height;
   int width;
@@ -25,11 +25,11 @@ struct ConvShape {
   int outputs;
   int out_height;
   int out_width;
-  int pixels;  // of all results
+  int pixels;  // output pixels of all images
   WeightShape weight;
 };
 
-// Where the window of a pixel begins: perhaps outside the image.
+// The corner of the window of a pixel, which can be outside the image.
 struct WindowPlace {
   int sample;
   int y;
@@ -48,8 +48,8 @@ FDDA_HOST_DEVICE bool is_inside(const ConvShape& s, int y, int x) {
   return y >= 0 && y < s.height && x >= 0 && x < s.width;
 }
 
-// The number of a pixel's first byte among those of all images; for windows that begin outside
-// the image it means something only together with a step into the image.
+// Offset of a pixel in x. For a corner outside the image it is valid only when the offset of a tap
+// inside the image is added.
 FDDA_HOST_DEVICE int64_t pixel_offset(const ConvShape& s, int sample, int y, int x) {
   return ((int64_t{sample} * s.height + y) * s.width + x) * s.channels;
 }
@@ -57,10 +57,10 @@ FDDA_HOST_DEVICE int64_t pixel_offset(const ConvShape& s, int sample, int y, int
 // Matrix products -----------------------------------------------------------------------------
 
 // A block multiplies kRows patches by kPanels panels of 32 outputs. Each warp holds sums of
-// kWarpRows patches and one panel. With kSlices > 1 several warps hold the same sums, each over its
-// own share of the chunks, and add them up at the end: small images at batch 1 have too few tiles
-// to keep a GPU busy otherwise. kStages stages of shared memory are filled in turn, so that copies
-// run kStages - 1 steps ahead; together they take at most 48 KB.
+// kWarpRows patches and one panel. With kSlices > 1, several warps hold the same sums, each over
+// some of the chunks, and add them up at the end: otherwise small images at batch 1 have too few
+// tiles to keep a GPU busy. Copies run kStages - 1 steps ahead, into kStages stages of shared
+// memory, which take at most 48 KB.
 template <int kRows_, int kPanels_, int kWarpRows_, int kSlices_, int kStages_>
 struct MatrixTile {
   static constexpr int kRows = kRows_;
@@ -71,30 +71,30 @@ struct MatrixTile {
   static constexpr int kRowWarps = kRows / kWarpRows;
   static constexpr int kWarps = kRowWarps * kPanels * kSlices;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kCodeBytes = kSlices * kRows * kChunkBytes;  // of a stage
+  static constexpr int kCodeBytes = kSlices * kRows * kChunkBytes;  // per stage
   static constexpr int kWeightBytes = kSlices * kPanels * kPanelBytes;
   static constexpr int kStageBytes = kCodeBytes + kWeightBytes;
   static constexpr int kStepUnits = kSlices * kChunkUnits;
-  static constexpr int kCodeCopies = kRows * kStepUnits / kThreads;  // of a thread, per stage
+  static constexpr int kCodeCopies = kRows * kStepUnits / kThreads;  // per thread and stage
   static constexpr int kWeightCopies = kWeightBytes / kUnitBytes / kThreads;
   static constexpr int kSumBytes = kSlices == 1 ? 0 : kWarps * kWarpRows * kPanelOutputs * 4;
-  static_assert(kStages * kStageBytes <= 48 * 1024, "of static shared memory");
-  static_assert(kSumBytes <= kStages * kStageBytes, "sums take the place of the stages");
-  static_assert(kCodeCopies * kThreads == kRows * kStepUnits, "all threads copy alike");
-  static_assert(kWeightCopies * kThreads * kUnitBytes == kWeightBytes, "likewise");
+  static_assert(kStages * kStageBytes <= 48 * 1024, "stages fit static shared memory");
+  static_assert(kSumBytes <= kStages * kStageBytes, "sums reuse the memory of the stages");
+  static_assert(kCodeCopies * kThreads == kRows * kStepUnits, "threads copy equal shares");
+  static_assert(kWeightCopies * kThreads * kUnitBytes == kWeightBytes, "threads copy equal shares");
 };
 
-// Blocks of one launch: the panels of a tile of patches are neighbours, which share its codes.
+// Blocks of a launch. Neighbouring blocks have the same patches and share their codes in the cache.
 template <typename Tile>
 FDDA_HOST_DEVICE int64_t matrix_blocks(const ConvShape& s) {
   const int64_t panels = divide_up(panel_count(s.weight), Tile::kPanels);
   return ceil_divide(s.pixels, Tile::kRows) * s.weight.groups * panels;
 }
 
-// Taps of a window that fit the bits of a word.
+// Taps of a window that fit a 32-bit mask.
 constexpr int kMaxTaps = 32;
 
-// What a tile costs: a multiprocessor holds `resident` blocks of it; k of them side by side take
+// Cost of a tile: a multiprocessor holds `resident` blocks of it; k of them together take
 // start + steps * max(step, k * share) microseconds.
 struct TileCost {
   int resident;
@@ -106,13 +106,12 @@ struct TileCost {
 template <typename... Tiles>
 struct TileList {};
 
-// The tiles to choose from, and their costs: where each unit of 16 bytes lies on its border in
-// memory, and where it may not. Costs were fitted to the times of 18 tiles at the layers of
-// ResNet-18 and MobileNetV2, batches of 1, 8 and 32, on an H100; the tiles left out are nowhere
-// more than a few percent better. With them the choice is within 1.3 % of the best tile in the
-// mean, 15 % at worst; the largest tile that fills the device was within 16 % in the mean
-// (benchmarks/fit_tiles.py). Other devices
-// have other times, but alike ratios.
+// The tiles to choose from and their costs: UnitTiles if all 16-byte units are aligned in memory,
+// SegmentTiles otherwise. The costs were fitted to the times of 18 tiles for the layers of
+// ResNet-18 and MobileNetV2 with batches of 1, 8 and 32 on an H100 (benchmarks/fit_tiles.py).
+// Omitted tiles are nowhere more than a few percent faster. The chosen tile is within 1.3 % of the
+// best one on average, and 15 % at worst; the largest tile that fills the device, within 16 % on
+// average. Other devices have other times, but similar ratios.
 using UnitTiles = TileList<
     MatrixTile<16, 1, 16, 4, 4>, MatrixTile<32, 1, 32, 4, 3>, MatrixTile<64, 2, 32, 1, 4>,
     MatrixTile<128, 1, 32, 1, 4>, MatrixTile<64, 4, 64, 1, 4>>;
@@ -139,7 +138,7 @@ double tile_time(const ConvShape& s, const TileCost& cost, int multiprocessors) 
          side_by_side(blocks % cost.resident);
 }
 
-// Which tile of the list takes least time.
+// Index of the fastest tile of the list.
 template <typename... Tiles>
 int best_tile(TileList<Tiles...>, const TileCost* costs, const ConvShape& s, int multiprocessors) {
   int number = 0;
@@ -156,10 +155,10 @@ int best_tile(TileList<Tiles...>, const TileCost* costs, const ConvShape& s, int
   return best;
 }
 
-// Each thread on its own ------------------------------------------------------------------------
+// Depthwise and direct --------------------------------------------------------------------------
 
 constexpr int kDirectThreads = 128;
-// Neighbours in a row that a thread of the 3x3 depthwise kernel computes: they share columns.
+// Neighbours in a row that a thread of the 3x3 depthwise kernel computes; they share columns.
 constexpr int kRowPixels = 4;
 
 FDDA_HOST_DEVICE int channel_runs(const ConvShape& s) {

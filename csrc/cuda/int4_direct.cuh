@@ -1,23 +1,23 @@
-// Convolutions that leave tensor cores empty: depthwise ones, and groups of a few channels. Four
-// products at a time by dp4a; each thread computes its outputs alone.
+// Convolutions that would leave tensor cores mostly idle: depthwise, and groups of a few channels.
+// dp4a adds four products at a time; each thread computes its outputs alone.
 //
-// Depthwise, a thread has eight channels. Four bytes of a dp4a are four rows of a column of the
-// window, which lie apart in memory: the bytes of four rows are transposed in registers. In the 3x3
-// kernel the thread also has four neighbouring pixels, which share columns: 4.5 loads of 8 bytes
-// and 24 permutations a pixel instead of 9 and 48. (Sixteen channels a thread would take twice the
-// registers for sums and weights, so two pixels, and 6 loads of 16 bytes.) Memory is the limit in
-// either case: a depthwise output costs at least two bytes and 9 products.
+// A depthwise thread has eight channels. The four bytes of a dp4a operand are four rows of a column
+// of the window. These are apart in memory, so their bytes are transposed in registers. In the 3x3
+// kernel a thread also has four neighbouring pixels, which share columns: 4.5 loads of 8 bytes and
+// 24 permutations per pixel instead of 9 and 48. (Sixteen channels would need twice the registers
+// for sums and weights, which leaves two pixels with 6 loads of 16 bytes.) Memory is the limit in
+// both cases: a depthwise output costs at least two bytes and 9 products.
 #pragma once
 
 #include "cuda/int4_matrix.cuh"
 
 namespace fdda::cuda {
 
-// Of eight channels: codes, and four rows of a column of the window.
+// Codes of eight channels, and four rows of a column of the window for eight channels.
 using ChannelRun = Pack<uint32_t, 2>;
 using Column = uint32_t[kRunChannels];
 
-// The bytes of four rows, rows[i] of channels 0 to 7, as words of one channel each.
+// Transposes the bytes of four rows of eight channels to one word per channel.
 __device__ __forceinline__ void transpose(const ChannelRun (&rows)[4], Column& column) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_column(const int8_t* weight, Column& column
   }
 }
 
-// Codes of `count` channels from x[offset], or of eight on an 8-byte border if `packed`.
+// Codes of `count` channels from x[offset]; of eight aligned channels if `packed`.
 __device__ __forceinline__ ChannelRun
 load_channels(const ConvCall& call, int64_t offset, int count, bool packed) {
   if (packed) {
@@ -59,7 +59,7 @@ load_channels(const ConvCall& call, int64_t offset, int count, bool packed) {
   return run;
 }
 
-// Depthwise 3x3, without dilation, eight channels on 8-byte borders -------------------------------
+// Depthwise 3x3, without dilation, eight aligned channels -----------------------------------------
 
 template <int kStride>
 __global__ void __launch_bounds__(kDirectThreads)
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kDirectThreads)
       for (int i = 0; i < 4; ++i) {
         const int y = place.y + (word * 4 + i) * s.dilation_y;
         rows[i] = {{call.zero_points, call.zero_points}};
-        // Past the window's end the weights are 0.
+        // Beyond the window the weights are 0.
         if (word * 4 + i < s.weight.kernel_y && is_inside(s, y, x)) {
           rows[i] = load_channels(call, pixel_offset(s, place.sample, y, x) + first, count, packed);
         }
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kDirectThreads)
 
 // Groups of a few channels or outputs -------------------------------------------------------------
 
-// One output of one pixel. `packed`: four channels of a group are a word on its border.
+// One output of one pixel. `packed`: four channels of a group are an aligned word.
 __global__ void __launch_bounds__(kDirectThreads)
     int4_direct_kernel(const __grid_constant__ ConvCall call, bool packed) {
   const ConvShape& s = call.shape;
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kDirectThreads)
       } else if (inside) {
 #pragma unroll
         for (int i = 0; i < kWordBytes; ++i) {
-          // Past the last channel the weights are 0.
+          // Beyond the last channel the weights are 0.
           const int channel = word * kWordBytes + i;
           const uint32_t code = channel < w.group_channels ? codes[channel] : 0;
           four = (four & ~(0xffu << 8 * i)) | code << 8 * i;

@@ -1,5 +1,5 @@
-// From integer sums to results: what one thread does for a run of up to eight neighbouring outputs
-// of a pixel.
+// The epilogue of one thread: from integer sums to results, for a run of up to eight neighbouring
+// outputs of a pixel.
 #pragma once
 
 #include "common/integer_epilogue.h"
@@ -8,7 +8,7 @@
 
 namespace fdda::cuda {
 
-// [outputs] each; residual and results [pixels, outputs].
+// Parameters are [outputs], residual and results [pixels, outputs].
 struct Epilogue {
   const float* scale;
   const float* shift;
@@ -19,10 +19,10 @@ struct Epilogue {
   float* values;
   EpilogueNumbers numbers;
   int64_t outputs;
-  bool packed;  // runs of eight outputs, or none, on 16-byte borders (codes: 8)
+  bool packed;  // all runs have eight outputs and are aligned to 16 bytes (codes: 8)
 };
 
-// Values of T that a thread reads or writes at once, of a run of eight.
+// Values of a run of eight that a thread loads or stores at once.
 template <typename T>
 constexpr int kRunPack = sizeof(T) == 1 ? kRunChannels : kPackSize<T>;
 
@@ -85,7 +85,7 @@ __device__ __forceinline__ void load_parameters(
   load_run(e.correction + first, count, e.packed, p.correction);
 }
 
-// Finishes outputs [first, first + count) of `pixel`; count > 0.
+// The epilogue for outputs [first, first + count) of `pixel`; count > 0.
 __device__ __forceinline__ void finish_run(
     const Epilogue& e, const RunParameters& p, int64_t pixel, int64_t first, int count,
     const int (&sums)[kRunChannels]) {

@@ -1,30 +1,29 @@
-// How the CUDA kernels of int4_conv2d want their weights: int8, one of three layouts. Plain
-// arithmetic, the same on host and device; int4_pack_weight fills every byte by `source_of`.
+// The three int8 layouts of weights for int4_conv2d on CUDA, computed alike on host and device.
+// int4_pack_weight fills every byte according to `source_of`.
 //
-// Why not two weights to a byte: at batch 1, where weights weigh most, ResNet-18 reads 11 MB of
-// them as int8. That is 3.7 us of an H100's memory bandwidth (none where they stay in the L2 cache)
-// beside about 50 us for twenty launches; half of it would save 2 us and cost two instructions for
-// every four weights, of every tile again. From batch 8 on a weight serves hundreds of products per
-// byte, and nothing is left to save. A T4, with a tenth of the bandwidth, would win 17 us of some
-// 150 at batch 1.
+// Two weights per byte would save little. At batch 1, ResNet-18 reads 11 MB of weights. That takes
+// 3.7 us of an H100's memory bandwidth (nothing from the L2 cache), beside about 50 us for twenty
+// launches. Unpacking would cost two instructions per four weights in every tile. From batch 8 on,
+// a byte of weights serves hundreds of products. A T4, with a tenth of the bandwidth, would save 17
+// us of about 150 at batch 1.
 //
-// kMatrix, for tensor cores. K, the direction of summation, is cut into units of 16 bytes: a window
-// is a few segments, each padded to whole units (a row of the window without groups, a tap with
-// them), in which bytes follow as in an NHWC image. Four units are a chunk of 64 bytes:
+// kMatrix, for tensor cores. The summation dimension K is cut into units of 16 bytes. A window has
+// a few segments: its rows without groups, its taps with groups. A segment has its bytes in the
+// order of an NHWC image and is padded to whole units. Four units are a chunk of 64 bytes:
 //
 //   int8 [groups][panels of 32 outputs][chunks][32 rows][4 units][16]
 //
-// In a panel, row 8 j + 2 q + e holds output 8 q + 2 j + e (j, q < 4, e < 2): the thread that gets
-// columns 2 q and 2 q + 1 of four neighbouring matrix products thus holds eight neighbouring
-// outputs. Unit u of row r lies at u ^ (r / 2 % 4), as in shared memory, where eight rows that are
-// read together then fall into different banks; a chunk is copied as it is.
+// Row 8 j + 2 q + e of a panel holds output 8 q + 2 j + e (j, q < 4, e < 2). So a thread, which
+// gets columns 2 q and 2 q + 1 of four neighbouring matrix products, has eight neighbouring
+// outputs. Unit u of row r is stored at u ^ (r / 2 % 4), as in shared memory, where eight rows that
+// are read together then use different banks. Chunks are copied unchanged.
 //
 // kDepthwise: int8 [blocks of 8 channels][kernel_x][words of 4 rows of the window][8 channels][4].
 //
 // kDirect, groups too narrow for tensor cores: int8 [groups][taps][words of 4 channels][outputs of
 // the group][4].
 //
-// What is missing is 0 everywhere.
+// Padding is 0 in all layouts.
 #pragma once
 
 #include "common/host_device.h"
@@ -36,10 +35,10 @@ constexpr int kChunkUnits = 4;
 constexpr int kChunkBytes = kChunkUnits * kUnitBytes;
 constexpr int kPanelOutputs = 32;
 constexpr int kPanelBytes = kPanelOutputs * kChunkBytes;  // of one chunk
-constexpr int kRunChannels = 8;                           // of a thread: depthwise, and epilogue
-constexpr int kWordBytes = 4;                             // that one dp4a multiplies
+constexpr int kRunChannels = 8;                           // per thread: depthwise, and epilogue
+constexpr int kWordBytes = 4;                             // per dp4a
 
-// Groups with fewer channels or outputs leave most of a tensor core's tile empty.
+// Groups with fewer channels or outputs leave most of a tensor core idle.
 constexpr int kMatrixGroupSize = 8;
 
 enum class WeightKind { kMatrix, kDepthwise, kDirect };
@@ -112,7 +111,7 @@ FDDA_HOST_DEVICE long long packed_size(const WeightShape& w) {
   }
 }
 
-// The number of packed byte `at` in the weight [O, kh, kw, C / groups], or -1 for a 0.
+// Index of packed byte `at` in the weight [O, kh, kw, C / groups], or -1 for padding.
 FDDA_HOST_DEVICE long long matrix_source_of(const WeightShape& w, long long at) {
   const int byte = static_cast<int>(at % kUnitBytes);
   const int place = static_cast<int>(at / kUnitBytes % kChunkUnits);

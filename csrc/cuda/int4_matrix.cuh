@@ -1,11 +1,11 @@
-// Convolution as a product of matrices on tensor cores, without writing the patches to memory:
-// [pixels, K] codes times [K, outputs] weights, int8 products of K = 32 at a time, sums in int32.
+// Convolution as a matrix product on tensor cores, without writing the patches to memory: codes
+// [pixels, K] times weights [K, outputs], int8 products of K = 32 at a time, sums in int32.
 //
 //   global memory --copies--> stages of shared memory --ldmatrix--> registers --mma--> sums
 //
 // A step of the loop covers kSlices chunks of K: while the warps multiply one stage, copies fill
-// the others. In a stage lie the chunks' codes [kSlices][kRows][4 units], swizzled, and their
-// weights [kSlices][kPanels][panel of one chunk], as they lie in global memory.
+// the others. A stage holds the codes of its chunks [kSlices][kRows][4 units], swizzled, and their
+// weights [kSlices][kPanels][panel of one chunk], as in global memory.
 #pragma once
 
 #include "cuda/instructions.cuh"
@@ -15,13 +15,13 @@
 
 namespace fdda::cuda {
 
-// All that the kernels of int4_conv2d are given.
+// Arguments of the kernels of int4_conv2d.
 struct ConvCall {
   ConvShape shape;
   const uint8_t* x;
   const uint8_t* x_end;
   const int8_t* weight;
-  uint32_t zero_points;  // four times the code of 0
+  uint32_t zero_points;  // the zero point in each of four bytes
   Epilogue epilogue;
 };
 
@@ -33,13 +33,13 @@ __device__ __forceinline__ Unit zero_unit(const ConvCall& call) {
   return {{call.zero_points, call.zero_points, call.zero_points, call.zero_points}};
 }
 
-// A thread's unit of the window where channels come in whole units, on 16-byte borders, and the
-// window has at most kMaxTaps taps.
+// The unit of the window that a thread copies, if channels fill whole aligned units and the window
+// has at most kMaxTaps taps.
 class TapUnits {
  public:
   struct Window {
     int64_t offset;  // in x, of the first byte
-    uint32_t taps;   // those inside the image, one bit each
+    uint32_t taps;   // one bit for each tap inside the image
   };
 
   __device__ __forceinline__ static Window find(const ConvShape& s, int pixel, int group) {
@@ -78,7 +78,7 @@ class TapUnits {
         tap_x_ = 0;
         offset_ += pixel_offset(s, 0, s.dilation_y, -s.weight.kernel_x * s.dilation_x);
       }
-      bit_ <<= 1;  // past the window's end no tap is inside
+      bit_ <<= 1;  // beyond the window no bit of `taps` is set
     }
   }
 
@@ -97,7 +97,7 @@ class TapUnits {
   uint32_t bit_;    // of the tap
 };
 
-// A thread's unit of the window for any number of channels: byte after byte of a segment.
+// The unit of the window that a thread copies, for any number of channels: 16 bytes of a segment.
 class SegmentUnits {
  public:
   struct Window {
@@ -154,7 +154,7 @@ class SegmentUnits {
   }
 
  private:
-  // Sixteen bytes from anywhere, unless that would read outside x.
+  // Copies 16 unaligned bytes. Returns false if that would read outside x.
   __device__ __forceinline__ static bool copy_unaligned(
       const ConvCall& call, const uint8_t* from, void* to) {
     const unsigned shift = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % 4);
@@ -173,8 +173,8 @@ class SegmentUnits {
     return true;
   }
 
-  // Byte by byte, from `channel` of a tap, which begins with byte `tap` of x and lies in column x
-  // of the image. Rare, at the borders, so it is kept short.
+  // Copies byte by byte, from `channel` of a tap, which begins at byte `tap` of x, in column x of
+  // the image. It is needed rarely, at borders, so the code is kept short.
   __device__ __forceinline__ static void copy_bytes(
       const ConvCall& call, int64_t tap, int x, int channel, int count, void* to) {
     const ConvShape& s = call.shape;
@@ -198,7 +198,7 @@ class SegmentUnits {
 
 // One block --------------------------------------------------------------------------------------
 
-// Which part of the result a block computes.
+// The part of the result that a block computes.
 struct BlockPlace {
   int first_pixel;
   int group;
@@ -215,8 +215,8 @@ __device__ __forceinline__ BlockPlace block_place(const ConvShape& s, unsigned b
       static_cast<int>(block % tiles * Tile::kPanels)};
 }
 
-// The part of the copies that one thread does: one unit of kCodeCopies rows, and kWeightCopies
-// units of the weights.
+// The copies of one thread: one unit of each of kCodeCopies rows, and kWeightCopies units of the
+// weights.
 template <typename Tile, typename Units>
 class Copies {
  public:
@@ -233,7 +233,7 @@ class Copies {
     }
   }
 
-  // Starts the copies of the next step into a stage.
+  // Starts the copies of the next step, number `step`, into a stage.
   __device__ __forceinline__ void start(int step, uint8_t* stage) {
     const int unit = static_cast<int>(threadIdx.x) % Tile::kStepUnits;
     uint8_t* codes = stage + unit / kChunkUnits * Tile::kRows * kChunkBytes;
@@ -277,7 +277,7 @@ class Copies {
   typename Units::Window windows_[Tile::kCodeCopies];
 };
 
-// A warp's sums: [blocks of 16 rows][four products of 8 columns][fragment].
+// Sums of a warp: [blocks of 16 rows][four products of 8 columns][fragment].
 template <typename Tile>
 using Sums = int[Tile::kWarpRows / 16][4][4];
 
@@ -286,7 +286,7 @@ template <typename Tile>
 __device__ __forceinline__ void multiply_chunk(
     const uint8_t* codes, const uint8_t* weights, Sums<Tile>& sums) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-  // Rows that are eight apart are swizzled alike.
+  // Rows that are eight apart have the same swizzle.
   codes += lane % 16 * kChunkBytes;
   weights += (lane / 16 * 8 + lane % 8) * kChunkBytes;
 #pragma unroll
@@ -317,7 +317,7 @@ __device__ __forceinline__ void multiply_chunk(
 
 // Results -----------------------------------------------------------------------------------------
 
-// The lane's eight sums of rows 8 `part` to 8 `part` + 7 of its warp.
+// The eight sums of a lane in rows 8 * part to 8 * part + 7 of its warp.
 template <typename Tile>
 __device__ __forceinline__ void take_part(
     const Sums<Tile>& sums, int part, int (&run)[kRunChannels]) {
@@ -327,11 +327,11 @@ __device__ __forceinline__ void take_part(
   }
 }
 
-// What a lane finishes: eight outputs of one row in each part.
+// The results of a lane: eight outputs of one row in each part.
 struct RunPlace {
-  int first_row;  // a pixel: of part 0
-  int64_t first;  // an output
-  int count;      // of outputs, perhaps below 1
+  int first_row;  // pixel of part 0
+  int64_t first;  // first output
+  int count;      // number of outputs, can be below 1
 };
 
 __device__ __forceinline__ void finish_part(
@@ -343,7 +343,7 @@ __device__ __forceinline__ void finish_part(
   }
 }
 
-// Adds up the sums of all slices, through shared memory; each warp finishes a part of them.
+// Adds up the sums of all slices through shared memory. Each warp runs the epilogue of some parts.
 template <typename Tile>
 __device__ __forceinline__ void finish_slices(
     const ConvCall& call, const RunPlace& place, const RunParameters& parameters,
@@ -401,7 +401,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   int free_stage = Tile::kStages - 1;
   for (int step = 0; step < steps; ++step) {
     wait_copies<Tile::kStages - 2>();
-    __syncthreads();  // this step's stage is full, and nobody reads the last step's any more
+    __syncthreads();  // the stage of this step is full, and the previous one can be overwritten
     if (step + Tile::kStages - 1 < steps) {
       copies.start(step + Tile::kStages - 1, memory + free_stage * Tile::kStageBytes);
     }
@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   }
   if constexpr (Tile::kSlices > 1) {
     wait_copies<0>();
-    __syncthreads();  // nobody reads a stage any more
+    __syncthreads();  // no thread reads a stage now, so the sums can overwrite them
     finish_slices<Tile>(call, place, parameters, sums, slice, reinterpret_cast<int*>(memory));
   } else {
 #pragma unroll

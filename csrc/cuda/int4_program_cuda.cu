@@ -1,6 +1,6 @@
-// The steps of an integer program on CUDA that are no integer sums, with the bits of
-// cpu/int4_program_cpu.cpp: codes of the image, and the largest code of each window. They move
-// bytes and hardly compute; as torch's operators they are five launches each, or float16.
+// Instructions of an integer program on CUDA without integer sums, bit-identical to
+// cpu/int4_program_cpu.cpp: codes of the image, and max-pooling of codes. Memory bandwidth is their
+// limit. With torch's operators each would take five launches, or float16.
 
 #include "common/checks.h"
 #include "common/quantization.h"
@@ -15,17 +15,17 @@ constexpr int kStepThreads = 256;
 
 // Codes of the image ------------------------------------------------------------------------------
 
-// Pixels of a thread: with three channels their codes are three whole words.
+// Pixels per thread: with three channels their codes are three whole words.
 constexpr int kImagePixels = 4;
 
-// Images [N, C, H, W], planes or channels_last, to codes [N, H, W, C].
+// Images [N, C, H, W], contiguous or channels_last, to codes [N, H, W, C].
 template <typename T>
 struct ImageCall {
   const T* x;
-  const uint8_t* table;  // of bytes: [C, 256]
+  const uint8_t* table;  // codes of all bytes, [C, 256]
   uint8_t* codes;
   int64_t pixels;  // of all images
-  int64_t plane;   // pixels of one
+  int64_t plane;   // pixels of one image
   int64_t sample_stride;
   int64_t channel_stride;
   int64_t position_stride;
@@ -122,7 +122,7 @@ Tensor int4_image_codes_cuda(
     check_dtype(op, "images", images, ScalarType::Float);
   }
   if (bytes != table.has_value()) {
-    refuse(op, "table", "with images of bytes alone", bytes ? "none" : "one");
+    refuse(op, "table", "only and always with uint8 images", bytes ? "none" : "one");
   }
   if (bytes) {
     check_dtype(op, "table", *table, ScalarType::Byte);
@@ -153,8 +153,8 @@ __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
   return larger_bytes(a, b);
 }
 
-// A thread has kWords neighbours of one pixel, each of one channel (uint8_t) or of four (uint32_t).
-// Outside the image is the code 0.
+// A thread has kWords words of one pixel, each of one channel (uint8_t) or of four (uint32_t).
+// Codes outside the image are 0.
 template <typename Word, int kWords>
 __global__ void __launch_bounds__(kStepThreads) int4_max_pool_kernel(
     const __grid_constant__ ConvShape s, int64_t items, const uint8_t* x, uint8_t* out) {
@@ -186,7 +186,6 @@ __global__ void __launch_bounds__(kStepThreads) int4_max_pool_kernel(
   store_pack(reinterpret_cast<Word*>(to), largest);
 }
 
-// Height and width.
 struct IntPair {
   int y;
   int x;
@@ -200,7 +199,7 @@ IntPair int_pair(
     for (size_t i = 0; i < values.size(); ++i) {
       text += (i ? ", " : "") + std::to_string(values[i]);
     }
-    refuse(op, argument, "to be two of at least " + std::to_string(least), text + "]");
+    refuse(op, argument, "to be two integers of at least " + std::to_string(least), text + "]");
   }
   return {static_cast<int>(values[0]), static_cast<int>(values[1])};
 }
@@ -228,7 +227,9 @@ Tensor int4_max_pool_cuda(
   }
   if (x.size(1) * x.size(2) * x.size(3) > kMostBytes ||
       (x.size(0) > 0 && pixels > kMostBytes / x.size(0))) {
-    refuse(op, "x", "to have images of fewer than 2^31 codes, and as many pixels", shape_text(x));
+    refuse(
+        op, "x", "to have images of fewer than 2^31 codes, and to give fewer than 2^31 pixels",
+        shape_text(x));
   }
   const DeviceGuard guard(x.get_device_index());
   const Tensor codes = as_contiguous(x);

@@ -1,4 +1,4 @@
-// Launching kernels. Everything the host says to the device goes through here and common/cuda.h.
+// Kernel launches. Operators reach the device only through this file and common/cuda.h.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace fdda::cuda {
 
-// Of the current device.
+// Number of multiprocessors of the current device.
 inline int multiprocessors(const char* op) {
   int device = 0;
   int count = 0;
@@ -18,7 +18,8 @@ inline int multiprocessors(const char* op) {
   return count;
 }
 
-// kernel<<<blocks, threads, 0, stream>>>(arguments...), checked; nothing if there is no work.
+// Launches kernel<<<blocks, threads, 0, stream>>>(arguments...) and checks it. Skips empty
+// launches.
 template <typename... Parameters, typename... Arguments>
 void launch(
     const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
@@ -35,7 +36,7 @@ void launch(
   check_launch(op);
 }
 
-// Fills with zero bytes, in the order of the stream.
+// Fills memory with zero bytes, in stream order.
 inline void zero_fill(const char* op, void* memory, size_t bytes, cudaStream_t stream) {
   if (bytes > 0) {
     check(cudaMemsetAsync(memory, 0, bytes, stream), op);

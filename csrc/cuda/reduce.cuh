@@ -1,4 +1,4 @@
-// Sums over a warp and over a block, always in the same order.
+// Sums over a warp and over a thread block, in a fixed order.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -7,7 +7,7 @@ namespace fdda::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The sum over the warp, in its first lane. All lanes must call it.
+// The sum over the warp, in lane 0. All lanes must call it.
 template <typename A>
 __device__ __forceinline__ A warp_sum(A value) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
@@ -16,8 +16,8 @@ __device__ __forceinline__ A warp_sum(A value) {
   return value;
 }
 
-// The sum over a block of kThreads, in its first thread. All threads must call it; `scratch` is
-// shared memory for one value per warp and may be used again after a __syncthreads().
+// The sum over a block of kThreads, in thread 0. All threads must call it. `scratch` is shared
+// memory for one value per warp; it may be reused only after a __syncthreads().
 template <int kThreads, typename A>
 __device__ __forceinline__ A block_sum(A value, A* scratch) {
   value = warp_sum(value);

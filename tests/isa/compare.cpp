@@ -1,9 +1,9 @@
-// The integer kernels of integers_avx2.h with vpdpbusd, against the plain loops: the same bits for
-// random geometries, with codes and weights at their extremes in every other round. Its argument
-// is the seed; it prints what differs and fails.
+// Compares the integer kernels of integers_avx2.h with vpdpbusd to the plain loops, bit by bit, for
+// random geometries. Every other round has extreme codes and weights. The argument is the seed. It
+// prints differences and fails.
 //
-// FDDA_DOT is one of two encodings of the same instruction: {vex} on processors with AVX-VNNI,
-// {evex} on those with AVX-512 VNNI only.
+// FDDA_DOT is one of two encodings of the instruction: {vex} on processors with AVX-VNNI, {evex} on
+// those with AVX-512 VNNI only.
 #include <immintrin.h>
 #include <math.h>
 
@@ -48,7 +48,7 @@ std::vector<T> draw_many(int64_t count, int64_t low, int64_t high, bool extreme)
   return values;
 }
 
-// An epilogue and both sides' results, for `pixels` of `outputs`.
+// An epilogue and the results of both sides, [pixels, outputs].
 struct Finish {
   int64_t outputs;
   std::vector<float> scale, shift, residual_values, values[2];
@@ -102,7 +102,7 @@ struct Finish {
   bool is_same() const { return codes[0] == codes[1] && values[0] == values[1]; }
 };
 
-// Rows of codes to point at, with room for the whole vectors that kernels may read.
+// Pointers to rows of codes, behind which kernels may read whole vectors.
 struct Rows {
   std::vector<uint8_t> codes;
   std::vector<const uint8_t*> rows;
@@ -173,7 +173,7 @@ void compare(bool extreme) {
     const int64_t panels = (outputs + 15) / 16;
     auto w = draw_many<int8_t>(panels * panel_size, -128, 127, extreme);
     for (int64_t panel = 0; panel < panels; ++panel) {
-      // A transformed weight for every channel; 4 times the outputs are multiples of 4 if it is.
+      // Transformed weights are multiples of 4, so that 4 times the outputs are too.
       int8_t* header = w.data() + panel * panel_size;
       int8_t* products = header + 16 * 64;
       for (int64_t p = 0; p < 16; ++p) {

@@ -1,5 +1,5 @@
-// The CUDA operators compiled for the host and its simulated device (cuda/launch.cuh beside this
-// file): torch.ops.fdda_simt.* on CPU tensors. One translation unit, under names of its own.
+// The CUDA operators, compiled for the simulated device (cuda/launch.cuh) as one translation unit:
+// torch.ops.fdda_simt.* on CPU tensors.
 
 #define fdda fdda_simt
 

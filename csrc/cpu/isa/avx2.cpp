@@ -1,5 +1,5 @@
-// The loops on AVX2. Standard headers come before the target region: what they define must not be
-// compiled for it, as the linker may pick that copy for code that runs everywhere.
+// The kernels for AVX2. Standard headers come before the target region. Otherwise their functions
+// would be compiled for it, and the linker might use that copy in code for every processor.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>

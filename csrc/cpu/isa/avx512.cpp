@@ -1,5 +1,4 @@
-// The loops on AVX-512. Standard headers come before the target region: what they define must not
-// be compiled for it, as the linker may pick that copy for code that runs everywhere.
+// The kernels for AVX-512. Standard headers come before the target region: see avx2.cpp.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
@@ -12,7 +11,7 @@
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
     apply_to = function)
 #else
-// GCC's own intrinsics start from registers they leave undefined.
+// GCC's intrinsics use undefined registers on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")

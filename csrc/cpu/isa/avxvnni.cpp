@@ -1,6 +1,5 @@
-// The loops on AVX2 with AVX-VNNI: those of AVX2, but for integer convolution. Standard headers
-// come before the target region: what they define must not be compiled for it, as the linker may
-// pick that copy for code that runs everywhere.
+// The kernels for AVX2 with AVX-VNNI. Only the integer kernels differ from those for AVX2. Standard
+// headers come before the target region: see avx2.cpp.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
@@ -18,7 +17,7 @@
 #include "../../common/statistics.h"
 
 #define FDDA_INTEGERS
-// Encoded as VEX: the other encoding belongs to AVX-512.
+// The VEX encoding; the EVEX encoding belongs to AVX-512.
 #define FDDA_DOT "%{vex%} vpdpbusd"
 #define FDDA_INLINE static inline __attribute__((always_inline))
 

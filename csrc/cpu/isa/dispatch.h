@@ -1,5 +1,5 @@
-// Which instruction set runs. All are compiled; the best one this processor has is picked at the
-// first use, unless the environment variable FDDA_ISA or set_isa names another.
+// Choice of the instruction set: the best one that this processor supports, chosen at the first
+// use, unless the environment variable FDDA_ISA or set_isa names another.
 #pragma once
 
 #include <string>
@@ -17,7 +17,7 @@ std::string isa();
 // Throws std::invalid_argument if this build or processor lacks it.
 void set_isa(const std::string& name);
 
-// The loops of the current instruction set.
+// The kernels of the current instruction set.
 const Kernels& kernels();
 
 }  // namespace fdda::cpu

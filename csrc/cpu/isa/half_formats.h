@@ -1,5 +1,5 @@
-// bfloat16 and float16 in plain integer arithmetic, as the vector instructions do it: rounding half
-// to even. Only the scalar fallback needs them.
+// Conversions of bfloat16 and float16 in integer arithmetic, for the scalar kernels. They round
+// half to even, like the vector instructions.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ FDDA_HOST_DEVICE uint16_t float_to_bfloat16(float value) {
 FDDA_HOST_DEVICE float half_to_float(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
   const uint32_t magnitude = bits & 0x7fff;
-  if (magnitude >= 0x7c00) {  // infinity, or NaN made quiet
+  if (magnitude >= 0x7c00) {  // infinity or NaN, which becomes quiet
     const uint32_t quiet = magnitude > 0x7c00 ? 0x400000 : 0;
     return float_of(sign | 0x7f800000 | quiet | (magnitude & 0x3ff) << 13);
   }

@@ -1,13 +1,13 @@
-// Integer convolution on vectors of 32 bytes, two of them to a panel.
+// Integer convolution with vectors of 32 bytes, two per panel.
 //
-// vpmaddubsw multiplies unsigned bytes by signed ones and adds neighbours to 16 bits, where it
-// saturates. Codes up to `code` and weights of magnitude up to `weight` make at most
-// 2 * code * weight of a pair, and so exact_groups() of them can be added up in 16 bits before
-// vpmaddwd with ones widens the sum: 136 of 4-bit codes and weights, but 8 of 4-bit codes and any
-// weights, which is why panels are searched for their largest weight. Where not even one pair fits,
-// with codes of 8 bits and weights beyond 64, bytes are widened first (wide_tile).
+// vpmaddubsw multiplies unsigned bytes by signed bytes and adds neighbouring products in 16 bits,
+// where it saturates. With codes up to `code` and weights of magnitude up to `weight`, a pair is at
+// most 2 * code * weight. exact_groups() pairs can be added in 16 bits before vpmaddwd with ones
+// widens the sum: 136 for 4-bit codes and weights, but 8 for 4-bit codes and any weights. Therefore
+// panels are searched for their largest weight. If not even one pair fits, with 8-bit codes and
+// weights beyond 64, bytes are widened first (wide_tile).
 //
-// AVX-VNNI needs none of this: FDDA_DOT is its vpdpbusd, four products to 32 bits.
+// AVX-VNNI needs none of this: its vpdpbusd (FDDA_DOT) adds four products in 32 bits.
 
 constexpr int64_t exact_groups(int64_t code, int64_t weight) {
   return 32767 / (2 * code * (weight < 1 ? 1 : weight));
@@ -20,7 +20,7 @@ constexpr int64_t largest_code(int64_t bits) {
 #if defined(FDDA_DOT)
 constexpr bool kDot = true;
 
-// sums += the four products of every lane. GCC 12 copies the sums around its intrinsic.
+// sums += the four products of every lane. GCC 12 would copy the sums around its intrinsic.
 FDDA_INLINE void dot(__m256i& sums, __m256i x, __m256i w) {
   asm(FDDA_DOT " %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w));
 }
@@ -37,14 +37,14 @@ FDDA_INLINE void store_32(void* to, __m256i value) {
   _mm256_storeu_si256(static_cast<__m256i*>(to), value);
 }
 
-// One group of codes in every lane.
+// One group of codes, repeated in every lane.
 FDDA_INLINE __m256i group_of(const uint8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, sizeof(four));
   return _mm256_set1_epi32(four);
 }
 
-// Of a multiple of 64 weights.
+// Largest magnitude of `count` weights, a multiple of 64.
 FDDA_INLINE int64_t largest_magnitude(const int8_t* weights, int64_t count) {
   __m256i a = _mm256_setzero_si256();
   __m256i b = a;
@@ -63,7 +63,7 @@ FDDA_INLINE int64_t largest_magnitude(const int8_t* weights, int64_t count) {
 
 // Products of m patches with v vectors of a panel -------------------------------------------------
 
-// Sums of 16 bits stay in registers, and go to those of 32 bits in memory after `steps` groups.
+// 16-bit sums stay in registers; after `steps` groups they are added to 32-bit sums in memory.
 template <int m, int v>
 void narrow_tile(
     int64_t steps, int64_t segments, int64_t groups, const uint8_t* const* rows, const int8_t* w,
@@ -120,7 +120,7 @@ void narrow_tile(
   if (left < steps) widen();
 }
 
-// Bytes 0 and 2 of every lane of 32 bits, and bytes 1 and 3, as 16 bits.
+// Bytes 0 and 2, and bytes 1 and 3, of every 32-bit lane, widened to 16 bits.
 struct Halves {
   __m256i even, odd;
 };
@@ -133,12 +133,12 @@ FDDA_INLINE Halves halves_of_weights(__m256i w) {
   return {_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
 }
 
-// The four products of every lane, for all codes and weights.
+// The sum of the four products of every lane, exact for all codes and weights.
 FDDA_INLINE __m256i wide_products(const Halves& x, const Halves& w) {
   return _mm256_add_epi32(_mm256_madd_epi16(x.even, w.even), _mm256_madd_epi16(x.odd, w.odd));
 }
 
-// Exact for all codes and weights; with AVX-VNNI the only tile.
+// Exact for all codes and weights. AVX-VNNI uses only this tile.
 template <int m, int v>
 void wide_tile(
     int64_t /*steps*/, int64_t segments, int64_t groups, const uint8_t* const* rows,
@@ -183,14 +183,14 @@ void wide_tile(
   }
 }
 
-// Pixels of a tile: six by two vectors of sums leave four of sixteen registers to codes, weights
-// and products; four leave eight, to widened ones.
+// Pixels of a tile. The sums of six pixels, two vectors each, leave four of sixteen registers for
+// codes, weights and products. Those of four pixels leave eight, for widened codes and weights.
 constexpr int kTilePixels = 6;
 constexpr int kWidePixels = kDot ? kTilePixels : 4;
-// Pixels whose sums are finished together, in the L1 cache.
+// Pixels whose sums enter the epilogue together, from the L1 cache.
 constexpr int64_t kBlockPixels = 24;
 
-// How many of `left` pixels come next, if all blocks are to be of about equal size.
+// Size of the next block of `left` pixels, if all blocks have about equal size.
 FDDA_INLINE int64_t block_of(int64_t left) {
   const int64_t blocks = (left + kBlockPixels - 1) / kBlockPixels;
   return (left + blocks - 1) / blocks;
@@ -211,8 +211,8 @@ constexpr Tile kWideTiles[kTilePixels] = {
     wide_tile<(kDot ? 5 : 1), v>,
     wide_tile<(kDot ? 6 : 1), v>};
 
-// The sums of `count` patches for n <= 16 outputs, in tiles of about equal size; steps = 0 stands
-// for pairs that exceed 16 bits. Up to eight outputs leave the second vector of sums as it is.
+// The sums of `count` patches for n <= 16 outputs, in tiles of about equal size. With steps = 0 a
+// pair of products can exceed 16 bits. With n <= 8 the second vector of sums is not written.
 inline void add_products(
     int64_t steps, int64_t count, int64_t segments, int64_t groups, const uint8_t* const* rows,
     const int8_t* weights, int64_t n, int32_t (*sums)[kPanel]) {
@@ -231,7 +231,7 @@ inline void add_products(
 
 // Epilogue ----------------------------------------------------------------------------------------
 
-// Parameters of 16 outputs.
+// Epilogue parameters of 16 outputs.
 struct Outputs {
   __m256 scale[2], shift[2];
   __m256i correction[2];
@@ -263,7 +263,7 @@ FDDA_INLINE __m256 decoded(const uint8_t* codes, const IntEpilogue& e) {
       _mm256_sub_ps(code, _mm256_set1_ps(e.residual_zero_point)), _mm256_set1_ps(e.residual_scale));
 }
 
-// Adds the residual of eight outputs, which begin at `place`.
+// Adds the residual of the eight outputs from `place`.
 template <Residual residual>
 FDDA_INLINE __m256 with_residual(__m256 t, int64_t place, const IntEpilogue& e) {
   if (residual == Residual::kCodes) return _mm256_add_ps(t, decoded(e.residual_codes + place, e));
@@ -273,14 +273,14 @@ FDDA_INLINE __m256 with_residual(__m256 t, int64_t place, const IntEpilogue& e) 
   return t;
 }
 
-// Codes minus the zero point, but for the lower bound: what overflows there becomes the smallest
-// integer, which packing keeps at the bottom.
+// Codes minus the zero point, not clamped from below: values below int32 become the smallest int32,
+// which saturating packing keeps at the lower bound.
 FDDA_INLINE __m256i rounded(__m256 t, const Rounding& r) {
   t = _mm256_mul_ps(t, _mm256_set1_ps(r.inverse_scale));
   return _mm256_cvtps_epi32(_mm256_min_ps(t, _mm256_set1_ps(r.most)));
 }
 
-// 16 codes as 16 bits: of every 128 bits, four of each vector.
+// 16 codes of 16 bits. Every 128 bits hold four codes of a, then four of b.
 FDDA_INLINE __m256i packed(__m256i a, __m256i b, const Rounding& r) {
   return _mm256_adds_epi16(_mm256_packs_epi32(a, b), _mm256_set1_epi16(r.zero_point));
 }
@@ -289,7 +289,7 @@ FDDA_INLINE __m256i to_bytes(__m256i ab, __m256i cd, const Rounding& r) {
   return _mm256_max_epu8(_mm256_packus_epi16(ab, cd), _mm256_set1_epi8(static_cast<char>(r.least)));
 }
 
-// v vectors of sums, with their residual.
+// t of the epilogue for v vectors of sums, before the clamp.
 template <Residual residual, int v>
 FDDA_INLINE void values_of(
     const int32_t* sums, int64_t place, const Outputs& o, const IntEpilogue& e, __m256 (&t)[v]) {
@@ -339,7 +339,7 @@ void finish_codes(
   }
 }
 
-// Values within [low, high], in the order of clamp's comparisons.
+// Writes values clamped to [low, high]. NaN stays NaN, as in clamp.
 template <Residual residual, int v>
 void finish_values(
     int64_t count, const int32_t (*sums)[kPanel], const int64_t* pixels, int64_t at, int64_t /*n*/,
@@ -370,8 +370,8 @@ constexpr Finish kFinishValues[3] = {
     finish_values<Residual::kNone, v>, finish_values<Residual::kCodes, v>,
     finish_values<Residual::kValues, v>};
 
-// Finishes `count` pixels, given by their indices, of n <= 16 outputs; one output at a time where
-// vectors would reach beyond the last.
+// The epilogue for n <= 16 outputs of `count` pixels with indices `pixels`, in scalar code where
+// vectors would reach beyond the last output.
 __attribute__((noinline)) inline void finish_panel(
     int64_t count, const int32_t (*sums)[kPanel], const int64_t* pixels, int64_t at, int64_t n,
     const Rounding& r, const IntEpilogue& e) {
@@ -397,7 +397,7 @@ inline void patches_avx2(
   alignas(32) int32_t sums[kBlockPixels][kPanel] = {};
   for (int64_t o = 0; o < outputs; o += kPanel, weights += panel_size) {
     const int64_t n = outputs - o < kPanel ? outputs - o : kPanel;
-    // The search takes the time of a pixel or less, and pays where it saves some widening.
+    // The search takes the time of a pixel or less. It is done only if it can save widening.
     int64_t steps = exact_groups(code, 128);
     if (!kDot && (steps == 0 || (pixels > kTilePixels && segments * groups > 3 * steps))) {
       steps = exact_groups(code, largest_magnitude(weights, panel_size));
@@ -414,9 +414,8 @@ inline void patches_avx2(
 
 // Depthwise ---------------------------------------------------------------------------------------
 
-// 32 channels. The bytes of four slots come together by unpacking, which leaves four channels of
-// every sixteen to each of four vectors: vector j holds channels 16 l + 4 j + i in lane l. Packing
-// the codes to bytes brings them back in order.
+// 32 channels. Unpacking brings the bytes of four slots of a channel together: element i of 128-bit
+// lane l of vector j holds channel 16 l + 4 j + i. Packing codes to bytes restores the order.
 struct Channels {
   __m256i part[4];
 };
@@ -431,7 +430,7 @@ FDDA_INLINE Channels unpack(__m256i a, __m256i b, __m256i c, __m256i d) {
        _mm256_unpacklo_epi16(ab_high, cd_high), _mm256_unpackhi_epi16(ab_high, cd_high)}};
 }
 
-// 32 parameters in that order; n <= 32 of them count, and sixteen at a time may be read.
+// 32 parameters in that order, n of them valid; whole groups of sixteen are read.
 FDDA_INLINE Channels load_channels(const void* values, int64_t n) {
   const char* from = static_cast<const char*>(values);
   const char* second = n > kPanel ? from + 64 : from;
@@ -445,10 +444,10 @@ FDDA_INLINE Channels load_channels(const void* values, int64_t n) {
   return x;
 }
 
-// What the pixels of 32 channels, beginning with c, share.
+// Data of channels [c, c + n), n <= 32, that all pixels share.
 struct DepthwiseBlock {
   int64_t c, n;
-  const int8_t* weights;  // vectors of a group's slots are 64 bytes apart
+  const int8_t* weights;  // the vectors of four slots are 64 bytes apart
   Channels correction, scale, shift;
   Rounding rounding;
   Way way;
@@ -512,7 +511,7 @@ FDDA_INLINE __m256i slot_products(__m256i x, const int8_t* weights) {
                 : wide_products(halves_of_codes(x), halves_of_weights(w));
 }
 
-// Taps in fours. Codes of seven bits fit 16 bits with any weight, the narrower the more of them.
+// Four taps at a time. With `narrow`, for at most seven bits, sums of `steps` groups fit 16 bits.
 template <bool narrow>
 void depthwise_taps(
     int64_t steps, int64_t pixels, int64_t taps, const uint8_t* const* rows,
@@ -564,8 +563,8 @@ inline void depthwise_avx2(
   }
 }
 
-// Neighbours share two columns of three at stride 1, one at stride 2, none at stride 3. The pairs
-// of the three columns fit 16 bits if the codes have up to five bits.
+// Neighbouring pixels share two of three columns at stride 1, one at stride 2, none at stride 3.
+// The products of three columns can be added in 16 bits for codes of at most five bits.
 constexpr int64_t kColumnBits = 5;
 static_assert(exact_groups(largest_code(kColumnBits), 128) >= 3, "three columns fit 16 bits");
 
@@ -626,10 +625,10 @@ inline void depthwise_3x3_avx2(
 
 // Winograd ----------------------------------------------------------------------------------------
 
-// Codes of b bits, up to M, make B^T d B within [-2 M, 2 M], and within [0, 4 M] at position (1,
-// 1), where all four signs are plus. With an offset of 2 M everywhere but there all lie in [0, 4
-// M]: for 4 bits in [0, 60], which lets more of them be added up in 16 bits than kWinogradOffset
-// would. One product pair always fits: 2 * 124 * 128 for 5 bits and any weights.
+// For codes up to M, B^T d B is in [-2 M, 2 M], and in [0, 4 M] at position (1, 1), where all signs
+// are plus. An offset of 2 M at the other positions brings them into [0, 4 M] too. For 4 bits this
+// is [0, 60], so more products fit 16 bits than with kWinogradOffset. One pair always fits: it is
+// at most 2 * 124 * 128, for 5 bits and any weights.
 constexpr int kUnshifted = 5;
 static_assert(exact_groups(4 * largest_code(kWinogradBits), 128) >= 1, "pairs fit 16 bits");
 
@@ -671,7 +670,7 @@ inline void winograd_input_avx2(
   }
 }
 
-// A^T (...) A of 16 vectors, `stride` integers apart: outputs (0, 0), (0, 1), (1, 0), (1, 1).
+// A^T S A of 16 vectors that are `stride` integers apart: outputs (0, 0), (0, 1), (1, 0), (1, 1).
 FDDA_INLINE void winograd_transform(
     const int32_t* products, int64_t stride, __m256i (&outputs)[4]) {
   __m256i lines[2][4];
@@ -692,7 +691,7 @@ FDDA_INLINE void winograd_transform(
   }
 }
 
-// What the shifts of all positions have added to four times the outputs, negative.
+// Minus what the offsets of all positions add to four times the outputs.
 FDDA_INLINE void winograd_offset(int64_t shift, const int8_t* panel, int32_t (&offset)[4][kPanel]) {
   alignas(32) int32_t shares[kWinogradPositions][kPanel];
   __builtin_memcpy(shares, panel, sizeof(shares));
@@ -709,8 +708,8 @@ FDDA_INLINE void winograd_offset(int64_t shift, const int8_t* panel, int32_t (&o
   }
 }
 
-// One position after the other for a block of tiles, whose products stay in the L1 cache as well as
-// the position's weights.
+// Multiplies a block of tiles position by position: its products and the weights of the position
+// stay in the L1 cache.
 inline void winograd_output_avx2(
     int64_t bits, int64_t tiles, int64_t groups, const uint8_t* from, int64_t stride,
     int64_t position_stride, const int8_t* weights, int64_t outputs, const int64_t* pixels,

@@ -1,7 +1,7 @@
-// Integer convolution on vpdpbusd: sixteen outputs to a register, four products to a lane.
+// Integer convolution with vpdpbusd: sixteen outputs per register, four products per lane.
 
-// sums += the four products of every lane. Written out, as GCC 12 copies the sums around its
-// intrinsic and then keeps them on the stack.
+// sums += the four products of every lane. GCC 12 would copy the sums around its intrinsic and keep
+// them on the stack.
 FDDA_INLINE void add_products(__m512i& sums, __m512i x, __m512i w) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
 }
@@ -18,15 +18,15 @@ FDDA_INLINE __m512 residual_codes(const uint8_t* codes, __mmask16 inside, const 
   return _mm512_mul_ps(integer, _mm512_set1_ps(e.residual_scale));
 }
 
-// Codes minus the zero point, but for the lower bound: what overflows there becomes the smallest
-// integer, which the packing below keeps at the bottom.
+// Codes minus the zero point, not clamped from below: values below int32 become the smallest int32,
+// which saturating packing keeps at the lower bound.
 FDDA_INLINE __m512i rounded(__m512 t, const Rounding& r) {
   t = _mm512_mul_ps(t, _mm512_set1_ps(r.inverse_scale));
   t = _mm512_min_ps(t, _mm512_set1_ps(r.most));
   return _mm512_cvt_roundps_epi32(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-// 64 codes as bytes: of every 128 bits, four of each vector in turn.
+// 64 codes as bytes. Every 128 bits hold four codes of a, then four of b, of c and of d.
 FDDA_INLINE __m512i packed_codes(__m512i a, __m512i b, __m512i c, __m512i d, const Rounding& r) {
   const __m512i zero_point = _mm512_set1_epi16(r.zero_point);
   const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero_point);
@@ -50,7 +50,7 @@ FDDA_INLINE __mmask16 lanes(int64_t n) {
   return first(n < 16 ? (n < 0 ? 0 : n) : 16);
 }
 
-// Up to 64 outputs of one pixel in vectors: to codes, with or without a residual in codes.
+// The epilogue for up to 64 outputs of a pixel: to codes, with or without a residual in codes.
 template <bool has_residual, int n>
 FDDA_INLINE void finish_codes(
     const __m512i (&sums)[n], int64_t place, int64_t at, int64_t outputs, const Rounding& r,
@@ -73,7 +73,7 @@ FDDA_INLINE void finish_codes(
   store_codes(e.codes + place, _mm512_permutexvar_epi32(order, mixed), outputs);
 }
 
-// The same in every other case, from memory.
+// The epilogue in all other cases, from memory.
 FDDA_INLINE void finish_some(
     const int32_t* sums, int64_t place, int64_t at, int64_t outputs, const Rounding& r,
     const IntEpilogue& e) {
@@ -155,7 +155,7 @@ void patches_tile(
 constexpr int kTilePixels = 6;
 constexpr int kTilePanels = 4;
 
-// One function per way, number of pixels and number of panels.
+// One function per kind of epilogue, number of pixels and number of panels.
 #define FDDA_TILES_OF(name, way, m) \
   {name<way, m, 1>, name<way, m, 2>, name<way, m, 3>, name<way, m, 4>}
 #define FDDA_TILES(name, way)                                                             \
@@ -187,9 +187,9 @@ inline void patches_vnni(
   }
 }
 
-// Depthwise: 64 channels at a time. The bytes of four slots come together by unpacking, which
-// leaves four channels of every sixteen to each of four vectors: vector j holds channels
-// 16 l + 4 j + i in lane l. Packing the codes to bytes brings them back in order.
+// Depthwise, 64 channels at a time. Unpacking brings the bytes of four slots of a channel together:
+// element i of 128-bit lane l of vector j holds channel 16 l + 4 j + i. Packing codes to bytes
+// restores the order.
 
 struct Unpacked {
   __m512i part[4];
@@ -205,7 +205,7 @@ FDDA_INLINE Unpacked unpack(__m512i a, __m512i b, __m512i c, __m512i d) {
        _mm512_unpacklo_epi16(ab_high, cd_high), _mm512_unpackhi_epi16(ab_high, cd_high)}};
 }
 
-// Between 64 values in order and the order of Unpacked: the same exchange both ways.
+// Converts 64 values to the order of Unpacked, or back: the exchange is its own inverse.
 FDDA_INLINE Unpacked exchange(const Unpacked& x) {
   const __m512i a = _mm512_shuffle_i32x4(x.part[0], x.part[1], 0x44);
   const __m512i b = _mm512_shuffle_i32x4(x.part[2], x.part[3], 0x44);
@@ -226,7 +226,7 @@ FDDA_INLINE Unpacked load_exchanged(const void* values, int64_t n) {
   return exchange(x);
 }
 
-// What the pixels of 64 channels, beginning with c, share.
+// Data of channels [c, c + n), n <= 64, that all pixels share.
 struct DepthwiseBlock {
   int64_t c, n;
   Unpacked start, scale, shift;
@@ -307,7 +307,7 @@ inline void depthwise_vnni(
   }
 }
 
-// Neighbours share two columns of three at stride 1, one at stride 2, none at stride 3.
+// Neighbouring pixels share two of three columns at stride 1, one at stride 2, none at stride 3.
 template <int stride>
 void depthwise_3x3_row(
     int64_t pixels, const uint8_t* const* columns, const int8_t* weights,
@@ -334,7 +334,7 @@ void depthwise_3x3_row(
   }
 }
 
-// Up to 32 channels fill half a register: the other half takes the pixels of the row's second half.
+// Up to 32 channels fill half a register. The other half processes the second half of the row.
 FDDA_INLINE __m512i both(__m256i low, __m256i high) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
@@ -450,8 +450,8 @@ inline void winograd_input_vnni(
   }
 }
 
-// m tiles by n panels. The products of one position at a time, in registers; then, from the L1
-// cache, the output transform.
+// m tiles by n panels. The sums of each position are formed in registers; the output transform
+// reads them from the L1 cache.
 template <Way way, int m, int n>
 void winograd_tile(
     int64_t groups, const uint8_t* from, int64_t stride, int64_t position_stride,
@@ -556,7 +556,7 @@ inline void winograd_output_vnni(
   }
 }
 
-// Pooling: 64 channels at a time, all taps in registers.
+// Pooling, 64 channels at a time. The running maximum stays in a register.
 
 inline void max_taps_vnni(
     int64_t taps, const uint8_t* const* rows, int64_t channels, uint8_t* largest) {
@@ -569,7 +569,7 @@ inline void max_taps_vnni(
   }
 }
 
-// Bytes of three vectors in turn: part k of 3 of the 48.
+// Interleaves the bytes of a, b and c; part k of 3 of the result.
 template <int k>
 FDDA_INLINE __m128i woven(__m128i a, __m128i b, __m128i c) {
   alignas(16) static constexpr struct Masks {

@@ -1,4 +1,4 @@
-// The loops on plain C++, for any processor.
+// The kernels in plain C++, for any processor.
 #include <math.h>
 
 #include "../../common/quantization.h"

@@ -1,5 +1,4 @@
-// Included by every vector_*.h inside its own namespace: which vector holds a given element type.
-// (No #pragma once: each instruction set defines its own.)
+// The vector type of each element type. (No #pragma once: each instruction set defines its own.)
 
 struct Floats;   // 16 lanes
 struct Doubles;  // 8 lanes

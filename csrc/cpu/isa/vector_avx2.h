@@ -1,4 +1,5 @@
-// Two 256-bit registers per vector, so that the lanes are those of AVX-512. Needs avx2 and f16c.
+// Two 256-bit registers per vector, for the same lanes as AVX-512. Needs avx2 and f16c.
+// vector_scalar.h describes the functions.
 
 struct Floats {
   static constexpr int kWidth = 16;
@@ -19,7 +20,7 @@ struct Doubles {
 };
 
 struct Mask {
-  __m256 v[2];  // all bits set in the lanes that hold
+  __m256 v[2];  // all bits set in the lanes where the condition is true
 };
 
 #define FDDA_LANEWISE(Vector, symbol, intrinsic)                         \
@@ -40,7 +41,7 @@ FDDA_INLINE Floats round_half_even(Floats a) {
   return Floats(_mm256_round_ps(a.v[0], kMode), _mm256_round_ps(a.v[1], kMode));
 }
 
-// max and min return their second operand when one is NaN, so NaN passes through.
+// max and min return their second operand if one is NaN, so a NaN in `a` is returned.
 FDDA_INLINE Floats clamp(Floats a, Floats low, Floats high) {
   return Floats(
       _mm256_min_ps(high.v[0], _mm256_max_ps(low.v[0], a.v[0])),
@@ -65,7 +66,6 @@ FDDA_INLINE Floats select(Mask mask, Floats if_true, Floats if_false) {
       _mm256_blendv_ps(if_false.v[1], if_true.v[1], mask.v[1]));
 }
 
-// Lane sums in the same tree as every other instruction set: i + (i + half), halving.
 FDDA_INLINE float sum(Floats a) {
   const __m256 eight = _mm256_add_ps(a.v[0], a.v[1]);
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -88,8 +88,8 @@ FDDA_INLINE __m256 widen_bfloat16(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// The bfloat16 nearest to each lane in its upper half; the lower half is left over. Round half to
-// even; NaN becomes the quiet NaN 0x7fc0, as in torch.
+// Rounds lanes half to even to bfloat16 in their upper 16 bits; the lower 16 bits are garbage. NaN
+// becomes the quiet NaN 0x7fc0, as in torch.
 FDDA_INLINE __m256i round_bfloat16(__m256 value) {
   const __m256i bits = _mm256_castps_si256(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -149,7 +149,6 @@ FDDA_INLINE __m256i first(int64_t n, int first_lane) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n) - first_lane), lane);
 }
 
-// The first n lanes from memory, the others from fill.
 FDDA_INLINE Floats load_some(const float* data, int64_t n, Floats fill) {
   const __m256i low = first(n, 0);
   const __m256i high = first(n, 8);
@@ -174,8 +173,6 @@ FDDA_INLINE Doubles load_some(const double* data, int64_t n, Doubles fill) {
   return load(buffer);
 }
 
-// Two vectors of neighbouring elements, in the order that is cheapest for their type: one after the
-// other, or, for bfloat16, the even ones and the odd ones.
 template <typename T>
 FDDA_INLINE void load_pair(const T* data, VectorOf<T>* a, VectorOf<T>* b) {
   *a = load(data);
@@ -193,7 +190,6 @@ FDDA_INLINE void load_pair(const BFloat16* data, Floats* a, Floats* b) {
       _mm256_castsi256_ps(_mm256_and_si256(high, upper)));
 }
 
-// The first n elements of a pair from memory, the others from fill.
 template <typename T>
 FDDA_INLINE void load_pair_some(
     const T* data, int64_t n, VectorOf<T> fill, VectorOf<T>* a, VectorOf<T>* b) {
@@ -225,7 +221,6 @@ FDDA_INLINE void store_some(T* data, int64_t n, Vector value) {
   for (int64_t i = 0; i < n; ++i) data[i] = buffer[i];
 }
 
-// Two vectors in the order of load_pair.
 template <typename T>
 FDDA_INLINE void store_pair(T* data, VectorOf<T> a, VectorOf<T> b) {
   store(data, a);
@@ -241,7 +236,6 @@ FDDA_INLINE void store_pair(BFloat16* data, Floats even, Floats odd) {
   _mm256_storeu_si256(to + 1, join_bfloat16(even.v[1], odd.v[1]));
 }
 
-// Stores that go past the caches; the address must be aligned to the vector.
 FDDA_INLINE void stream(float* data, Floats value) {
   _mm256_stream_ps(data, value.v[0]);
   _mm256_stream_ps(data + 8, value.v[1]);
@@ -264,12 +258,10 @@ FDDA_INLINE void stream_pair(BFloat16* data, Floats even, Floats odd) {
   _mm256_stream_si256(to, join_bfloat16(even.v[0], odd.v[0]));
   _mm256_stream_si256(to + 1, join_bfloat16(even.v[1], odd.v[1]));
 }
-// Orders them before what this thread stores next, so that others see them in time.
 FDDA_INLINE void finish_streaming() {
   _mm_sfence();
 }
 
-// One cache line past the caches; both addresses begin one.
 FDDA_INLINE void stream_line(const void* from, void* to) {
   const __m256i* source = static_cast<const __m256i*>(from);
   __m256i* target = static_cast<__m256i*>(to);

@@ -1,4 +1,5 @@
-// One 512-bit register per vector. Needs avx512f, bw, dq, vl.
+// One 512-bit register per vector. Needs avx512f, bw, dq, vl. vector_scalar.h describes the
+// functions.
 
 struct Floats {
   static constexpr int kWidth = 16;
@@ -46,7 +47,7 @@ FDDA_INLINE Floats round_half_even(Floats a) {
   return Floats(_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// max and min return their second operand when one is NaN, so NaN passes through.
+// max and min return their second operand if one is NaN, so a NaN in `a` is returned.
 FDDA_INLINE Floats clamp(Floats a, Floats low, Floats high) {
   return Floats(_mm512_min_ps(high.v, _mm512_max_ps(low.v, a.v)));
 }
@@ -64,7 +65,6 @@ FDDA_INLINE Floats select(Mask mask, Floats if_true, Floats if_false) {
   return Floats(_mm512_mask_blend_ps(mask.v, if_false.v, if_true.v));
 }
 
-// Lane sums in the same tree as every other instruction set: i + (i + half), halving.
 FDDA_INLINE float sum(Floats a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -83,7 +83,7 @@ FDDA_INLINE void sums(const Vector (&a)[n], A* out) {
   for (int i = 0; i < n; ++i) out[i] = sum(a[i]);
 }
 
-// Four trees side by side, each as in sum().
+// Four sums at once, each in the order of sum().
 FDDA_INLINE void sums(const Floats (&a)[4], float* out) {
   const __m512 ab = _mm512_add_ps(
       _mm512_shuffle_f32x4(a[0].v, a[1].v, 0x44), _mm512_shuffle_f32x4(a[0].v, a[1].v, 0xee));
@@ -105,8 +105,8 @@ FDDA_INLINE __m512 widen_bfloat16(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// The bfloat16 nearest to each lane in its upper half; the lower half is left over. Round half to
-// even; NaN becomes the quiet NaN 0x7fc0, as in torch.
+// Rounds lanes half to even to bfloat16 in their upper 16 bits; the lower 16 bits are garbage. NaN
+// becomes the quiet NaN 0x7fc0, as in torch.
 FDDA_INLINE __m512i round_bfloat16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -146,7 +146,6 @@ FDDA_INLINE Doubles load(const double* data) {
   return Doubles(_mm512_loadu_pd(data));
 }
 
-// The first n lanes from memory, the others from fill.
 FDDA_INLINE Floats load_some(const float* data, int64_t n, Floats fill) {
   return Floats(_mm512_mask_loadu_ps(fill.v, first(n), data));
 }
@@ -162,8 +161,6 @@ FDDA_INLINE Doubles load_some(const double* data, int64_t n, Doubles fill) {
   return Doubles(_mm512_mask_loadu_pd(fill.v, static_cast<__mmask8>(first(n)), data));
 }
 
-// Two vectors of neighbouring elements, in the order that is cheapest for their type: one after the
-// other, or, for bfloat16, the even ones and the odd ones.
 template <typename T>
 FDDA_INLINE void load_pair(const T* data, VectorOf<T>* a, VectorOf<T>* b) {
   *a = load(data);
@@ -178,7 +175,6 @@ FDDA_INLINE void load_pair(const BFloat16* data, Floats* a, Floats* b) {
   split_bfloat16(_mm512_loadu_si512(data), a, b);
 }
 
-// The first n elements of a pair from memory, the others from fill.
 template <typename T>
 FDDA_INLINE void load_pair_some(
     const T* data, int64_t n, VectorOf<T> fill, VectorOf<T>* a, VectorOf<T>* b) {
@@ -220,7 +216,6 @@ FDDA_INLINE void store_some(double* data, int64_t n, Doubles value) {
   _mm512_mask_storeu_pd(data, static_cast<__mmask8>(first(n)), value.v);
 }
 
-// Two vectors in the order of load_pair.
 template <typename T>
 FDDA_INLINE void store_pair(T* data, VectorOf<T> a, VectorOf<T> b) {
   store(data, a);
@@ -230,7 +225,6 @@ FDDA_INLINE void store_pair(BFloat16* data, Floats even, Floats odd) {
   _mm512_storeu_si512(data, join_bfloat16(even, odd));
 }
 
-// Stores that go past the caches; the address must be aligned to the vector.
 FDDA_INLINE void stream(float* data, Floats value) {
   _mm512_stream_ps(data, value.v);
 }
@@ -251,12 +245,10 @@ FDDA_INLINE void stream_pair(T* data, VectorOf<T> a, VectorOf<T> b) {
 FDDA_INLINE void stream_pair(BFloat16* data, Floats even, Floats odd) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(data), join_bfloat16(even, odd));
 }
-// Orders them before what this thread stores next, so that others see them in time.
 FDDA_INLINE void finish_streaming() {
   _mm_sfence();
 }
 
-// One cache line past the caches; both addresses begin one.
 FDDA_INLINE void stream_line(const void* from, void* to) {
   _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
 }

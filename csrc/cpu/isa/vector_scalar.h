@@ -1,4 +1,4 @@
-// Vectors without vector instructions: the fallback for any processor, and the model of the others.
+// Vectors in plain C++: the fallback for any processor, and the reference for the others.
 
 struct Floats {
   static constexpr int kWidth = 16;
@@ -67,7 +67,7 @@ FDDA_INLINE Floats select(const Mask& mask, const Floats& if_true, const Floats&
   return r;
 }
 
-// Lane sums in a fixed tree: i + (i + half), halving.
+// Sums the lanes in a fixed order: i + (i + half), then again with half as many lanes.
 FDDA_INLINE float sum(Floats a) {
   for (int half = 8; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
@@ -128,8 +128,8 @@ FDDA_INLINE VectorOf<T> load(const T* data) {
   return r;
 }
 
-// Two vectors of neighbouring elements, in the order that is cheapest for their type: one after the
-// other, or, for bfloat16, the even ones and the odd ones.
+// Loads two vectors of neighbouring elements in the order that is cheapest for their type: the even
+// and the odd elements for bfloat16, one vector after the other for other types.
 template <typename T>
 FDDA_INLINE void load_pair(const T* data, VectorOf<T>* a, VectorOf<T>* b) {
   *a = load(data);
@@ -171,7 +171,7 @@ FDDA_INLINE void store(T* data, const VectorOf<T>& value) {
   for (int i = 0; i < VectorOf<T>::kWidth; ++i) narrow(value.v[i], data + i);
 }
 
-// Two vectors in the order of load_pair.
+// Stores two vectors in the order of load_pair.
 template <typename T>
 FDDA_INLINE void store_pair(T* data, const VectorOf<T>& a, const VectorOf<T>& b) {
   store(data, a);
@@ -184,7 +184,8 @@ FDDA_INLINE void store_pair(BFloat16* data, const Floats& even, const Floats& od
   }
 }
 
-// Stores that go past the caches, where the instruction set has such.
+// Streaming stores, where the instruction set has them. The address must be aligned to the vector.
+// finish_streaming orders them before later stores, so that other threads see them in time.
 template <typename T>
 FDDA_INLINE void stream(T* data, const VectorOf<T>& value) {
   store(data, value);
@@ -195,7 +196,7 @@ FDDA_INLINE void stream_pair(T* data, const VectorOf<T>& a, const VectorOf<T>& b
 }
 FDDA_INLINE void finish_streaming() {}
 
-// One cache line; plain C++ knows no way past the caches.
+// Copies one cache line with streaming stores. Both addresses must begin a cache line.
 FDDA_INLINE void stream_line(const void* from, void* to) {
   __builtin_memcpy(to, from, 64);
 }

@@ -1,9 +1,9 @@
-// Stands in for csrc/cuda/instructions.cuh on the simulated device: the same functions in plain
-// C++, after the fragment layouts that the original documents. What cannot be seen here is whether
-// the original's assembly says the same.
+// Replaces csrc/cuda/instructions.cuh on the simulated device: the same functions in plain C++,
+// with the fragment layouts that the original documents. Tests with it cannot show whether the
+// assembly of the original is right.
 //
-// Asynchronous copies happen as early as they may, when they are started, or, with
-// FDDA_SIMT_REVERSED=1, as late as they may, when they are waited for.
+// Asynchronous copies happen as early as possible, at their start, or with FDDA_SIMT_REVERSED=1 as
+// late as possible, in wait_copies.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -13,7 +13,7 @@ namespace fdda::cuda {
 inline void copy_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
       reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    throw std::runtime_error("simt: a copy off the 16-byte borders");
+    throw std::runtime_error("simt: expected copies aligned to 16 bytes, got others");
   }
   if (simt::is_reversed()) {
     simt::fibers[simt::current].groups.back().push_back({shared, global});
@@ -26,7 +26,7 @@ inline void commit_copies() {
   simt::fibers[simt::current].groups.emplace_back();
 }
 
-// The last group is open: it is not among those that are waited for.
+// The last group is still open and is not waited for.
 template <int kPending>
 void wait_copies() {
   auto& groups = simt::fibers[simt::current].groups;

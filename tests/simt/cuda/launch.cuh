@@ -1,14 +1,13 @@
-// Runs CUDA kernels on the host, thread by thread: stands in for csrc/cuda/launch.cuh (it comes
-// first on the include path) when the .cu files are compiled as plain C++. Index arithmetic,
-// reductions, shapes and the host's part of each operator are then tested without a GPU. What it
-// cannot show: speed, and races that need real concurrency. To catch missing barriers it runs the
-// warps of a block, each as far as it gets without the others, in ascending or, with
-// FDDA_SIMT_REVERSED=1, in descending order. FDDA_SIMT_MULTIPROCESSORS says how large the device
-// is.
+// The simulated device: runs CUDA kernels on the host, thread by thread, when the .cu files are
+// compiled as plain C++. It replaces csrc/cuda/launch.cuh, because it is first on the include path.
+// Tests without a GPU then cover index arithmetic, reductions, shapes and the host code of each
+// operator, but not speed or races that need real concurrency. To find missing barriers, each warp
+// of a block runs as far as it can without the others, in ascending order or, with
+// FDDA_SIMT_REVERSED=1, in descending order. FDDA_SIMT_MULTIPROCESSORS sets the size of the device.
 //
-// Each thread is a coroutine that runs until it meets a collective (shuffle, ballot, barrier) and
-// goes on when all threads concerned have arrived. Threads that wait for others that never come are
-// reported as a deadlock; shuffles and ballots demand all 32 lanes.
+// Each thread is a coroutine. It stops at every collective (shuffle, ballot, barrier) until all
+// threads of the collective have arrived. If that never happens, it is reported as a deadlock.
+// Shuffles and ballots need all 32 lanes.
 #pragma once
 
 #include <math.h>
@@ -45,14 +44,14 @@ struct Index {
   unsigned x;
 };
 
-// 16 bytes on their way to shared memory.
+// A pending copy of 16 bytes to shared memory.
 struct Copy {
   void* to;
   const void* from;
 };
 
-// A coroutine that runs `body` once per block. ucontext starts it; after that the jumps, which make
-// no system calls, switch to it and back.
+// A coroutine that runs `body` once per block. ucontext starts it; then jumps, which need no system
+// calls, switch to it and back.
 struct Fiber {
   ucontext_t context;
   jmp_buf at;
@@ -62,14 +61,14 @@ struct Fiber {
   std::deque<std::vector<Copy>> groups;  // of copies; the last one is open
 };
 
-// Threads that meet: a warp or a block.
+// Threads that wait for each other: a warp or a block.
 struct Group {
   int size = 0;
   int arrived = 0;
   unsigned meeting = 0;
 };
 
-// Values that the lanes of a warp exchange, for two meetings in turn.
+// Values that the lanes of a warp exchange, with separate slots for two consecutive meetings.
 struct Warp : Group {
   alignas(16) char slots[2][32][16];
 };
@@ -80,7 +79,7 @@ inline std::vector<Warp> warps;
 inline Group block;
 inline std::function<void()> body;
 inline unsigned current = 0;
-inline unsigned events = 0;  // arrivals and ends: no event in a whole round is a deadlock
+inline unsigned events = 0;  // arrivals and ends; a whole round without any is a deadlock
 
 inline void yield() {
   if (_setjmp(fibers[current].at) == 0) {
@@ -101,7 +100,7 @@ inline void meet(Group& group) {
   }
 }
 
-// Every lane gives a value; afterwards `read(slots)` sees those of all lanes.
+// Every lane gives a value; then read(slots) sees the values of all lanes.
 template <typename T, typename Read>
 auto exchange(T value, const Read& read) {
   Warp& warp = warps[current / 32];
@@ -151,7 +150,7 @@ inline bool is_reversed() {
   return reversed != nullptr && reversed[0] == '1';
 }
 
-// Runs the threads of a warp until none of them gets any further; true if all are done.
+// Runs the threads of a warp until none can continue. Returns true if all are done.
 inline bool run_warp(int warp, int threads, bool reversed) {
   for (;;) {
     const unsigned before = events;
@@ -192,13 +191,13 @@ inline void run_block(int threads, bool reversed) {
       all_done = run_warp(warp, threads, reversed) && all_done;
     }
     if (!all_done && events == before) {
-      throw std::runtime_error("simt: threads wait for others that never come");
+      throw std::runtime_error("simt: deadlock, threads wait for threads that never arrive");
     }
   }
   for (const Fiber& fiber : fibers) {
     for (const std::vector<Copy>& group : fiber.groups) {
       if (!group.empty()) {
-        throw std::runtime_error("simt: nobody waited for a copy");
+        throw std::runtime_error("simt: expected every copy to be waited for, got one that is not");
       }
     }
   }
@@ -211,7 +210,7 @@ T __shfl_down_sync(unsigned mask, T value, int offset) {
   const int lane = static_cast<int>(simt::current % 32);
   const int from = lane + offset < 32 ? lane + offset : lane;
   if (mask != 0xffffffffu) {
-    throw std::runtime_error("simt: only whole warps shuffle here");
+    throw std::runtime_error("simt: expected shuffles of whole warps, got others");
   }
   return simt::exchange(value, [&](const char (&slots)[32][16]) {
     T result;
@@ -254,7 +253,7 @@ inline int __ffs(int bits) {
 
 namespace fdda::cuda {
 
-// The host has no device to guard and one stream.
+// There is no device to guard, and one stream.
 struct DeviceGuard {
   explicit DeviceGuard(int32_t) {}
 };

@@ -1,5 +1,5 @@
-// Fake quantization over runs and rows; the arithmetic is common/quantization.h's, on vectors.
-// (No #pragma once: each instruction set compiles its own copy, inside its own namespace.)
+// Fake quantization over runs and rows: the arithmetic of common/quantization.h on vectors.
+// (No #pragma once: each instruction set compiles its own copy.)
 
 FDDA_INLINE QuantParams<Floats> params_of_channel(const ChannelParams& p, int64_t channel) {
   return {
@@ -7,7 +7,7 @@ FDDA_INLINE QuantParams<Floats> params_of_channel(const ChannelParams& p, int64_
       Floats(p.high[channel])};
 }
 
-// The parameters of n <= 16 neighbouring channels; 1 in the lanes beyond.
+// The parameters of n <= 16 neighbouring channels. The other lanes are 1.
 FDDA_INLINE QuantParams<Floats> params_of_channels(
     const ChannelParams& p, int64_t channel, int64_t n) {
   const Floats one(1.0f);
@@ -16,7 +16,7 @@ FDDA_INLINE QuantParams<Floats> params_of_channels(
       load_some(p.low + channel, n, one), load_some(p.high + channel, n, one)};
 }
 
-// Calls body(unit, channel, offset of its first element, number of elements) for each unit.
+// Calls body(unit, channel, offset of the first element, number of elements) for each work unit.
 template <typename Body>
 FDDA_INLINE void for_each_unit(const RunPlan& plan, int64_t begin, int64_t end, const Body& body) {
   int64_t run = begin / plan.blocks_per_run;
@@ -95,7 +95,7 @@ void fake_quantize_runs_backward(
       i += 16;
     }
     if (i < n) {
-      // A zero gradient in the lanes beyond the end adds nothing to the sums.
+      // The gradient is 0 in the lanes beyond the end, so they add nothing to the sums.
       const Floats zero(0.0f);
       const QuantGradient<Floats> d = fake_quantize_gradient(
           load_some(upstream + i, n - i, zero), load_some(in + i, n - i, zero), p);
@@ -127,7 +127,7 @@ void fake_quantize_rows(
   }
 }
 
-// One vector of a row: adds its share of the sums to totals that stay in the L1 cache.
+// Backward pass over one vector of a row. The running sums stay in the L1 cache.
 template <typename T>
 FDDA_INLINE void row_step_backward(
     const ChannelParams& params, int64_t c, const T* grad, const T* x, T* grad_x, float* scale_sum,

@@ -1,7 +1,7 @@
-// Integer convolution on plain loops over sixteen outputs; compilers turn them into vectors.
-// (No #pragma once: each instruction set compiles its own copy, inside its own namespace.)
+// Integer convolution with plain loops over sixteen outputs, which compilers vectorize.
+// (No #pragma once: each instruction set compiles its own copy.)
 
-// Finishes n <= 16 sums of one pixel; `at` counts outputs from the call's first.
+// The epilogue for n <= 16 sums of one pixel, from output `at` on.
 template <typename Sum>
 FDDA_INLINE void finish(
     const Sum* sums, int64_t n, int64_t pixel, int64_t at, const IntEpilogue& e) {
@@ -34,10 +34,8 @@ void finish_pixels(int64_t pixels, int64_t channels, const Sum* sums, const IntE
   }
 }
 
-// For kernels that round in vectors.
-
-// Rounding to codes, the same for all outputs. With a monotone rounding the clamp of the value can
-// as well be made on the code.
+// Rounding to codes for kernels that round in vectors. Rounding is monotone, so the codes can be
+// clamped instead of the values.
 struct Rounding {
   float inverse_scale;
   float most;  // largest code minus the zero point
@@ -55,7 +53,7 @@ FDDA_INLINE Rounding rounding_of(const IntEpilogue& e) {
       static_cast<uint8_t>(least + e.zero_point)};
 }
 
-// Which way an epilogue goes; the first two are the usual ones.
+// Kinds of epilogues: to codes, to codes with a residual in codes, and all others.
 enum class Way { kCodes, kResidual, kOther };
 
 FDDA_INLINE Way way_of(const IntEpilogue& e) {
@@ -63,7 +61,7 @@ FDDA_INLINE Way way_of(const IntEpilogue& e) {
   return e.residual_codes == nullptr ? Way::kCodes : Way::kResidual;
 }
 
-// sums += the products of one group of codes with the weights of a panel.
+// sums += the products of a group of codes with a group of weights of each output of a panel.
 FDDA_INLINE void add_group(const uint8_t* x, const int8_t* w, int32_t (&sums)[kPanel]) {
   for (int64_t i = 0; i < kPanel; ++i) {
     sums[i] += x[0] * w[4 * i] + x[1] * w[4 * i + 1] + x[2] * w[4 * i + 2] + x[3] * w[4 * i + 3];
@@ -126,7 +124,7 @@ inline void integer_depthwise_3x3(
   }
 }
 
-// B^T of four values: Winograd's input transform along one direction.
+// B^T times four values: Winograd's input transform along one dimension.
 template <typename T>
 FDDA_INLINE void winograd_input_line(T a, T b, T c, T d, T (&to)[4]) {
   to[0] = a - c;
@@ -173,7 +171,7 @@ inline void integer_winograd_output(
           add_group(x + kGroup * g, w + kGroup * kPanel * g, sums[p]);
         }
       }
-      // A^T (...) A, which is four times the outputs.
+      // A^T S A, which is four times the outputs.
       int32_t outputs_of[4][kPanel];
       for (int64_t i = 0; i < kPanel; ++i) {
         int32_t lines[2][4];

@@ -1,7 +1,7 @@
-// Mean and M2 of planes and columns, and the backward's affine map; see common/statistics.h.
-// (No #pragma once: each instruction set compiles its own copy, inside its own namespace.)
+// Mean and M2 of planes and columns, and the backward pass; see common/statistics.h.
+// (No #pragma once: each instruction set compiles its own copy.)
 
-// Values per block: both passes over a block find it in the L1 cache (16 KiB of float32).
+// Values per block: 16 KiB of float32, which stay in the L1 cache for both passes.
 constexpr int64_t kBlockValues = 4096;
 
 template <typename T>
@@ -61,8 +61,8 @@ FDDA_INLINE VectorOf<T> block_m2(int64_t count, const T* x, VectorOf<T> mean) {
   return total[0] + total[1];
 }
 
-// Mean and M2 of `count` values of each of n planes. One plane after the other, as the hardware
-// prefetches them; but the sums over the lanes, long chains of short steps, run side by side.
+// Mean and M2 of `count` values of each of n planes. The planes are read one after the other, for
+// the hardware prefetcher. The sums over the lanes, chains of dependent steps, run together.
 template <int n, typename T, typename A>
 FDDA_INLINE void block_moments(int64_t count, int64_t stride, const T* x, A* mean, A* m2) {
   using V = VectorOf<T>;
@@ -117,12 +117,12 @@ void planes_moments(
   }
 }
 
-// Columns are walked in strips of kStripVectors vectors, kBlockRows rows at a time: rows far apart
-// compete for few sets of the L1 cache, and few rows keep float32 sums accurate.
+// Columns are read in strips of kStripVectors vectors and blocks of kBlockRows rows. Rows that are
+// far apart compete for few sets of the L1 cache, and float32 sums over few rows stay accurate.
 constexpr int64_t kStripVectors = 4;
 constexpr int64_t kBlockRows = 32;
 
-// Sums and squared deviations of one vector of columns, with a loader for full or partial vectors.
+// Mean and M2 of one vector of columns. load_row(row) returns a full or a partial vector.
 template <typename V, typename Load>
 FDDA_INLINE void column_pass(int64_t rows, V share, const Load& load_row, V* mean, V* m2) {
   V total(0);
@@ -138,8 +138,8 @@ FDDA_INLINE void column_pass(int64_t rows, V share, const Load& load_row, V* mea
   *m2 = deviations;
 }
 
-// Asks for the same columns of the next block: the hardware does not foresee a strip's short
-// pieces. Into L2 alone, as in L1 they would push out the block at hand.
+// Prefetches the same columns of the next block, as the hardware does not predict the short pieces
+// of a strip. They go to L2 only, because in L1 they would evict the current block.
 template <typename T>
 FDDA_INLINE void prefetch_strip(const T* at) {
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -148,7 +148,7 @@ FDDA_INLINE void prefetch_strip(const T* at) {
   }
 }
 
-// A full strip, row by row across its four vectors; the same sums as column_pass.
+// column_pass for a full strip: the same sums, row by row across its four vectors.
 template <typename T>
 FDDA_INLINE void strip_pass(
     int64_t rows, int64_t stride, const T* x, VectorOf<T> share, VectorOf<T>* mean,
@@ -222,7 +222,7 @@ FDDA_INLINE void strip_block(
   }
 }
 
-// A single row is its own mean.
+// Mean and M2 of a single row: its values, and 0.
 template <typename T>
 FDDA_INLINE void row_moments(int64_t channels, const T* x, double* mean, double* m2) {
   using V = VectorOf<T>;
@@ -265,8 +265,8 @@ void column_moments(
   }
 }
 
-// The backward of planes without gaps, past the caches: a cache line in which one plane ends and
-// the next begins is put together before it goes out.
+// Backward pass over planes without gaps, with streaming stores. A cache line that belongs to two
+// planes is assembled in `line` before it is stored.
 template <typename T>
 void streamed_planes_backward(
     int64_t planes, int64_t count, int64_t x_stride, const typename Accumulator<T>::type* mean,
@@ -276,7 +276,7 @@ void streamed_planes_backward(
   constexpr int64_t kWidth = V::kWidth;
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   alignas(64) T line[kLine];
-  // Values of the current line that others have written, and that are in `line` up to.
+  // `line` holds values [begin, end) of the current cache line; other calls write those before.
   int64_t begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(grad_x) % 64 / sizeof(T));
   int64_t end = begin;
   const auto flush = [&](T* line_end) __attribute__((always_inline)) {

@@ -1,11 +1,11 @@
-// Stores that may go past the caches: the caller asks for it, an address in mid-line forbids it.
-// (No #pragma once: each instruction set compiles its own copy, inside its own namespace.)
+// Stores that bypass the caches if `streaming` is true. They need an address for which begins_line
+// is true. (No #pragma once: each instruction set compiles its own copy.)
 
 FDDA_INLINE bool begins_line(const void* data) {
   return reinterpret_cast<uintptr_t>(data) % 64 == 0;
 }
 
-// A pair as load_pair gives it.
+// Stores a pair in the order of load_pair.
 template <typename T>
 FDDA_INLINE void put_pair(bool streaming, T* data, VectorOf<T> a, VectorOf<T> b) {
   if (streaming) {
