@@ -3,8 +3,8 @@
 python benchmarks/report.py benchmarks/out/cpu.json OUT.md [COST.md ...]
 python benchmarks/report.py benchmarks/results/gpu-DEVICE-COMMIT.json OUT.md
 
-docs/benchmarks.md and docs/gpu.md contain these tables after their conclusions. COST.md is the output
-of benchmarks/inference_cost.py. Its table is appended to the page.
+docs/benchmarks.md and docs/gpu.md contain these tables after their conclusions. COST.md is the
+output of benchmarks/inference_cost.py. Its table is appended to the page.
 """
 
 import argparse
