@@ -253,6 +253,18 @@ def test_long_sums_do_not_saturate(isa: str, bits: int, value: int) -> None:
     assert torch.equal(run(*arguments), reference(*arguments))
 
 
+@pytest.mark.parametrize("outputs", [8, 24, 40])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_residual_of_nan_stays_nan(isa: str, groups: int, outputs: int) -> None:
+    x, weight, scale, shift, options = make_case(
+        (2, 6, 6, 8), outputs, groups=groups, residual="float", out_bits=0
+    )
+    options["residual"][..., ::3] = torch.nan
+    result = run(x, weight, scale, shift, options)
+    assert result[..., ::3].isnan().all()
+    assert not result[..., 1::3].isnan().any()
+
+
 @pytest.mark.parametrize("groups", [1, 40])
 def test_zero_point_may_exceed_the_codes(isa: str, groups: int) -> None:
     """Use padding with more bits than the image."""

@@ -88,7 +88,8 @@ FDDA_INLINE void finish_some(
       t = _mm512_add_ps(t, _mm512_maskz_loadu_ps(inside, e.residual_values + place + o));
     }
     if (e.values != nullptr) {
-      t = _mm512_min_ps(_mm512_max_ps(t, _mm512_set1_ps(e.low)), _mm512_set1_ps(e.high));
+      // The order of the operands lets NaN stay NaN, as in clamp.
+      t = _mm512_min_ps(_mm512_set1_ps(e.high), _mm512_max_ps(_mm512_set1_ps(e.low), t));
       _mm512_mask_storeu_ps(e.values + place + o, inside, t);
     } else {
       const __m512i a = rounded(t, r);
