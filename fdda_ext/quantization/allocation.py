@@ -51,7 +51,7 @@ def allocate_bits(
     if not least <= budget:
         raise UsageError(
             f"allocate_bits: expected average_bits at least {least / total:.4g}, "
-            f"the fewest bits allowed on average, got {average_bits}"
+            f"the fewest bits that costs allow, got {average_bits}"
         )
     from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
     from scipy.sparse import csr_array

@@ -38,7 +38,7 @@ _EXACT_IN_FLOAT32 = 2**24
 
 
 def exact_dtype(codes: Tensor, largest: int) -> torch.dtype:
-    """Return the dtype in which sums of ``codes [C, *]`` times inputs up to ``largest`` are exact."""
+    """Return a dtype in which sums of ``codes [C, *]`` times inputs up to ``largest`` are exact."""
     bound = largest * int(codes.flatten(1).to(torch.int64).abs().sum(1).max())
     return torch.float32 if bound < _EXACT_IN_FLOAT32 else torch.float64
 
@@ -82,7 +82,7 @@ def _exact_layer(layer: QuantizedConv2d | QuantizedLinear, x: Tensor) -> Tensor:
 
 
 def fold(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Tensor]:
-    """Return the scale and shift, float32 ``[C]``, that turn a layer's integer sums into its result.
+    """Return scale and shift, float32 ``[C]``, that turn a layer's integer sums into its result.
 
     The scales of input and weight, the bias and the batch normalisation after the layer are folded
     in float64 and rounded by `three_bytes`.
@@ -99,7 +99,7 @@ def fold(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Tensor]:
 
 
 def fold_norm(norm: _Fixed) -> tuple[Tensor, Tensor]:
-    """Return the scale and shift, float32 ``[C]``, of a batch normalisation without a layer.
+    """Return scale and shift, float32 ``[C]``, of a batch normalisation without a layer.
 
     They apply to the integers of an input on a grid, and to the values of an input in float.
     """

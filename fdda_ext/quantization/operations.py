@@ -1,4 +1,4 @@
-"""Names for the operations of a traced network's nodes, and questions about nodes."""
+"""Operation names and properties of the nodes of a traced network."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
     "tensor_inputs",
 ]
 
-#: Operations that only select, repeat or reorder values or add zeros. Their result is on the grid of
-#: their input.
+#: Operations that only select, repeat or reorder values, or pad with zeros. Their result is on the
+#: grid of their input.
 GRID_PRESERVING = frozenset({"reshape", "max_pool", "select", "zero_pad", "nearest", "quantizer"})
 
 #: Operations whose result is never negative.
@@ -288,7 +288,7 @@ def _function_name(function: Any) -> str:
 
 
 def tensor_inputs(node: Node) -> list[Node]:
-    """Return the nodes whose tensors (or tuples of them) ``node`` reads, in order, without repeats."""
+    """Return the nodes whose tensors (or tuples of them) ``node`` reads, in order, each once."""
     return [n for n in node.all_input_nodes if "shape" in n.meta]
 
 
