@@ -182,8 +182,8 @@ class Histogram:
     """Histogram of a tensor's values over any number of batches, in constant memory.
 
     The bins cover ``[-reach, reach)``. ``reach`` is a power of two that doubles if a value does not
-    fit, and then pairs of bins merge. So the counts depend neither on the order of the values nor on
-    the batches.
+    fit, and then pairs of bins merge. So the counts depend neither on the order nor on the batches
+    of the values.
     """
 
     bins = 2**14

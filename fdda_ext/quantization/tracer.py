@@ -156,7 +156,7 @@ class SizedTracer(Tracer):
         outer = self.module_name
         self.module_name = self.path_of_module(m)
         result = super().call_module(m, forward, args, kwargs)
-        self.module_name = outer  # not in a finally block: after an error, it tells where that occurred
+        self.module_name = outer  # not in a finally block: after an error it tells where
         return result
 
     @override
@@ -216,7 +216,7 @@ class SizedTracer(Tracer):
         type_expr: Any | None = None,
         proxy_factory_fn: Callable[[Node], Proxy] | None = None,
     ) -> Any:
-        """Return a proxy, a plain value that no batch changes, or a tuple or list of these."""
+        """Return a proxy, a constant, or a tuple or list of these."""
         values: list[Any]
         if kind == "placeholder":
             values = list(self.images)
@@ -388,7 +388,7 @@ def _is_constant(values: list[Any]) -> bool:
 
 
 def is_authors(module: str, file: str) -> bool:
-    """Return whether ``module`` in ``file`` is code of the network's author, not of torch or a tracer."""
+    """Return whether code belongs to the network's author, not to torch or a tracer."""
     return module.split(".")[0] != "torch" and file != __file__ and not file.startswith("<")
 
 

@@ -57,14 +57,14 @@ def trace(model: nn.Module, example: Tensor) -> GraphModule:
 
     Dropout and identities are removed, in-place operations become out-of-place, and timm's joint
     normalisation and activation modules become two nodes. All sizes except the batch size are fixed
-    to those of ``example``. ``node.meta["shape"]`` is the shape of the node's tensor, or of the first
-    of several, for two images. ``node.meta["place"]`` is the text that `describe` returns for it.
+    to those of ``example``. ``node.meta["shape"]`` is the shape of the node's tensor, or of the
+    first of several, for two images. ``node.meta["place"]`` is the text that `describe` returns.
 
     Layers keep their qualified names. A convolution, linear layer or batch normalisation that is
-    called several times becomes several, with the same initial weights: ``conv`` for the first call,
+    called several times becomes several with the same initial weights: ``conv`` for the first call,
     ``conv_2`` for the second. Each call has its own input range, and weights trained for one range
-    would be wrong for another. Layers that share a weight get one each. Weights that are computed by
-    weight or spectral normalisation or by pruning become plain parameters.
+    would be wrong for another. Layers that share a weight get one each. Weights computed by weight
+    or spectral normalisation or by pruning become plain parameters.
 
     Args:
         model: Network that torch.fx can trace, from one image tensor to one tensor.
@@ -257,7 +257,7 @@ def _instead_of(layer: nn.Module) -> str:
         return "use nn.Upsample(scale_factor=2) and a Conv2d instead of a transposed convolution"
     if isinstance(layer, nn.Conv1d):
         return "use a Conv2d on maps of height 1"
-    return f"use Conv2d and Linear layers instead of {kind}, or keep it outside the network to quantize"
+    return f"use Conv2d and Linear layers instead of {kind}, or keep it outside the quantized network"
 
 
 def _is_plain_in_timm(module: nn.Module) -> bool:
@@ -509,8 +509,8 @@ class _ReshapingViews(TorchFunctionMode):
 def any_memory_format(network: nn.Module, images: Tensor) -> nn.Module:
     """Return ``network``, or a copy that accepts channels_last images if ``network`` does not.
 
-    Code such as ``x.view(x.size(0), -1)`` needs a contiguous tensor. The copy is the network's graph
-    with reshapes instead of views.
+    Code such as ``x.view(x.size(0), -1)`` needs a contiguous tensor. The copy is the network's
+    graph with reshapes instead of views.
 
     Args:
         network: Network from one image tensor to one tensor, in evaluation mode.
