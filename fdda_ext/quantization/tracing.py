@@ -257,7 +257,7 @@ def _instead_of(layer: nn.Module) -> str:
         return "use nn.Upsample(scale_factor=2) and a Conv2d instead of a transposed convolution"
     if isinstance(layer, nn.Conv1d):
         return "use a Conv2d on maps of height 1"
-    return f"use Conv2d and Linear layers instead of {kind}, or keep it outside the quantized network"
+    return f"use Conv2d and Linear layers instead of {kind}, or keep it outside the network"
 
 
 def _is_plain_in_timm(module: nn.Module) -> bool:

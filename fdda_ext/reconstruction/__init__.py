@@ -1,7 +1,7 @@
 """Reconstruction: training of a student's units to compute the teacher's outputs.
 
-``partition`` (units.py) divides the student into units. `Frontier` (frontier.py) computes inputs and
-targets of a unit and stores each in a `Cache` (cache.py). `Reconstruction` (reconstruct.py) trains
+``partition`` (units.py) divides the student into units. `Frontier` (frontier.py) computes inputs
+and targets of a unit, each stored in a `Cache` (cache.py). `Reconstruction` (reconstruct.py) trains
 the unit, including the rounding of its weights (rounding.py). ``prediction_costs`` (sensitivity.py)
 may come before, and ``retune_norms`` (normalisation.py) after.
 """

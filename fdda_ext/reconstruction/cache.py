@@ -41,8 +41,8 @@ class Cache:
                         os.posix_fallocate(file.fileno(), 0, size)
                 except OSError as error:
                     raise UsageError(
-                        f"caches: expected room for {size / 2**20:.0f} MiB, more than "
-                        f"cache_megabytes, in {gettempdir()}, which TMPDIR sets, got: "
+                        f"caches: expected {size / 2**20:.0f} MiB of free disk space for a cache "
+                        f"above cache_megabytes in {gettempdir()}, which TMPDIR sets, got: "
                         f"{error.strerror}"
                     ) from None
                 rows = torch.from_file(file.name, shared=True, size=numel, dtype=example.dtype)
@@ -77,7 +77,7 @@ def collect(
     """Return caches of the results of ``values`` on all images, in batches.
 
     Args:
-        values: Function from a batch of each source to tensors ``[m, ...]``; runs without gradients.
+        values: Function from a batch of each source to tensors ``[m, ...]``, run without gradients.
         sources: Images ``[n, C, H, W]`` or caches of n images.
         limit: See `Cache`, for each.
     """

@@ -18,9 +18,9 @@ __all__ = ["Frontier"]
 class Frontier:
     """Values of nodes on all images, computed stop by stop.
 
-    Each stop is computed from the values of the stop before. If every stop names all values that are
-    read later, as the inputs of units do, all stops together cost one pass through the network. A
-    pass from the image to each stop would cost half as many passes as there are stops. The part
+    Each stop is computed from the values of the stop before. If every stop names all values that
+    are read later, as the inputs of units do, all stops together cost one pass through the network.
+    A pass from the image to each stop would cost half as many passes as there are stops. The part
     between two stops may change until the second stop is reached, but not after.
 
     Args:
@@ -49,8 +49,8 @@ class Frontier:
     def at(self, stop: int) -> list[Cache]:
         """Return the values of ``stops[stop]``.
 
-        All stops before it are computed too, so the values are bit-identical for every starting point.
-        A return to an earlier stop starts again from the images.
+        All stops before it are computed too, so the values are bit-identical for every starting
+        point. A return to an earlier stop starts again from the images.
         """
         if stop < self.reached:
             self.restart()

@@ -42,7 +42,9 @@ Objective = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 def output_error(
     output: Tensor, target: Tensor, weights: Tensor | None = None, exponent: float = 2.0
 ) -> Tensor:
-    """Return ``mean over images and positions of sum_c weights |output - target|^exponent`` (BRECQ).
+    """Return the mean over images and positions of ``sum_c weights |output - target|^exponent``.
+
+    This is the loss of BRECQ.
 
     Args:
         output: Output of a unit, ``[N, C, *]``.
@@ -260,7 +262,7 @@ class Reconstruction:
             self._keep_if_best()
 
     def step(self, step: int) -> Mapping[str, Tensor]:
-        """Take step ``step``; return losses (scalars) and the share of decided roundings, by name."""
+        """Take step ``step``; return scalar losses and the share of decided roundings, by name."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -83,7 +83,7 @@ class SoftlyRounded(nn.Module):
 
     def __init__(self, layer: QuantizedConv2d | QuantizedLinear) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # not a submodule: its parameters do not belong to this module
+        self.__dict__["layer"] = layer  # not a submodule, so that its parameters stay outside
         position = layer.weight_quantizer.position(layer.weight.detach())
         self.register_buffer("floor", position.floor(), persistent=False)
         remainder = position - self.get_buffer("floor")
@@ -112,7 +112,7 @@ class SoftlyRounded(nn.Module):
 
     @torch.no_grad()
     def bake(self) -> None:
-        """Decide all roundings and write the result, which is on the grid, to the layer's weight."""
+        """Decide all roundings, and write the result to the layer's weight. It is on the grid."""
         self.layer.weight.copy_(self.weight((self.alpha >= 0).to(self.alpha)))
 
     @property

@@ -185,7 +185,7 @@ def _is_layer(node: Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _extend(node: Node, through: set[str], modules: dict[str, nn.Module]) -> Node:
-    """Follow ``node`` while it has a single user, of a kind in ``through``; return the last node."""
+    """Return the last node that ``node`` reaches through single users of the kinds ``through``."""
     while len(node.users) == 1:
         (user,) = node.users
         kind = operation(user, modules)
