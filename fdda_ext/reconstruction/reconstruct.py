@@ -118,7 +118,7 @@ def set_ranges(quantizers: Sequence[ActivationQuantizer], function: nn.Module, d
 def squared_gradients(
     student: GraphModule, reference: GraphModule, unit: Unit, images: Tensor, limit: int
 ) -> Cache:
-    """Return how much each output of ``unit`` matters for the prediction: the diagonal of Fisher.
+    """Return how much the prediction depends on each output of ``unit``: the Fisher diagonal.
 
     It is the squared gradient, with respect to the unit's output, of the Kullback-Leibler
     divergence between two predictions: that of ``reference``, and that with all units up to this

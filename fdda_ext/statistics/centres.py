@@ -119,7 +119,7 @@ def compute_centres(
 def _append_statistics(
     found: list[tuple[Tensor, Tensor]], layer: int, x: Tensor, *, of: Tensor, classes: int
 ) -> None:
-    """Append mean and variance ``[classes, C]`` of ``x [N, C, *]``, whose classes are ``of [N]``."""
+    """Append mean and variance ``[classes, C]`` of ``x [N, C, *]`` with the classes ``of [N]``."""
     assert len(found) == layer
     _, mean, variance = class_batch_stats(x, of, classes)
     found.append((mean, variance))

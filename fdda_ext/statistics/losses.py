@@ -1,7 +1,7 @@
 """The three losses on BN statistics that train FDDA's generator.
 
-``x_l [N, C_l, H_l, W_l]`` is the input of BN layer ``l`` of L, ``mu_l`` and ``v_l`` are its mean and
-biased variance per channel, and MSE is the mean squared error over channels:
+``x_l [N, C_l, H_l, W_l]`` is the input of BN layer ``l`` of L, ``mu_l`` and ``v_l`` are its mean
+and biased variance per channel, and MSE is the mean squared error over channels:
 
 * BNS loss (GDFQ, Xu et al., ECCV 2020, eq. 3; FDDA's coarse term)::
 
@@ -124,8 +124,8 @@ class StatisticsTargets:
             first_layer: Index of the first of these layers in the targets.
 
         Returns:
-            Distances ``[T, len(inputs)]``. A call for each layer is bit-identical to one call for all
-            of them. Each of several ranks gets an equal share.
+            Distances ``[T, len(inputs)]``. One call per layer is bit-identical to one call for all.
+            Each of several ranks gets an equal share.
         """
         layers = slice(first_layer, first_layer + len(inputs))
         means, variances = self.means[layers], self.variances[layers]
