@@ -53,8 +53,8 @@ def usage_error(error: Exception, op: str, x: torch.Tensor) -> UsageError:
     """Return the UsageError for an exception of the native op.
 
     Args:
-        error: ValueError of the argument checks, with a complete message, or NotImplementedError
-            of the dispatcher, which found no kernel for the device of x.
+        error: ValueError of the argument checks, or NotImplementedError of the dispatcher, which
+            found no kernel for the device of x.
         op: Name of the op.
         x: Tensor whose device selected the kernel.
     """
@@ -71,12 +71,9 @@ def usage_error(error: Exception, op: str, x: torch.Tensor) -> UsageError:
 
 
 def check_one_device(op: str, *tensors: torch.Tensor) -> None:
-    """Refuse tensors on different devices, for fake kernels.
+    """Raise UsageError if the tensors are on different devices; for fake kernels.
 
     If one argument is on "meta", PyTorch calls the fake kernel even if the others are real.
-
-    Raises:
-        UsageError: If the tensors are on different devices.
     """
     for tensor in tensors:
         if tensor.device != tensors[0].device:

@@ -32,10 +32,9 @@ def class_batch_stats(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
     In FDDA (Zhong et al., "Fine-grained Data Distribution Alignment", ECCV 2022), the statistics
     of a class's calibration image are its BNS centre.
 
-    The operator reads x from memory once. It computes the mean and the squared deviations of each
-    sample and channel, then merges them by Chan's formula in the order of the batch. So the
-    variance stays accurate if the mean is much larger than the deviations, and the results are
-    bit-identical for any number of threads.
+    The operator reads x from memory once. It merges the mean and squared deviations of each sample
+    and channel by Chan's formula, in the order of the batch. So the variance is accurate even if
+    the mean is much larger, and the results are bit-identical for any number of threads.
 
     Args:
         x: Activation ``[N, C, *]``; float32, float64, bfloat16 or float16. Contiguous and
@@ -48,9 +47,9 @@ def class_batch_stats(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
         (float64 if x is float64) and differentiable in x.
 
     Raises:
-        UsageError: If an argument has the wrong dtype, device or shape, or num_classes is below 1.
-            On the CPU also if a label is out of range. CUDA ignores such samples, because a check
-            would wait for the device.
+        UsageError: If an argument has the wrong dtype, device or shape, num_classes is below 1, or
+            (CPU only) a label is out of range. CUDA ignores such samples, because a check would
+            wait for the device.
         NotImplementedError: If the gradient is differentiated again.
 
     Example:

@@ -48,9 +48,9 @@ def class_stats_loss(
         reads each of xs once and saves only the statistics besides the arguments.
 
     Raises:
-        UsageError: If the lists are empty or of different lengths, or an argument has the wrong
-            dtype, device or shape. On the CPU also if a label is out of range. CUDA ignores such
-            samples, because a check would wait for the device.
+        UsageError: If the lists are empty or of different lengths, an argument has the wrong dtype,
+            device or shape, or (CPU only) a label is out of range. CUDA ignores such samples,
+            because a check would wait for the device.
         NotImplementedError: If the gradient is differentiated again.
 
     Example:

@@ -65,8 +65,8 @@ def fake_quantize(
 
     Raises:
         UsageError: If an argument has the wrong dtype, device or shape, quant_min is not below
-            quant_max, or axis is not a dimension of x. On the CPU also if a scale is not positive
-            and finite; on CUDA that check would wait for the device.
+            quant_max, axis is not a dimension of x, or (CPU only, because a check on CUDA would
+            wait for the device) a scale is not positive and finite.
         NotImplementedError: If the gradient is differentiated again.
 
     Example:

@@ -106,8 +106,8 @@ def int4_conv2d(
         out_zero_point: Zero point of the result.
         out_bits: Bits of the result, 2 to 8; 0 for a float32 result.
         bits: Number of bits of the codes in ``x``. Fewer bits allow faster kernels.
-        winograd: Whether ``weight`` was packed for Winograd's algorithm: 3x3 window, stride and
-            dilation 1, one group, at most 5 bits, CPU only. The result is the same.
+        winograd: Whether ``weight`` was packed for Winograd's algorithm. It needs a 3x3 window,
+            stride and dilation 1, one group, at most 5 bits, and the CPU. The result is the same.
 
     Returns:
         ``[N, H', W', O]``, uint8 or float32.
@@ -141,9 +141,9 @@ def int4_linear(
     Args:
         x: Codes, uint8 ``[..., C]``.
         weight: Result of `int4_pack_weight` for int8 ``[O, 1, 1, C]``.
-        scale: Factor of each output, float32 ``[O]``.
-        shift: Summand of each output, float32 ``[O]``.
-        correction: See `int4_conv2d`, int32 ``[O]``.
+        scale: See `int4_conv2d`; likewise shift and correction.
+        shift: float32 ``[O]``.
+        correction: int32 ``[O]``.
         residual: Summand before the clamp, with the result's shape.
         options: Further numeric arguments of `int4_conv2d`.
 

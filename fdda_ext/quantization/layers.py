@@ -65,7 +65,7 @@ class _Exact:
 
 
 def _exact_layer(layer: QuantizedConv2d | QuantizedLinear, x: Tensor) -> Tensor:
-    """Return the integer sums of ``layer``, scaled and shifted."""
+    """Integer sums of ``layer``, scaled and shifted."""
     quantizer = layer.input_quantizer
     assert quantizer is not None
     assert isinstance(layer.weight_quantizer, LearnedWeightQuantizer)

@@ -31,7 +31,6 @@ __all__ = [
 #: grid of their input.
 GRID_PRESERVING = frozenset({"reshape", "max_pool", "select", "zero_pad", "nearest", "quantizer"})
 
-#: Operations whose result is never negative.
 _NEVER_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "softmax"})
 #: Operations whose result is never negative if no input is negative.
 _KEEPS_SIGN = GRID_PRESERVING | {"avg_pool", "add", "mul", "cat"}
@@ -207,7 +206,6 @@ def _module_operation(module: nn.Module) -> str:
 
 
 def _is_spatial_mean(node: Node) -> bool:
-    """Whether a mean is over height and width."""
     return mean_dimensions(node) == {2, 3} and len(shape(tensor_inputs(node)[0])) == 4
 
 
@@ -277,7 +275,7 @@ _SYMBOLS: dict[Any, str] = {
 
 
 def _function_name(function: Any) -> str:
-    """Return ``function`` as source code writes it: F.relu, torch.cat, +."""
+    """``function`` as source code writes it: F.relu, torch.cat, +."""
     if function in _SYMBOLS:
         return _SYMBOLS[function]
     name = str(getattr(function, "__name__", None) or type(function).__name__)

@@ -150,7 +150,7 @@ def _drop_added_zeros(network: GraphModule) -> None:
 
 
 def _plan(network: GraphModule, config: QuantizationConfig) -> list[_Placement]:
-    """Return the tensors to quantize, in order of execution."""
+    """The tensors to quantize, in order of execution."""
     modules = dict(network.named_modules())
     nodes = list(network.graph.nodes)
     if config.grid == "paper":
@@ -187,10 +187,7 @@ def _plan(network: GraphModule, config: QuantizationConfig) -> list[_Placement]:
 
 
 def _source(node: Node, modules: dict[str, nn.Module], past_quantizers: bool = True) -> Node:
-    """Return the node that computed the values of ``node``.
-
-    Without ``past_quantizers``, the search ends at a quantizer.
-    """
+    """Node that computed the values of ``node``, or a quantizer before unless past_quantizers."""
     passed = GRID_PRESERVING if past_quantizers else GRID_PRESERVING - {"quantizer"}
     while operation(node, modules) in passed:
         node = tensor_inputs(node)[0]
@@ -198,7 +195,7 @@ def _source(node: Node, modules: dict[str, nn.Module], past_quantizers: bool = T
 
 
 def _before_layers(nodes: list[Node], modules: dict[str, nn.Module]) -> set[Node]:
-    """Return the image and everything computed from it without a convolution or linear layer."""
+    """The image and everything computed from it without a convolution or linear layer."""
     found: set[Node] = set()
     for node in nodes:
         inputs = tensor_inputs(node)
@@ -220,7 +217,7 @@ def _role(node: Node, image_side: set[Node], modules: dict[str, nn.Module]) -> R
 def _first_and_last(
     network: GraphModule, placements: list[_Placement], modules: dict[str, nn.Module]
 ) -> list[_Placement]:
-    """Return the activation of the first layer, and the last activation."""
+    """The activation of the first layer, and the last activation."""
     activations = [p for p in placements if p.role == "activation"]
     if not activations:
         return []

@@ -157,7 +157,7 @@ class PaperWeightQuantizer(WeightQuantizer):
         return (codes + offset) / steps
 
     def _steps(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the s and z of `paper_steps` for a fixed range."""
+        """The s and z of `paper_steps` for a fixed range."""
         if self.moving:
             raise ValueError("weight codes need a range that does not move with the weights")
         low, high = along_channels(self.low, like), along_channels(self.high, like)

@@ -125,7 +125,7 @@ def _least_error(
 def _from_mean_magnitude(
     values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
-    """Return the range for ``scale = 2 E|x| / sqrt(quant_max)``.
+    """Range for ``scale = 2 E|x| / sqrt(quant_max)``.
 
     A signed grid uses the quant_max of a symmetric one. Both ends move by the same factor. With
     many bits, the range goes beyond the values.
@@ -142,7 +142,7 @@ def _from_mean_magnitude(
 
 
 def _lloyd(values: Tensor, counts: Tensor | None, high: Tensor, grid: Grid) -> Tensor:
-    """Return the upper end of a range that begins at 0 (Bit-Split: Wang et al., ICML 2020).
+    """Upper end of a range that begins at 0 (Bit-Split: Wang et al., ICML 2020).
 
     Alternate ``q = clip(round(x / s))`` and ``s = <x, q> / <q, q>`` until an s repeats.
     """
@@ -240,5 +240,4 @@ class Histogram:
 
 
 def _power_of_two_above(value: float) -> float:
-    """Return the smallest power of two above ``value``."""
     return 2.0 ** math.frexp(value)[1]

@@ -118,7 +118,7 @@ def _kind(layer: nn.Conv2d | nn.Linear) -> str:
 
 
 def _origin(node: Node, modules: dict[str, nn.Module]) -> tuple[str, ActivationQuantizer | None]:
-    """Return the name of the tensor that ``node`` takes its values from, and its quantizer."""
+    """Name of the tensor that ``node`` takes its values from, and its quantizer."""
     kind = operation(node, modules)
     while kind in GRID_PRESERVING and kind != "quantizer":
         node = tensor_inputs(node)[0]

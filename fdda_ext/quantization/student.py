@@ -76,7 +76,9 @@ def calibrate(student: nn.Module, batches: Tensor | Iterable[Tensor]) -> None:
 
 @contextmanager
 def collecting(quantizers: Sequence[ActivationQuantizer]) -> Iterator[list[Histogram]]:
-    """Set the ranges of ``quantizers`` from the values inside this context; then they quantize.
+    """Set the ranges of ``quantizers`` from the values that they get in this context.
+
+    Afterwards, they quantize.
 
     Yields:
         Histograms of these values, one for each quantizer.

@@ -156,7 +156,8 @@ class SizedTracer(Tracer):
         outer = self.module_name
         self.module_name = self.path_of_module(m)
         result = super().call_module(m, forward, args, kwargs)
-        self.module_name = outer  # not in a finally block: after an error it tells where
+        # Not in a finally block: after an error, the name tells where it occurred.
+        self.module_name = outer
         return result
 
     @override
@@ -238,7 +239,7 @@ class SizedTracer(Tracer):
                 return values[0]
             if target is operator.add and isinstance(args[0], (int, float)) and args[0] == 0:
                 return args[1]  # sum() begins with a 0
-            if kind != "call_module":  # its target is the name of a module
+            if kind != "call_module":  # whose target is a name
                 target, args, kwargs = self._without_batch(target, args, kwargs, values)
                 if target in _SQUEEZES and len(args) == 1:  # no dimension is removed
                     return args[0]
@@ -258,7 +259,7 @@ class SizedTracer(Tracer):
     def _compute(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int
     ) -> Any:
-        """Return the result of an operation for one of the two batch sizes."""
+        """Result of an operation for one of the two batch sizes."""
 
         def known(argument: Any) -> Any:
             return self.values[argument.node][batch] if isinstance(argument, Proxy) else argument
@@ -424,7 +425,6 @@ def _sized_functions(root: nn.Module) -> Iterator[None]:
 
 
 def _length(x: Any) -> Any:
-    """Return ``len(x)``; for a proxy, its first size."""
     if isinstance(x, _SizedProxy):
         return x.tracer.create_proxy("call_function", len, (x,), {})
     return len(x)

@@ -97,12 +97,12 @@ def trace(model: nn.Module, example: Tensor) -> GraphModule:
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode in which every weight is a parameter.
+    """A copy in evaluation mode in which every weight is a parameter.
 
     Raises:
         UsageError: If a module has a forward hook that does not compute a weight.
     """
-    # deepcopy refuses weights that a hook computes, because autograd has their graph.
+    # deepcopy refuses weights that a hook computes, because they are not leaves of autograd.
     computed = [
         value
         for module in model.modules()
@@ -143,7 +143,7 @@ def _compute_weights(module: nn.Module) -> None:
 
 
 def _graph(root: nn.Module, example: Tensor) -> Graph:
-    """Return the graph of ``root`` for images like ``example``.
+    """Graph of ``root`` for images like ``example``.
 
     Raises:
         UsageError: If tracing fails; names the module, the source line and the reason.
@@ -172,7 +172,6 @@ def _graph(root: nn.Module, example: Tensor) -> Graph:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of the message of ``error``."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
@@ -251,7 +250,6 @@ def _check_layer(name: str, module: nn.Module) -> None:
 
 
 def _instead_of(layer: nn.Module) -> str:
-    """Return a remedy for a layer that is not supported."""
     kind = type(layer).__name__
     if isinstance(layer, _ConvTransposeNd):
         return "use nn.Upsample(scale_factor=2) and a Conv2d instead of a transposed convolution"
@@ -528,7 +526,6 @@ def any_memory_format(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _close(result: Tensor, expected: Tensor) -> bool:
-    """Return whether two results are equal except for rounding."""
     if result.shape != expected.shape:
         return False
     return bool((result - expected).norm() <= 1e-3 * expected.norm())

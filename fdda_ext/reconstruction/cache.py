@@ -23,8 +23,8 @@ class Cache:
     Args:
         images: Number of images, n.
         example: Example values, ``[*, ...]``, that give shape, dtype and device.
-        limit: Largest size in memory, in bytes. A larger cache is a memory-mapped temporary file,
-            deleted from its folder at once.
+        limit: Largest size in memory, in bytes. A larger cache is memory-mapped to an unnamed
+            temporary file.
     """
 
     def __init__(self, images: int, example: Tensor, limit: int) -> None:
@@ -41,8 +41,8 @@ class Cache:
                         os.posix_fallocate(file.fileno(), 0, size)
                 except OSError as error:
                     raise UsageError(
-                        f"caches: expected {size / 2**20:.0f} MiB of free disk space for a cache "
-                        f"above cache_megabytes in {gettempdir()}, which TMPDIR sets, got: "
+                        f"caches: expected {size / 2**20:.0f} MiB of free disk space in "
+                        f"{gettempdir()} (set by TMPDIR), for a cache above cache_megabytes, got: "
                         f"{error.strerror}"
                     ) from None
                 rows = torch.from_file(file.name, shared=True, size=numel, dtype=example.dtype)
@@ -74,7 +74,7 @@ class Cache:
 def collect(
     values: Callable[..., Sequence[Tensor]], sources: Sequence[Tensor | Cache], limit: int
 ) -> list[Cache]:
-    """Return caches of the results of ``values`` on all images, in batches.
+    """Run ``values`` on all images in batches, and return caches of its results.
 
     Args:
         values: Function from a batch of each source to tensors ``[m, ...]``, run without gradients.

@@ -50,7 +50,7 @@ class Frontier:
         """Return the values of ``stops[stop]``.
 
         All stops before it are computed too, so the values are bit-identical for every starting
-        point. A return to an earlier stop starts again from the images.
+        point. An earlier stop is computed from the images again.
         """
         if stop < self.reached:
             self.restart()
@@ -69,7 +69,6 @@ class Frontier:
         self.reached = stop
 
     def _computed(self, names: Sequence[str]) -> dict[str, Cache]:
-        """Return caches of ``names``."""
         caches = {name: value for name in names if isinstance(value := self.known.get(name), Cache)}
         if missing := [name for name in names if name not in caches]:
             values = values_of(self.network, missing, self.known)

@@ -200,7 +200,7 @@ def mixed(first: Tensor, second: Tensor, probability: float, random: torch.Gener
 
 
 class RelativeAdam(torch.optim.Adam):
-    """Adam on the logarithms of positive parameters, so that steps are relative to them."""
+    """Adam on the logarithms of positive parameters, so that each step is relative to the value."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

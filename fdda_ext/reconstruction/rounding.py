@@ -83,7 +83,7 @@ class SoftlyRounded(nn.Module):
 
     def __init__(self, layer: QuantizedConv2d | QuantizedLinear) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # not a submodule, so that its parameters stay outside
+        self.__dict__["layer"] = layer  # not a submodule: it keeps its own parameters
         position = layer.weight_quantizer.position(layer.weight.detach())
         self.register_buffer("floor", position.floor(), persistent=False)
         remainder = position - self.get_buffer("floor")

@@ -63,8 +63,7 @@ def region(
         known: Names of nodes with given values. The input of the network is always known.
 
     Returns:
-        A function that returns one tensor, or a tuple for several outputs; and the names of its
-        arguments.
+        A function that returns a tensor, or a tuple for several outputs; and its arguments' names.
     """
     needed, arguments = _needed(network, outputs, known)
     graph = Graph()
@@ -90,7 +89,7 @@ def arguments_of(
 def _needed(
     network: GraphModule, outputs: Sequence[str], known: Collection[str]
 ) -> tuple[set[Node], list[Node]]:
-    """Return the nodes needed for ``outputs``, and those of them that are given, in order."""
+    """Nodes needed for ``outputs``, and those of them that are given, in order."""
     nodes = {node.name: node for node in network.graph.nodes}
     given = {name for name in known if name in nodes}
     given.update(n.name for n in network.graph.nodes if n.op == "placeholder")
@@ -119,7 +118,7 @@ def partition(
         granularity: "layer" for one layer per unit; "block" for the part between two tensors that
             all paths run through, where a depthwise convolution is joined with the pointwise ones
             around it (an inverted residual without shortcut); "network" for a single unit.
-        image: Image ``[1, C, H, W]``, used to find out which nodes are tensors.
+        image: Image ``[1, C, H, W]``, to find out which nodes are tensors.
         quantize: Whether a unit ends after the quantizer of its output, or begins before those of
             its inputs. With "input", a quantizer that several units read belongs to the first.
         activation: Whether the activation function that follows belongs to the unit.
@@ -185,7 +184,7 @@ def _is_layer(node: Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _extend(node: Node, through: set[str], modules: dict[str, nn.Module]) -> Node:
-    """Return the last node that ``node`` reaches through single users of the kinds ``through``."""
+    """Last node of the chain of single users after ``node`` with operations in ``through``."""
     while len(node.users) == 1:
         (user,) = node.users
         kind = operation(user, modules)
@@ -203,7 +202,7 @@ def _extend(node: Node, through: set[str], modules: dict[str, nn.Module]) -> Nod
 def _ends(
     nodes: list[Node], granularity: Granularity, modules: dict[str, nn.Module]
 ) -> Iterable[Node]:
-    """Return the last node of every unit, without the operations that follow."""
+    """Last node of every unit, without the operations that follow."""
     layers = [node for node in nodes if _is_layer(node, modules)]
     if granularity == "layer":
         return layers
@@ -215,7 +214,7 @@ def _ends(
 
 
 def _segments(nodes: list[Node], modules: dict[str, nn.Module]) -> list[list[Node]]:
-    """Return the segments with layers between tensors that all paths run through.
+    """Segments with layers between tensors that all paths run through.
 
     Each segment lists its layers, then the tensor at its end.
     """
@@ -234,7 +233,7 @@ def _segments(nodes: list[Node], modules: dict[str, nn.Module]) -> list[list[Nod
 
 
 def _users(node: Node, tensors: Collection[Node]) -> set[Node]:
-    """Return the tensors computed from ``node``, directly or through a tuple or a size."""
+    """Tensors computed from ``node``, directly or through a tuple or a size."""
     direct = set(node.users)
     return {n for n in direct if n in tensors}.union(
         *(_users(n, tensors) for n in direct if n not in tensors)
@@ -242,7 +241,7 @@ def _users(node: Node, tensors: Collection[Node]) -> set[Node]:
 
 
 def _joined(segments: list[list[Node]], modules: dict[str, nn.Module]) -> set[int]:
-    """Return the segments to join with the one before, around depthwise convolutions."""
+    """Segments to join with the one before, around depthwise convolutions."""
     joined: set[int] = set()
     for index, segment in enumerate(segments):
         if not _is_depthwise(segment, modules):

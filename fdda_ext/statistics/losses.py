@@ -153,14 +153,11 @@ def running_targets(running: LayerStatistics, images: int) -> StatisticsTargets:
 
 
 def bns_loss(inputs: Sequence[Tensor], running: LayerStatistics) -> Tensor:
-    """Return L_BNS: distance of the whole batch's statistics to the running statistics.
+    """Return L_BNS, a scalar: distance of the whole batch's statistics to the running ones.
 
     Args:
         inputs: Inputs ``[N, C_l, *]`` of the L layers.
         running: Running statistics ``[1, C_l]``.
-
-    Returns:
-        A scalar, the mean over the layers.
     """
     return running_targets(running, inputs[0].shape[0]).distances(inputs).mean()
 
@@ -216,7 +213,7 @@ def noise_pull_targets(
 
 
 def noise_pull_loss(distances: Tensor) -> Tensor:
-    """Return the loss that replaces L_D, early on, for classes with a misclassified image.
+    """Return the scalar loss that replaces L_D, early on, for classes with a misclassified image.
 
     The centre of such a class does not describe it. Its statistics are pulled towards standard
     normal noise instead, over all layers and with twice the weight (the authors' code)::
@@ -225,8 +222,5 @@ def noise_pull_loss(distances: Tensor) -> Tensor:
 
     Args:
         distances: Distances ``[1, L]`` from `noise_pull_targets`.
-
-    Returns:
-        A scalar.
     """
     return 2 * distances.mean()

@@ -30,11 +30,11 @@ class GeneratorConfig:
     Attributes:
         latent_dim: Dimension of the Gaussian noise.
         channels: Feature maps of the first two stages; the last stage has half as many.
-        hidden_eps: Summand of the variance in the two conditional BN layers before a LeakyReLU. The
+        hidden_eps: Added to the variance in the two conditional BN layers before a LeakyReLU. The
             authors' 0.8 scales the activations and is part of the published behaviour.
-        class_maps: Whether each class has a learned feature map that is added to the first one. It
-            has at most 8x8 positions and is enlarged as needed. The generator in the paper has
-            none: it separates classes only by scales and shifts of its BN, which takes thousands of
+        class_maps: Whether each class has a learned feature map, added to the first one. It has at
+            most 8x8 positions and is enlarged as needed. The paper's generator has none: it
+            separates classes only by the scales and shifts of BN, which takes thousands of
             iterations to learn.
     """
 
@@ -72,14 +72,14 @@ class ConditionalBatchNorm(nn.Module):
 
 
 def _rows(table: nn.Embedding, labels: Tensor) -> Tensor:
-    """Return the rows of classes ``[N]``, or their mixtures for shares of classes ``[N, K]``."""
+    """Rows of classes ``[N]``, or their mixtures for shares of classes ``[N, K]``."""
     return labels.to(table.weight) @ table.weight if labels.dim() == 2 else table(labels)
 
 
 def _normalisation(
     x: Tensor, batches: Tensor, num_batches: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the scale and shift ``[N, C]`` that give each batch mean 0 and variance 1."""
+    """Scale and shift ``[N, C]`` that give each batch mean 0 and variance 1."""
     count, mean, variance = class_batch_stats(x, batches, num_batches)
     _, (mean,), (variance,) = pooled_moments(count, [mean], [variance])
     scale = (variance + eps).rsqrt()
@@ -87,7 +87,7 @@ def _normalisation(
 
 
 def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return ``x [N, C, H, W]`` times ``scale`` plus ``shift``, both float32 ``[N, C]``."""
+    """``x [N, C, H, W]`` times ``scale`` plus ``shift``, both float32 ``[N, C]``."""
     scale, shift = scale[:, :, None, None].to(x.dtype), shift[:, :, None, None].to(x.dtype)
     return torch.addcmul(shift, x, scale)
 
@@ -114,7 +114,7 @@ class UpsampledConv2d(nn.Conv2d):
 
 
 def _two_taps(weight: Tensor, dim: int) -> Tensor:
-    """Return the two 2-tap kernels of a 3-tap kernel on an upsampled line, in a new dimension 0."""
+    """Two 2-tap kernels of a 3-tap kernel on an upsampled line, in a new dimension 0."""
     a, b, c = weight.unbind(dim)
     return torch.stack([torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)])
 
@@ -199,7 +199,7 @@ class ConditionalGenerator(nn.Module):
         Args:
             noise: Standard normal noise ``[N, latent_dim]``.
             labels: Classes, int64 ``[N]``, or shares of all classes, float ``[N, K]``.
-            num_batches: Number of batches, of N / num_batches images each, made in one pass. Each is
+            num_batches: Number of batches in this pass, N / num_batches images each. Each is
                 normalised by itself.
 
         Returns:
@@ -222,7 +222,7 @@ class ConditionalGenerator(nn.Module):
         return _scale_and_shift(x, *_normalisation(x, batches, num_batches, eps=1e-5))
 
     def _class_maps(self, labels: Tensor) -> Tensor:
-        """Return the feature maps of ``labels``, flat, ``[N, channels * height * width]``."""
+        """Feature maps of ``labels``, flat, ``[N, channels * height * width]``."""
         assert self.class_maps is not None
         maps = _rows(self.class_maps, labels)
         if self.map_size == self.initial_size:

@@ -26,7 +26,7 @@ _LEAST_RATE = 1e-4
 
 @dataclass(frozen=True)
 class ImageOptimisationConfig:
-    """Numbers of images and steps, and learning rates. The defaults are ZeroQ's.
+    """Settings of optimised images; the defaults are ZeroQ's.
 
     Attributes:
         images: Number of images in the whole run.
@@ -42,8 +42,8 @@ class ImageOptimisationConfig:
             to 0.
         patience: For "plateau", steps without a lower loss.
         warmup_steps: For "cosine", steps with a rising rate, at each resolution.
-        jitter: Each step rolls the batch by up to this number of pixels along each axis, by half as
-            many at half resolution.
+        jitter: Largest shift of the batch in each step, in pixels along each axis; half of it at
+            half resolution.
         mirror: Whether each step mirrors the batch with probability 1/2, if that keeps the classes.
         clip: Whether pixels are clamped to the values that an image can have, if these are known.
         keep_best: Whether the result is the batch with the least loss, not the last one.
@@ -218,10 +218,9 @@ class ImageOptimisation:
 
 
 def shift_and_mirror(images: Tensor, jitter: int, mirror: bool, random: torch.Generator) -> Tensor:
-    """Roll ``images [N, C, H, W]`` by up to ``jitter`` pixels along each axis, all alike.
+    """Roll ``images [N, C, H, W]`` by a common random shift, at most ``jitter`` pixels per axis.
 
-    With ``mirror`` they are also mirrored with probability 1/2. Index tensors avoid a wait for the
-    device.
+    With ``mirror``, also mirror them with probability 1/2. Index tensors need no wait for a device.
     """
     height, width = images.shape[2:]
     offset = torch.randint(-jitter, jitter + 1, (2, 1), generator=random, device=images.device)
