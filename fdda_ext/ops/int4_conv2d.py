@@ -107,7 +107,7 @@ def int4_conv2d(
         out_bits: Bits of the result, 2 to 8; 0 for a float32 result.
         bits: Number of bits of the codes in ``x``. Fewer bits allow faster kernels.
         winograd: Whether ``weight`` was packed for Winograd's algorithm. It needs a 3x3 window,
-            stride and dilation 1, one group, at most 5 bits, and the CPU. The result is the same.
+            stride and dilation 1, one group and at most 5 bits. CPU only. The result is the same.
 
     Returns:
         ``[N, H', W', O]``, uint8 or float32.

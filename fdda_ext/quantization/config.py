@@ -31,14 +31,14 @@ class QuantizationConfig:
         grid: "deploy" puts every tensor that enters a convolution, a linear layer or an average
             pooling on an integer grid. "paper" follows the authors' code: weights (asymmetric) and
             ReLU outputs are quantized, everything else stays in float.
-        image_bits: Bits of the network's input, deploy grid only.
-        pooled_bits: Bits of globally pooled features, deploy grid only. A mean of many codes has
+        image_bits: Bits of the network's input (deploy grid only).
+        pooled_bits: Bits of globally pooled features (deploy grid only). A mean of many codes has
             far more levels than a code, so few bits would lose its precision. Eight bits cost
             nothing on a tensor with a single position.
         weight_range: Range rule of the weights: "minmax"; "mse", least squared error; "lp", least
             error to the power `lp_exponent`; "lsq", from the mean magnitude; "percentile".
         activation_range: Range rule of the activations on the calibration images, likewise.
-        percentile: Percentage of the values below the upper end of a range, and above the lower.
+        percentile: Percentage of the values below the upper end of a range and above its lower end.
         lp_exponent: Exponent of "lp".
         momentum: Share of the old range that an update of a moving range keeps.
         learn_zero_points: Whether the zero points of signed activations are trainable (LSQ+).

@@ -187,7 +187,7 @@ def _plan(network: GraphModule, config: QuantizationConfig) -> list[_Placement]:
 
 
 def _source(node: Node, modules: dict[str, nn.Module], past_quantizers: bool = True) -> Node:
-    """Node that computed the values of ``node``, or a quantizer before unless past_quantizers."""
+    """Node that computed the values of ``node``; stop at quantizers unless past_quantizers."""
     passed = GRID_PRESERVING if past_quantizers else GRID_PRESERVING - {"quantizer"}
     while operation(node, modules) in passed:
         node = tensor_inputs(node)[0]

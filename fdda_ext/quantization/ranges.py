@@ -162,7 +162,7 @@ def _lloyd(values: Tensor, counts: Tensor | None, high: Tensor, grid: Grid) -> T
 def _percentiles(
     values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, share: float
 ) -> tuple[Tensor, Tensor]:
-    """Return ends with ``share`` of each row above the lower and below the upper one."""
+    """Ends with the fraction ``share`` of each row above the lower and below the upper one."""
     ordered, order = values.sort(1)
     weight = torch.ones_like(ordered, dtype=torch.float64)
     if counts is not None:

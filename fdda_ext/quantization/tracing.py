@@ -407,7 +407,7 @@ def _join_reshapes(network: GraphModule) -> None:
 
 
 def _drop_idle_ceil_mode(network: GraphModule) -> None:
-    """Disable ceil_mode of average pooling where it makes no difference at this size."""
+    """Disable ceil_mode of average pooling where it makes no difference for this image size."""
     modules = dict(network.named_modules())
     for node in network.graph.nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None

@@ -219,7 +219,7 @@ def _segments(nodes: list[Node], modules: dict[str, nn.Module]) -> list[list[Nod
     Each segment lists its layers, then the tensor at its end.
     """
     position = {node: index for index, node in enumerate(nodes)}
-    reach = 0  # the last position that reads a tensor computed so far
+    reach = 0  # last position at which a tensor computed so far is read
     found: list[list[Node]] = []
     layers: list[Node] = []
     for index, node in enumerate(nodes):
@@ -241,7 +241,7 @@ def _users(node: Node, tensors: Collection[Node]) -> set[Node]:
 
 
 def _joined(segments: list[list[Node]], modules: dict[str, nn.Module]) -> set[int]:
-    """Segments to join with the one before, around depthwise convolutions."""
+    """Indices of segments to join with the one before: neighbours of depthwise convolutions."""
     joined: set[int] = set()
     for index, segment in enumerate(segments):
         if not _is_depthwise(segment, modules):

@@ -48,8 +48,8 @@ def compute_centres(
 ) -> BNSCentres:
     """Compute the BNS centres of ``teacher``, which is put in evaluation mode.
 
-    If a class has several images, only those that the teacher classifies correctly are used, if
-    there are any. The paper has one image per class and distrusts the centre of a misclassified
+    If a class has several images, only those that the teacher classifies correctly are used, or all
+    if there are none. The paper has one image per class and distrusts the centre of a misclassified
     image.
 
     Several ranks share the passes. The result is bit-identical to that of one rank.
