@@ -18,7 +18,7 @@ and biased variance per channel, and MSE is the mean squared error over channels
 If a batch has images of several classes, each class has its own statistics, and the losses are
 means over the classes. The paper has one class per batch.
 
-Each of several ranks passes its share of the images and gets its share of the loss.
+Each of several ranks computes its share of the images and gets its share of the loss.
 """
 
 from __future__ import annotations
