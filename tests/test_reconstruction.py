@@ -174,7 +174,7 @@ def test_a_full_disk_is_reported(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    room = f"room for 1 MiB, more than cache_megabytes, in {tmp_path}, .*No space left"
+    room = f"1 MiB of free disk space in {tmp_path} .*No space left"
     with pytest.raises(UsageError, match=room):
         collect(lambda x: (x,), [torch.zeros(4, 256, 16, 16)], 0)
 

@@ -1,9 +1,9 @@
-"""The native operators: public wrappers, fake kernels and autograd; plain references beside them.
+"""Public wrappers of the native operators, with fake kernels, autograd and plain references.
 
-Importing this package registers ``torch.ops.fdda.*`` for the CPU and, where built, CUDA.
+Importing this package registers ``torch.ops.fdda.*`` for the CPU and, if built, for CUDA.
 """
 
-import fdda_ext.ops.int4_program  # noqa: F401  (registers fake kernels, no more)
+import fdda_ext.ops.int4_program  # noqa: F401  (registers fake kernels)
 from fdda_ext.ops.class_batch_stats import class_batch_stats
 from fdda_ext.ops.class_stats_loss import class_stats_loss
 from fdda_ext.ops.fake_quantize import fake_quantize

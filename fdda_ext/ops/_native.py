@@ -1,4 +1,4 @@
-"""What the op modules share: loading the operators and turning their errors into UsageError."""
+"""Helpers of the op modules: autograd functions, device checks and errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,10 @@ __all__ = [
 def autograd_function(
     op: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
-    """The op's autograd, from the arguments of register_autograd, with a third of its overhead."""
+    """Return an autograd function for an op, with a third of the overhead of register_autograd.
+
+    The arguments are those of ``torch.library.register_autograd``.
+    """
 
     class OpFunction(torch.autograd.Function):
         @staticmethod
@@ -36,9 +39,9 @@ def autograd_function(
 
 
 def call_backward(op: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a private backward op, past autograd unless it is to be differentiated again.
+    """Call a private backward op without the overhead of autograd.
 
-    Under create_graph the call goes through autograd, which refuses in words.
+    Under ``create_graph=True`` the call goes through autograd, which raises a clear error.
     """
     if torch.is_grad_enabled():
         return op(*arguments)
@@ -47,19 +50,19 @@ def call_backward(op: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def usage_error(error: Exception, op: str, x: torch.Tensor) -> UsageError:
-    """The UsageError that stands for an exception of the native op.
+    """Return the UsageError for an exception of the native op.
 
     Args:
-        error: a ValueError of the argument checks, whose message is complete, or a
-            NotImplementedError of the dispatcher, which knows no kernel for x's device.
-        op: the op's name.
-        x: the argument that decided about the device.
+        error: ValueError of the argument checks, or NotImplementedError of the dispatcher, which
+            found no kernel for the device of x.
+        op: Name of the op.
+        x: Tensor whose device selected the kernel.
     """
     if isinstance(error, ValueError):
         return UsageError(str(error))
     if x.device.type == "cuda" and not _C.cuda_archs:
         return UsageError(
-            f"{op}: expected x to be on the CPU, as this build of fdda_ext has no CUDA kernels, "
+            f"{op}: expected x on the CPU, because this build of fdda_ext has no CUDA kernels, "
             f"got {x.device}; reinstall it where nvcc is found, or with FDDA_CUDA=1"
         )
     return UsageError(
@@ -68,10 +71,9 @@ def usage_error(error: Exception, op: str, x: torch.Tensor) -> UsageError:
 
 
 def check_one_device(op: str, *tensors: torch.Tensor) -> None:
-    """For fake kernels: one argument on "meta" would make them answer for real ones besides.
+    """Raise UsageError if the tensors are on different devices; for fake kernels.
 
-    Raises:
-        UsageError: If the tensors lie on different devices.
+    If one argument is on "meta", PyTorch calls the fake kernel even if the others are real.
     """
     for tensor in tensors:
         if tensor.device != tensors[0].device:
@@ -82,12 +84,12 @@ def check_one_device(op: str, *tensors: torch.Tensor) -> None:
 
 
 def refuse_double_backward(op: str) -> None:
-    """Attaches an autograd formula to the private op `_<op>_backward` that refuses in words."""
+    """Give the private op `_<op>_backward` an autograd formula that raises NotImplementedError."""
 
     def backward(ctx: object, *grads: object) -> None:
         raise NotImplementedError(
-            f"{op}: double backward is not supported; its backward is not differentiable "
-            "(call backward or grad without create_graph=True)"
+            f"{op}: double backward is not supported; "
+            "call backward or grad without create_graph=True"
         )
 
     library.register_autograd(f"fdda::_{op}_backward", backward)

@@ -1,4 +1,4 @@
-"""Per-class batch-norm statistics of an activation."""
+"""BN statistics of an activation, per class."""
 
 from typing import Any
 
@@ -20,38 +20,37 @@ _backward_op = torch.ops.fdda._class_batch_stats_backward.default
 
 
 def class_batch_stats(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Mean and biased variance of every channel, over the samples and positions of each class.
+    r"""Return count, mean and biased variance of every channel for each class.
 
     .. math::
         n_k &= P \cdot |\{i : \text{labels}_i = k\}| \\
         \mu_{kc} &= \tfrac{1}{n_k} \sum_{i : \text{labels}_i = k} \sum_p x_{icp} \\
         v_{kc} &= \tfrac{1}{n_k} \sum_{i : \text{labels}_i = k} \sum_p (x_{icp} - \mu_{kc})^2
 
-    with :math:`P` positions per sample and channel. A class without samples gets 0, 0, 0. With
-    ``num_classes=1`` these are the ordinary batch statistics of batch normalisation. FDDA (Zhong
-    et al., "Fine-grained Data Distribution Alignment", ECCV 2022) calls the statistics of a
-    class's calibration image its BNS centre.
+    :math:`P` is the number of positions per sample and channel. A class without samples gets 0
+    for all three. With ``num_classes=1`` these are the usual statistics of batch normalisation.
+    In FDDA (Zhong et al., "Fine-grained Data Distribution Alignment", ECCV 2022), the statistics
+    of a class's calibration image are its BNS centre.
 
-    x is read from memory once. Each sample and channel gets its own mean and squared deviations,
-    merged over the class by Chan's formula in the order of the batch: the variance stays accurate
-    where the mean is much larger than the deviations, and the bits do not depend on the number of
-    threads.
+    The operator reads x from memory once. It merges the mean and squared deviations of each sample
+    and channel by Chan's formula, in the order of the batch. So the variance is accurate even if
+    the mean is much larger, and the results are bit-identical for any number of threads.
 
     Args:
-        x: ``[N, C, *]``; float32, float64, bfloat16 or float16. NCHW, channels_last, ``[N, C]``
-            and slices of them are read in place.
-        labels: int64 ``[N]``, each in ``[0, num_classes)``.
-        num_classes: K, at least 1.
+        x: Activation ``[N, C, *]``; float32, float64, bfloat16 or float16. Contiguous and
+            channels_last tensors, ``[N, C]`` and slices of them are read without a copy.
+        labels: Class of each sample, int64 ``[N]``, in ``[0, num_classes)``.
+        num_classes: Number of classes, K, at least 1.
 
     Returns:
-        count int64 ``[K]``, mean ``[K, C]`` and var ``[K, C]``; the statistics are float32, or
-        float64 for float64. Differentiable in x.
+        Count int64 ``[K]``, mean ``[K, C]`` and variance ``[K, C]``. Mean and variance are float32
+        (float64 if x is float64) and differentiable in x.
 
     Raises:
-        UsageError: an argument has the wrong dtype, device or shape, or num_classes is below 1;
-            or, on the CPU only, a label is out of range (CUDA leaves such samples out, because
-            looking would wait for the device).
-        NotImplementedError: the gradient is differentiated again.
+        UsageError: If an argument has the wrong dtype, device or shape, num_classes is below 1, or
+            (CPU only) a label is out of range. CUDA ignores such samples, because a check would
+            wait for the device.
+        NotImplementedError: If the gradient is differentiated again.
 
     Example:
         >>> x = torch.tensor([[1.0], [3.0], [7.0]])

@@ -1,4 +1,4 @@
-"""Distance of per-class batch-norm statistics from their targets, for all layers at once."""
+"""Distance between per-class BN statistics and their targets, for all layers at once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,36 +22,36 @@ def class_stats_loss(
     target_vars: Sequence[Tensor],
     weight: Tensor,
 ) -> Tensor:
-    r"""Squared distance between class statistics and T sets of targets, layer by layer.
+    r"""Return the squared distance of every layer's class statistics to T sets of targets.
 
-    With :math:`\mu_{lkc}, v_{lkc}` the mean and biased variance of layer l, class k, channel c
-    (see :func:`class_batch_stats`):
+    Let :math:`\mu_{lkc}` and :math:`v_{lkc}` be the mean and the biased variance of layer l, class
+    k and channel c (see :func:`class_batch_stats`). Then
 
     .. math::
         \text{loss}_{tl} = \sum_k \text{weight}_{tk} \cdot \frac{1}{C_l} \sum_c
             \left[ (\mu_{lkc} - \hat\mu_{tlkc})^2 + (v_{lkc} - \hat v_{tlkc})^2 \right]
 
-    Classes without samples contribute 0. These are the BNS losses of FDDA (Zhong et al., ECCV
-    2022): with the BNS centres as targets eq. 6, with perturbed centres eq. 7. Both come from
-    one read of the activations when they are passed as two sets. With ``num_classes`` 1 and the
-    running statistics as targets it is the plain batch-norm statistics loss.
+    Classes without samples contribute 0. With the BNS centres as targets this is eq. 6 of FDDA
+    (Zhong et al., ECCV 2022), with perturbed centres eq. 7. Passed as two sets, both need only one
+    read of the activations. With one class and the running statistics as targets it is the BNS
+    loss.
 
     Args:
         xs: L activations ``[N, C_l, *]`` of one dtype (float32, float64, bfloat16, float16).
-        labels: int64 ``[N]``, each in ``[0, K)``.
-        target_means: L tensors ``[T, K, C_l]``; float32, or float64 when xs are float64.
-        target_vars: like target_means.
-        weight: ``[T, K]``, dtype of the targets.
+        labels: Class of each sample, int64 ``[N]``, in ``[0, K)``.
+        target_means: L tensors ``[T, K, C_l]``; float32, or float64 if xs are float64.
+        target_vars: Target variances, like target_means.
+        weight: Weight of each class, ``[T, K]``, with the dtype of the targets.
 
     Returns:
-        loss ``[T, L]``, dtype of the targets. Differentiable in xs alone; the backward reads each
-        of xs once and saves nothing but the statistics.
+        Loss ``[T, L]`` with the dtype of the targets, differentiable in xs only. The backward pass
+        reads each of xs once and saves only the statistics besides the arguments.
 
     Raises:
-        UsageError: the lists are empty or of different lengths, an argument has the wrong dtype,
-            device or shape; or, on the CPU only, a label is out of range (CUDA leaves such
-            samples out, because looking would wait for the device).
-        NotImplementedError: the gradient is differentiated again.
+        UsageError: If the lists are empty or of different lengths, an argument has the wrong dtype,
+            device or shape, or (CPU only) a label is out of range. CUDA ignores such samples,
+            because a check would wait for the device.
+        NotImplementedError: If the gradient is differentiated again.
 
     Example:
         >>> x = torch.tensor([[1.0], [3.0]])  # mean 2, variance 1

@@ -27,46 +27,47 @@ def fake_quantize(
     quant_max: int,
     axis: int | None = None,
 ) -> Tensor:
-    r"""Rounds x to an integer grid and maps it back, per tensor or per channel.
+    r"""Round x to a grid, per tensor or per channel.
 
-    With :math:`t = x \cdot (1 / s)` in float32, :math:`s` the scale, and
+    With the scale :math:`s`, :math:`t = x \cdot (1 / s)` in float32 and
     :math:`z = \mathrm{round}(\text{zero\_point})`:
 
     .. math::
         q &= \mathrm{clamp}(\mathrm{round}(t) + z,\ \text{quant\_min},\ \text{quant\_max}) \\
         y &= (q - z) \cdot s
 
-    Rounding is half to even. The gradients pass straight through the rounding (LSQ: Esser et al.,
+    Halves are rounded to even. The gradients treat rounding as the identity (LSQ: Esser et al.,
     "Learned Step Size Quantization", ICLR 2020, eq. 1-3 and 5; LSQ+: Bhalgat et al., CVPRW 2020).
-    With *inside* meaning :math:`\text{quant\_min} \le t + z \le \text{quant\_max}` on the
-    unrounded :math:`t`, and :math:`b` the nearer bound where x is outside:
+    Let *inside* mean :math:`\text{quant\_min} \le t + z \le \text{quant\_max}` for the unrounded
+    :math:`t`, and let :math:`b` be the nearer bound if x is outside:
 
     .. math::
         \partial x &= g \cdot [\text{inside}] \\
         \partial s &= \sum g \cdot (\text{inside}\ ?\ \mathrm{round}(t) - t : b - z) \\
         \partial z &= \sum g \cdot (\text{inside}\ ?\ 0 : -s)
 
-    LSQ's gradient scale is left to the caller. All three gradients come from one pass over memory,
-    and the sums have the same bits for any number of threads. A NaN in x stays NaN in y; its
-    gradient is 0. Infinities are clamped.
+    The caller applies LSQ's gradient scale. One pass over memory computes all three gradients, and
+    the sums are bit-identical for any number of threads. A NaN in x stays NaN in y and gets
+    gradient 0. Infinities are clamped.
 
     Args:
-        x: any shape; float32, bfloat16 or float16 (computed in float32). Dense tensors in any
-            memory format are read in place; others are copied.
-        scale: float32, positive and finite. Shape ``[]`` or ``[1]``, or ``[C]`` with an axis.
-        zero_point: float32, finite, shaped like scale; rounded here, so it may be learned.
-        quant_min: smallest integer of the grid, e.g. -8, or 0.
-        quant_max: largest integer of the grid, e.g. 7, or 15. Both within ±4194304.
-        axis: the dimension of x that scale and zero_point run along; None for one of each.
+        x: Tensor of any shape; float32, bfloat16 or float16 (computed in float32). Dense tensors
+            in any memory format are read in place; others are copied.
+        scale: Scale, float32, positive and finite, ``[]`` or ``[1]``, or ``[C]`` with an axis.
+        zero_point: Zero point, float32, finite, with the shape of scale. It is rounded here, so it
+            can be learned.
+        quant_min: Smallest code, such as -8 or 0.
+        quant_max: Largest code, such as 7 or 15. Both codes are within ±4194304.
+        axis: Dimension of x along which scale and zero_point vary; None for a single value.
 
     Returns:
-        A tensor like x in shape, dtype and memory format.
+        A tensor with the shape, dtype and memory format of x.
 
     Raises:
-        UsageError: an argument has the wrong dtype, device or shape; quant_min is not below
-            quant_max; axis is not a dimension of x; or, on the CPU only, a scale is not positive
-            and finite (on CUDA that check would wait for the device).
-        NotImplementedError: the gradient is differentiated again.
+        UsageError: If an argument has the wrong dtype, device or shape, quant_min is not below
+            quant_max, axis is not a dimension of x, or (CPU only, because a check on CUDA would
+            wait for the device) a scale is not positive and finite.
+        NotImplementedError: If the gradient is differentiated again.
 
     Example:
         >>> x = torch.tensor([-0.3, 0.26, 0.5, 9.0])

@@ -1,4 +1,4 @@
-"""Convolution of integer codes with everything that follows it, for inference."""
+"""Convolution of codes with its epilogue, for inference."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ __all__ = ["int4_conv2d", "int4_linear", "int4_pack_weight"]
 _conv_op = torch.ops.fdda.int4_conv2d.default
 _pack_op = torch.ops.fdda.int4_pack_weight.default
 
-#: On the CPU: outputs that one vector holds, and products that one of its lanes adds up at once.
+#: CPU: outputs in one vector, and products that one of its lanes sums at once.
 _PANEL, _GROUP = 16, 4
-#: On CUDA: outputs of a panel, bytes of a unit and of a chunk, channels of a depthwise block, and
-#: the least channels and outputs of a group for which a product of matrices pays.
+#: CUDA: outputs of a panel, bytes of a unit and of a chunk, channels of a depthwise block, and the
+#: fewest channels and outputs of a group that is computed as a matrix product.
 _CUDA_PANEL, _CUDA_UNIT, _CUDA_CHUNK, _CUDA_BLOCK, _CUDA_GROUP_SIZE = 32, 16, 64, 8, 8
 _INFINITY = float("inf")
 
 
 def int4_pack_weight(weight: Tensor, groups: int = 1, winograd: bool = False) -> Tensor:
-    """Bring a weight into the order in which `int4_conv2d` reads it; once, as a network is loaded.
+    """Pack a weight into the layout that `int4_conv2d` reads; needed once per weight.
 
     Args:
-        weight: int8 ``[O, kh, kw, C / groups]``.
-        groups: Of the convolution.
-        winograd: For Winograd's algorithm F(2x2, 3x3), in integers: 2.25 times fewer products. The
-            transform of the weight must stay within int8, which 4-bit weights always do. CPU only.
+        weight: Weight, int8 ``[O, kh, kw, C / groups]``.
+        groups: Number of groups of the convolution.
+        winograd: Whether to pack for Winograd's algorithm F(2x2, 3x3) in integers, which needs
+            2.25 times fewer products. The transformed weight must fit in int8; 4-bit weights
+            always do. CPU only.
 
     Returns:
-        int8, one-dimensional, in a layout of the weight's device, whose size depends on the device
-        too: csrc/cpu/isa/kernels.h and csrc/cuda/int4_layout.cuh describe them. A weight that was
-        packed on one device and moved to another is of no use there.
+        A one-dimensional int8 tensor. Its layout and size depend on the weight's device: see
+        csrc/cpu/isa/kernels.h and csrc/cuda/int4_layout.cuh. A weight packed on the CPU cannot be
+        used on CUDA, nor the reverse.
 
     Raises:
-        UsageError: If dtype, shape or groups are wrong, or the weight does not suit Winograd.
+        UsageError: If dtype, shape or groups are wrong, or Winograd's algorithm cannot be used.
     """
     try:
         result: Tensor = _pack_op(weight, groups, winograd)
@@ -71,9 +72,9 @@ def int4_conv2d(
     bits: int = 8,
     winograd: bool = False,
 ) -> Tensor:
-    r"""Convolves codes and rounds the result to codes, in one pass.
+    r"""Convolve codes and round the result to codes, in one pass.
 
-    With :math:`S = \sum_k (q_k - z) w_k`, exact in int32:
+    With the residual :math:`r` and :math:`S = \sum_k (q_k - z) w_k`, exact in int32:
 
     .. math::
         t &= \mathrm{clamp}(S \cdot \text{scale} + \text{shift} + r,
@@ -81,32 +82,32 @@ def int4_conv2d(
         y &= \mathrm{clamp}(\mathrm{round}(t \cdot (1 / \text{out\_scale}))
             + \text{out\_zero\_point}, 0, 2^{\text{out\_bits}} - 1)
 
-    in float32, step by step, without fused multiply-add. The result has the same bits on every
-    instruction set, for any number of threads, and on CUDA.
+    Every step is computed in float32, without fused multiply-add. The result is bit-identical on
+    every instruction set, for any number of threads, and on CUDA.
 
     Args:
-        x: Codes, uint8 ``[N, H, W, C]``; CPU or CUDA.
-        weight: From `int4_pack_weight`, packed on the device of ``x``.
-        scale: float32 ``[O]``.
-        shift: float32 ``[O]``.
-        correction: int32 ``[O]``: ``zero_point`` times the sum of the output's weights.
+        x: Codes, uint8 ``[N, H, W, C]``, on CPU or CUDA.
+        weight: Result of `int4_pack_weight` on the device of ``x``.
+        scale: Factor of each output, float32 ``[O]``.
+        shift: Summand of each output, float32 ``[O]``.
+        correction: ``zero_point`` times the sum of each output's weights, int32 ``[O]``.
         kernel: Height and width of the window.
-        stride: Of the window.
+        stride: Vertical and horizontal stride of the window.
         padding: Rows and columns of zeros (codes ``zero_point``) on every side.
-        dilation: Steps between the window's taps.
-        groups: Channels and outputs fall into so many groups.
-        zero_point: The code of 0, in [0, 255].
-        residual: Added before the clamp: float32, or uint8 codes; of the result's shape.
-        residual_scale: Of a residual in codes.
-        residual_zero_point: Likewise.
-        low: Of the clamp.
-        high: Of the clamp.
-        out_scale: Of the result's codes, positive.
-        out_zero_point: Likewise.
-        out_bits: 2 to 8; 0 for a result in float32.
-        bits: ``x`` holds codes below 2^bits: narrow ones can take faster ways.
-        winograd: Whether `weight` was packed so; for windows of 3x3, stride and dilation 1, no
-            groups, and up to 5 bits, on the CPU. The result is the same.
+        dilation: Distance between the window's taps.
+        groups: Number of groups of channels and outputs.
+        zero_point: Zero point of ``x``, in [0, 255].
+        residual: Summand before the clamp, float32 or uint8 codes, with the result's shape.
+        residual_scale: Scale of a residual in codes.
+        residual_zero_point: Zero point of a residual in codes.
+        low: Lower bound of the clamp.
+        high: Upper bound of the clamp.
+        out_scale: Scale of the result, positive.
+        out_zero_point: Zero point of the result.
+        out_bits: Bits of the result, 2 to 8; 0 for a float32 result.
+        bits: Number of bits of the codes in ``x``. Fewer bits allow faster kernels.
+        winograd: Whether ``weight`` was packed for Winograd's algorithm. It needs a 3x3 window,
+            stride and dilation 1, one group and at most 5 bits. CPU only. The result is the same.
 
     Returns:
         ``[N, H', W', O]``, uint8 or float32.
@@ -135,16 +136,16 @@ def int4_linear(
     residual: Tensor | None = None,
     **options: float,
 ) -> Tensor:
-    """Multiplies codes by a matrix: `int4_conv2d` with a window of one pixel.
+    """Multiply codes by a matrix: `int4_conv2d` with a window of one pixel.
 
     Args:
         x: Codes, uint8 ``[..., C]``.
-        weight: From `int4_pack_weight` of int8 ``[O, 1, 1, C]``.
-        scale: float32 ``[O]``.
+        weight: Result of `int4_pack_weight` for int8 ``[O, 1, 1, C]``.
+        scale: See `int4_conv2d`; likewise shift and correction.
         shift: float32 ``[O]``.
         correction: int32 ``[O]``.
-        residual: Of the result's shape.
-        options: The numbers that `int4_conv2d` takes.
+        residual: Summand before the clamp, with the result's shape.
+        options: Further numeric arguments of `int4_conv2d`.
 
     Returns:
         ``[..., O]``, uint8 or float32.
@@ -182,7 +183,7 @@ def _fake_pack(weight: Tensor, groups: int, winograd: bool = False) -> Tensor:
 
 
 def _cuda_packed_size(shape: Sequence[int], groups: int) -> int:
-    """Bytes of a packed weight on CUDA, as csrc/cuda/int4_layout.cuh has it."""
+    """Bytes of a packed weight on CUDA; must agree with csrc/cuda/int4_layout.cuh."""
     outputs, height, width, own = shape
     group_outputs = outputs // groups
     if own == 1 and group_outputs == 1:

@@ -1,4 +1,4 @@
-"""Shapes of what the private steps of an integer program on CUDA give, for tracing."""
+"""Fake kernels of the private operators of an integer program on CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: slow, obvious, differentiable. The oracle of the tests."""
+"""The operators in plain PyTorch: slow, simple and differentiable. Tests compare with them."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ __all__ = [
 
 
 def _round_straight_through(value: Tensor) -> Tensor:
-    """Rounds half to even; its gradient is the identity."""
+    """Round halves to even, with the identity as gradient."""
     return value + (torch.round(value) - value).detach()
 
 
@@ -25,7 +25,7 @@ def fake_quantize_reference(
     quant_max: int,
     axis: int | None = None,
 ) -> Tensor:
-    """:func:`fdda_ext.ops.fake_quantize` as autograd derives it; same arguments and result."""
+    """Compute :func:`fdda_ext.ops.fake_quantize` with plain operations and autograd."""
     shape = [1] * x.dim()
     if axis is not None:
         shape[axis] = -1
@@ -42,7 +42,7 @@ def fake_quantize_reference(
 def class_batch_stats_reference(
     x: Tensor, labels: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`fdda_ext.ops.class_batch_stats`, class by class; same arguments and result."""
+    """Compute :func:`fdda_ext.ops.class_batch_stats`, class by class."""
     x = x if x.dtype == torch.float64 else x.float()
     count = torch.zeros(num_classes, dtype=torch.int64, device=x.device)
     means = []
@@ -68,7 +68,7 @@ def class_stats_loss_reference(
     target_vars: Sequence[Tensor],
     weight: Tensor,
 ) -> Tensor:
-    """:func:`fdda_ext.ops.class_stats_loss`, layer by layer; same arguments and result."""
+    """Compute :func:`fdda_ext.ops.class_stats_loss`, layer by layer."""
     losses = []
     for x, target_mean, target_var in zip(xs, target_means, target_vars, strict=True):
         count, mean, var = class_batch_stats_reference(x, labels, weight.shape[1])

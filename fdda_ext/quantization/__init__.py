@@ -1,8 +1,8 @@
-"""Fake quantization: configuration, quantizers, ranges, and the preparation of a student.
+"""Fake quantization: configuration, quantizers, ranges, and preparation of a student.
 
-``prepare`` (prepare.py) decides which tensor gets a grid, ``calibrate`` (student.py) where each
-range ends, ``bits_table`` (report.py) shows the result. ``allocate_bits`` (allocation.py) chooses
-the bits of every layer under a budget.
+``prepare`` (prepare.py) chooses the tensors to quantize, ``calibrate`` (student.py) sets their
+ranges, and ``bits_table`` (report.py) lists the result. ``allocate_bits`` (allocation.py) chooses
+the bits of every layer for a given average.
 """
 
 from .allocation import allocate_bits

@@ -1,4 +1,4 @@
-"""How many bits each layer gets when the average of all is given."""
+"""Choice of the bits of every layer for a given average."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ __all__ = ["allocate_bits"]
 def allocate_bits(
     costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], average_bits: float
 ) -> dict[str, int]:
-    """The choice of bits of least total cost within a budget.
+    """Choose the bits of every layer with the least total cost.
 
-    With x[l, b] = 1 where layer l gets b bits::
+    With x[l, b] = 1 if layer l gets b bits, branch and bound (HiGHS) solves exactly::
 
         minimise    sum_l sum_b costs[l][b] x[l, b]
         subject to  sum_b x[l, b] = 1                           for every layer l
                     sum_l sum_b sizes[l] b x[l, b] <= average_bits sum_l sizes[l]
 
-    which branch and bound (HiGHS) solves exactly.
-
     Args:
-        costs: Of each layer, by name: what each number of bits that it may have costs.
-        sizes: Weights of each layer.
-        average_bits: Bits of a weight on average over all layers, at most.
+        costs: Cost of each allowed number of bits, by layer.
+        sizes: Number of weights of each layer.
+        average_bits: Upper limit of the average number of bits per weight.
 
     Returns:
         Bits of each layer, for `QuantizationConfig.layer_bits`.
 
     Raises:
-        UsageError: If no choice is within the budget, or ``costs`` and ``sizes`` do not fit.
+        UsageError: If no choice meets the limit, or ``costs`` and ``sizes`` do not match.
     """
     if costs.keys() != sizes.keys() or not costs:
         raise UsageError(
@@ -49,11 +47,11 @@ def allocate_bits(
             )
     total = sum(sizes.values())
     least = sum(sizes[name] * min(of_layer) for name, of_layer in costs.items())
-    budget = average_bits * total * (1 + 1e-12)  # 4.35 * 100 is below 435
+    budget = average_bits * total * (1 + 1e-12)  # in floating point, 4.35 * 100 is below 435
     if not least <= budget:
         raise UsageError(
             f"allocate_bits: expected average_bits at least {least / total:.4g}, "
-            f"the fewest bits of every layer, got {average_bits}"
+            f"the fewest bits that costs allow, got {average_bits}"
         )
     from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
     from scipy.sparse import csr_array
@@ -69,7 +67,7 @@ def allocate_bits(
         )
     )
     result = milp(
-        # The solver's tolerances are absolute.
+        # Scaled, because the solver's tolerances are absolute.
         cost / max(np.abs(cost).max(), np.finfo(float).tiny),
         integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),

@@ -1,4 +1,4 @@
-"""How many bits every tensor gets, on which grid, and how its range is found."""
+"""Configuration of a student: bits, grid and ranges."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ class QuantizationConfig:
     """Bits, grid and ranges of a student.
 
     Attributes:
-        weight_bits: Of every convolution and linear layer, 2 to 8.
-        activation_bits: Of every activation, 2 to 8.
-        first_last_bits: None for the same bits everywhere. A number, 8 in FDDA's "F8L8", is used
-            instead for the weights of the first and the last layer, for the activation that the
-            first layer makes, and for the last activation, the one that enters global pooling.
-        layer_bits: Of the weights of single layers, by qualified name; they override the two above.
-        grid: "deploy": every tensor that enters a convolution, a linear layer or an average
-            pooling lies on an integer grid. "paper": as the authors' code, asymmetric weights and
-            ReLU outputs on a grid and everything else in float.
-        image_bits: Of the network's input, deploy grid only.
-        pooled_bits: Of globally pooled features, deploy grid only. Their mean of many codes has
-            far more levels than the codes, so the few activation bits would lose what pooling won;
-            eight bits cost nothing on a tensor of one position.
-        weight_range: How weight ranges are found: "minmax"; "mse", least squared error; "lp", least
+        weight_bits: Bits of the weights of every convolution and linear layer, 2 to 8.
+        activation_bits: Bits of every activation, 2 to 8.
+        first_last_bits: Bits of the weights of the first and the last layer, of the first layer's
+            activation, and of the last activation, which enters global pooling. FDDA's "F8L8"
+            means 8. None for the same bits everywhere.
+        layer_bits: Bits of the weights of single layers, by qualified name. They override
+            `weight_bits` and `first_last_bits`.
+        grid: "deploy" puts every tensor that enters a convolution, a linear layer or an average
+            pooling on an integer grid. "paper" follows the authors' code: weights (asymmetric) and
+            ReLU outputs are quantized, everything else stays in float.
+        image_bits: Bits of the network's input (deploy grid only).
+        pooled_bits: Bits of globally pooled features (deploy grid only). A mean of many codes has
+            far more levels than a code, so few bits would lose its precision. Eight bits cost
+            nothing on a tensor with a single position.
+        weight_range: Range rule of the weights: "minmax"; "mse", least squared error; "lp", least
             error to the power `lp_exponent`; "lsq", from the mean magnitude; "percentile".
-        activation_range: Likewise for activations, over the calibration images.
-        percentile: Per cent of the values between the range's ends, counted from each side.
+        activation_range: Range rule of the activations on the calibration images, likewise.
+        percentile: Percentage of the values below the upper end of a range and above its lower end.
         lp_exponent: Exponent of "lp".
-        momentum: Of the moving ranges, the share that the old range keeps in an update.
-        learn_zero_points: Make the zero points of signed activations trainable (LSQ+).
-        scale_gradient: "lsq" multiplies gradients of scales by ``1 / sqrt(n * quant_max)`` with n
-            values per scale and image (LSQ, section 2.2); "none" leaves them.
+        momentum: Share of the old range that an update of a moving range keeps.
+        learn_zero_points: Whether the zero points of signed activations are trainable (LSQ+).
+        scale_gradient: "lsq" multiplies the gradients of scales by ``1 / sqrt(n * quant_max)`` for
+            n values per scale and image (LSQ, section 2.2). "none" leaves them unchanged.
     """
 
     weight_bits: int = 4
@@ -101,12 +102,12 @@ class QuantizationConfig:
 
     @property
     def weight_rule(self) -> RangeRule:
-        """How weight ranges are found."""
+        """Range rule of the weights."""
         return self._rule(self.weight_range)
 
     @property
     def activation_rule(self) -> RangeRule:
-        """How activation ranges are found."""
+        """Range rule of the activations."""
         return self._rule(self.activation_range)
 
     def _rule(self, name: RangeName) -> RangeRule:
@@ -116,13 +117,13 @@ class QuantizationConfig:
 
 
 def parse_bits(text: str) -> tuple[int, int]:
-    """Bits of weights and activations from the usual short form.
+    """Return the bits of weights and activations from the usual short form.
 
     >>> parse_bits("W4A4")
     (4, 4)
 
     Raises:
-        UsageError: If ``text`` is not of the form W4A4 with bits from 2 to 8.
+        UsageError: If ``text`` does not have the form W4A4 with bits from 2 to 8.
     """
     match = re.fullmatch(r"[wW]([2-8])[aA]([2-8])", text)
     if match is None:

@@ -1,4 +1,4 @@
-"""From a range of values to an integer grid: the only place where scales come from ranges."""
+"""Grids: the only module that derives scales and zero points from ranges."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "straight_through",
 ]
 
-#: Smallest scale: below any that random initial weights lead to, its inverse far from overflow.
+#: Smallest scale. Random initial weights give larger ones, and its inverse does not overflow.
 MIN_SCALE = 1e-20
 
 Kind = Literal["symmetric", "unsigned", "asymmetric", "paper"]
@@ -35,11 +35,10 @@ class Grid:
     symmetric  -2^(b-1) .. 2^(b-1) - 1  0                      weights
     unsigned   0 .. 2^b - 1             0                      activations that are never < 0
     asymmetric 0 .. 2^b - 1             one of the codes       other activations, the image
-    paper      -2^(b-1) .. 2^(b-1) - 1  any integer, may lie   everything in the paper's grid
-                                        outside the codes
+    paper      -2^(b-1) .. 2^(b-1) - 1  any integer            everything in the paper grid
     ========== ======================== ====================== =============================
 
-    But for "paper", zero is always one of the values, so zero padding stays on the grid.
+    Except in "paper", 0 is always one of the values, so zero padding stays on the grid.
     """
 
     kind: Kind
@@ -47,7 +46,7 @@ class Grid:
 
     @property
     def quant_min(self) -> int:
-        """Least code."""
+        """Smallest code."""
         return -(2 ** (self.bits - 1)) if self.kind in ("symmetric", "paper") else 0
 
     @property
@@ -56,17 +55,17 @@ class Grid:
         return self.quant_min + 2**self.bits - 1
 
     def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the tightest grid of this kind that reaches from low to high.
+        """Return scale and zero point of the tightest grid of this kind that covers low to high.
 
         Args:
-            low: Least values, any shape.
-            high: Largest values, the same shape.
+            low: Lower ends, any shape.
+            high: Upper ends, the same shape.
 
         Returns:
             Scale and zero point (an integer in float32), each of that shape.
         """
         if self.kind == "paper":
-            raise ValueError("the paper's grid is given by its range, see paper_quantize")
+            raise ValueError("the paper grid has no such parameters; use paper_quantize")
         if self.kind == "asymmetric":
             low, high = low.clamp_max(0), high.clamp_min(0)
             scale = ((high - low) / (self.quant_max - self.quant_min)).clamp_min(MIN_SCALE)
@@ -74,12 +73,12 @@ class Grid:
             return scale, zero_point.clamp(self.quant_min, self.quant_max)
         scale = high / self.quant_max
         if self.kind == "symmetric":
-            # The codes reach one step further down than up, and so may the values.
+            # The lowest code is one step further from 0 than the highest.
             scale = torch.maximum(scale, low / self.quant_min)
         return scale.clamp_min(MIN_SCALE), torch.zeros_like(scale)
 
     def quantize(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Round ``x [C, n]`` to the grids of the ranges ``low``, ``high`` ``[C]``."""
+        """Round ``x [C, n]`` to the grids of the ranges from ``low`` to ``high``, ``[C]`` each."""
         if self.kind == "paper":
             return paper_quantize(x, low[:, None], high[:, None], self.bits)
         scale, zero_point = self.parameters(low, high)
@@ -96,14 +95,14 @@ def paper_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
         q = clamp(round(s * x - z), -2^(b-1), 2^(b-1) - 1)
         y = (q + z) / s
 
-    It is not ``ops.fake_quantize``: rounding comes after the subtraction of z, and zero need not be
-    one of the values.
+    Unlike ``ops.fake_quantize``, it rounds after the subtraction of z, and 0 need not be one of the
+    values.
 
     Args:
-        x: Any tensor.
-        low: Lower ends, of a shape that broadcasts with ``x``.
-        high: Upper ends, likewise.
-        bits: Of the codes.
+        x: Tensor of any shape.
+        low: Lower ends, in a shape that broadcasts with ``x``.
+        high: Upper ends, in the same shape.
+        bits: Bits of the codes, b.
     """
     half = 2 ** (bits - 1)
     s, z = paper_steps(low, high, bits)
@@ -111,24 +110,24 @@ def paper_quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 
 def paper_steps(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The s and z of `paper_quantize`."""
+    """Return the s and z of `paper_quantize`."""
     s = (2**bits - 1) / (high - low).clamp_min(1e-8)
     return s, (s * low).round_().add_(2 ** (bits - 1))
 
 
 def along_channels(x: Tensor, like: Tensor) -> Tensor:
-    """``x [C]`` in a shape that broadcasts with ``like [C, *]``."""
+    """Return ``x [C]`` in a shape that broadcasts with ``like [C, *]``."""
     return x.view((-1,) + (1,) * (like.dim() - 1))
 
 
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
-    """The value of ``quantized`` with the gradient of ``x``."""
+    """Return the value of ``quantized`` with the gradient of ``x``."""
     result: Tensor = _StraightThrough.apply(x, quantized)
     return result
 
 
 class _StraightThrough(torch.autograd.Function):
-    # x + (quantized - x).detach() would not give quantized to the last bit.
+    # x + (quantized - x).detach() would not be bit-identical to quantized.
 
     @staticmethod
     def forward(ctx: object, x: Tensor, quantized: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Layers of a student: the float layer's parameters under the same names, and a quantizer.
 
-With gradients, a layer works on the float values that codes stand for. Without, and with its input
-on a learned grid, it is exact: it sums the products of integers, which no order of additions can
-change, and then multiplies once and adds once, batch normalisation included. So the student that is
-evaluated is, to the last bit, the program that `fdda_ext.deploy.lower` makes of it.
+With gradients, a layer computes with the float values of the codes. Without gradients, and with its
+input on a learned grid, a layer is exact: it sums products of integers, which gives the same result
+in any order, then multiplies once and adds once. These two steps include batch normalisation. So in
+evaluation, the student is bit-identical to the program that `fdda_ext.deploy.lower` makes from it.
 """
 
 from __future__ import annotations
@@ -33,25 +33,26 @@ __all__ = [
     "fold_norm",
 ]
 
-#: Integers up to this one are exact in float32, and so are their sums in any order.
+#: Integers up to this bound are exact in float32, and so are their sums in any order.
 _EXACT_IN_FLOAT32 = 2**24
 
 
 def exact_dtype(codes: Tensor, largest: int) -> torch.dtype:
-    """The float type in which sums of ``codes [C, *]`` times inputs up to ``largest`` are exact."""
+    """Return a dtype in which sums of ``codes [C, *]`` times inputs up to ``largest`` are exact."""
     bound = largest * int(codes.flatten(1).to(torch.int64).abs().sum(1).max())
     return torch.float32 if bound < _EXACT_IN_FLOAT32 else torch.float64
 
 
 class _Exact:
-    """What the layers that sum integers share.
+    """Base of the layers that sum integers.
 
     Attributes:
-        input_quantizer: What put the input on its grid; None if it is on none.
-        norm: The batch normalisation that alone reads the result, and is folded into it.
+        input_quantizer: Quantizer of the input; None for an input in float.
+        norm: Batch normalisation that is the only reader of the result and is folded into the
+            layer; None for none.
     """
 
-    # Neither is a submodule: both belong to the student, which links them here.
+    # Not submodules: both belong to the student, and `prepare` links them here.
     input_quantizer: LearnedActivationQuantizer | None = None
     norm: _Fixed | None = None
 
@@ -64,7 +65,7 @@ class _Exact:
 
 
 def _exact_layer(layer: QuantizedConv2d | QuantizedLinear, x: Tensor) -> Tensor:
-    """The integer sums of ``layer``, scaled and shifted."""
+    """Integer sums of ``layer``, scaled and shifted."""
     quantizer = layer.input_quantizer
     assert quantizer is not None
     assert isinstance(layer.weight_quantizer, LearnedWeightQuantizer)
@@ -81,10 +82,10 @@ def _exact_layer(layer: QuantizedConv2d | QuantizedLinear, x: Tensor) -> Tensor:
 
 
 def fold(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Tensor]:
-    """Scale and shift, float32 ``[C]``, that turn the integer sums of a layer into its results.
+    """Return scale and shift, float32 ``[C]``, that turn a layer's integer sums into its result.
 
     The scales of input and weight, the bias and the batch normalisation after the layer are folded
-    in float64 and rounded to `three_bytes`.
+    in float64 and rounded by `three_bytes`.
     """
     quantizer, weight_quantizer = layer.input_quantizer, layer.weight_quantizer
     assert quantizer is not None
@@ -98,9 +99,9 @@ def fold(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Tensor]:
 
 
 def fold_norm(norm: _Fixed) -> tuple[Tensor, Tensor]:
-    """Scale and shift, float32 ``[C]``, of a batch normalisation that no layer takes in.
+    """Return scale and shift, float32 ``[C]``, of a batch normalisation without a layer.
 
-    They apply to the integers behind the input where that lies on a grid, else to its values.
+    They apply to the integers of an input on a grid, and to the values of an input in float.
     """
     scale, shift = norm.affine_map()
     if norm.reads_codes:
@@ -110,7 +111,7 @@ def fold_norm(norm: _Fixed) -> tuple[Tensor, Tensor]:
 
 
 def three_bytes(x: Tensor) -> Tensor:
-    """Float32 with 16 bits of significand: the lowest byte is 0, and files omit it."""
+    """Round to float32 with 16 bits of significand. Files omit the lowest byte, which is 0."""
     bits = x.to(torch.float32).view(torch.int32)
     return ((bits + 0x80) & ~0xFF).view(torch.float32)
 
@@ -122,7 +123,7 @@ class QuantizedConv2d(_Exact, nn.Conv2d):
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d, bits: int, config: QuantizationConfig) -> QuantizedConv2d:
-        """Take over the parameters of ``layer``."""
+        """Make a quantized layer with the parameters of ``layer``."""
         quantized = cls(
             layer.in_channels,
             layer.out_channels,
@@ -140,7 +141,7 @@ class QuantizedConv2d(_Exact, nn.Conv2d):
         return quantized
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
+        """Map ``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
         if self.is_exact():
             return _exact_layer(self, x)
         return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
@@ -153,7 +154,7 @@ class QuantizedLinear(_Exact, nn.Linear):
 
     @classmethod
     def from_float(cls, layer: nn.Linear, bits: int, config: QuantizationConfig) -> QuantizedLinear:
-        """Take over the parameters of ``layer``."""
+        """Make a quantized layer with the parameters of ``layer``."""
         quantized = cls(
             layer.in_features,
             layer.out_features,
@@ -165,20 +166,20 @@ class QuantizedLinear(_Exact, nn.Linear):
         return quantized
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[*, in]`` to ``[*, out]``."""
+        """Map ``[*, in]`` to ``[*, out]``."""
         if self.is_exact():
             return _exact_layer(self, x)
         return F.linear(x, self.weight_quantizer(self.weight), self.bias)
 
 
 class QuantizedAveragePool(_Exact, nn.Module):
-    """The mean over windows, or over parts of the image that do not overlap.
+    """Average pooling over windows, or over equal parts of the image.
 
     Args:
-        kernel: Window; None to cut the image into ``parts``.
-        stride: Of the window.
-        parts: How many vertically and horizontally; the image must be divisible by them.
-        keep_dims: Whether height and width stay when they are 1.
+        kernel: Size of the window; None to divide the image into ``parts``.
+        stride: Stride of the window; None for ``kernel``.
+        parts: Number of parts, vertically and horizontally. They must divide the image's size.
+        keep_dims: Whether the result keeps its height and width.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class QuantizedAveragePool(_Exact, nn.Module):
         return self.kernel, self.stride or self.kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` to ``[N, C, H', W']``, or ``[N, C]``."""
+        """Map ``[N, C, H, W]`` to ``[N, C, H', W']``, or to ``[N, C]``."""
         kernel, stride = self.window(x.shape[-2], x.shape[-1])
         if self.is_exact():
             assert self.input_quantizer is not None
@@ -215,7 +216,7 @@ class QuantizedAveragePool(_Exact, nn.Module):
         return result if self.keep_dims else result.flatten(1)
 
     def extra_repr(self) -> str:
-        """The window."""
+        """Describe the window."""
         return f"kernel={self.kernel}, stride={self.stride}, parts={self.parts}"
 
 
@@ -223,17 +224,17 @@ class _Fixed(_Exact, nn.modules.batchnorm._BatchNorm):
     """Batch normalisation that always uses its running statistics, even after ``train()``.
 
     Attributes:
-        layer: The layer that it is folded into; None for none.
-        input_quantizer: If there is no such layer, the quantizer of the input; if the input is in
-            float, any quantizer of the student, for its mode.
-        reads_codes: Whether the input lies on the grid of `input_quantizer`.
+        layer: Layer that it is folded into; None for none.
+        input_quantizer: If `layer` is None, the quantizer of the input. If the input is in float,
+            any quantizer of the student, of which only the mode is read.
+        reads_codes: Whether the input is on the grid of `input_quantizer`.
     """
 
     layer: QuantizedConv2d | QuantizedLinear | None = None
     reads_codes: bool = False
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
-        """The normalisation as ``y = scale * x + shift``, float64 ``[C]``."""
+        """Return the normalisation as ``y = scale * x + shift``, float64 ``[C]``."""
         assert self.running_mean is not None
         assert self.running_var is not None
         scale = (self.running_var.double() + self.eps).rsqrt()
@@ -245,7 +246,7 @@ class _Fixed(_Exact, nn.modules.batchnorm._BatchNorm):
         return scale, shift
 
     def forward(self, x: Tensor) -> Tensor:
-        """Like x; x itself where the layer before has done it."""
+        """Normalise ``x``, unless the layer before has done so."""
         if self.layer is not None and self.layer.is_exact():
             return x
         if self.is_exact():
@@ -259,7 +260,7 @@ class _Fixed(_Exact, nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def from_float(cls, layer: nn.modules.batchnorm._BatchNorm) -> Any:
-        """Take over the parameters and statistics of ``layer``."""
+        """Make a fixed normalisation with the parameters and statistics of ``layer``."""
         fixed = cls(
             layer.num_features,
             eps=layer.eps,

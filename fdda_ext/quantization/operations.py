@@ -1,4 +1,4 @@
-"""What the nodes of a traced network are: one table for modules, functions and methods."""
+"""Operation names and properties of the nodes of a traced network."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ __all__ = [
     "tensor_inputs",
 ]
 
-#: Operations that only select, repeat or reorder values (and zeros): their result lies on the grid
-#: of their input.
+#: Operations that only select, repeat or reorder values, or pad with zeros. Their result is on the
+#: grid of their input.
 GRID_PRESERVING = frozenset({"reshape", "max_pool", "select", "zero_pad", "nearest", "quantizer"})
 
-#: Operations whose result is never negative.
 _NEVER_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "softmax"})
-#: Operations whose result is never negative if no input is.
+#: Operations whose result is never negative if no input is negative.
 _KEEPS_SIGN = GRID_PRESERVING | {"avg_pool", "add", "mul", "cat"}
 
 _MODULES: dict[type[nn.Module], str] = {
@@ -66,7 +65,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.AlphaDropout: "identity",
     nn.FeatureAlphaDropout: "identity",
 }
-# By name, since torchvision and timm need not be there.
+# By name, because torchvision and timm may not be installed.
 _MODULE_NAMES = {"StochasticDepth": "identity", "DropPath": "identity"}
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
@@ -162,11 +161,11 @@ _METHODS = {
 
 
 def operation(node: Node, modules: dict[str, nn.Module]) -> str:
-    """A word for what ``node`` computes; "other" for what is not in the tables above.
+    """Return the name of the operation of ``node``, "other" if the tables above do not have it.
 
     Args:
-        node: Of a traced network.
-        modules: The network's modules by qualified name.
+        node: Node of a traced network.
+        modules: Modules of the network by qualified name.
     """
     if node.op in ("placeholder", "output", "get_attr"):
         return node.op
@@ -207,12 +206,11 @@ def _module_operation(module: nn.Module) -> str:
 
 
 def _is_spatial_mean(node: Node) -> bool:
-    """Whether a mean is over height and width."""
     return mean_dimensions(node) == {2, 3} and len(shape(tensor_inputs(node)[0])) == 4
 
 
 def mean_dimensions(node: Node) -> set[int] | None:
-    """The dimensions that ``node`` averages over, counted from the first; None for no mean."""
+    """Return the dimensions that ``node`` averages over, all at least 0; None for no mean."""
     if node.target not in ("mean", torch.mean) or not tensor_inputs(node):
         return None
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
@@ -225,30 +223,30 @@ def mean_dimensions(node: Node) -> set[int] | None:
 
 
 def describe(node: Node, modules: dict[str, nn.Module]) -> str:
-    """Where ``node`` comes from, in the words of the network's author.
+    """Describe where ``node`` comes from in the network's source code.
 
     Examples are ``layer1.0.act (SiLU)`` for a module, ``F.log_softmax in head (Head), net.py:31``
     for a function, ``Tensor.clamp in Net, net.py:12`` for a method of tensors and ``the input x``.
-    The node of a quantizer is described by the node whose result it quantizes.
+    For a quantizer, describe the node whose result it quantizes.
 
     Args:
-        node: Of a traced network or of a student made from it.
-        modules: The network's modules by qualified name.
+        node: Node of a traced network or of a student.
+        modules: Modules of the network by qualified name.
     """
     if node.op == "call_module" and isinstance(modules[str(node.target)], ActivationQuantizer):
         return describe(node.all_input_nodes[0], modules)
-    known = node.meta.get("place")  # a pickled graph has lost it
+    known = node.meta.get("place")  # pickling a graph drops it
     return str(known) if known else place(node, modules)
 
 
 def place(node: Node, modules: dict[str, nn.Module], within: str = "", line: str = "") -> str:
-    """The description of ``node`` that tracing keeps in ``node.meta["place"]`` for `describe`.
+    """Return the description of ``node`` that tracing stores in ``node.meta["place"]``.
 
     Args:
-        node: Of any graph.
-        modules: The modules of the graph's owner by qualified name.
-        within: The module whose forward calls the function, such as ``head (Head)``.
-        line: Where it does so, such as ``net.py:31``.
+        node: Node of any graph.
+        modules: Modules of the graph's owner by qualified name.
+        within: Module whose forward calls the function, such as ``head (Head)``.
+        line: Source line of the call, such as ``net.py:31``.
     """
     if node.op == "placeholder":
         return f"the input {node.target}"
@@ -262,7 +260,7 @@ def place(node: Node, modules: dict[str, nn.Module], within: str = "", line: str
     return name + (f" in {within}" if within else "") + (f", {line}" if line else "")
 
 
-#: How programs write the functions of `operator`.
+#: Symbols of the functions of `operator` in source code.
 _SYMBOLS: dict[Any, str] = {
     operator.add: "+",
     operator.sub: "-",
@@ -277,7 +275,7 @@ _SYMBOLS: dict[Any, str] = {
 
 
 def _function_name(function: Any) -> str:
-    """How a program writes ``function``: F.relu, torch.cat, +."""
+    """``function`` as source code writes it: F.relu, torch.cat, +."""
     if function in _SYMBOLS:
         return _SYMBOLS[function]
     name = str(getattr(function, "__name__", None) or type(function).__name__)
@@ -288,7 +286,7 @@ def _function_name(function: Any) -> str:
 
 
 def tensor_inputs(node: Node) -> list[Node]:
-    """The nodes that ``node`` takes tensors (or tuples of them) from, in order, without repeats."""
+    """Return the nodes whose tensors (or tuples of them) ``node`` reads, in order, each once."""
     return [n for n in node.all_input_nodes if "shape" in n.meta]
 
 
@@ -299,20 +297,20 @@ def shape(node: Node) -> torch.Size:
 
 
 def is_global_pooling(node: Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether ``node`` averages over all positions."""
+    """Return whether ``node`` averages over all positions."""
     return operation(node, modules) == "avg_pool" and shape(node).numel() == (
         shape(node)[0] * shape(node)[1]
     )
 
 
 def keeps_order(node: Node) -> bool:
-    """Whether a reshaping node leaves the values in their order."""
+    """Return whether a reshaping node keeps the order of the values."""
     name = str(getattr(node.target, "__name__", node.target))
     return not any(word in name.lower() for word in ("permute", "transpose", "shuffle"))
 
 
 def never_negative(graph: Graph, modules: dict[str, nn.Module]) -> set[Node]:
-    """The nodes whose values cannot be below 0, whatever the input."""
+    """Return the nodes whose values cannot be negative for any input."""
     found: set[Node] = set()
     for node in graph.nodes:
         kind = operation(node, modules)

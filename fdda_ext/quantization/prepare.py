@@ -1,17 +1,17 @@
-"""Which tensor gets a grid: from a float network to a fake-quantized student.
+"""Conversion of a float network to a fake-quantized student.
 
-In the "deploy" grid, the image is quantized. For every input of a convolution, a linear layer or an
-average pooling, the search goes back through operations that keep values on a grid (max-pooling,
-reshaping, slicing, zero padding) to the operation that made the values. Its result is quantized,
-for all who use it:
+The "deploy" grid quantizes the image, and every tensor that enters a convolution, a linear layer or
+an average pooling. From such an input, the search goes back through operations that keep values on
+a grid (max-pooling, reshaping, slicing, zero padding) to the operation that computed the values.
+Its result is quantized for all readers:
 
     conv - bn - relu - [Q] - maxpool - conv          the fused ReLU's output
     conv - bn - add - relu - [Q] - conv              the residual sum; the branches stay in float
     conv - bn - [Q] - conv                           a linear bottleneck
-    cat - [Q] - conv                                 one grid for all that is concatenated
-    relu - [Q] - global pooling - [Q] - linear       before the pooling and after it
+    cat - [Q] - conv                                 one grid for all concatenated tensors
+    relu - [Q] - global pooling - [Q] - linear       before and after the pooling
 
-In the "paper" grid, exactly the outputs of ReLU and ReLU6 are quantized.
+The "paper" grid quantizes only the outputs of ReLU and ReLU6.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class _Placement:
     """A tensor that will be quantized.
 
     Attributes:
-        node: What makes it.
-        role: "image", the input and what is made of it before the first layer; "pooled", the result
-            of global pooling; "activation", any other.
+        node: Node that computes it.
+        role: "image" for the input and everything computed from it before the first layer; "pooled"
+            for the result of global pooling; "activation" for all others.
         signed: Whether it can be negative.
-        bits: Of its grid.
+        bits: Bits of its grid.
     """
 
     node: Node
@@ -70,20 +70,21 @@ class _Placement:
 
 
 def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor) -> GraphModule:
-    """Build the fake-quantized student of ``model``, which is not touched.
+    """Build the fake-quantized student of ``model``, which stays unchanged.
 
-    Weights have their ranges; activations pass through in float until `calibrate` or
-    `set_activation_mode` gives them theirs. All parameters are trainable. Batch normalisation
-    stays separate and keeps its statistics, whatever ``train()`` says; dropout is gone. Layers have
-    their old names, so ``student.load_state_dict(model.state_dict(), strict=False)`` works. A layer
-    that is called several times has a copy for every further call (``conv_2`` beside ``conv``),
-    which a state dict of ``model`` does not fill: prepare a model that has its weights. The
-    quantizer of tensor ``t`` is ``student.activation_quantizers.t``.
+    The ranges of weights are set. Activations stay in float until `calibrate` sets their ranges or
+    `set_activation_mode` changes their mode. All parameters are trainable. Batch normalisation
+    stays separate and always uses its running statistics, even after ``train()``. Dropout is
+    removed. Layers keep their names, so ``student.load_state_dict(model.state_dict(),
+    strict=False)`` works. A layer that is called several times gets a copy for every further call
+    (``conv_2`` beside ``conv``). A state dict of ``model`` does not fill these copies, so load the
+    weights into ``model`` first. The quantizer of tensor ``t`` is
+    ``student.activation_quantizers.t``.
 
     Args:
-        model: A trained network that torch.fx can trace.
+        model: Trained network that torch.fx can trace.
         config: Bits, grid and ranges.
-        example_input: Images ``[N, 3, H, W]``, for shapes alone.
+        example_input: Images ``[N, 3, H, W]``; only their shape is used.
 
     Returns:
         The student, in evaluation mode, on the device of ``model``.
@@ -109,7 +110,7 @@ def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor)
 
 
 def _write_out_padding(network: GraphModule) -> None:
-    """Give convolutions with padding "same" or "valid" the numbers that this means."""
+    """Replace the padding "same" or "valid" of convolutions by numbers."""
     modules = dict(network.named_modules())
     for node in network.graph.nodes:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -127,7 +128,7 @@ def _write_out_padding(network: GraphModule) -> None:
 
 
 def _pad_input(network: GraphModule, node: Node, sides: tuple[int, int, int, int]) -> None:
-    """Put zeros around the input of ``node``: left, right, top, bottom."""
+    """Pad the input of ``node`` with zeros: left, right, top, bottom."""
     source = tensor_inputs(node)[0]
     with network.graph.inserting_before(node):
         pad = network.graph.call_function(F.pad, (source, list(sides)))
@@ -138,7 +139,7 @@ def _pad_input(network: GraphModule, node: Node, sides: tuple[int, int, int, int
 
 
 def _drop_added_zeros(network: GraphModule) -> None:
-    """Take away additions of the number 0, with which Python's ``sum`` begins."""
+    """Remove additions of the number 0, with which Python's ``sum`` begins."""
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
         if operation(node, modules) == "add" and any(
@@ -165,7 +166,7 @@ def _plan(network: GraphModule, config: QuantizationConfig) -> list[_Placement]:
             for n in nodes
             if operation(n, modules) in ("conv", "linear", "avg_pool")
         }
-        # A program reads images through the image's grid alone.
+        # An integer program reads only quantized images.
         sources |= {n for n in nodes if n.op == "placeholder" and n.users}
     positive = never_negative(network.graph, modules)
     bits: dict[Role, int] = {
@@ -186,7 +187,7 @@ def _plan(network: GraphModule, config: QuantizationConfig) -> list[_Placement]:
 
 
 def _source(node: Node, modules: dict[str, nn.Module], past_quantizers: bool = True) -> Node:
-    """The node that made the values of ``node``, or the quantizer that they come from."""
+    """Node that computed the values of ``node``; stop at quantizers unless past_quantizers."""
     passed = GRID_PRESERVING if past_quantizers else GRID_PRESERVING - {"quantizer"}
     while operation(node, modules) in passed:
         node = tensor_inputs(node)[0]
@@ -194,7 +195,7 @@ def _source(node: Node, modules: dict[str, nn.Module], past_quantizers: bool = T
 
 
 def _before_layers(nodes: list[Node], modules: dict[str, nn.Module]) -> set[Node]:
-    """The image, and what is made of it without a convolution or linear layer."""
+    """The image and everything computed from it without a convolution or linear layer."""
     found: set[Node] = set()
     for node in nodes:
         inputs = tensor_inputs(node)
@@ -216,7 +217,7 @@ def _role(node: Node, image_side: set[Node], modules: dict[str, nn.Module]) -> R
 def _first_and_last(
     network: GraphModule, placements: list[_Placement], modules: dict[str, nn.Module]
 ) -> list[_Placement]:
-    """The activation that the first layer makes, and the last activation."""
+    """The activation of the first layer, and the last activation."""
     activations = [p for p in placements if p.role == "activation"]
     if not activations:
         return []
@@ -232,7 +233,7 @@ def _first_and_last(
 
 
 def _quantize_layers(student: GraphModule, config: QuantizationConfig) -> None:
-    """Replace every convolution and linear layer, and fix every batch normalisation."""
+    """Replace convolutions and linear layers by quantized ones, and fix batch normalisations."""
     modules = dict(student.named_modules())
     names = [str(n.target) for n in student.graph.nodes if n.op == "call_module"]
     weighted = [n for n in names if isinstance(modules[n], (nn.Conv2d, nn.Linear))]
@@ -244,7 +245,7 @@ def _quantize_layers(student: GraphModule, config: QuantizationConfig) -> None:
             close = difflib.get_close_matches(name, weighted, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UsageError(
-                f"prepare: expected layer_bits of convolutions and linear layers, got {name}{hint}"
+                f"prepare: expected layer_bits of convolutions or linear layers, got {name}{hint}"
             )
         layer_bits[name] = bits
     for name in names:
@@ -285,7 +286,10 @@ def _insert_quantizers(
 
 
 def _replace_average_pools(student: GraphModule) -> None:
-    """Average poolings that add integers; unusual ones, which no integer program has, stay."""
+    """Replace average poolings by ones that sum integers.
+
+    Poolings without an integer instruction stay.
+    """
     modules = dict(student.named_modules())
     pools = nn.Module()
     for node in student.graph.nodes:
@@ -329,7 +333,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _link(student: GraphModule) -> None:
-    """Tell every layer which quantizer its input comes from, and which normalisation follows."""
+    """Link every layer to the quantizer of its input and to the normalisation that follows."""
     modules = dict(student.named_modules())
     quantizers = [m for m in modules.values() if isinstance(m, LearnedActivationQuantizer)]
     for node in student.graph.nodes:

@@ -1,4 +1,4 @@
-"""Quantizers as modules: they hold the range of one tensor, or of each channel of a weight."""
+"""Quantizer modules, each with the range of one tensor or of every channel of a weight."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ __all__ = [
     "build_weight_quantizer",
 ]
 
-#: "float" passes the tensor through; "collect" too, but counts its values; "observe" moves the
-#: range with every batch and quantizes with it; "quantize" leaves the range alone.
+#: "float" passes the tensor through. "collect" does so and counts its values. "observe" moves the
+#: range with every batch, then quantizes. "quantize" quantizes with a fixed range.
 ActivationMode = Literal["float", "collect", "observe", "quantize"]
 _MODES: tuple[ActivationMode, ...] = get_args(ActivationMode)
 
 
 class WeightQuantizer(nn.Module):
-    """What both weight quantizers share: bits, grid, rule.
+    """Base of the weight quantizers.
 
     Attributes:
-        grid: The grid, with `bits`, `quant_min` and `quant_max`.
-        rule: How `calibrate` finds ranges.
+        grid: Grid of the weight.
+        rule: Range rule of `calibrate`.
     """
 
     def __init__(self, grid: Grid, rule: RangeRule) -> None:
@@ -54,33 +54,33 @@ class WeightQuantizer(nn.Module):
         self.set_range(*find_range(rows, None, low, high, self.grid, self.rule))
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Take ``low`` and ``high`` ``[C]`` as the ends of the channels' ranges."""
+        """Set the ranges of the channels to ``low`` and ``high``, ``[C]`` each."""
         raise NotImplementedError
 
     def position(self, weight: Tensor) -> Tensor:
-        """Where ``weight [C, *]`` lies among the codes: before rounding and clamping."""
+        """Return the codes of ``weight [C, *]`` before rounding and clamping."""
         raise NotImplementedError
 
     def values(self, codes: Tensor) -> Tensor:
-        """What ``codes [C, *]`` stand for, fractions included: the inverse of `position`."""
+        """Return the values of ``codes [C, *]``, fractions included: the inverse of `position`."""
         raise NotImplementedError
 
     def codes(self, weight: Tensor) -> Tensor:
-        """The integers, in float32, that ``weight [C, *]`` is rounded to."""
+        """Return the codes of ``weight [C, *]``, in float32."""
         return self.position(weight).round_().clamp_(self.grid.quant_min, self.grid.quant_max)
 
     def extra_repr(self) -> str:
-        """Bits and kind of grid."""
+        """Describe bits and kind of grid."""
         return f"{self.grid.bits} bits, {self.grid.kind}"
 
 
 class LearnedWeightQuantizer(WeightQuantizer):
-    """Deploy grid: symmetric, a learned scale for every output channel.
+    """Weight quantizer of the deploy grid: symmetric, a learned scale for every output channel.
 
     Attributes:
         scale: float32 ``[C]``, trainable.
         zero_point: float32 ``[C]``, all 0.
-        gradient_factor: What gradients of the scale are multiplied with.
+        gradient_factor: Factor of the scale's gradients.
     """
 
     zero_point: Tensor
@@ -101,7 +101,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         self.register_buffer("zero_point", torch.zeros_like(ones), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Round ``weight [C, *]`` to its channels' grids."""
+        """Round ``weight [C, *]`` to the grids of its channels."""
         scale = _scale_gradient(self.scale, self.gradient_factor)
         return fake_quantize(weight, scale, self.zero_point, self.quant_min, self.quant_max, 0)
 
@@ -115,15 +115,16 @@ class LearnedWeightQuantizer(WeightQuantizer):
         return codes * along_channels(self.scale, codes)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Take the tightest scales that reach from ``low`` to ``high [C]``."""
+        """Set the smallest scales that cover ``low`` to ``high``, ``[C]`` each."""
         with torch.no_grad():
             self.scale.copy_(self.grid.parameters(low, high)[0])
 
 
 class PaperWeightQuantizer(WeightQuantizer):
-    """The authors' grid: asymmetric, the range of the channel's current weights in every pass.
+    """Weight quantizer of the paper grid: asymmetric.
 
-    Rules other than "minmax" have no counterpart there: they set the range once.
+    With the rule "minmax", as in the authors' code, every forward pass uses the range of the
+    current weights. The other rules set the range once.
     """
 
     low: Tensor
@@ -138,7 +139,7 @@ class PaperWeightQuantizer(WeightQuantizer):
             self.register_buffer("high", zeros.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Round ``weight [C, *]`` to its channels' grids."""
+        """Round ``weight [C, *]`` to the grids of its channels."""
         values = weight.detach()
         low, high = values.flatten(1).aminmax(dim=1) if self.moving else (self.low, self.high)
         low, high = along_channels(low, weight), along_channels(high, weight)
@@ -156,28 +157,28 @@ class PaperWeightQuantizer(WeightQuantizer):
         return (codes + offset) / steps
 
     def _steps(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The s and z of a range that stays."""
+        """The s and z of `paper_steps` for a fixed range."""
         if self.moving:
-            raise ValueError("positions are for ranges that do not move with the weights")
+            raise ValueError("weight codes need a range that does not move with the weights")
         low, high = along_channels(self.low, like), along_channels(self.high, like)
         return paper_steps(low, high, self.grid.bits)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Keep ``low`` and ``high [C]``, unless every pass looks for its own."""
+        """Set ``low`` and ``high [C]``, unless the range moves with the weights."""
         if not self.moving:
             self.low.copy_(low)
             self.high.copy_(high)
 
 
 class ActivationQuantizer(nn.Module):
-    """What both activation quantizers share: a range for the whole tensor, and ways to find it.
+    """Base of the activation quantizers, with one range for the whole tensor.
 
     Attributes:
-        grid: The grid, with `bits`, `quant_min` and `quant_max`.
-        rule: How `calibrate` finds the range.
-        mode: See `ActivationMode`; part of the state, as a student resumes in the mode it was in.
-        low: Lower end of the range as observed or calibrated, float32 scalar.
-        high: Upper end, likewise.
+        grid: Grid of the activation.
+        rule: Range rule of `calibrate`.
+        mode: An `ActivationMode`. It is part of the state dict, so a student resumes in its mode.
+        low: Lower end of the observed or calibrated range, float32 scalar.
+        high: Upper end of this range, float32 scalar.
     """
 
     low: Tensor
@@ -196,10 +197,10 @@ class ActivationQuantizer(nn.Module):
     @property
     def signed(self) -> bool:
         """Whether the tensor may be negative."""
-        return self.grid.kind == "asymmetric"  # the paper's grid is for ReLU outputs alone
+        return self.grid.kind == "asymmetric"  # the paper grid quantizes only ReLU outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the mode asks for."""
+        """Quantize ``x`` or pass it through, as `mode` says."""
         if self.mode == "quantize":
             return self.quantize(x)
         if self.mode == "observe":
@@ -218,7 +219,7 @@ class ActivationQuantizer(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Move the range by one batch: ``low <- m low + (1 - m) min(x)``, likewise high.
 
-        It starts at 0 without correction of that bias, as in the authors' code.
+        The range starts at 0 without bias correction, as in the authors' code.
         """
         low, high = extremes(*torch.aminmax(x.detach()))
         self.low.mul_(self.momentum).add_(low, alpha=1 - self.momentum)
@@ -227,35 +228,37 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, histogram: Histogram) -> None:
-        """Set the range from the values counted."""
+        """Set the range from the counted values."""
         low, high = histogram.find_range(self.grid, self.rule)
         self.low.fill_(low)
         self.high.fill_(high)
         self.range_changed()
 
     def range_changed(self) -> None:
-        """Recompute what depends on `low` and `high`."""
+        """Recompute everything that depends on `low` and `high`."""
 
     def get_extra_state(self) -> Tensor:
-        """The mode, as a tensor like the rest of the state."""
+        """Return the mode as a tensor, like the rest of the state."""
         return torch.tensor(_MODES.index(self.mode), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go into the stored mode."""
+        """Restore the stored mode."""
         self.mode = _MODES[int(state)]
 
     def extra_repr(self) -> str:
-        """Bits and kind of grid."""
+        """Describe bits, kind of grid and mode."""
         return f"{self.grid.bits} bits, {self.grid.kind}, mode={self.mode}"
 
 
 class LearnedActivationQuantizer(ActivationQuantizer):
-    """Deploy grid: unsigned where the tensor is never negative, else with an integer zero point.
+    """Activation quantizer of the deploy grid.
+
+    The grid is unsigned if the tensor is never negative, otherwise it has an integer zero point.
 
     Attributes:
         scale: float32 scalar, trainable.
-        zero_point: float32 scalar, trainable if so configured; rounded inside the op.
-        gradient_factor: What gradients of the scale are multiplied with.
+        zero_point: float32 scalar, trainable if configured so; the op rounds it.
+        gradient_factor: Factor of the scale's gradients.
     """
 
     zero_point: Tensor
@@ -287,11 +290,11 @@ class LearnedActivationQuantizer(ActivationQuantizer):
 
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
-        """``q - zero_point``, exact, in float32, of values ``x`` that lie on the grid."""
+        """Return ``q - zero_point``, exact in float32, for values ``x`` on the grid."""
         return (x * (1 / self.scale)).round_()
 
     def largest_integer(self) -> int:
-        """Bound of the magnitude of `integers`."""
+        """Return the largest magnitude of `integers`."""
         zero_point = int(self.zero_point.round())
         return max(zero_point - self.quant_min, self.quant_max - zero_point)
 
@@ -304,7 +307,7 @@ class LearnedActivationQuantizer(ActivationQuantizer):
 
 
 class PaperActivationQuantizer(ActivationQuantizer):
-    """The authors' grid: asymmetric min-max, identity gradient, nothing trainable."""
+    """Activation quantizer of the paper grid: identity gradient, nothing trainable."""
 
     def __init__(self, bits: int, rule: RangeRule, momentum: float = 0.9) -> None:
         super().__init__(Grid("paper", bits), rule, momentum)
@@ -317,7 +320,7 @@ class PaperActivationQuantizer(ActivationQuantizer):
 def build_weight_quantizer(
     weight: Tensor, bits: int, config: QuantizationConfig
 ) -> WeightQuantizer:
-    """The quantizer that ``config`` asks for, its ranges set from ``weight [C, *]``."""
+    """Build the quantizer of ``config`` and set its ranges from ``weight [C, *]``."""
     quantizer: WeightQuantizer
     if config.grid == "paper":
         quantizer = PaperWeightQuantizer(weight, bits, config.weight_rule)
@@ -330,7 +333,7 @@ def build_weight_quantizer(
 def build_activation_quantizer(
     bits: int, signed: bool, values_per_image: int, config: QuantizationConfig
 ) -> ActivationQuantizer:
-    """The quantizer that ``config`` asks for, in mode "float": its range is not known yet."""
+    """Build the quantizer of ``config`` in mode "float", without a range."""
     if config.grid == "paper":
         return PaperActivationQuantizer(bits, config.activation_rule, config.momentum)
     return LearnedActivationQuantizer(

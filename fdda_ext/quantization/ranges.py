@@ -1,4 +1,4 @@
-"""Where a tensor's range ends: rules, the search they share, and the histogram they look at."""
+"""Range rules, the search for ranges, and the histogram that it reads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .grid import MIN_SCALE, Grid
 
 __all__ = ["Histogram", "RangeRule", "find_range"]
 
-# Shares of the full range that the search tries, then smaller steps around the best.
+# The search tries these fractions of the full range, then these multiples of the best one.
 _COARSE = torch.linspace(0.05, 1.0, 39)[:, None]
 _FINE = torch.tensor((0.95, 0.9625, 0.975, 0.9875, 1.0125, 1.025, 1.0375, 1.05))[:, None]
-#: Values that are quantized in one call: as many candidates as come to so many, at least one.
+#: Values that one call quantizes; sets how many candidate ranges are tried at once.
 _AT_ONCE = 1 << 17
 #: Values that a histogram counts in one call on a CPU.
 _COUNTED_AT_ONCE = 1 << 18
@@ -25,14 +25,15 @@ _COUNTED_AT_ONCE = 1 << 18
 
 @dataclass(frozen=True)
 class RangeRule:
-    """How to choose the ends of a range.
+    """A range rule with its parameters.
 
     Attributes:
-        name: "minmax", the extremes; "lp", least error to the power of `exponent`; "lsq", from the
+        name: "minmax", the extremes; "lp", least error to the power `exponent`; "lsq", from the
             mean magnitude (LSQ: Esser et al., ICLR 2020, section 2.1); "percentile"; "lloyd", least
             squared error by Lloyd's iterations from the largest value, for grids that begin at 0.
-        exponent: Of "lp": 2 is the mean squared error, 2.4 LAPQ's and BRECQ's choice.
-        percentile: Of "percentile": per cent of the values below the upper end, above the lower.
+        exponent: Exponent of "lp": 2 gives the mean squared error, 2.4 is LAPQ's and BRECQ's.
+        percentile: For "percentile", percentage of the values below the upper end and above the
+            lower end.
     """
 
     name: Literal["minmax", "lp", "lsq", "percentile", "lloyd"]
@@ -48,18 +49,20 @@ def find_range(
     grid: Grid,
     rule: RangeRule,
 ) -> tuple[Tensor, Tensor]:
-    """Ends of the range of each row.
+    """Return the ends of the range of each row.
 
     Args:
-        values: float32 ``[C, n]``, each row with a range of its own.
+        values: Values, float32 ``[C, n]``; each row gets its own range.
         counts: How often each value occurs, ``[C, n]``; None for once.
-        low: Least values ``[C]``; may be a little beyond the values if those are bin centres.
-        high: Largest values ``[C]``.
-        grid: The grid that the range is for.
-        rule: How to choose.
+        low: Smallest values ``[C]``. They may be slightly beyond ``values`` if those are the
+            centres of bins.
+        high: Largest values ``[C]``, likewise.
+        grid: Grid of the range.
+        rule: Range rule.
 
     Returns:
-        Lower and upper ends, ``[C]`` each; but for "lsq", within ``low`` and ``high``.
+        Lower and upper ends, ``[C]`` each. Only "lsq" and "lloyd" may go beyond ``low`` and
+        ``high``.
     """
     if rule.name == "lp":
         return _least_error(values, counts, low, high, grid, rule.exponent)
@@ -80,13 +83,16 @@ def _least_error(
     grid: Grid,
     exponent: float,
 ) -> tuple[Tensor, Tensor]:
-    """Shrink both ends together; where they are free of each other, then each on its own."""
+    """Search the range with the least error.
+
+    Both ends shrink together, then each by itself if the grid allows it.
+    """
     best = torch.full_like(low, math.inf)
     best_low, best_high = low, high
     at_once = max(1, _AT_ONCE // max(1, values.numel()))
 
     def attempt(lows: Tensor, highs: Tensor) -> None:
-        """Try candidates ``[K, C]``; of equal ones the first stays."""
+        """Try candidates ``[K, C]``; the first of equal ones wins."""
         nonlocal best, best_low, best_high
         k = len(lows)
         x = values.expand(k, *values.shape).flatten(0, 1)
@@ -119,9 +125,10 @@ def _least_error(
 def _from_mean_magnitude(
     values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
-    """``scale = 2 E|x| / sqrt(quant_max)``, quant_max that of a symmetric grid if signed.
+    """Range for ``scale = 2 E|x| / sqrt(quant_max)``.
 
-    Both ends move in the same proportion; at many bits the formula leads beyond the values.
+    A signed grid uses the quant_max of a symmetric one. Both ends move by the same factor. With
+    many bits, the range goes beyond the values.
     """
     if counts is None:
         magnitude = values.abs().mean(1)
@@ -135,9 +142,9 @@ def _from_mean_magnitude(
 
 
 def _lloyd(values: Tensor, counts: Tensor | None, high: Tensor, grid: Grid) -> Tensor:
-    """Upper end of a range from 0 on (Bit-Split: Wang et al., ICML 2020).
+    """Upper end of a range that begins at 0 (Bit-Split: Wang et al., ICML 2020).
 
-    ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>`` in turn, until an s comes back.
+    Alternate ``q = clip(round(x / s))`` and ``s = <x, q> / <q, q>`` until an s repeats.
     """
     codes = grid.quant_max - grid.quant_min
     x = values.double()
@@ -155,7 +162,7 @@ def _lloyd(values: Tensor, counts: Tensor | None, high: Tensor, grid: Grid) -> T
 def _percentiles(
     values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, share: float
 ) -> tuple[Tensor, Tensor]:
-    """Values that ``share`` of each row lies above or below."""
+    """Ends with the fraction ``share`` of each row above the lower and below the upper one."""
     ordered, order = values.sort(1)
     weight = torch.ones_like(ordered, dtype=torch.float64)
     if counts is not None:
@@ -172,11 +179,11 @@ def _percentiles(
 
 
 class Histogram:
-    """Counts of a tensor's values over any number of batches, in constant memory.
+    """Histogram of a tensor's values over any number of batches, in constant memory.
 
-    The bins cover ``[-reach, reach)`` with reach a power of two that doubles when a value does not
-    fit; two bins then merge into one. So the counts depend neither on how the values come in
-    batches nor on their order.
+    The bins cover ``[-reach, reach)``. ``reach`` is a power of two that doubles if a value does not
+    fit, and then pairs of bins merge. So the counts depend neither on the order nor on the batches
+    of the values.
     """
 
     bins = 2**14
@@ -191,7 +198,7 @@ class Histogram:
         """Count the values of ``x``, any shape.
 
         Raises:
-            UsageError: If one of them is not finite.
+            UsageError: If a value is not finite.
         """
         x = x.detach()
         in_memory_order = sorted(range(x.dim()), key=x.stride, reverse=True)
@@ -210,20 +217,20 @@ class Histogram:
             quarter = self.bins // 4
             self.counts[quarter : 3 * quarter] = merged
             self.reach *= 2
-        # On a CPU the intermediate results of one part fit its cache.
+        # On a CPU, the intermediate results of one part fit in the cache.
         for part in x.split(_COUNTED_AT_ONCE if x.is_cpu else max(x.numel(), 1)):
-            # Exact: the width is a power of two, and float32 holds every index.
+            # Exact, because the bin width is a power of two and float32 can represent every index.
             index = (part * (self.bins / 2 / self.reach)).floor_().add_(self.bins // 2)
             self.counts += torch.bincount(index.int(), minlength=self.bins)
 
     def values_and_counts(self) -> tuple[Tensor, Tensor]:
-        """Centres of the bins that hold something and their counts, float32 and int64 ``[n]``."""
+        """Return centres and counts of all non-empty bins, float32 and int64 ``[n]``."""
         filled = self.counts.nonzero().squeeze(1)
         centres = (filled.double() + 0.5 - self.bins / 2) * (self.reach / (self.bins / 2))
         return centres.float(), self.counts[filled]
 
     def find_range(self, grid: Grid, rule: RangeRule) -> tuple[float, float]:
-        """Lower and upper end for the values seen."""
+        """Return the lower and upper end of the range for the counted values."""
         if rule.name == "minmax":
             return self.low, self.high
         values, counts = self.values_and_counts()
@@ -233,5 +240,4 @@ class Histogram:
 
 
 def _power_of_two_above(value: float) -> float:
-    """The least power of two above ``value``."""
     return 2.0 ** math.frexp(value)[1]

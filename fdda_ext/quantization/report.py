@@ -1,4 +1,4 @@
-"""The table of bits: what every layer really gets."""
+"""Table of the bits of every layer."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["LayerBits", "bits_table", "render_bits"]
 
 @dataclass(frozen=True)
 class LayerBits:
-    """One convolution or linear layer.
+    """Bits of one convolution or linear layer.
 
     Attributes:
         name: Qualified name.
-        kind: Such as "conv 3x3 /2", "conv 3x3 groups 8", "depthwise 3x3", "linear".
+        kind: Type, such as "conv 3x3 /2", "conv 3x3 groups 8", "depthwise 3x3", "linear".
         weight_shape: ``[C_out, C_in / groups, kH, kW]`` or ``[out, in]``.
-        weight_bits: Of the weights.
-        input: The tensor that enters, by its name in the graph; its quantizer has the same name.
-        input_bits: Of that tensor, None for float.
-        input_signed: Whether it may be negative, None for float.
-        output: Where the result gets its grid, after normalisation, addition and activation, or
-            why it stays in float.
+        weight_bits: Bits of the weight.
+        input: Name of the input tensor in the graph; its quantizer has the same name.
+        input_bits: Bits of the input; None for float.
+        input_signed: Whether the input can be negative; None for float.
+        output: Tensor at which the result is quantized, after normalisation, addition and
+            activation, or the reason why it stays in float.
     """
 
     name: str
@@ -43,7 +43,7 @@ class LayerBits:
 
 
 def bits_table(student: GraphModule) -> list[LayerBits]:
-    """One row for each convolution and linear layer of ``student``, in order of execution."""
+    """Return a row for each convolution and linear layer of ``student``, in order of execution."""
     if not isinstance(student, GraphModule):
         raise UsageError(
             "bits_table: expected student to be a network from prepare, "
@@ -72,7 +72,7 @@ def bits_table(student: GraphModule) -> list[LayerBits]:
 
 
 def render_bits(rows: Sequence[LayerBits]) -> str:
-    """``rows`` as a text table."""
+    """Return ``rows`` as a text table."""
     header = ("layer", "type", "weight", "bits", "input", "bits", "output")
     lines = [header] + [
         (
@@ -131,7 +131,7 @@ def _origin(node: Node, modules: dict[str, nn.Module]) -> tuple[str, ActivationQ
 
 
 def _destinations(node: Node, modules: dict[str, nn.Module]) -> list[str]:
-    """Where the values of ``node`` end up: on grids, or in float, of which one place is named."""
+    """Return where the values of ``node`` are quantized, and one place where they stay in float."""
     found: dict[str, None] = {}
     for user in node.users:
         kind = operation(user, modules)
@@ -152,9 +152,9 @@ def _destinations(node: Node, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _is_second_operand(node: Node, user: Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether ``user`` combines ``node`` with an earlier operand that is in float as well.
+    """Return whether ``user`` combines ``node`` with an earlier operand that is also in float.
 
-    The kernel of the first operand's layer does the sum, so this one is written out in float.
+    The kernel of the first operand's layer computes the sum, so ``node`` is stored in float.
     """
     operands = tensor_inputs(user)
     if len(operands) < 2 or operation(user, modules) == "cat" or operands[0] is node:

@@ -1,4 +1,4 @@
-"""What is done to a whole student: calibrate, change modes, keep scales positive."""
+"""Functions on a whole student: calibration, modes, positive scales."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ __all__ = [
     "set_activation_mode",
 ]
 
-#: Images in a batch, when calibration images come as one tensor.
+#: Batch size if the calibration images are one tensor.
 IMAGES_AT_ONCE = 32
 
 
 @torch.no_grad()
 def calibrate(student: nn.Module, batches: Tensor | Iterable[Tensor]) -> None:
-    """Set all ranges, by the rules of the student's configuration; activations quantize from then.
+    """Set all ranges by the student's range rules, then quantize activations.
 
-    Weight ranges come first, from the current weights. Activation ranges are then found in one
-    sweep, with quantized weights, which is what the activations will be made with, and with
-    activations still in float, so that no range depends on how well another was chosen. Of each
-    tensor a histogram is kept, so memory does not grow with the number of images, and neither the
-    order nor the size of the batches matters.
+    The ranges of weights are set first, from the current weights. Then one pass over the images
+    collects a histogram of every activation. In this pass weights are quantized but activations are
+    not, so no range depends on another. Memory does not grow with the number of images. Order and
+    size of the batches do not matter.
 
     Args:
-        student: From `prepare`.
+        student: Network from `prepare`.
         batches: Normalised images ``[n, 3, H, W]``, all in one tensor or batch by batch.
 
     Raises:
-        UsageError: If there is no image, an activation is not finite, or ``student`` is none.
+        UsageError: If there is no image, an activation is not finite, or ``student`` has no
+            quantizers.
     """
     if not activation_quantizers(student):
         raise UsageError(
@@ -76,10 +76,12 @@ def calibrate(student: nn.Module, batches: Tensor | Iterable[Tensor]) -> None:
 
 @contextmanager
 def collecting(quantizers: Sequence[ActivationQuantizer]) -> Iterator[list[Histogram]]:
-    """Set the ranges of ``quantizers`` from what passes through them inside; then they quantize.
+    """Set the ranges of ``quantizers`` from the values that they get in this context.
+
+    Afterwards, they quantize.
 
     Yields:
-        What passes, of each.
+        Histograms of these values, one for each quantizer.
     """
     histograms = [Histogram() for _ in quantizers]
     for quantizer, histogram in zip(quantizers, histograms, strict=True):
@@ -99,7 +101,7 @@ def _as_batches(batches: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def activation_quantizers(student: nn.Module) -> list[ActivationQuantizer]:
-    """The student's activation quantizers, in order of execution."""
+    """Return the student's activation quantizers, in order of execution."""
     return [m for m in student.modules() if isinstance(m, ActivationQuantizer)]
 
 
@@ -107,12 +109,12 @@ def set_activation_mode(student: nn.Module, mode: ActivationMode) -> None:
     """Put every activation quantizer into ``mode``.
 
     Args:
-        student: From `prepare`.
+        student: Network from `prepare`.
         mode: "observe" moves the ranges with every forward pass (FDDA's first epochs), "quantize"
-            leaves them as they are, "float" passes activations through.
+            keeps them, "float" leaves activations in float.
 
     Raises:
-        UsageError: If the ranges are to be used but have never been set, or there is no such mode.
+        UsageError: If ``mode`` is unknown, or is "quantize" before any range was set.
     """
     if mode not in ("float", "observe", "quantize"):
         raise UsageError(
@@ -131,7 +133,7 @@ def set_activation_mode(student: nn.Module, mode: ActivationMode) -> None:
 
 
 def scale_parameters(student: nn.Module) -> list[nn.Parameter]:
-    """Trainable scales and zero points of all quantizers; none in the paper's grid."""
+    """Return the trainable scales and zero points of all quantizers; none for the paper grid."""
     return [
         parameter
         for module in student.modules()
@@ -142,7 +144,7 @@ def scale_parameters(student: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def project_scales_(student: nn.Module) -> None:
-    """After an optimizer step: scales positive again, zero points among the codes."""
+    """Make scales positive and keep zero points among the codes, after an optimizer step."""
     scales = []
     for module in student.modules():
         if isinstance(module, (LearnedWeightQuantizer, LearnedActivationQuantizer)):

@@ -1,10 +1,11 @@
-"""A torch.fx tracer that knows the shape of every tensor while it follows a network.
+"""A torch.fx tracer that knows the shape of every tensor of a network.
 
-Every operation is also computed on fake tensors (shapes without values), for two batch sizes. What
-is equal for both, such as ``x.shape[2]`` or ``x.dim()``, is an ordinary number to the traced code,
-so windows, reshapes and branches may depend on it. What differs depends on the batch and stays a
-node of the graph, unless the operation can be written without it: ``x.view(x.size(0), -1)`` becomes
-a reshape to ``(-1, features)``, and ``x.squeeze()`` names the dimensions that it takes away.
+Every operation also runs on fake tensors (shapes without values), for two batch sizes. A result
+that is equal for both, such as ``x.shape[2]`` or ``x.dim()``, is an ordinary number in the traced
+code, so windows, reshapes and branches may depend on it. A result that differs depends on the batch
+and stays a node of the graph, unless the operation can be written without it:
+``x.view(x.size(0), -1)`` becomes a reshape to ``(-1, features)``, and ``x.squeeze()`` gets explicit
+dimensions.
 """
 
 from __future__ import annotations
@@ -38,69 +39,68 @@ from .operations import place
 
 __all__ = ["SizedTracer", "fake_images", "is_authors", "shapes_of", "shapes_only"]
 
-#: Two batch sizes: large, so that quotients and comparisons of them differ, too.
+#: Two batch sizes, large enough that quotients and comparisons of them differ, too.
 _BATCHES = (64, 96)
-#: Functions that make a tensor of the sizes in their arguments.
+#: Functions that make a tensor from sizes.
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn")
 _RESHAPES: tuple[Any, ...] = ("reshape", "reshape_as", torch.reshape)
-#: Whether a view is possible depends on how the layer before lays out its result in memory.
+#: Views become reshapes, because a view may not suit the memory format of its input.
 _VIEWS = {"view": "reshape", "view_as": "reshape_as"}
 _SQUEEZES: tuple[Any, ...] = ("squeeze", torch.squeeze)
-#: Methods that give back their tensor if it has the wanted type and device.
+#: Methods that return their tensor if it already has the requested dtype and device.
 _CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda")
 
 
-# Shapes that do not fit together are the user's mistake, which an error names. PyTorch would print
-# them to stderr besides.
+# An error reports shapes that do not match. PyTorch would also print them to stderr.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
 def shapes_only() -> FakeTensorMode:
-    """The mode in which operations compute shapes instead of values."""
+    """Return the mode in which operations compute shapes instead of values."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake_images(mode: FakeTensorMode, count: int, like: Tensor) -> Tensor:
-    """``count`` images with shape, dtype and device of those of ``like [N, C, H, W]``."""
+    """Return ``count`` fake images with the size, dtype and device of ``like [N, C, H, W]``."""
     with mode:
         return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device)
 
 
 def shapes_of(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What ``module`` gives for fake tensors; its result may be any tensor of the right shape."""
+    """Run ``module`` on fake tensors. The result only needs the right shape."""
     if isinstance(module, _BatchNorm) and args and args[0].shape[1:2] == (module.num_features,):
-        return torch.empty_like(args[0])  # a fake normalisation is twenty operations
+        return torch.empty_like(args[0])  # a fake normalisation runs twenty operations
     return module(*args, **kwargs)
 
 
 class SizedTracer(Tracer):
-    """Stops at layers with weights, and names every result after the module that made it.
+    """Tracer that stops at layers with weights and names every result after its module.
 
     Args:
-        example: Images ``[N, C, H, W]``, dtype and device of the network's input.
+        example: Images ``[N, C, H, W]`` with dtype and device of the network's input.
     """
 
-    # A buffer that is indexed by a size of the batch must be part of the graph.
+    # A buffer that is indexed by the batch size must be part of the graph.
     proxy_buffer_attributes = True
 
     def __init__(self, example: Tensor) -> None:
         wrapped: tuple[Any, ...] = ()
         self.opaque: tuple[type[nn.Module], ...] = ()
         timm = sys.modules.get("timm.layers")
-        if timm is not None:  # what timm itself declares as not to be looked into
+        if timm is not None:  # what timm itself excludes from tracing
             wrapped = tuple(timm.get_notrace_functions())
             self.opaque = tuple(timm.get_notrace_modules())
         super().__init__(autowrap_functions=wrapped)
         self.module_name = ""
         self.mode = shapes_only()
         self.images = [fake_images(self.mode, count, example) for count in _BATCHES]
-        #: What every node is worth, for each of the two batches.
+        #: Value of every node for each of the two batch sizes.
         self.values: dict[Node, list[Any]] = {}
         self.computing = False
 
     @override
     def trace(self, root: Any, concrete_args: Any = None) -> Any:
-        """The graph of ``root``, a module.
+        """Return the graph of the module ``root``.
 
         Raises:
             UsageError: If a branch or a size depends on the values of a tensor.
@@ -109,17 +109,17 @@ class SizedTracer(Tracer):
             return super().trace(root, concrete_args)
 
     def location(self) -> str:
-        """The module and the source line that are being traced: ``head (Head), net.py:31``."""
+        """Return the module and source line being traced, such as ``head (Head), net.py:31``."""
         line = _calling_line()
         return self.module_title() + (f", {line}" if line else "")
 
     def module_title(self) -> str:
-        """The module that is being traced: its qualified name and its class."""
+        """Return the qualified name and the class of the module being traced."""
         if not self.module_name:
             return type(self.root).__name__
         return f"{self.module_name} ({type(self.root.get_submodule(self.module_name)).__name__})"
 
-    # ---- what torch.fx asks -----------------------------------------------------------------
+    # ---- methods that torch.fx calls --------------------------------------------------------
 
     @override
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -133,7 +133,7 @@ class SizedTracer(Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """The image; all other arguments keep their defaults."""
+        """Create a proxy of the image; all other arguments keep their defaults."""
         parameters = list(inspect.signature(inspect.unwrap(root_fn)).parameters.values())[1:]
         needed = [p for p in parameters if p.default is p.empty and p.kind < p.KEYWORD_ONLY]
         names = [p.name for p in needed if p.kind is not p.VAR_POSITIONAL] or [
@@ -143,7 +143,7 @@ class SizedTracer(Tracer):
             listed = f": {', '.join(names)}" if names else ""
             raise UsageError(
                 f"prepare: expected model to take one tensor, got {len(names)} inputs{listed}; "
-                "wrap it in a module whose forward takes the images alone"
+                "wrap it in a module whose forward takes only the images"
             )
         return root_fn, [self.root, self.create_proxy("placeholder", names[0], (), {})]
 
@@ -156,7 +156,8 @@ class SizedTracer(Tracer):
         outer = self.module_name
         self.module_name = self.path_of_module(m)
         result = super().call_module(m, forward, args, kwargs)
-        self.module_name = outer  # not in a finally: after an error it tells where that was
+        # Not in a finally block: after an error, the name tells where it occurred.
+        self.module_name = outer
         return result
 
     @override
@@ -175,12 +176,12 @@ class SizedTracer(Tracer):
         what = "the values of a tensor" if isinstance(values[0], Tensor) else "the batch size"
         raise UsageError(
             f"prepare: expected model to be traceable by torch.fx, got {self.location()}, which "
-            f"branches on {what}; choose with torch.where, or take the branch out of forward"
+            f"branches on {what}; choose with torch.where, or move the branch out of forward"
         )
 
     @override
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Proxy):  # first, as it passes for a tensor
+        if isinstance(a, Proxy):  # first, because isinstance takes it for a tensor
             return a.node
         if type(a).__module__ == "numpy" and hasattr(a, "item"):
             return a.item()
@@ -199,7 +200,7 @@ class SizedTracer(Tracer):
         if kind in ("call_function", "call_method") and name is None:
             function = target if kind == "call_method" else getattr(target, "__name__", "call")
             name = f"{self.module_name}.{function}".strip("._").replace(".", "_")
-        # Without the annotation: where annotations are strings, the graph could not be pickled.
+        # No type annotation: a graph with annotations as strings cannot be pickled.
         node = super().create_node(kind, target, args, kwargs, name, None)
         modules = {str(target): self.root.get_submodule(target)} if kind == "call_module" else {}
         node.meta["place"] = place(node, modules, self.module_title(), _calling_line())
@@ -216,7 +217,7 @@ class SizedTracer(Tracer):
         type_expr: Any | None = None,
         proxy_factory_fn: Callable[[Node], Proxy] | None = None,
     ) -> Any:
-        """A proxy, the plain value of what depends on no tensor, or a tuple or list of these."""
+        """Return a proxy, a constant, or a tuple or list of these."""
         values: list[Any]
         if kind == "placeholder":
             values = list(self.images)
@@ -229,7 +230,7 @@ class SizedTracer(Tracer):
         else:
             if kind == "call_method" and not any(isinstance(a, torch.dtype) for a in args):
                 target = _VIEWS.get(target, target)
-            for keyword in ("input", "tensors"):  # everything else expects the tensor in front
+            for keyword in ("input", "tensors"):  # other code expects the tensor first
                 if not args and kind != "call_method" and keyword in kwargs:
                     args = (kwargs[keyword],)
                     kwargs = {name: value for name, value in kwargs.items() if name != keyword}
@@ -238,9 +239,9 @@ class SizedTracer(Tracer):
                 return values[0]
             if target is operator.add and isinstance(args[0], (int, float)) and args[0] == 0:
                 return args[1]  # sum() begins with a 0
-            if kind != "call_module":  # whose target is a module's name
+            if kind != "call_module":  # whose target is a name
                 target, args, kwargs = self._without_batch(target, args, kwargs, values)
-                if target in _SQUEEZES and len(args) == 1:  # nothing is taken away
+                if target in _SQUEEZES and len(args) == 1:  # no dimension is removed
                     return args[0]
                 if target in _CONVERSIONS and self._converts_nothing(args[0], values):
                     return args[0]
@@ -258,7 +259,7 @@ class SizedTracer(Tracer):
     def _compute(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int
     ) -> Any:
-        """What an operation gives for one of the two batches."""
+        """Result of an operation for one of the two batch sizes."""
 
         def known(argument: Any) -> Any:
             return self.values[argument.node][batch] if isinstance(argument, Proxy) else argument
@@ -281,7 +282,7 @@ class SizedTracer(Tracer):
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Modules and their attributes are what they are, not what is traced of them."""
+        """Use modules and their attributes without tracing them."""
         self.computing = True
         try:
             yield
@@ -291,7 +292,7 @@ class SizedTracer(Tracer):
     def _without_batch(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], values: list[Any]
     ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """Target and arguments of a reshaping operation for batches of any size."""
+        """Return target and arguments of a reshaping operation that suit every batch size."""
         unchanged = target, args, kwargs
         source = self.values.get(args[0].node) if args and isinstance(args[0], Proxy) else None
         if source is None or not all(isinstance(v, Tensor) for v in (*values, *source)):
@@ -301,7 +302,7 @@ class SizedTracer(Tracer):
             target is operator.getitem
             and after != before
             and all(old.numel() == new.numel() for old, new in zip(source, values, strict=True))
-        )  # such as x[:, :, 0, 0] of maps of one pixel
+        )  # such as x[:, :, 0, 0] of 1x1 maps
         if takes_all and all(
             index is None or index is ... or isinstance(index, (int, slice))
             for index in (args[1] if isinstance(args[1], tuple) else args[1:])
@@ -321,7 +322,7 @@ class SizedTracer(Tracer):
             return target, (args[0], dim) if ones else args[:1], {}
         if target == "expand" and len(before[0]) == len(after[0]):
             sizes = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
-            kept = [  # by dimension, whether both batches have the same size after as before
+            kept = [  # for each dimension, whether its size stays the same in both batches
                 befores == afters
                 for befores, afters in zip(
                     zip(*before, strict=True), zip(*after, strict=True), strict=True
@@ -337,13 +338,13 @@ class SizedTracer(Tracer):
 
 
 class _SizedProxy(Proxy):
-    """Stands for a tensor, a size of the batch, or a structure of them."""
+    """Proxy of a tensor, of a size that depends on the batch, or of a structure of these."""
 
     tracer: SizedTracer
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """What ``isinstance`` is to see: a tensor is one to the traced code, too."""
+        """The class that ``isinstance`` sees: Tensor for a tensor."""
         value = self.tracer.values.get(self.node, [None])[0]
         return Tensor if isinstance(value, Tensor) else type(self)
 
@@ -375,7 +376,7 @@ class _SizedProxy(Proxy):
 
 
 def _is_constant(values: list[Any]) -> bool:
-    """Whether ``values``, of the two batches, are equal and hold no tensor."""
+    """Return whether ``values`` of the two batches are equal and contain no tensor."""
     first, second = values
     if isinstance(first, Tensor) or type(first) is not type(second):
         return False
@@ -388,12 +389,12 @@ def _is_constant(values: list[Any]) -> bool:
 
 
 def is_authors(module: str, file: str) -> bool:
-    """Whether code of ``module`` in ``file`` is the network author's, not torch's or a tracer's."""
+    """Return whether code belongs to the network's author, not to torch or a tracer."""
     return module.split(".")[0] != "torch" and file != __file__ and not file.startswith("<")
 
 
 def _calling_line() -> str:
-    """File and line of the innermost running function that is the network author's."""
+    """Return file and line of the innermost running function of the network's author."""
     for frame, line in traceback.walk_stack(sys._getframe()):
         file = frame.f_code.co_filename
         if is_authors(str(frame.f_globals.get("__name__", "")), file):
@@ -403,7 +404,7 @@ def _calling_line() -> str:
 
 @contextmanager
 def _sized_functions(root: nn.Module) -> Iterator[None]:
-    """Let ``len`` and torch's factory functions take proxies in the code of ``root``."""
+    """Let ``len`` and torch's factory functions accept proxies in the code of ``root``."""
     spaces = {}
     for module in root.modules():
         space = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
@@ -424,14 +425,13 @@ def _sized_functions(root: nn.Module) -> Iterator[None]:
 
 
 def _length(x: Any) -> Any:
-    """``len(x)``; of a proxy, its first size."""
     if isinstance(x, _SizedProxy):
         return x.tracer.create_proxy("call_function", len, (x,), {})
     return len(x)
 
 
 def _taking_proxies(factory: Callable[..., Tensor]) -> Callable[..., Any]:
-    """``factory``, which takes proxies among its sizes only if these come as one tuple."""
+    """Let ``factory`` accept proxies among its sizes, by passing the sizes as one tuple."""
 
     @functools.wraps(factory)
     def make(*sizes: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tracing a network to a plain torch.fx graph, and saying clearly what cannot be traced."""
+"""Tracing of a network to a plain torch.fx graph, with clear errors if that fails."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from .tracer import SizedTracer, fake_images, is_authors, shapes_of, shapes_only
 
 __all__ = ["any_memory_format", "trace"]
 
-#: Layers that are understood, and the forwards they may have.
+#: Supported layers, and their allowed forward methods.
 _FORWARDS: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.Conv2d: (nn.Conv2d.forward,),
     nn.Linear: (nn.Linear.forward,),
     _BatchNorm: (_BatchNorm.forward, nn.SyncBatchNorm.forward, FixedBatchNorm2d.forward),
 }
-#: In-place functions by what they do; methods end in an underscore.
+#: In-place functions and their out-of-place versions. In-place methods end in an underscore.
 _OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -55,19 +55,19 @@ _OUT_OF_PLACE: dict[Any, Any] = {
 def trace(model: nn.Module, example: Tensor) -> GraphModule:
     """Copy ``model`` into a graph of elementary layers, in evaluation mode.
 
-    Dropout and identities are gone, in-place operations are out of place, timm's joint
-    normalisation and activation modules are two nodes. Sizes are those that ``example`` leads to;
-    the batch may have any size. ``node.meta["shape"]`` tells the shape of the node's tensor, or of
-    the first of several, on two images; ``node.meta["place"]`` what `describe` says of it.
+    Dropout and identities are removed, in-place operations become out-of-place, and timm's joint
+    normalisation and activation modules become two nodes. All sizes except the batch size are fixed
+    to those of ``example``. ``node.meta["shape"]`` is the shape of the node's tensor, or of the
+    first of several, for two images. ``node.meta["place"]`` is the text that `describe` returns.
 
     Layers keep their qualified names. A convolution, linear layer or batch normalisation that is
-    called several times becomes several: ``conv`` of the first call, ``conv_2`` of the second, with
-    the same weights at first, since each call has an input range of its own, and what is trained
-    for the one would be wrong for the other. Layers that share a weight get one each.
-    Weights that are computed, by weight or spectral normalisation or by pruning, become plain ones.
+    called several times becomes several with the same initial weights: ``conv`` for the first call,
+    ``conv_2`` for the second. Each call has its own input range, and weights trained for one range
+    would be wrong for another. Layers that share a weight get one each. Weights computed by weight
+    or spectral normalisation or by pruning become plain parameters.
 
     Args:
-        model: Any network that torch.fx can trace, of one image tensor to one tensor.
+        model: Network that torch.fx can trace, from one image tensor to one tensor.
         example: Images ``[N, C, H, W]``.
 
     Raises:
@@ -100,9 +100,9 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode in which every weight is a parameter.
 
     Raises:
-        UsageError: If a module has a hook that does anything else.
+        UsageError: If a module has a forward hook that does not compute a weight.
     """
-    # A weight that a hook computes is a result of autograd, which cannot be copied as it is.
+    # deepcopy refuses weights that a hook computes, because they are not leaves of autograd.
     computed = [
         value
         for module in model.modules()
@@ -130,9 +130,9 @@ def _plain_copy(model: nn.Module) -> nn.Module:
 
 
 def _compute_weights(module: nn.Module) -> None:
-    """Replace the parametrizations of ``module`` by what they give.
+    """Replace the parametrizations of ``module`` by their current values.
 
-    Torch's own function changes the class, which the module that this one is a copy of has, too.
+    Torch's own function would modify the class, which the original module shares.
     """
     assert isinstance(module.parametrizations, nn.ModuleDict)
     values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
@@ -143,15 +143,15 @@ def _compute_weights(module: nn.Module) -> None:
 
 
 def _graph(root: nn.Module, example: Tensor) -> Graph:
-    """The graph of ``root`` on images like ``example``.
+    """Graph of ``root`` for images like ``example``.
 
     Raises:
-        UsageError: If there is none; names the module, the source line and the reason.
+        UsageError: If tracing fails; names the module, the source line and the reason.
     """
     tracer = SizedTracer(example)
     try:
         graph: Graph = tracer.trace(root)
-        graph._tracer_cls = None  # a pickled graph is read by a tracer without arguments
+        graph._tracer_cls = None  # unpickling creates the tracer without arguments
         return graph
     except UsageError:
         raise
@@ -167,19 +167,18 @@ def _graph(root: nn.Module, example: Tensor) -> Graph:
         _check_runs(root, example)
         raise UsageError(
             f"prepare: expected model to be traceable by torch.fx, got {place}, "
-            f"that is not ({reason}); its forward may compute with tensors and their sizes only"
+            f"which is not ({reason}); its forward may compute only with tensors and their sizes"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what ``error`` says."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 @torch.no_grad()
 def _check_runs(root: nn.Module, example: Tensor) -> None:
-    """Refuse a network that does not take ``example``, whether it can be traced or not."""
+    """Refuse a network that fails on ``example`` even without tracing."""
     images = torch.zeros_like(example)
     try:
         with _ReshapingViews():
@@ -196,7 +195,7 @@ def _check_runs(root: nn.Module, example: Tensor) -> None:
         ) from cause
     raise UsageError(
         f"prepare: expected model to take several images at a time, got {reason}; "
-        "let its reshapes begin with the batch, as x.flatten(1) does"
+        "let its reshapes keep the batch dimension, as x.flatten(1) does"
     ) from cause
 
 
@@ -219,7 +218,7 @@ def _check_graph(network: GraphModule) -> None:
 
 
 def _check_layer(name: str, module: nn.Module) -> None:
-    """Refuse a leaf module with weights that no quantizer would see."""
+    """Refuse a leaf module with weights that would not be quantized."""
     for inner_name, inner in module.named_modules():
         kind = type(inner).__name__
         got = f"got {name}.{inner_name} ({kind})" if inner_name else f"got {name} ({kind})"
@@ -236,7 +235,7 @@ def _check_layer(name: str, module: nn.Module) -> None:
             ):
                 raise UsageError(
                     f"prepare: expected {base.__name__.strip('_')} layers with the forward of "
-                    f"torch.nn, {got}; let a module around the layer do what its forward adds"
+                    f"torch.nn, {got}; move what its forward adds to a module around the layer"
                 )
         if isinstance(inner, (nn.Conv2d, nn.Linear)) and not isinstance(inner.weight, nn.Parameter):
             raise UsageError(
@@ -251,19 +250,18 @@ def _check_layer(name: str, module: nn.Module) -> None:
 
 
 def _instead_of(layer: nn.Module) -> str:
-    """What can be done about a layer that is not supported."""
     kind = type(layer).__name__
     if isinstance(layer, _ConvTransposeNd):
         return "use nn.Upsample(scale_factor=2) and a Conv2d instead of a transposed convolution"
     if isinstance(layer, nn.Conv1d):
         return "use a Conv2d on maps of height 1"
-    return f"use Conv2d and Linear layers instead of {kind}, or leave it out of what is quantized"
+    return f"use Conv2d and Linear layers instead of {kind}, or keep it outside the network"
 
 
 def _is_plain_in_timm(module: nn.Module) -> bool:
-    """Whether ``module`` is timm's and, for all its own forward, no more than its base in torch.nn.
+    """Return whether timm's ``module`` computes the same as its base class in torch.nn.
 
-    Its Linear only adds casts for scripting, its Conv2dSame will become padding and a Conv2d.
+    timm's Linear only adds casts for scripting. Its Conv2dSame will become padding and a Conv2d.
     """
     return type(module).__module__.startswith("timm.") and type(module).__name__ in (
         "Linear",
@@ -272,7 +270,7 @@ def _is_plain_in_timm(module: nn.Module) -> bool:
 
 
 def _split_norm_act(network: GraphModule) -> None:
-    """Turn timm's BatchNormAct2d (a BN with `drop` and `act` inside) into three nodes."""
+    """Split timm's BatchNormAct2d (a BN with `drop` and `act` inside) into three nodes."""
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
         module = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -292,13 +290,13 @@ def _split_norm_act(network: GraphModule) -> None:
 
 
 def _make_out_of_place(network: GraphModule) -> None:
-    """Let no tensor change after it was quantized or kept for a backward."""
+    """Ensure that no tensor changes after it was quantized or saved for the backward pass."""
     modules = dict(network.named_modules())
     position = {node: index for index, node in enumerate(network.graph.nodes)}
     for node in network.graph.nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if getattr(module, "inplace", False) is True:
-            pass  # the module is changed below, since several nodes may call it
+            pass  # the module is changed below, because several nodes may call it
         elif node.kwargs.get("inplace"):
             node.update_kwarg("inplace", False)
         elif node.op == "call_method" and str(node.target).endswith("_"):
@@ -309,7 +307,7 @@ def _make_out_of_place(network: GraphModule) -> None:
             continue
         changed = node.all_input_nodes[0]
         for user in list(changed.users):
-            if position[user] > position[node]:  # it saw the changed tensor
+            if position[user] > position[node]:  # it reads the changed tensor
                 user.replace_input_with(changed, node)
     for module in modules.values():
         if getattr(module, "inplace", False) is True:
@@ -317,7 +315,7 @@ def _make_out_of_place(network: GraphModule) -> None:
 
 
 def _remove_identities(network: GraphModule) -> None:
-    """Erase dropout, identities and assertions, then what nobody uses."""
+    """Erase dropout, identities and assertions, then all unused nodes and modules."""
     modules = dict(network.named_modules())
     for node in reversed(network.graph.nodes):
         kind = operation(node, modules)
@@ -331,7 +329,7 @@ def _remove_identities(network: GraphModule) -> None:
 
 
 def _separate_layers(network: GraphModule) -> None:
-    """Give every call of a layer a layer of its own, and every layer weights of its own."""
+    """Give every call its own layer, and every layer its own weights."""
     modules = dict(network.named_modules())
     called: set[str] = set()
     owned: set[int] = set()
@@ -351,7 +349,7 @@ def _separate_layers(network: GraphModule) -> None:
 
 
 def _call(network: GraphModule, node: Node, module: nn.Module) -> None:
-    """Let ``node`` alone call ``module``, under a name made of that of the module it called."""
+    """Let ``node`` call ``module``, which is added under the old target's name with a number."""
     taken = dict(network.named_modules())
     names = (f"{node.target}_{number}" for number in itertools.count(2))
     node.target = next(name for name in names if name not in taken)
@@ -359,7 +357,7 @@ def _call(network: GraphModule, node: Node, module: nn.Module) -> None:
 
 
 def _join_means(network: GraphModule) -> None:
-    """Make one mean over height and width of two means in turn, or of a mean of flattened maps."""
+    """Join successive means, or a mean of flattened maps, to one over height and width."""
     modules = dict(network.named_modules())
     for node in network.graph.nodes:
         dims = mean_dimensions(node)
@@ -384,7 +382,7 @@ def _join_means(network: GraphModule) -> None:
 
 
 def _join_reshapes(network: GraphModule) -> None:
-    """Make one reshape of several in turn, and none of those that change nothing."""
+    """Join successive reshapes to one, and remove those that change nothing."""
     modules = dict(network.named_modules())
 
     def only_reshapes(node: Node) -> bool:
@@ -409,7 +407,7 @@ def _join_reshapes(network: GraphModule) -> None:
 
 
 def _drop_idle_ceil_mode(network: GraphModule) -> None:
-    """Switch ceil_mode of average pooling off where it makes no difference at this size."""
+    """Disable ceil_mode of average pooling where it makes no difference for this image size."""
     modules = dict(network.named_modules())
     for node in network.graph.nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -436,9 +434,9 @@ def _drop_idle_ceil_mode(network: GraphModule) -> None:
 
 
 def _pad_same(network: GraphModule, example: Tensor) -> None:
-    """Turn timm's Conv2dSame, whose padding depends on the image's size, into padding and Conv2d.
+    """Replace timm's Conv2dSame, whose padding depends on the image size, by padding and Conv2d.
 
-    The padding is from then on the one for the size of ``example``.
+    The padding is fixed to that for the size of ``example``.
     """
     modules = dict(network.named_modules())
     found = [
@@ -480,10 +478,10 @@ def _pad_same(network: GraphModule, example: Tensor) -> None:
 
 @torch.no_grad()
 def _check_same(network: GraphModule, root: nn.Module, example: Tensor) -> None:
-    """Refuse a graph that computes something else, such as for a tensor written through a view."""
+    """Refuse a graph with other results, such as after a write through a view."""
     random = torch.Generator().manual_seed(0)
     images = torch.randn(example.shape, generator=random).to(example)
-    # Two images and one of them: a graph that was made for a certain batch size differs, too.
+    # Batches of two and of one image reveal a graph that depends on the batch size.
     with _ReshapingViews():
         expected = root(images)
     if not _close(network(images[:1]), expected[:1]):
@@ -495,7 +493,7 @@ def _check_same(network: GraphModule, root: nn.Module, example: Tensor) -> None:
 
 
 class _ReshapingViews(TorchFunctionMode):
-    """Where views are reshapes, which tensors of every memory format allow."""
+    """Mode in which views are reshapes, which every memory format allows."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -507,28 +505,27 @@ class _ReshapingViews(TorchFunctionMode):
 
 @torch.no_grad()
 def any_memory_format(network: nn.Module, images: Tensor) -> nn.Module:
-    """``network``, or a copy that takes images in channels_last where ``network`` does not.
+    """Return ``network``, or a copy that accepts channels_last images if ``network`` does not.
 
-    Code such as ``x.view(x.size(0), -1)`` needs a tensor that is laid out in memory as it is
-    indexed. The copy is the network's graph, with reshapes in the place of views.
+    Code such as ``x.view(x.size(0), -1)`` needs a contiguous tensor. The copy is the network's
+    graph with reshapes instead of views.
 
     Args:
-        network: Of one image tensor to one tensor, in evaluation mode.
-        images: ``[N, C, H, W]``, what it takes.
+        network: Network from one image tensor to one tensor, in evaluation mode.
+        images: Images ``[N, C, H, W]`` that the network accepts.
 
     Raises:
-        UsageError: See `trace`.
+        UsageError: If the network cannot be traced, see `trace`.
     """
     try:
         network(images.contiguous(memory_format=torch.channels_last))
-    except Exception as error:  # it may not take such images at all, which is for others to say
+    except Exception as error:  # other errors are reported elsewhere
         if "view size is not compatible" in str(error):
             return trace(network, images)
     return network
 
 
 def _close(result: Tensor, expected: Tensor) -> bool:
-    """Whether two results are equal but for rounding."""
     if result.shape != expected.shape:
         return False
     return bool((result - expected).norm() <= 1e-3 * expected.norm())
@@ -553,7 +550,7 @@ def _record_shapes(network: GraphModule, example: Tensor) -> None:
     if not isinstance(result, Tensor):
         raise UsageError(
             f"prepare: expected model to return one tensor, got {type(result).__name__}; "
-            "wrap it in a module that returns the logits alone"
+            "wrap it in a module that returns only the logits"
         )
     if result.dim() == 0 or len(result) != len(example):
         raise UsageError(

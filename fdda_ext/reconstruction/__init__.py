@@ -1,9 +1,9 @@
-"""Reconstruction: parts of a student made to compute again what they computed in float.
+"""Reconstruction: training of a student's units to compute the teacher's outputs.
 
-``partition`` (units.py) cuts the student, `Frontier` (frontier.py) computes what goes into a part
-and should come out and keeps it in a `Cache` (cache.py), `Reconstruction` (reconstruct.py)
-optimises it, the rounding of its weights (rounding.py) included. ``prediction_costs``
-(sensitivity.py) may come before, ``retune_norms`` (normalisation.py) after.
+``partition`` (units.py) divides the student into units. `Frontier` (frontier.py) computes inputs
+and targets of a unit, each stored in a `Cache` (cache.py). `Reconstruction` (reconstruct.py) trains
+the unit, including the rounding of its weights (rounding.py). ``prediction_costs`` (sensitivity.py)
+may come before, and ``retune_norms`` (normalisation.py) after.
 """
 
 from .cache import BATCH, Cache, collect

@@ -1,4 +1,4 @@
-"""What a unit is reconstructed from: values of a few nodes on all calibration images."""
+"""Storage for the values of a few nodes on all calibration images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import UsageError
 
 __all__ = ["BATCH", "Cache", "collect"]
 
-#: Images in a forward pass that fills caches: always so many, as sums may depend on it.
+#: Images in a forward pass that fills caches. It is fixed, because sums may depend on it.
 BATCH = 32
 
 
@@ -21,10 +21,10 @@ class Cache:
     """One value for each image.
 
     Args:
-        images: n.
-        example: Of a value, ``[*, ...]``: shape, type, device.
-        limit: Bytes; a larger cache is a memory-mapped file, without a name, in the folder for
-            temporary files.
+        images: Number of images, n.
+        example: Example values, ``[*, ...]``, that give shape, dtype and device.
+        limit: Largest size in memory, in bytes. A larger cache is memory-mapped to an unnamed
+            temporary file.
     """
 
     def __init__(self, images: int, example: Tensor, limit: int) -> None:
@@ -34,15 +34,15 @@ class Cache:
             rows = torch.empty(numel, dtype=example.dtype, device=example.device)
         else:
             size = numel * example.element_size()
-            with NamedTemporaryFile() as file:  # the mapping outlives the name
+            with NamedTemporaryFile() as file:  # the mapping outlives the file's name
                 try:
-                    # A file with holes would end the process where the disk is full.
+                    # With a sparse file, a full disk would end the process.
                     if hasattr(os, "posix_fallocate"):  # not on macOS
                         os.posix_fallocate(file.fileno(), 0, size)
                 except OSError as error:
                     raise UsageError(
-                        f"caches: expected room for {size / 2**20:.0f} MiB, more than "
-                        f"cache_megabytes, in {gettempdir()}, which TMPDIR names, got: "
+                        f"caches: expected {size / 2**20:.0f} MiB of free disk space in "
+                        f"{gettempdir()} (set by TMPDIR), for a cache above cache_megabytes, got: "
                         f"{error.strerror}"
                     ) from None
                 rows = torch.from_file(file.name, shared=True, size=numel, dtype=example.dtype)
@@ -52,18 +52,18 @@ class Cache:
         return self.rows.shape[0]
 
     def write(self, begin: int, values: Tensor) -> None:
-        """Store ``values [m, ...]`` for images ``begin`` to ``begin + m``."""
-        if values.dim() == 4:  # as convolutions like them
+        """Store ``values [m, ...]`` of images ``begin`` to ``begin + m``."""
+        if values.dim() == 4:  # to channels_last order
             values = values.permute(0, 2, 3, 1)
         self.rows[begin : begin + len(values)] = values.reshape(len(values), -1)
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """The values of ``size`` images at a time, as a tensor's `split`."""
+        """Yield the values of ``size`` images at a time, like a tensor's `split`."""
         for images in torch.arange(len(self), device=self.device).split(size):
             yield self.read(images)
 
     def read(self, images: Tensor) -> Tensor:
-        """Values ``[m, ...]`` of ``images``, int64 ``[m]``."""
+        """Return the values ``[m, ...]`` of ``images``, int64 ``[m]``."""
         values = self.rows[images.to(self.rows.device)].to(self.device)
         if len(self.shape) != 3:
             return values.view(-1, *self.shape)
@@ -74,11 +74,11 @@ class Cache:
 def collect(
     values: Callable[..., Sequence[Tensor]], sources: Sequence[Tensor | Cache], limit: int
 ) -> list[Cache]:
-    """Caches of ``values``, which maps a batch of each of ``sources`` to tensors ``[m, ...]``.
+    """Run ``values`` on all images in batches, and return caches of its results.
 
     Args:
-        values: Runs without gradients.
-        sources: Of n images each: the images ``[n, C, H, W]`` or what is kept of them.
+        values: Function from a batch of each source to tensors ``[m, ...]``, run without gradients.
+        sources: Images ``[n, C, H, W]`` or caches of n images.
         limit: See `Cache`, for each.
     """
     caches: list[Cache] = []

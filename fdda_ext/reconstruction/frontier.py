@@ -1,4 +1,4 @@
-"""How far a network has been computed while its parts change one after another."""
+"""Values between the units of a network while the units change one after another."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["Frontier"]
 
 
 class Frontier:
-    """Values of nodes on all images, each stop's computed from those of the stop before.
+    """Values of nodes on all images, computed stop by stop.
 
-    Where each stop names all that is computed so far and read later, as the inputs of units do,
-    all together cost one pass through the network; a pass from the image to each would cost half as
-    many as there are stops. What lies between two stops may change until the latter is reached, and
-    not afterwards.
+    Each stop is computed from the values of the stop before. If every stop names all values that
+    are read later, as the inputs of units do, all stops together cost one pass through the network.
+    A pass from the image to each stop would cost half as many passes as there are stops. The part
+    between two stops may change until the second stop is reached, but not after.
 
     Args:
-        network: To be computed.
-        stops: Names of nodes, stop by stop in the order of computation.
-        images: ``[n, C, H, W]``.
+        network: Network to compute.
+        stops: Names of the nodes of each stop, in order of computation.
+        images: Images ``[n, C, H, W]``.
         limit: See `Cache`, for each node.
     """
 
@@ -42,15 +42,15 @@ class Frontier:
         self.restart()
 
     def restart(self) -> None:
-        """Forget all values but the images."""
+        """Forget all values except the images."""
         self.known = self.begin
         self.reached = -1
 
     def at(self, stop: int) -> list[Cache]:
-        """The values of ``stops[stop]``.
+        """Return the values of ``stops[stop]``.
 
-        All stops on the way are made, wherever it begins, so that sums are the same to the bit. To
-        go back is to begin again with the image.
+        All stops before it are computed too, so the values are bit-identical for every starting
+        point. An earlier stop is computed from the images again.
         """
         if stop < self.reached:
             self.restart()
@@ -59,7 +59,7 @@ class Frontier:
         return [cast(Cache, self.known[name]) for name in self.stops[stop]]
 
     def _advance(self) -> None:
-        """Make the next stop, and forget what no later one needs."""
+        """Compute the next stop, and forget the values that no later stop needs."""
         stop = self.reached + 1
         caches = self._computed(self.stops[stop])
         known = self.known | caches
@@ -69,7 +69,6 @@ class Frontier:
         self.reached = stop
 
     def _computed(self, names: Sequence[str]) -> dict[str, Cache]:
-        """Caches of ``names``."""
         caches = {name: value for name in names if isinstance(value := self.known.get(name), Cache)}
         if missing := [name for name in names if name not in caches]:
             values = values_of(self.network, missing, self.known)

@@ -1,4 +1,4 @@
-"""Statistics of batch normalisation, measured again through the quantized network."""
+"""BN statistics measured again through the quantized network."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["retune_norms"]
 
 @torch.no_grad()
 def retune_norms(student: GraphModule, reference: GraphModule, images: Tensor) -> None:
-    """Give every normalisation the statistics of what enters it now (AdaQuant).
+    """Set the statistics of every normalisation to those of its current input (AdaQuant).
 
-    One after another, so that each sees what those before it have changed. Scale and shift become
-    those of the float network again: a shift that was learned stood for a mean that is measured
-    now, and would count twice.
+    The normalisations change one after another, so each sees the changes before it. Scale and shift
+    become those of the float network again. A learned shift compensates for a mean that is now
+    measured, so it would count twice.
 
     Args:
-        student: Its parameters want no gradients.
-        reference: The float network on the same graph, from `float_copy`.
-        images: Calibration images ``[n, C, H, W]``, all of which are passed through for every
+        student: Student whose parameters do not require gradients.
+        reference: Float network on the same graph, from `float_copy`.
+        images: Calibration images ``[n, C, H, W]``. All of them pass through the network for every
             normalisation.
     """
     modules = dict(student.named_modules())

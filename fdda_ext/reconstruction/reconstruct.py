@@ -1,4 +1,4 @@
-"""One unit of a student made to compute again what it computed in float."""
+"""Reconstruction of one unit of a student."""
 
 from __future__ import annotations
 
@@ -35,20 +35,22 @@ __all__ = [
     "values_of",
 ]
 
-#: Of a unit's output, its target and, where errors weigh differently, their weights: the loss.
+#: Loss as a function of a unit's output, its target and the weights of errors, None for 1.
 Objective = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def output_error(
     output: Tensor, target: Tensor, weights: Tensor | None = None, exponent: float = 2.0
 ) -> Tensor:
-    """``mean over images and positions of sum_c weights |output - target|^exponent`` (BRECQ).
+    """Return the mean over images and positions of ``sum_c weights |output - target|^exponent``.
+
+    This is the loss of BRECQ.
 
     Args:
-        output: ``[N, C, *]``.
-        target: Likewise.
-        weights: Likewise; None for 1.
-        exponent: 2 while weights are learned, 2.4 for ranges.
+        output: Output of a unit, ``[N, C, *]``.
+        target: Target of the output, in its shape.
+        weights: Weights of errors, in the same shape; None for 1.
+        exponent: Exponent of the error: 2 to learn weights, 2.4 to learn ranges.
     """
     error = (output - target).abs().pow(exponent) if exponent != 2 else (output - target).square()
     if weights is not None:
@@ -60,7 +62,7 @@ def output_error(
 
 
 def float_copy(student: GraphModule) -> GraphModule:
-    """The network that ``student`` was made of, on the student's own graph."""
+    """Return a copy of ``student`` without quantization, on the same graph."""
     reference = copy.deepcopy(student).requires_grad_(False)
     for module in list(reference.modules()):
         if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
@@ -72,7 +74,7 @@ def float_copy(student: GraphModule) -> GraphModule:
 
 @contextmanager
 def activations_in_float(student: nn.Module) -> Iterator[None]:
-    """Let activations pass through while inside."""
+    """Leave activations in float inside this context."""
     quantizers = activation_quantizers(student)
     modes = [quantizer.mode for quantizer in quantizers]
     try:
@@ -87,9 +89,9 @@ def activations_in_float(student: nn.Module) -> Iterator[None]:
 def values_of(
     network: GraphModule, names: Sequence[str], known: Collection[str] = ()
 ) -> Callable[..., Sequence[Tensor]]:
-    """A function of images that gives the values of the nodes ``names``.
+    """Return a function of images that computes the values of the nodes ``names``.
 
-    With nodes ``known``, of those and the images that it takes, see `arguments_of`.
+    If nodes are ``known``, the function takes the values that `arguments_of` names.
     """
     function, _ = region(network, names, known)
 
@@ -102,9 +104,9 @@ def values_of(
 
 @torch.no_grad()
 def set_ranges(quantizers: Sequence[ActivationQuantizer], function: nn.Module, data: Data) -> None:
-    """Set the ranges of ``quantizers`` from what ``function`` makes of all inputs.
+    """Set the ranges of ``quantizers`` from a pass of ``function`` over all inputs.
 
-    As at inference: a layer of the deploy grid rounds its inputs, if they are not rounded yet.
+    The pass computes as in evaluation: layers of the deploy grid round inputs to integers.
     """
     if not quantizers:
         return
@@ -116,12 +118,12 @@ def set_ranges(quantizers: Sequence[ActivationQuantizer], function: nn.Module, d
 def squared_gradients(
     student: GraphModule, reference: GraphModule, unit: Unit, images: Tensor, limit: int
 ) -> Cache:
-    """How much the prediction minds an error of each output of ``unit``: the diagonal of Fisher.
+    """Return how much the prediction depends on each output of ``unit``: the Fisher diagonal.
 
-    The square of the gradient, with respect to the unit's output, of the Kullback-Leibler
-    divergence of the predictions: those of ``reference`` against those with all units up to this
-    one quantized (BRECQ, eq. 10). It is scaled to mean 1, so that the weight of other losses keeps
-    its meaning.
+    It is the squared gradient, with respect to the unit's output, of the Kullback-Leibler
+    divergence between two predictions: that of ``reference``, and that with all units up to this
+    one quantized (BRECQ, eq. 10). It is scaled to mean 1, so the weights of other losses keep their
+    meaning.
     """
     logits = str(reference.graph.output_node().args[0])
     behind, names = region(reference, [logits], unit.known)
@@ -152,13 +154,13 @@ def squared_gradients(
 
 @dataclass(frozen=True)
 class Data:
-    """What a unit is reconstructed from, on all calibration images.
+    """Inputs and targets of a unit on all calibration images.
 
     Attributes:
         inputs: Values of the unit's inputs, one cache each.
-        targets: What its output is to be.
-        float_inputs: The inputs in the float network, to be mixed in; none for no mixing.
-        weights: Of errors of the output; None for 1.
+        targets: Targets of its output.
+        float_inputs: Inputs in the float network, to mix in; empty for no mixing.
+        weights: Weights of the output's errors; None for 1.
     """
 
     inputs: Sequence[Cache]
@@ -168,12 +170,12 @@ class Data:
 
 
 class Dropped(nn.Module):
-    """An activation quantizer that lets elements pass at random (QDrop).
+    """Activation quantizer that leaves random elements in float (QDrop).
 
     Args:
-        quantizer: What it is put around.
-        probability: That an element is quantized.
-        random: Where chance comes from.
+        quantizer: Quantizer to wrap.
+        probability: Probability that an element is quantized.
+        random: Source of random numbers.
     """
 
     def __init__(
@@ -185,20 +187,20 @@ class Dropped(nn.Module):
         self.random = random
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each element of ``x`` quantized or not."""
+        """Quantize random elements of ``x``."""
         if self.quantizer.mode != "quantize":
             return cast(Tensor, self.quantizer(x))
         return mixed(self.quantizer(x), x, self.probability, self.random)
 
 
 def mixed(first: Tensor, second: Tensor, probability: float, random: torch.Generator) -> Tensor:
-    """Each element of ``first`` with ``probability``, else that of ``second``."""
+    """Take each element from ``first`` with ``probability``, otherwise from ``second``."""
     chance = torch.rand(first.shape, generator=random, device=first.device)
     return torch.where(chance < probability, first, second)
 
 
 class RelativeAdam(torch.optim.Adam):
-    """Adam on the logarithms of positive parameters: a step is a share of what they are."""
+    """Adam on the logarithms of positive parameters, so that each step is relative to the value."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -215,20 +217,23 @@ class RelativeAdam(torch.optim.Adam):
 
 @dataclass
 class Reconstruction:
-    """One unit while it is reconstructed.
+    """Reconstruction of one unit.
 
     Attributes:
-        function: What the unit computes, of its inputs.
-        data: From what, and to what end.
-        objective: Of output, target and weights of errors.
-        optimizers: Of everything that is learned. The rates of groups with "cosine" fall to 0.
-        steps: In all.
+        function: The unit as a function of its inputs.
+        data: Inputs and targets.
+        objective: Loss of output, target and weights of errors.
+        optimizers: Optimizers of all learned parameters. The learning rates of groups with
+            "cosine" fall to 0.
+        steps: Number of steps.
         batch: Images in a step, drawn anew for each.
-        random: Where chance comes from.
-        rounding: Of the layers that `function` rounds softly.
-        quantized_share: Of the elements of the inputs, where `data` has those of the float network.
-        held_out: Indices of images, int64, that only judge: in the end, the best of the first state
-            and of those after each tenth of the steps is restored. None for the last state.
+        random: Source of random numbers.
+        rounding: Settings of the layers that `function` rounds softly.
+        quantized_share: Share of input elements that are not from `data.float_inputs`, if these
+            are given.
+        held_out: Indices of images, int64, that are used only for validation. The best state among
+            the first one and those after each tenth of the steps is restored at the end. None to
+            keep the last state.
     """
 
     function: GraphModule
@@ -257,7 +262,7 @@ class Reconstruction:
             self._keep_if_best()
 
     def step(self, step: int) -> Mapping[str, Tensor]:
-        """Take step ``step``; name the scalar losses, and the share of decided roundings."""
+        """Take step ``step``; return scalar losses and the share of decided roundings, by name."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -308,7 +313,7 @@ class Reconstruction:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Leave in the student what was learned."""
+        """Write the learned values to the student."""
         if self.best:
             for parameter, best in zip(self.parameters, self.best, strict=True):
                 parameter.copy_(best)
@@ -318,7 +323,7 @@ class Reconstruction:
             parameter.requires_grad_(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is not the student's, random numbers aside."""
+        """Return all state except the student's and random numbers."""
         return {
             "alphas": [layer.alpha.detach() for layer in self.soft],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -328,7 +333,7 @@ class Reconstruction:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         for layer, alpha in zip(self.soft, state["alphas"], strict=True):
             layer.alpha.copy_(alpha)
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):

@@ -1,12 +1,12 @@
 """Learned rounding of weights: AdaRound (Nagel et al., ICML 2020).
 
-A weight w on a grid of scale s becomes, while it is learned (eq. 22 and 23)::
+During learning, a weight w on a grid of scale s becomes (eq. 22 and 23)::
 
     s * clamp( floor(w / s) + h(alpha), quant_min, quant_max )
     h(alpha) = clip( sigmoid(alpha) (zeta - gamma) + gamma, 0, 1 ),    zeta = 1.1, gamma = -0.1
 
-with alpha at first such that h is the remainder of w / s: within the range, the soft weight begins
-as w. A regulariser drives every h to 0 or 1 (eq. 24)::
+At first, alpha makes h the remainder of w / s, so a weight within the range starts as w. A
+regulariser drives every h to 0 or 1 (eq. 24)::
 
     R = sum 1 - |2 h - 1|^beta
 """
@@ -34,14 +34,14 @@ _ZETA, _GAMMA = 1.1, -0.1
 
 @dataclass(frozen=True)
 class RoundingConfig:
-    """How rounding is learned; defaults of AdaRound and BRECQ.
+    """Settings of learned rounding, with the defaults of AdaRound and BRECQ.
 
     Attributes:
-        lr: Of Adam, on alpha.
-        weight: lambda, of R.
-        warmup: Share of the steps that come before R.
-        first_beta: beta when R sets in; it falls linearly.
-        last_beta: beta in the end.
+        lr: Learning rate of Adam for alpha.
+        weight: Weight of R, lambda.
+        warmup: Share of the steps before R is used.
+        first_beta: Value of beta when R begins; it falls linearly.
+        last_beta: Value of beta at the end.
     """
 
     lr: float = 1e-3
@@ -64,7 +64,7 @@ class RoundingConfig:
             )
 
     def beta(self, progress: float) -> float | None:
-        """The beta when this share of the steps is done; None before R sets in."""
+        """Return beta after this share of the steps; None before R begins."""
         if progress < self.warmup:
             return None
         left = (1 - progress) / (1 - self.warmup)
@@ -72,39 +72,39 @@ class RoundingConfig:
 
 
 class SoftlyRounded(nn.Module):
-    """A layer of a student in the place where its rounding is learned; the layer is not touched.
+    """Replacement of a student's layer while its rounding is learned; the layer stays unchanged.
 
     Args:
-        layer: Its weight's range is final.
+        layer: Layer whose weight has its final range.
 
     Attributes:
-        alpha: Like the weight, trainable.
+        alpha: Trainable, in the shape of the weight.
     """
 
     def __init__(self, layer: QuantizedConv2d | QuantizedLinear) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # no submodule: its parameters are not this one's
+        self.__dict__["layer"] = layer  # not a submodule: it keeps its own parameters
         position = layer.weight_quantizer.position(layer.weight.detach())
         self.register_buffer("floor", position.floor(), persistent=False)
         remainder = position - self.get_buffer("floor")
         self.alpha = nn.Parameter(-torch.log((_ZETA - _GAMMA) / (remainder - _GAMMA) - 1))
 
     def share_up(self) -> Tensor:
-        """h, between 0 and 1."""
+        """Return h, between 0 and 1."""
         return torch.clamp(torch.sigmoid(self.alpha) * (_ZETA - _GAMMA) + _GAMMA, 0, 1)
 
     def regulariser(self, beta: float) -> Tensor:
-        """R."""
+        """Return R."""
         return (1 - (2 * self.share_up() - 1).abs().pow(beta)).sum()
 
     def weight(self, share_up: Tensor) -> Tensor:
-        """The weight of which the part ``share_up`` of a step is added to the floor."""
+        """Return the weight with ``share_up`` of a step added to the floor."""
         quantizer = self.layer.weight_quantizer
         codes = self.get_buffer("floor") + share_up
         return quantizer.values(codes.clamp(quantizer.grid.quant_min, quantizer.grid.quant_max))
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer does, with soft weights."""
+        """Compute the layer with soft weights."""
         layer, weight = self.layer, self.weight(self.share_up())
         if isinstance(layer, QuantizedConv2d):
             return layer._conv_forward(x, weight, layer.bias)
@@ -112,20 +112,20 @@ class SoftlyRounded(nn.Module):
 
     @torch.no_grad()
     def bake(self) -> None:
-        """Decide, and let the layer's weight be the result, which rounds to itself."""
+        """Decide all roundings, and write the result to the layer's weight. It is on the grid."""
         self.layer.weight.copy_(self.weight((self.alpha >= 0).to(self.alpha)))
 
     @property
     def layer(self) -> QuantizedConv2d | QuantizedLinear:
-        """The layer."""
+        """The replaced layer."""
         return cast("QuantizedConv2d | QuantizedLinear", self.__dict__["layer"])
 
 
 def check_ranges_stay(quantization: QuantizationConfig, who: str) -> None:
-    """Refuse, for ``who``, ranges of weights that move with the weights.
+    """Refuse weight ranges that move with the weights, on behalf of ``who``.
 
     Raises:
-        UsageError: If `quantization` has such.
+        UsageError: If `quantization` has such ranges.
     """
     if quantization.grid == "paper" and quantization.weight_range == "minmax":
         raise UsageError(
@@ -135,11 +135,12 @@ def check_ranges_stay(quantization: QuantizationConfig, who: str) -> None:
 
 
 def soften_(function: GraphModule, layers: Iterable[str]) -> list[SoftlyRounded]:
-    """Put softly rounded layers in the places of ``layers``, by name; return them.
+    """Replace ``layers``, given by name, by softly rounded ones; return these.
 
     Args:
-        function: Shares the student's modules, see `region`; the student stays an ordinary one.
-        layers: Convolutions and linear layers of it.
+        function: Function that shares the student's modules, see `region`. The student itself keeps
+            its layers.
+        layers: Convolutions and linear layers of the function.
     """
     soft = []
     for name in layers:
@@ -152,6 +153,6 @@ def soften_(function: GraphModule, layers: Iterable[str]) -> list[SoftlyRounded]
 
 @torch.no_grad()
 def share_decided(layers: list[SoftlyRounded]) -> Tensor:
-    """Of all weights, the share whose h is within 0.01 of 0 or 1."""
+    """Return the share of all weights whose h is within 0.01 of 0 or 1."""
     h = torch.cat([layer.share_up().flatten() for layer in layers])
     return ((h < 0.01) | (h > 0.99)).float().mean()

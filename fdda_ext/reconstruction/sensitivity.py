@@ -1,4 +1,4 @@
-"""What it costs a network to have fewer bits in one of its layers."""
+"""Cost of fewer bits in one layer of a network."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def prediction_costs(
     images: Tensor,
     choices: Mapping[str, Sequence[int]],
 ) -> dict[str, dict[int, float]]:
-    """How far predictions move when the weight of one layer alone is rounded.
+    """Measure how far predictions move if the weight of only one layer is quantized.
 
     Args:
-        student: From `prepare`.
+        student: Network from `prepare`.
         config: Grid and ranges of its weights.
-        images: ``[n, C, H, W]``.
-        choices: By layer, the numbers of bits to try.
+        images: Images ``[n, C, H, W]``.
+        choices: Numbers of bits to try, by layer.
 
     Returns:
-        By layer and bits, the mean Kullback-Leibler divergence between the predictions of the float
-        network and those of the network in which nothing else is quantized.
+        Mean Kullback-Leibler divergence between the predictions of the float network and of the
+        network with only this weight quantized, by layer and bits.
     """
     network = float_copy(student)
     batches = images.split(BATCH)

@@ -1,14 +1,14 @@
-r"""The parts of a student that are reconstructed one after another.
+r"""Division of a student into the units that are reconstructed one after another.
 
-A student's graph is cut at the tensors that every path from the image to the logits runs through.
-Between two of them lies a lone layer, or a region that paths go through side by side: a residual
-block, an inception block. So blocks are found by what they compute, whatever their class is called:
+A student's graph is cut at the tensors through which every path from the image to the logits runs.
+Between two of them is one layer, or a block of parallel paths, such as a residual block or an
+inception block. So the names of classes do not matter:
 
     relu - [Q] | conv - bn - relu - [Q] - conv - bn - add - relu - [Q] | ...        one unit
                \__________ or conv - bn __________/
 
-What follows up to the next quantizer belongs to the unit; pooling, reshaping and quantizers on the
-way to a layer belong to the unit of that layer.
+Operations after a unit's last layer, up to the next quantizer, belong to the unit. Pooling,
+reshaping and quantizers before a layer belong to the unit of that layer.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Granularity = Literal["layer", "block", "network"]
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a student with one output; nodes and modules are meant by name.
+    """A part of a student with one output; nodes and modules are given by name.
 
     Attributes:
         layers: Its convolutions and linear layers.
-        quantizers: The activation quantizers that are its own: no earlier unit has them.
-        inputs: The tensors that it reads: results of earlier units, or the image.
-        output: The tensor that it is to make.
-        known: What it and all earlier units compute.
+        quantizers: Its activation quantizers that no earlier unit has.
+        inputs: Tensors that it reads: results of earlier units, or the image.
+        output: Tensor that it computes.
+        known: Tensors that it and all earlier units compute.
     """
 
     layers: tuple[str, ...]
@@ -48,22 +48,22 @@ class Unit:
     known: frozenset[str]
 
     def of(self, network: GraphModule) -> GraphModule:
-        """The unit as a function of its `inputs`, in a network with the student's graph."""
+        """Return the unit as a function of its `inputs`, for a network with the student's graph."""
         return region(network, [self.output], self.inputs)[0]
 
 
 def region(
     network: GraphModule, outputs: Sequence[str], known: Collection[str]
 ) -> tuple[GraphModule, tuple[str, ...]]:
-    """The part of ``network`` that computes ``outputs`` from what is ``known``.
+    """Extract the part of ``network`` that computes ``outputs`` from ``known`` values.
 
     Args:
-        network: Whose modules the result shares.
+        network: Network; the result shares its modules.
         outputs: Names of nodes.
-        known: Names of nodes whose values are given; the input of the network always is.
+        known: Names of nodes with given values. The input of the network is always known.
 
     Returns:
-        A function of one tensor, or a tuple for several outputs; and its arguments by name.
+        A function that returns a tensor, or a tuple for several outputs; and its arguments' names.
     """
     needed, arguments = _needed(network, outputs, known)
     graph = Graph()
@@ -82,14 +82,14 @@ def region(
 def arguments_of(
     network: GraphModule, outputs: Sequence[str], known: Collection[str]
 ) -> tuple[str, ...]:
-    """The arguments of that `region`, by name."""
+    """Return the names of the arguments of this `region`."""
     return tuple(node.name for node in _needed(network, outputs, known)[1])
 
 
 def _needed(
     network: GraphModule, outputs: Sequence[str], known: Collection[str]
 ) -> tuple[set[Node], list[Node]]:
-    """The nodes that ``outputs`` are computed by, and those of them that are given, in order."""
+    """Nodes needed for ``outputs``, and those of them that are given, in order."""
     nodes = {node.name: node for node in network.graph.nodes}
     given = {name for name in known if name in nodes}
     given.update(n.name for n in network.graph.nodes if n.op == "placeholder")
@@ -111,17 +111,16 @@ def partition(
     quantize: Literal["output", "input"] = "output",
     activation: bool = True,
 ) -> list[Unit]:
-    """Units of ``student`` in order of execution; each of its layers is in exactly one.
+    """Divide ``student`` into units in order of execution; each layer is in exactly one.
 
     Args:
-        student: From `prepare`.
-        granularity: "layer" for one layer a unit; "block" for what lies between two tensors that
-            all paths run through, a depthwise convolution together with the pointwise ones around
-            it (an inverted residual without shortcut); "network" for all in one.
-        image: ``[1, C, H, W]``, to see which nodes are tensors.
-        quantize: Whether a unit ends behind the quantizer of its output, or begins before those of
-            its inputs. In the latter case, a quantizer that several units read through is the
-            first one's own.
+        student: Network from `prepare`.
+        granularity: "layer" for one layer per unit; "block" for the part between two tensors that
+            all paths run through, where a depthwise convolution is joined with the pointwise ones
+            around it (an inverted residual without shortcut); "network" for a single unit.
+        image: Image ``[1, C, H, W]``, to find out which nodes are tensors.
+        quantize: Whether a unit ends after the quantizer of its output, or begins before those of
+            its inputs. With "input", a quantizer that several units read belongs to the first.
         activation: Whether the activation function that follows belongs to the unit.
     """
     modules = dict(student.named_modules())
@@ -157,7 +156,7 @@ def partition(
 
 
 class _Tensors(Interpreter):
-    """Which nodes have a tensor as value, and depend on the input."""
+    """Interpreter that finds the nodes with a tensor that depends on the input."""
 
     def __init__(self, network: GraphModule) -> None:
         super().__init__(network)
@@ -185,7 +184,7 @@ def _is_layer(node: Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _extend(node: Node, through: set[str], modules: dict[str, nn.Module]) -> Node:
-    """What ``node`` becomes on its only way, by operations that are in ``through``."""
+    """Last node of the chain of single users after ``node`` with operations in ``through``."""
     while len(node.users) == 1:
         (user,) = node.users
         kind = operation(user, modules)
@@ -203,7 +202,7 @@ def _extend(node: Node, through: set[str], modules: dict[str, nn.Module]) -> Nod
 def _ends(
     nodes: list[Node], granularity: Granularity, modules: dict[str, nn.Module]
 ) -> Iterable[Node]:
-    """The last node of every unit, without what follows."""
+    """Last node of every unit, without the operations that follow."""
     layers = [node for node in nodes if _is_layer(node, modules)]
     if granularity == "layer":
         return layers
@@ -215,12 +214,12 @@ def _ends(
 
 
 def _segments(nodes: list[Node], modules: dict[str, nn.Module]) -> list[list[Node]]:
-    """Runs of nodes between tensors that all paths go through, those with layers.
+    """Segments with layers between tensors that all paths run through.
 
-    Of a run, the nodes are the layers and then the tensor that it ends with.
+    Each segment lists its layers, then the tensor at its end.
     """
     position = {node: index for index, node in enumerate(nodes)}
-    reach = 0  # of what was computed so far, the place where it is last read
+    reach = 0  # last position at which a tensor computed so far is read
     found: list[list[Node]] = []
     layers: list[Node] = []
     for index, node in enumerate(nodes):
@@ -234,7 +233,7 @@ def _segments(nodes: list[Node], modules: dict[str, nn.Module]) -> list[list[Nod
 
 
 def _users(node: Node, tensors: Collection[Node]) -> set[Node]:
-    """The tensors that are made of ``node``, directly or by way of a tuple or a size."""
+    """Tensors computed from ``node``, directly or through a tuple or a size."""
     direct = set(node.users)
     return {n for n in direct if n in tensors}.union(
         *(_users(n, tensors) for n in direct if n not in tensors)
@@ -242,7 +241,7 @@ def _users(node: Node, tensors: Collection[Node]) -> set[Node]:
 
 
 def _joined(segments: list[list[Node]], modules: dict[str, nn.Module]) -> set[int]:
-    """Segments that are of one unit with the one before: what surrounds a depthwise convolution."""
+    """Indices of segments to join with the one before: neighbours of depthwise convolutions."""
     joined: set[int] = set()
     for index, segment in enumerate(segments):
         if not _is_depthwise(segment, modules):

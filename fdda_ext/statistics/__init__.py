@@ -1,4 +1,4 @@
-"""Batch-normalisation statistics (BNS): their capture, their class centres, their losses."""
+"""Batch-normalisation statistics (BNS): capture, class centres and losses."""
 
 from .capture import BatchNormCapture, capture, running_statistics
 from .centres import CLASSES_PER_PASS, BNSCentres, compute_centres, load_centres, save_centres

@@ -1,4 +1,4 @@
-"""The inputs of a network's batch-normalisation layers, in order of execution."""
+"""Capture of the inputs of a network's BN layers, in order of execution."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["BatchNormCapture", "capture", "running_statistics"]
 
 
 class BatchNormCapture(NamedTuple):
-    """What one forward pass showed of a network's batch-normalisation layers.
+    """Captured results of one forward pass.
 
     Attributes:
-        logits: The network's output ``[N, K]``.
-        layers: The L batch-normalisation modules in order of execution.
-        inputs: The tensor ``x_l [N, C_l, *]`` that entered each of them, with its graph; empty
-            where the pass gave them to a function instead.
+        logits: Output of the network, ``[N, K]``.
+        layers: The L batch-normalisation layers in order of execution.
+        inputs: Input ``x_l [N, C_l, *]`` of each layer, with its autograd graph; empty if a
+            function measured the inputs instead.
     """
 
     logits: Tensor
@@ -33,16 +33,15 @@ class BatchNormCapture(NamedTuple):
 def capture(
     network: nn.Module, images: Tensor, measure: Callable[[int, Tensor], None] | None = None
 ) -> BatchNormCapture:
-    """Run ``network`` on ``images [N, C, H, W]`` and keep what enters each BN layer.
+    """Run ``network`` on ``images [N, C, H, W]`` and keep the input of each BN layer.
 
-    The hooks live for this pass alone, so passes cannot mix and nothing accumulates.
+    The hooks exist only during this pass.
 
     Args:
-        network: With batch-normalisation layers.
-        images: What it is run on.
-        measure: Called with each layer's number and input as the pass reaches the layer. The
-            backward pass then computes the gradient of what it measured when it reaches the layer,
-            one layer at a time. None to keep all inputs.
+        network: Network with batch-normalisation layers.
+        images: Input of the network.
+        measure: Function that gets each layer's number and input when the pass reaches the layer.
+            The backward pass then computes its gradient layer by layer. None to keep all inputs.
 
     Raises:
         UsageError: If the network has no batch-normalisation layer.
@@ -77,10 +76,10 @@ def capture(
 
 
 def running_statistics(layers: list[_BatchNorm]) -> LayerStatistics:
-    """The running mean and variance ``[1, C_l]`` that the layers of one capture stored in training.
+    """Return the running statistics ``[1, C_l]`` of the layers of one capture, in float32.
 
     Raises:
-        UsageError: If a layer keeps no running statistics.
+        UsageError: If a layer has no running statistics.
     """
     means, variances = [], []
     for index, layer in enumerate(layers):

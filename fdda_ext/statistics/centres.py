@@ -1,7 +1,7 @@
-"""BNS centres: per class and layer, the batch-normalisation statistics of its calibration images.
+"""BNS centres: per class and layer, the BN statistics of the calibration images.
 
-FDDA (Zhong et al., ECCV 2022, section 3.2): in the deep layers these statistics gather by class,
-and one image per class is enough to see it.
+FDDA (Zhong et al., ECCV 2022, section 3.2) shows that these statistics cluster by class in the deep
+layers, and that one image per class suffices to see it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from .losses import LayerStatistics
 
 __all__ = ["CLASSES_PER_PASS", "BNSCentres", "compute_centres", "load_centres", "save_centres"]
 
-#: Classes whose images pass through the network together.
+#: Number of classes whose images pass through the network together.
 CLASSES_PER_PASS = 32
 
 
 @dataclass(frozen=True)
 class BNSCentres:
-    """The centres of one teacher; they cannot be shared between networks.
+    """Centres of one teacher; they are not valid for other networks.
 
     Attributes:
         statistics: Mean and biased variance ``[K, C_l]`` of every layer.
-        correct: bool ``[K]``, the classes of which the teacher gets a calibration image right.
+        correct: Whether the teacher classifies a calibration image of each class correctly, bool
+            ``[K]``.
     """
 
     statistics: LayerStatistics
@@ -45,23 +46,24 @@ class BNSCentres:
 def compute_centres(
     teacher: nn.Module, images: Tensor, labels: Tensor, num_classes: int, parts: int = 1
 ) -> BNSCentres:
-    """Compute the BNS centres of ``teacher``, which is put in evaluation mode for it.
+    """Compute the BNS centres of ``teacher``, which is put in evaluation mode.
 
-    Of several images of a class, those that the teacher gets right count, if there are any: the
-    paper, with one of each, mistrusts a centre whose image is taken for another class.
+    If a class has several images, only those that the teacher classifies correctly are used, or all
+    if there are none. The paper has one image per class and distrusts the centre of a misclassified
+    image.
 
-    Several processes share the passes, and so get the same bits as one.
+    Several ranks share the passes. The result is bit-identical to that of one rank.
 
     Args:
         teacher: The trained network.
         images: Calibration images ``[n, C, H, W]``, normalised, not augmented.
-        labels: Their classes, int64 ``[n]``.
-        num_classes: K.
-        parts: Divide the passes into so many, to save memory.
+        labels: Classes of the images, int64 ``[n]``.
+        num_classes: Number of classes, K.
+        parts: Number of smaller passes into which each pass is divided, to save memory.
 
     Returns:
-        The centres. Each class has statistics of its own, exactly those of a batch that held its
-        images that count alone.
+        The centres. The statistics of each class are exactly those of a batch of only its used
+        images.
 
     Raises:
         UsageError: If a class has no image.
@@ -81,7 +83,7 @@ def compute_centres(
     at_once = -(-CLASSES_PER_PASS // parts)
     passes = range(0, num_classes, at_once)
     own = passes[own_slice(len(passes))]
-    for first in own or passes[:1]:  # a process without any must know how many channels there are
+    for first in own or passes[:1]:  # a rank without passes needs the numbers of channels
         last = min(first + at_once, num_classes)
         begin, end = int(images_per_class[:first].sum()), int(images_per_class[:last].sum())
         chosen = order[begin:end]
@@ -89,7 +91,7 @@ def compute_centres(
         classes = last - first
         found: list[tuple[Tensor, Tensor]] = []
 
-        # The only image of a class counts in any case, so that no layer's input must be kept.
+        # The only image of a class is always used, so no layer's input must be kept.
         single = len(chosen) == classes
         of = chosen_labels - first
         measure = partial(_append_statistics, found, of=of, classes=classes) if single else None
@@ -117,7 +119,7 @@ def compute_centres(
 def _append_statistics(
     found: list[tuple[Tensor, Tensor]], layer: int, x: Tensor, *, of: Tensor, classes: int
 ) -> None:
-    """Append mean and variance ``[classes, C]`` of each class, ``of [N]``, in ``x [N, C, *]``."""
+    """Append mean and variance ``[classes, C]`` of ``x [N, C, *]`` with the classes ``of [N]``."""
     assert len(found) == layer
     _, mean, variance = class_batch_stats(x, of, classes)
     found.append((mean, variance))
@@ -133,10 +135,10 @@ def save_centres(centres: BNSCentres, path: Path) -> None:
 
 
 def load_centres(path: Path, device: torch.device | str = "cpu") -> BNSCentres:
-    """Read what `save_centres` wrote.
+    """Read a file of `save_centres`.
 
     Raises:
-        UsageError: If the file is missing, damaged or not of this form.
+        UsageError: If the file is missing, damaged or of another form.
     """
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:

@@ -1,19 +1,19 @@
-"""The losses that pixels are optimised for: BN statistics of single images and of batches.
+"""Losses for optimised images: BN statistics of single images and of batches.
 
-With ``m_nl`` and ``s_nl`` mean and standard deviation over the positions of image ``n`` in
-``x_l [N, C_l, H_l, W_l]``, the input of batch-normalisation layer ``l``, and ``mu_l``,
-``sigma_l`` what the layer stored in training:
+``m_nl`` and ``s_nl`` are mean and standard deviation over the positions of image ``n`` in
+``x_l [N, C_l, H_l, W_l]``, the input of BN layer ``l``. ``mu_l`` and ``sigma_l`` are the running
+mean and standard deviation of the layer.
 
 * alignment (ZeroQ, Cai et al., CVPR 2020; with margins DSG, Zhang et al., CVPR 2021)::
 
       l_nl = |max(|m_nl - mu_l| - delta_l, 0)|^2 + |max(|s_nl - sigma_l| - gamma_l, 0)|^2
 
-* feature distance (DeepInversion, Yin et al., CVPR 2020), with the whole batch's mean and
-  biased variance::
+* feature distance (DeepInversion, Yin et al., CVPR 2020) of mean ``m_l`` and biased variance
+  ``v_l`` of the whole batch::
 
-      R_feat = sum_l c_l (|v_l - v_l^T| + |mu_l - mu_l^T|),    c_0 = 10, else 1
+      R_feat = sum_l c_l (|v_l - sigma_l^2| + |m_l - mu_l|),    c_0 = 10, else 1
 
-* total variation (DeepInversion): the norms of the differences to four neighbours.
+* total variation (DeepInversion): sum of the norms of the differences to four neighbours.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from .losses import LayerStatistics
 
 __all__ = ["deviations", "feature_distance", "image_alignment", "norm", "total_variation"]
 
-#: Added to variances before the root (ZeroQ's code).
+#: Added to variances before the square root (ZeroQ's code).
 _EPS = 1e-6
 
 
 def norm(x: Tensor) -> Tensor:
-    """L2 norm over all of ``x``, with a gradient at 0, too."""
+    """Return the L2 norm over all of ``x``, with a finite gradient at 0."""
     return (x.float().square().sum() + 1e-12).sqrt()
 
 
 def deviations(inputs: Sequence[Tensor], targets: LayerStatistics) -> list[Tensor]:
-    """How far every image's mean and standard deviation are from the stored ones.
+    """Return the differences of every image's mean and standard deviation to the running ones.
 
     Args:
-        inputs: The L layers' inputs ``[N, C_l, *]``.
-        targets: Stored mean and variance ``[1, C_l]``.
+        inputs: Inputs ``[N, C_l, *]`` of the L layers.
+        targets: Running mean and variance ``[1, C_l]``.
 
     Returns:
-        ``m - mu`` and ``s - sigma``, together ``[2, N, C_l]``, of every layer. Variances of images
+        ``m - mu`` and ``s - sigma`` of every layer, stacked to ``[2, N, C_l]``. Variances of images
         are unbiased; those of a single position are 0.
     """
     count = inputs[0].shape[0]
@@ -63,15 +63,15 @@ def deviations(inputs: Sequence[Tensor], targets: LayerStatistics) -> list[Tenso
 def image_alignment(
     inputs: Sequence[Tensor], targets: LayerStatistics, margins: Tensor | None = None
 ) -> Tensor:
-    """Alignment l_nl of every image in every layer.
+    """Return the alignment l_nl of every image in every layer.
 
     Args:
-        inputs: The L layers' inputs ``[N, C_l, *]``.
-        targets: Stored mean and variance ``[1, C_l]``.
-        margins: ``delta_l`` and ``gamma_l``, ``[L, 2]``; None for 0.
+        inputs: Inputs ``[N, C_l, *]`` of the L layers.
+        targets: Running mean and variance ``[1, C_l]``.
+        margins: Margins ``delta_l`` and ``gamma_l``, ``[L, 2]``; None for 0.
 
     Returns:
-        ``[N, L]``, sums over channels.
+        ``[N, L]``, summed over channels.
     """
     found = [deviation.abs() for deviation in deviations(inputs, targets)]
     if margins is not None:
@@ -85,12 +85,12 @@ def image_alignment(
 def feature_distance(
     inputs: Sequence[Tensor], running: LayerStatistics, first_layer_weight: float
 ) -> Tensor:
-    """R_feat of a batch, a scalar.
+    """Return R_feat of a batch, a scalar.
 
     Args:
-        inputs: The L layers' inputs ``[N, C_l, *]``.
-        running: The running statistics ``[1, C_l]``.
-        first_layer_weight: ``c_0``.
+        inputs: Inputs ``[N, C_l, *]`` of the L layers.
+        running: Running statistics ``[1, C_l]``.
+        first_layer_weight: Weight ``c_0`` of the first layer.
     """
     one_class = torch.zeros(inputs[0].shape[0], dtype=torch.int64, device=inputs[0].device)
     distances = []
@@ -102,10 +102,12 @@ def feature_distance(
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Norms of the differences to the right, lower and both diagonal neighbours, over the batch.
+    """Return the sum of the norms of the differences to four neighbours, over the whole batch.
+
+    The neighbours are the right, the lower and both lower diagonal ones.
 
     Args:
-        images: ``[N, C, H, W]``.
+        images: Images ``[N, C, H, W]``.
     """
     upper, lower = images[:, :, :-1], images[:, :, 1:]
     return (

@@ -1,7 +1,7 @@
-"""The three losses on batch-normalisation statistics that train FDDA's generator.
+"""The three losses on BN statistics that train FDDA's generator.
 
-With ``x_l [N, C_l, H_l, W_l]`` the input of batch-normalisation layer ``l`` of L, ``mu_l`` and
-``v_l`` its mean and biased variance per channel, and MSE the mean over channels:
+``x_l [N, C_l, H_l, W_l]`` is the input of BN layer ``l`` of L, ``mu_l`` and ``v_l`` are its mean
+and biased variance per channel, and MSE is the mean squared error over channels:
 
 * BNS loss (GDFQ, Xu et al., ECCV 2020, eq. 3; FDDA's coarse term)::
 
@@ -11,14 +11,14 @@ With ``x_l [N, C_l, H_l, W_l]`` the input of batch-normalisation layer ``l`` of 
 
       L_C = (1/(L-s)) sum_l  MSE(mu_l, mu_l^c) + MSE(v_l, v_l^c)
 
-* BNS-distorted loss (FDDA, eq. 7): the same with fresh Gaussian noise on the centre::
+* BNS-distorted loss (FDDA, eq. 7), with fresh Gaussian noise on the centre::
 
       L_D = (1/(L-s)) sum_l  MSE(mu_l, mu_l^c + 0.5 e_l) + MSE(v_l, v_l^c + 1.0 e'_l)
 
-A batch may hold images of several classes; every class then has statistics of its own, and the
-losses are means over the classes. One class per batch is the paper's case.
+If a batch has images of several classes, each class has its own statistics, and the losses are
+means over the classes. The paper has one class per batch.
 
-Of several processes, each passes its share of the images and gets its share of the loss.
+Each of several ranks computes its share of the images and gets its share of the loss.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LayerStatistics(NamedTuple):
     variances: list[Tensor]
 
     def of_classes(self, classes: Tensor, first_layer: int = 0) -> LayerStatistics:
-        """The rows of ``classes [P]``, from layer ``first_layer`` on."""
+        """Return the rows of ``classes [P]``, from layer ``first_layer`` on."""
         return LayerStatistics(
             [mean[classes] for mean in self.means[first_layer:]],
             [variance[classes] for variance in self.variances[first_layer:]],
@@ -67,9 +67,9 @@ class Distortion:
     """Standard deviations of the Gaussian noise on the centres (FDDA, eq. 7).
 
     Attributes:
-        mean_std: Of the noise added to the centre's means.
-        variance_std: Of the noise added to the centre's variances; the sum may be negative and is
-            not clamped, as in the authors' code.
+        mean_std: Standard deviation of the noise on means.
+        variance_std: Standard deviation of the noise on variances. A noisy variance may be negative
+            and is not clamped, as in the authors' code.
     """
 
     mean_std: float = 0.5
@@ -84,15 +84,15 @@ class Distortion:
 
 
 def first_class_layer(num_layers: int) -> int:
-    """Index ``s`` of the first layer that the class losses use: the deep half and a little more.
+    """Return the index ``s`` of the first layer of the class losses, slightly before the middle.
 
-    ``int((L + 1) / 2) - 2``, at least 0: 8 of 20 for ResNet-18, 24 of 52 for MobileNetV2.
+    It is ``int((L + 1) / 2) - 2``, at least 0: 8 of 20 for ResNet-18, 24 of 52 for MobileNetV2.
     """
     return max(int((num_layers + 1) / 2) - 2, 0)
 
 
 def _noise_like(tensors: list[Tensor], std: float, generator: torch.Generator) -> list[Tensor]:
-    """Gaussian noise in the shapes of ``tensors [P, C_l]``, drawn in one call."""
+    """Draw Gaussian noise in the shapes of ``tensors [P, C_l]``, in one call."""
     channels = [tensor.shape[1] for tensor in tensors]
     noise = torch.randn(
         (tensors[0].shape[0], sum(channels)), generator=generator, device=tensors[0].device
@@ -102,13 +102,13 @@ def _noise_like(tensors: list[Tensor], std: float, generator: torch.Generator) -
 
 @dataclass(frozen=True)
 class StatisticsTargets:
-    """What the statistics of a batch should be: T sets of targets for P classes and L layers.
+    """Targets for the statistics of a batch: T sets for P classes and L layers.
 
     Attributes:
         class_index: Class of each image of the batch, int64 ``[N]``, below P.
         means: L tensors ``[T, P, C_l]``.
-        variances: Likewise.
-        class_weight: ``[T, P]``; a distance is the sum over the classes weighted so.
+        variances: L tensors ``[T, P, C_l]``.
+        class_weight: Weights of the classes in a distance, ``[T, P]``.
     """
 
     class_index: Tensor
@@ -117,15 +117,15 @@ class StatisticsTargets:
     class_weight: Tensor
 
     def distances(self, inputs: Sequence[Tensor], first_layer: int = 0) -> Tensor:
-        """How far layers are from their targets, without a mean over the layers.
+        """Return the distances of layers to their targets, without a mean over the layers.
 
         Args:
             inputs: Inputs ``[N, C_l, *]`` of consecutive layers.
-            first_layer: Number of the first of them among the targets.
+            first_layer: Index of the first of these layers in the targets.
 
         Returns:
-            ``[T, len(inputs)]``. A call for each layer gives the bits of one call for all of them.
-            Of several processes, each gets an equal share.
+            Distances ``[T, len(inputs)]``. One call per layer is bit-identical to one call for all.
+            Each of several ranks gets an equal share.
         """
         layers = slice(first_layer, first_layer + len(inputs))
         means, variances = self.means[layers], self.variances[layers]
@@ -142,7 +142,7 @@ class StatisticsTargets:
 
 
 def running_targets(running: LayerStatistics, images: int) -> StatisticsTargets:
-    """The targets of L_BNS for a batch of ``images``: the running statistics ``[1, C_l]``."""
+    """Return the targets of L_BNS, the running statistics ``[1, C_l]``, for ``images`` images."""
     device = running.means[0].device
     return StatisticsTargets(
         torch.zeros(images, dtype=torch.int64, device=device),
@@ -153,14 +153,11 @@ def running_targets(running: LayerStatistics, images: int) -> StatisticsTargets:
 
 
 def bns_loss(inputs: Sequence[Tensor], running: LayerStatistics) -> Tensor:
-    """L_BNS: distance of the whole batch's statistics to the teacher's running statistics.
+    """Return L_BNS, a scalar: distance of the whole batch's statistics to the running ones.
 
     Args:
-        inputs: The L layers' inputs ``[N, C_l, *]``.
-        running: The running statistics ``[1, C_l]``.
-
-    Returns:
-        A scalar, the mean over the layers.
+        inputs: Inputs ``[N, C_l, *]`` of the L layers.
+        running: Running statistics ``[1, C_l]``.
     """
     return running_targets(running, inputs[0].shape[0]).distances(inputs).mean()
 
@@ -172,14 +169,14 @@ def centralised_and_distorted_targets(
     distortion: Distortion,
     generator: torch.Generator,
 ) -> StatisticsTargets:
-    """The targets of L_C and of L_D, two sets: one read of each layer's input gives both.
+    """Return the targets of L_C and of L_D as two sets, so each layer's input is read only once.
 
     Args:
-        class_index: Row of ``centres`` that each image belongs to, int64 ``[N]``.
-        centres: The centres ``[P, C_l]`` of the batch's P classes in the deep layers.
-        class_weight: ``[P]``; 0 leaves a class out. The losses are sums over classes weighted so.
+        class_index: Row of ``centres`` for each image, int64 ``[N]``.
+        centres: Centres ``[P, C_l]`` of the batch's P classes in the deep layers.
+        class_weight: Weights of the classes in the losses, ``[P]``; 0 leaves a class out.
         distortion: Standard deviations of the noise.
-        generator: Source of the noise, fresh for every layer and call.
+        generator: Source of the noise, which is new for every layer and call.
     """
     parts = [
         (part, _noise_like(part, std, generator))
@@ -195,12 +192,12 @@ def centralised_and_distorted_targets(
 def noise_pull_targets(
     class_index: Tensor, like: LayerStatistics, class_weight: Tensor, generator: torch.Generator
 ) -> StatisticsTargets:
-    """The targets of `noise_pull_loss`: standard normal noise.
+    """Return the targets of `noise_pull_loss`: standard normal noise.
 
     Args:
-        class_index: Class of each image within the batch, int64 ``[N]``, below P.
-        like: Statistics of the layers, with ``C_l`` channels, of any number of classes.
-        class_weight: ``[P]``; 0 leaves a class out.
+        class_index: Class of each image in the batch, int64 ``[N]``, below P.
+        like: Statistics with ``C_l`` channels per layer, of any number of classes.
+        class_weight: Weights of the classes, ``[P]``; 0 leaves a class out.
         generator: Source of the noise.
     """
     classes = class_weight.shape[0]
@@ -216,17 +213,14 @@ def noise_pull_targets(
 
 
 def noise_pull_loss(distances: Tensor) -> Tensor:
-    """What replaces L_D, early on, for classes that the teacher gets wrong on their own image.
+    """Return the scalar loss that replaces L_D, early on, for classes with a misclassified image.
 
-    Their centre does not describe the class, so their statistics are pulled towards standard
+    The centre of such a class does not describe it. Its statistics are pulled towards standard
     normal noise instead, over all layers and with twice the weight (the authors' code)::
 
         2 (1/L) sum_l  MSE(mu_l, n_l) + MSE(v_l, n'_l),      n_l, n'_l ~ N(0, I)
 
     Args:
-        distances: ``[1, L]``, from `noise_pull_targets`.
-
-    Returns:
-        A scalar.
+        distances: Distances ``[1, L]`` from `noise_pull_targets`.
     """
     return 2 * distances.mean()

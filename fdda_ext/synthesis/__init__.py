@@ -1,4 +1,4 @@
-"""Images from nothing but labels and a trained network."""
+"""Synthetic images from labels and a trained network."""
 
 from .generator import ConditionalGenerator, GeneratorConfig, SuperposedGenerator
 from .image_optimisation import ImageOptimisation, ImageOptimisationConfig

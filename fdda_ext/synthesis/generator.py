@@ -18,24 +18,24 @@ from ..ops import class_batch_stats
 
 __all__ = ["ConditionalGenerator", "GeneratorConfig", "SuperposedGenerator"]
 
-#: Rows and columns of a class's feature map. At 224x224 the generator's first maps have 56x56: a
-#: thousand classes would take 400 MB for 32 channels, and the optimizer's state twice as much.
+#: Largest height and width of a class's feature map. For 224x224 images, the generator's first maps
+#: are 56x56. A thousand such maps of 32 channels take 400 MB, and the optimizer's state twice that.
 _LARGEST_MAP = 8
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Size of the generator.
+    """Settings of the generator.
 
     Attributes:
         latent_dim: Dimension of the Gaussian noise.
-        channels: Feature maps of the first two stages; the last has half as many.
+        channels: Feature maps of the first two stages; the last stage has half as many.
         hidden_eps: Added to the variance in the two conditional BN layers before a LeakyReLU. The
             authors' 0.8 scales the activations and is part of the published behaviour.
-        class_maps: Give every class a learned first feature map, added to the noise's, of at most
-            8x8 positions, which is enlarged to its size. Not in the paper, whose generator tells
-            classes apart by the scales and shifts of its BN alone and needs thousands of iterations
-            for that.
+        class_maps: Whether each class has a learned feature map, added to the first one. It has at
+            most 8x8 positions and is enlarged as needed. The paper's generator has none: it
+            separates classes only by the scales and shifts of BN, which takes thousands of
+            iterations to learn.
     """
 
     latent_dim: int = 100
@@ -54,7 +54,7 @@ class GeneratorConfig:
 
 
 class ConditionalBatchNorm(nn.Module):
-    """Batch statistics, then a scale and a shift of each image's own class."""
+    """Batch normalisation with a scale and a shift for each class."""
 
     def __init__(self, channels: int, num_classes: int, eps: float) -> None:
         super().__init__()
@@ -65,21 +65,21 @@ class ConditionalBatchNorm(nn.Module):
         nn.init.zeros_(self.shift.weight)
 
     def forward(self, x: Tensor, labels: Tensor, batches: Tensor, num_batches: int) -> Tensor:
-        """Normalise ``x [N, C, H, W]``, every batch by itself (``batches [N]`` numbers them)."""
+        """Normalise ``x [N, C, H, W]`` separately for each batch; ``batches [N]`` numbers them."""
         scale, shift = _normalisation(x, batches, num_batches, self.eps)
         own_scale, own_shift = _rows(self.scale, labels), _rows(self.shift, labels)
         return _scale_and_shift(x, scale * own_scale, shift * own_scale + own_shift)
 
 
 def _rows(table: nn.Embedding, labels: Tensor) -> Tensor:
-    """Rows of classes ``[N]``, or mixtures of them with the shares ``[N, K]`` that labels have."""
+    """Rows of classes ``[N]``, or their mixtures for shares of classes ``[N, K]``."""
     return labels.to(table.weight) @ table.weight if labels.dim() == 2 else table(labels)
 
 
 def _normalisation(
     x: Tensor, batches: Tensor, num_batches: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Scale and shift ``[N, C]`` that give every batch zero mean and unit variance."""
+    """Scale and shift ``[N, C]`` that give each batch mean 0 and variance 1."""
     count, mean, variance = class_batch_stats(x, batches, num_batches)
     _, (mean,), (variance,) = pooled_moments(count, [mean], [variance])
     scale = (variance + eps).rsqrt()
@@ -93,18 +93,18 @@ def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class UpsampledConv2d(nn.Conv2d):
-    """Nearest-neighbour upsampling by two and a convolution 3x3, without the larger image.
+    """Nearest-neighbour upsampling by two and a 3x3 convolution, without the larger image.
 
-    Taps that read the same pixel are added up first, so that each of the four positions of a
-    result within its 2x2 square is a convolution 2x2 of the small image: 4 products in place of 9.
-    Equal but for the order of additions.
+    Taps that read the same pixel are added first. Each of the four positions in a 2x2 square of the
+    result is then a 2x2 convolution of the small image, with 4 products instead of 9. The result is
+    equal except for the order of additions.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C_in, H, W]`` to ``[N, C_out, 2H, 2W]``, channels_last."""
+        """Map ``[N, C_in, H, W]`` to ``[N, C_out, 2H, 2W]``, channels_last."""
         kernel = _two_taps(_two_taps(self.weight, 3), 3)  # [2, 2, C_out, C_in, 2, 2]
         kernel = kernel.flatten(0, 2).contiguous(memory_format=torch.channels_last)
         assert self.bias is not None
@@ -114,15 +114,15 @@ class UpsampledConv2d(nn.Conv2d):
 
 
 def _two_taps(weight: Tensor, dim: int) -> Tensor:
-    """The two kernels of 2 taps that 3 taps become on an upsampled line, stacked in front."""
+    """Two 2-tap kernels of a 3-tap kernel on an upsampled line, in a new dimension 0."""
     a, b, c = weight.unbind(dim)
     return torch.stack([torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)])
 
 
 class _Interleave(torch.autograd.Function):
-    """Results of four convolutions ``[N, (2, 2, C), H + 1, W + 1]`` as one image of them.
+    """Join the results of four convolutions ``[N, (2, 2, C), H + 1, W + 1]`` to one image.
 
-    That at row p and column q of its square is read p rows further down and q to the right.
+    The result for row p and column q of a square is read p rows and q columns further on.
     """
 
     @staticmethod
@@ -148,19 +148,20 @@ class _Interleave(torch.autograd.Function):
 
 
 class ConditionalGenerator(nn.Module):
-    """G(z, y): images in the *normalised* input space of the teacher.
+    """Generator G(z, y) of images in the *normalised* input space of the teacher.
 
-    Linear to a quarter of the image's size, twice (conditional BN, nearest x2, convolution 3x3),
-    convolution to the image's channels, tanh, and a last batch normalisation without affine, which
-    gives every channel zero mean and unit variance over the batch, as normalised images have. There
-    are no running statistics: the generator always works in the way it is trained.
+    It consists of a linear layer to a quarter of height and width, conditional BN, two stages
+    (nearest upsampling by 2, 3x3 convolution, conditional BN, LeakyReLU), a 3x3 convolution to the
+    image's channels, tanh, and batch normalisation without affine parameters. The last gives every
+    channel mean 0 and variance 1 over the batch, as normalised images have. There are no running
+    statistics: the generator always works as in training.
 
     Args:
-        num_classes: Labels lie below it.
-        image_size: Height and width of the images, at least 4, not necessarily multiples of 4
-            (a larger image is made and its border cut).
-        config: Sizes.
-        image_channels: C, of the images.
+        num_classes: Number of classes, K.
+        image_size: Height and width of the images, at least 4. If they are not multiples of 4, a
+            larger image is made and cropped.
+        config: Settings; None for the defaults.
+        image_channels: Number of channels of the images, C.
     """
 
     def __init__(
@@ -196,10 +197,10 @@ class ConditionalGenerator(nn.Module):
         """Make images.
 
         Args:
-            noise: Standard normal ``[N, latent_dim]``.
+            noise: Standard normal noise ``[N, latent_dim]``.
             labels: Classes, int64 ``[N]``, or shares of all classes, float ``[N, K]``.
-            num_batches: Make so many batches of N / num_batches images in one pass; each is
-                normalised by itself, as if it were made alone.
+            num_batches: Number of batches in this pass, N / num_batches images each. Each is
+                normalised by itself.
 
         Returns:
             Images ``[N, C, H, W]``, float32.
@@ -221,7 +222,7 @@ class ConditionalGenerator(nn.Module):
         return _scale_and_shift(x, *_normalisation(x, batches, num_batches, eps=1e-5))
 
     def _class_maps(self, labels: Tensor) -> Tensor:
-        """The first feature maps of ``labels``, flat, ``[N, C * initial_size ** 2]``."""
+        """Feature maps of ``labels``, flat, ``[N, channels * height * width]``."""
         assert self.class_maps is not None
         maps = _rows(self.class_maps, labels)
         if self.map_size == self.initial_size:
@@ -231,18 +232,17 @@ class ConditionalGenerator(nn.Module):
         return maps.flatten(1)
 
     def sample(self, labels: Tensor, generator: torch.Generator, num_batches: int = 1) -> Tensor:
-        """Make one image for every label ``[N]``, with noise drawn from ``generator``.
+        """Make one image for every label ``[N]``, with noise from ``generator``.
 
         Returns:
-            Images ``[N, C, H, W]``; of several processes, each makes its share of
-            every batch.
+            Images ``[N, C, H, W]``. Each of several ranks makes its share of every batch.
         """
         return self(*self.inputs(labels, generator, num_batches), num_batches)
 
     def inputs(
         self, labels: Tensor, generator: torch.Generator, num_batches: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """What `sample` passes to `forward`: noise and labels of this process's images."""
+        """Return the arguments that `sample` passes to `forward`: this rank's noise and labels."""
         noise = torch.randn(
             (labels.shape[0], self.latent_dim), generator=generator, device=labels.device
         )
@@ -253,16 +253,17 @@ class ConditionalGenerator(nn.Module):
 
 
 class SuperposedGenerator(ConditionalGenerator):
-    """A generator whose input is a superposition of class embeddings (Qimera, NeurIPS 2021).
+    """Generator whose input is a superposition of class embeddings (Qimera, NeurIPS 2021).
 
-    Images of several classes' embeddings lie between these classes, where a quantized network errs.
+    Images from the embeddings of several classes lie between these classes, where a quantized
+    network makes mistakes.
 
     Args:
-        num_classes: K.
-        image_size: As for `ConditionalGenerator`.
-        config: Likewise; ``latent_dim`` is the width that embeddings are mapped to.
-        embeddings: ``[K, D]``, what the trainable embeddings of the classes begin with.
-        image_channels: As for `ConditionalGenerator`.
+        num_classes: Number of classes, K.
+        image_size: See `ConditionalGenerator`.
+        config: See `ConditionalGenerator`; ``latent_dim`` is the width of mapped embeddings.
+        embeddings: Initial values of the trainable class embeddings, ``[K, D]``.
+        image_channels: See `ConditionalGenerator`.
     """
 
     def __init__(
@@ -275,19 +276,19 @@ class SuperposedGenerator(ConditionalGenerator):
     ) -> None:
         super().__init__(num_classes, image_size, config, image_channels)
         self.embedding = nn.Embedding.from_pretrained(embeddings.float().clone(), freeze=False)
-        #: The disentanglement mapping.
+        #: The disentanglement mapping, A.
         self.disentangle = nn.Linear(embeddings.shape[1], config.latent_dim)
 
     def superpose(self, classes: Tensor, weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """``sum_s w_s A norm(E[c_s] + z_s)`` and the share of every class in it.
+        """Return ``sum_s w_s A norm(E[c_s] + z_s)`` and the share of every class in it.
 
         Args:
-            classes: int64 ``[N, S]``.
-            weights: w, float ``[N, S]``, each row of sum 1.
-            noise: z, standard normal ``[N, S, D]``.
+            classes: Classes c, int64 ``[N, S]``.
+            weights: Weights w, float ``[N, S]``; each row sums to 1.
+            noise: Standard normal noise z, ``[N, S, D]``.
 
         Returns:
-            The generator's input ``[N, latent_dim]``, and its soft labels ``[N, K]``.
+            Input of the generator ``[N, latent_dim]``, and its soft labels ``[N, K]``.
         """
         embedded = self.embedding(classes) + noise
         mapped = self.disentangle(F.layer_norm(embedded, embedded.shape[-1:]))

@@ -1,7 +1,7 @@
-"""Images made out of noise by gradient steps on their pixels; what for is the loss's affair.
+"""Images made from noise by gradient steps on their pixels, for any loss.
 
-What ZeroQ, DSG and DeepInversion share: Adam, a rule for its rate, and what may happen to a batch
-before the network sees it.
+ZeroQ, DSG and DeepInversion share this part: Adam, a rule for its learning rate, and random shifts
+and mirroring of the batch.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from ..errors import UsageError
 
 __all__ = ["ImageOptimisation", "ImageOptimisationConfig", "shift_and_mirror"]
 
-#: A falling rate stops here (ZeroQ's code).
+#: Smallest learning rate of "plateau" (ZeroQ's code).
 _LEAST_RATE = 1e-4
 
 
 @dataclass(frozen=True)
 class ImageOptimisationConfig:
-    """How many images, in how many steps, at which rate. The defaults are ZeroQ's.
+    """Settings of optimised images; the defaults are ZeroQ's.
 
     Attributes:
-        images: Made in the whole run.
-        batch: At most so many at a time.
-        steps: Of each batch.
-        coarse_steps: The first so many of them see the images at half resolution; then Adam and
-            its rate begin anew.
-        start_std: Standard deviation of the Gaussian pixels that a batch begins with.
-        lr: Of Adam.
-        betas: Of Adam.
-        schedule: Of the rate: "plateau" takes a tenth, but at least 1e-4, when the loss has not
-            fallen for `patience` steps; "cosine" rises for `warmup_steps`, then falls to 0.
-        patience: Steps without a lower loss, of "plateau".
-        warmup_steps: Of "cosine", at each resolution.
-        jitter: In each step the batch is rolled by up to so many pixels along each axis, half as
-            many at half resolution.
-        mirror: In each step, at even odds, the batch is mirrored, if that leaves classes as they
-            are.
-        clip: Keep pixels among the values that an image can have, where these are known.
-        keep_best: The result is the batch when its loss was least, not after the last step.
+        images: Number of images in the whole run.
+        batch: Largest number of images in a batch.
+        steps: Steps for each batch.
+        coarse_steps: Number of first steps that see the images at half resolution. Then Adam and
+            its learning rate start again.
+        start_std: Standard deviation of the initial Gaussian pixels.
+        lr: Learning rate of Adam.
+        betas: Betas of Adam.
+        schedule: Rule for the learning rate. "plateau" divides it by 10, down to 1e-4, if the loss
+            has not fallen for `patience` steps. "cosine" lets it rise for `warmup_steps`, then fall
+            to 0.
+        patience: For "plateau", steps without a lower loss.
+        warmup_steps: For "cosine", steps with a rising rate, at each resolution.
+        jitter: Largest shift of the batch in each step, in pixels along each axis; half of it at
+            half resolution.
+        mirror: Whether each step mirrors the batch with probability 1/2, if that keeps the classes.
+        clip: Whether pixels are clamped to the values that an image can have, if these are known.
+        keep_best: Whether the result is the batch with the least loss, not the last one.
     """
 
     images: int = 64
@@ -90,7 +90,7 @@ class ImageOptimisationConfig:
             )
 
     def scaled(self, share: float) -> ImageOptimisationConfig:
-        """As many images in ``share`` of the steps."""
+        """Return settings for the same images with ``share`` of the steps."""
         steps = max(round(self.steps * share), 1)
         return replace(
             self,
@@ -102,15 +102,16 @@ class ImageOptimisationConfig:
 
 
 class ImageOptimisation:
-    """One batch on its way: `show` it to a network, then take a `step` on the loss.
+    """Optimisation of one batch: `show` it to a network, then take a `step` on the loss.
 
     Args:
-        config: How.
-        count: N, images in the batch.
-        image_shape: C, H and W.
-        random: Source of the first pixels and of all jitter.
-        pixel_range: Least and largest value of each channel, ``[C, 1, 1]`` each; None if unknown.
-        may_mirror: Whether left and right may be exchanged.
+        config: Settings.
+        count: Number of images in the batch, N.
+        image_shape: Channels, height and width.
+        random: Source of the initial pixels and of all shifts and mirroring.
+        pixel_range: Smallest and largest value of each channel, ``[C, 1, 1]`` each; None if
+            unknown.
+        may_mirror: Whether mirroring keeps the classes.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class ImageOptimisation:
         self.steps_done = 0
         shape = (count, *image_shape)
         noise = torch.randn(shape, generator=random, device=random.device)
-        #: ``[N, C, H, W]``
+        #: Pixels ``[N, C, H, W]``.
         self.pixels = (noise * config.start_std).requires_grad_()
         self._clip()
         self._begin_resolution()
@@ -155,7 +156,7 @@ class ImageOptimisation:
         return self.best if self.config.keep_best else self.pixels.detach()
 
     def show(self) -> Tensor:
-        """The batch as a network is to see it in the next step, with its graph."""
+        """Return the batch that the network sees in the next step, with its autograd graph."""
         if self.steps_done == self.config.coarse_steps:
             self._begin_resolution()
         images, jitter = self.pixels, self.config.jitter
@@ -166,8 +167,8 @@ class ImageOptimisation:
         return images.contiguous(memory_format=torch.channels_last)
 
     def step(self, loss: Tensor) -> None:
-        """Step on ``loss``, a scalar of what `show` gave."""
-        # Not backward(): a student that takes part in the loss must keep gradients of its own.
+        """Take a step on ``loss``, a scalar computed from the result of `show`."""
+        # Not backward(), which would change the gradients of a student that the loss depends on.
         (self.pixels.grad,) = torch.autograd.grad(loss, self.pixels)
         loss = loss.detach()
         if self.config.keep_best:
@@ -196,7 +197,7 @@ class ImageOptimisation:
             self.pixels.clamp_(*self.pixel_range)
 
     def state_dict(self) -> dict[str, Any]:
-        """Pixels, optimizer, the best so far and the position in the schedule."""
+        """Return pixels, optimizer, best batch and number of steps done."""
         return {
             "pixels": self.pixels.detach(),
             "optimizer": self.optimizer.state_dict(),
@@ -208,7 +209,7 @@ class ImageOptimisation:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         self.pixels.copy_(state["pixels"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.plateau.load_state_dict(state["plateau"])
@@ -217,9 +218,9 @@ class ImageOptimisation:
 
 
 def shift_and_mirror(images: Tensor, jitter: int, mirror: bool, random: torch.Generator) -> Tensor:
-    """Roll ``images [N, C, H, W]`` by up to ``jitter`` pixels along each axis, one draw for all.
+    """Roll ``images [N, C, H, W]`` by a common random shift, at most ``jitter`` pixels per axis.
 
-    With ``mirror`` they are also mirrored at even odds. As indices, which do not wait for a device.
+    With ``mirror``, also mirror them with probability 1/2. Index tensors need no wait for a device.
     """
     height, width = images.shape[2:]
     offset = torch.randint(-jitter, jitter + 1, (2, 1), generator=random, device=images.device)
