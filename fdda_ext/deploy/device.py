@@ -36,7 +36,7 @@ _pool_op = torch.ops.fdda._int4_max_pool.default
 
 
 class DeviceProgram:
-    """The form of an `IntegerProgram` that runs on a CUDA device; a CPU gives the same logits.
+    """The form of an `IntegerProgram` that runs on a CUDA device.
 
     Args:
         image: Input value.
@@ -85,7 +85,7 @@ class DeviceProgram:
 
 @dataclass(frozen=True)
 class _Window:
-    """An integer sum in the form of a convolution."""
+    """An integer sum as a convolution."""
 
     weight: Tensor  # int8 [O, kh, kw, C / groups]
     groups: int
@@ -93,10 +93,9 @@ class _Window:
 
 
 def _window(step: Instruction, source: Value, tensors: Mapping[str, Tensor]) -> _Window | None:
-    """Return the convolution that gives the integer sum of ``step``; None if there is none.
+    """Express the integer sum of ``step`` as a convolution, or return None.
 
-    Average pooling and rescaling become convolutions with weights of 1. Each then needs only one
-    kernel launch.
+    Average pooling and rescaling get weights of 1, so each needs only one kernel launch.
     """
     if isinstance(step, Layer):
         weight = tensors[f"{step.output.name}.weight"]
@@ -119,7 +118,6 @@ def _packed(
     tensors: Mapping[str, Tensor],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Return packed weight, zero-point correction, scale and shift of a kernel, on its device."""
     name = step.output.name
     assert source.grid is not None
     weight = window.weight.to(device)
@@ -136,10 +134,7 @@ def _packed(
 def _table(
     step: _ImageCodes, normalise: Callable[[Tensor], Tensor], device: torch.device
 ) -> dict[str, Tensor]:
-    """Return the code of every byte value in every channel.
-
-    The CPU computes the table, because a division on a device may give other bits.
-    """
+    # The CPU computes the table, because a division on a device may give other bits.
     assert step.output.grid is not None
     channels = step.output.shape[0]
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, channels, 1, 256)
@@ -149,7 +144,7 @@ def _table(
 
 @dataclass(frozen=True)
 class _ImageCodes(Instruction):
-    """Quantization of images. A table gives the codes of uint8 images."""
+    """Quantization of images, by a table if they are uint8."""
 
     inverse_scale: float
 
@@ -211,8 +206,6 @@ class _KernelLayer(Instruction):
 
 @dataclass(frozen=True)
 class _KernelMaxPool(Instruction):
-    """Max pooling by its kernel."""
-
     step: MaxPool
 
     def run(
@@ -229,7 +222,7 @@ class _KernelMaxPool(Instruction):
 
 
 def _has_kernels(x: Tensor) -> bool:
-    """Return whether kernels run on ``x``; only tests run these instructions on a CPU."""
+    # On a CPU, only tests run these instructions.
     return x.is_cuda
 
 

@@ -31,24 +31,23 @@ def export_student(
 ) -> IntegerProgram:
     """Write the integer program of ``student`` to ``path`` after a check of its logits.
 
-    The check reads the program back from a temporary file and runs it on batches of one and three
-    images. If its logits are not bit-identical to the student's, nothing is written.
+    The check runs the program, read back from a temporary file, on batches of 1 and 3 images.
+    Nothing is written unless the logits are bit-identical to the student's.
 
     Args:
         student: Calibrated student from `prepare` with grid "deploy", on any device.
         path: File to write. Its folder must exist.
-        mean: Mean per channel, by which the program normalises uint8 images; None for a program
-            that takes only float32 images.
-        std: Standard deviation per channel, given together with ``mean``.
-        images: Normalised float32 images ``[n, C, H, W]`` for the check, which uses the first
-            three; None for random images.
+        mean: Mean per channel, to normalise uint8 images; None to take only float32 images.
+        std: Standard deviation per channel, together with ``mean``.
+        images: Normalised float32 images ``[n, C, H, W]``, of which the check uses three; None
+            for random images.
 
     Returns:
         The written program, on the CPU.
 
     Raises:
-        UsageError: If the file cannot be written, the student cannot be lowered, or the program
-            fails or gives other logits.
+        UsageError: If the file cannot be written, the student cannot be lowered, or the check
+            fails.
     """
     path = Path(path)
     check_target(path)
@@ -83,7 +82,7 @@ def check_target(path: Path, argument: str = "path") -> None:
 
 @torch.no_grad()
 def _compare(program: IntegerProgram, student: GraphModule, images: Tensor | None) -> None:
-    """Raise an error if the program fails or gives other logits than the student."""
+    """Raise an error if the program fails or its logits differ from the student's."""
     if any(not parameter.is_cpu for parameter in student.parameters()):
         student = copy.deepcopy(student).cpu()
     if images is None or not len(images):
@@ -114,7 +113,7 @@ def _compare(program: IntegerProgram, student: GraphModule, images: Tensor | Non
 
 
 def _random_images(program: IntegerProgram) -> tuple[Tensor, Tensor]:
-    """Return random images, uint8 if the program takes them, and the same images normalised."""
+    """Draw images, uint8 if the program takes them, and return them raw and normalised."""
     size = (max(_BATCHES), *program.image.shape)
     random = torch.Generator().manual_seed(0)
     if program.mean is None or program.std is None:

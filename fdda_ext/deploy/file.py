@@ -70,7 +70,7 @@ _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 def _places(bits: int) -> Iterator[tuple[int, int, int]]:
-    """Yield for each of eight codes, packed in ``bits`` bytes: index, first byte, bit offset."""
+    """Yield index, first byte and bit offset of each of eight packed codes."""
     for k in range(8):
         yield k, *divmod(k * bits, 8)
 
@@ -90,7 +90,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
-    """Return the int8 codes ``[rows, n]`` that `pack_codes` packed."""
+    """Unpack the int8 codes ``[rows, n]`` that `pack_codes` packed."""
     bytes_ = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits))
     bytes_ = bytes_.view(packed.shape[0], -1, bits)
     eights = torch.empty(*bytes_.shape[:2], 8, dtype=torch.uint8)
@@ -148,7 +148,7 @@ def write_program(path: Path, program: IntegerProgram) -> None:
 
 
 def is_program(path: Path) -> bool:
-    """Return whether ``path`` has the format of a program; only `load_program` checks it all."""
+    """Whether ``path`` claims to be a program; only `load_program` checks it."""
     try:
         with safe_open(str(path), framework="pt") as file:
             return (file.metadata() or {}).get("format") == _FORMAT
@@ -205,7 +205,7 @@ def _build(manifest: Any, tensors: dict[str, Tensor]) -> IntegerProgram:
 
 
 def _unpacked(tensor: Tensor, size: tuple[int, ...], bits: int, name: str) -> Tensor:
-    """Return the weight ``[O, C / groups, ...]`` of a stored tensor."""
+    """Unpack a stored weight to ``[O, C / groups, ...]``."""
     if len(size) not in (2, 4) or min(size) < 1 or max(size) > 2**20:
         raise ValueError(f"{name} has the shape {size}")
     if not 2 <= bits <= 8:
@@ -218,12 +218,12 @@ def _unpacked(tensor: Tensor, size: tuple[int, ...], bits: int, name: str) -> Te
 
 
 def _ends_in_zero(tensor: Tensor) -> bool:
-    """Return whether the lowest byte of all float32 values is 0."""
+    """Whether the lowest byte of all float32 values is 0."""
     return not bool((tensor.view(torch.int32) & 0xFF).any())
 
 
 def _weight_bits(instructions: Any) -> dict[str, int]:
-    """Return the number of bits of every weight tensor by name."""
+    """Bits of every weight, by the tensor's name."""
     return {
         f"{i.output.name}.weight": i.weight_bits
         for i in instructions
@@ -271,7 +271,7 @@ def _parse(value: Any, hint: Any, where: str) -> Any:
 
 
 def stored_bytes(program: IntegerProgram) -> list[tuple[str, int, int, int]]:
-    """Return name, bits, weight count, and bytes with scale and shift of each weighted layer."""
+    """List name, bits, weight count, and bytes with scale and shift of each layer."""
     rows = []
     for name, bits in _weight_bits(program.instructions).items():
         layer = name.removesuffix(".weight")

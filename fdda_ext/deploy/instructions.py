@@ -10,7 +10,7 @@ order and with each operation rounded::
     t = clamp(t, low, high)                     ReLU, ReLU6
     q = clamp(round(t * (1 / s)) + z, 0, 2^b - 1)        half to even, as in fake_quantize
 
-All implementations give bit-identical results, because integer sums do not depend on their order.
+Integer sums do not depend on their order, so all implementations give bit-identical results.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ class CodeGrid:
 
     @property
     def quant_max(self) -> int:
-        """The largest code."""
+        """Largest code."""
         return 2**self.bits - 1
 
     @property
     def largest_integer(self) -> int:
-        """The largest magnitude of ``code - zero_point``."""
+        """Largest magnitude of ``code - zero_point``."""
         return max(self.zero_point, self.quant_max - self.zero_point)
 
-    # Scales are Python numbers: a tensor would have to be copied to the device of x.
+    # Scales are numbers, because tensors would be copied to the device of x.
 
     @property
     def inverse_scale(self) -> float:
@@ -82,16 +82,16 @@ class CodeGrid:
         return float(torch.ones((), device="cpu") / torch.tensor(self.scale, device="cpu"))
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Return the uint8 codes of float32 ``x``."""
+        """Round float32 ``x`` to uint8 codes."""
         codes = (x * self.inverse_scale).round_().add_(self.zero_point)
         return codes.clamp_(0, self.quant_max).to(torch.uint8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Return the float32 values of ``codes``."""
+        """Convert codes to float32 values."""
         return self.integers(codes) * self.scale
 
     def integers(self, codes: Tensor) -> Tensor:
-        """Return ``codes - zero_point`` in float32."""
+        """Compute ``codes - zero_point`` in float32."""
         return codes.to(torch.float32) - self.zero_point
 
 
@@ -118,7 +118,7 @@ class Instruction:
     output: Value
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return the output shape without the batch dimension.
+        """Infer the output's shape.
 
         Raises:
             ValueError: If the inputs do not fit.
@@ -137,17 +137,17 @@ class Quantize(Instruction):
     """Quantization of the float32 image."""
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return the shape of the input."""
+        """Infer the shape of the input."""
         require(
             inputs[0].grid is None and self.output.grid is not None,
-            "float32 input and a grid for its output",
+            "float32 input and an output grid",
         )
         return inputs[0].shape
 
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        """Return the codes, in channels_last."""
+        """Compute the codes, in channels_last."""
         assert self.output.grid is not None
         return self.output.grid.quantize(x[0]).contiguous(memory_format=torch.channels_last)
 
@@ -167,7 +167,7 @@ class Compute(Instruction):
     high: float | None
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return the shape of the sum, which the residual must have too."""
+        """Infer the shape of sum and residual."""
         shape = self.infer_sum(inputs[0], tensors)
         for part in ("scale", "shift"):
             tensor = _tensor(tensors, f"{self.output.name}.{part}", torch.float32)
@@ -195,7 +195,7 @@ class Compute(Instruction):
         return t if self.output.grid is None else self.output.grid.quantize(t)
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return the shape of the integer sum."""
+        """Infer the sum's shape."""
         raise NotImplementedError
 
     def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -214,11 +214,11 @@ class Layer(Compute):
     weight_bits: int
 
     def groups_(self) -> int:
-        """Return the number of groups."""
+        """Number of groups."""
         return 1
 
     def geometry(self, weight: Tensor) -> dict[str, Pair]:
-        """Return kernel, stride, padding and dilation; absent keys have the usual defaults."""
+        """Kernel, stride, padding and dilation, where not default."""
         return {"kernel": (1, 1)}
 
 
@@ -235,11 +235,11 @@ class Conv(Layer):
     groups: int
 
     def groups_(self) -> int:
-        """Return the number of groups."""
+        """Number of groups."""
         return self.groups
 
     def geometry(self, weight: Tensor) -> dict[str, Pair]:
-        """Return kernel, stride, padding and dilation."""
+        """Kernel, stride, padding and dilation."""
         return {
             "kernel": (weight.shape[2], weight.shape[3]),
             "stride": self.stride,
@@ -248,7 +248,7 @@ class Conv(Layer):
         }
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return ``(O, H', W')``."""
+        """Infer ``(O, H', W')``."""
         weight = _weight(tensors, self.output.name, self.weight_bits, 4)
         require(source.grid is not None and len(source.shape) == 3, "codes [C, H, W]")
         require(min(*self.stride, *self.dilation, self.groups) > 0, "positive strides and groups")
@@ -282,7 +282,7 @@ class Linear(Layer):
     """``sum over c of (q[c] - z) * w[o, c]``; ``<output>.weight`` is int8 ``[O, C]``."""
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return ``(O,)``."""
+        """Infer ``(O,)``."""
         weight = _weight(tensors, self.output.name, self.weight_bits, 2)
         require(source.grid is not None and source.shape == (weight.shape[1],), "codes [C]")
         return (weight.shape[0],)
@@ -304,13 +304,13 @@ class AveragePool(Compute):
     stride: Pair
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return ``(C, H', W')``."""
+        """Infer ``(C, H', W')``."""
         require(source.grid is not None and len(source.shape) == 3, "codes [C, H, W]")
         require(min(*self.kernel, *self.stride) > 0, "positive window sizes and strides")
         return (source.shape[0], *_window(source.shape, self.kernel, self.stride, (0, 0), (1, 1)))
 
     def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Compute the window sums, exact in float32 because a window has at most 2^16 values."""
+        """Compute the window sums, which are exact: at most 2^16 values, below 2^24."""
         grid = source.grid
         assert grid is not None
         total = F.avg_pool2d(grid.integers(x), self.kernel, self.stride, divisor_override=1)
@@ -319,10 +319,10 @@ class AveragePool(Compute):
 
 @dataclass(frozen=True)
 class Rescale(Compute):
-    """The source itself in place of a sum: for a change of grid, or to add two tensors."""
+    """The source itself as the sum: changes the grid, or adds two tensors."""
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return the shape of the source."""
+        """Infer the source's shape."""
         return source.shape
 
     def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -341,7 +341,7 @@ class MaxPool(Instruction):
     ceil_mode: bool
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return ``(C, H', W')``."""
+        """Infer ``(C, H', W')``."""
         source = inputs[0]
         require(source.grid == self.output.grid and len(source.shape) == 3, "the same grid")
         require(
@@ -396,7 +396,7 @@ class Reshape(Instruction):
     """The same values in another shape."""
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return the output's shape, which must have as many values as the input's."""
+        """Infer the output's shape."""
         require(inputs[0].grid == self.output.grid, "the same grid")
         require(
             math.prod(inputs[0].shape) == math.prod(self.output.shape),
@@ -407,7 +407,7 @@ class Reshape(Instruction):
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        """Return the input in the output's shape."""
+        """Reshape the input."""
         return x[0].reshape(x[0].shape[0], *self.output.shape)
 
 
@@ -421,7 +421,7 @@ class Pad(Instruction):
     bottom: int
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return ``(C, H', W')``."""
+        """Infer ``(C, H', W')``."""
         source = inputs[0]
         require(source.grid == self.output.grid and len(source.shape) == 3, "the same grid")
         sides = (self.left, self.right, self.top, self.bottom)
@@ -442,7 +442,7 @@ class Concat(Instruction):
     """Concatenation of channels."""
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return ``(sum of C, *)``."""
+        """Infer ``(sum of C, *)``."""
         require(
             all(v.grid == self.output.grid and v.shape[1:] == inputs[0].shape[1:] for v in inputs),
             "the same grid and image size",
@@ -483,7 +483,7 @@ def check_step(
         tensors: Tensors of the program.
 
     Raises:
-        ValueError: If it cannot. The message says what the instruction needs.
+        ValueError: If it cannot. The message says what it needs.
     """
     check_value(step.output)
     require(step.output.name not in known, "a new name for its output")
@@ -524,7 +524,7 @@ def run_instructions(
     tensors: Mapping[str, Tensor],
     images: Tensor,
 ) -> Tensor:
-    """Return the last instruction's output; each value is freed after its last use."""
+    """Compute the last instruction's output; free each value after its last use."""
     known, values = {image.name: image}, {image.name: images}
     last_use = {name: i for i, step in enumerate(instructions) for name in step.inputs}
     for index, step in enumerate(instructions):
@@ -545,7 +545,7 @@ def _window(
     dilation: Pair,
     ceil_mode: bool = False,
 ) -> Pair:
-    """Return height and width of the result of a sliding window."""
+    """Height and width of the result of a sliding window."""
     require(math.prod(kernel) <= _MOST_TAPS, "a window of reasonable size")
     sizes = []
     for n, k, s, p, d in zip(shape[1:], kernel, stride, padding, dilation, strict=True):

@@ -1,10 +1,9 @@
 """Lowering: translation of a prepared student into an integer program.
 
-Every quantizer of the student becomes an instruction that makes codes. The operations before the
-quantizer are folded into this instruction. The last convolution, linear layer or average pooling
-gives the integer sum. Batch normalisation, bias and the scales of input and weights give one scale
-and one shift per channel. An addition gives the residual, and ReLU gives the clamp. A result that
-several operations read is computed once, in float32.
+Every quantizer becomes an instruction, into which the operations before it are folded. The last
+convolution, linear layer or average pooling gives the integer sum. Batch normalisation, bias and
+the scales of input and weights give one scale and one shift per channel. An addition gives the
+residual, and ReLU gives the clamp. A result with several readers is computed once, in float32.
 """
 
 from __future__ import annotations
@@ -118,16 +117,14 @@ def lower(
 
     Args:
         student: Calibrated student from `prepare` with grid "deploy".
-        mean: Mean per channel, by which the program normalises uint8 images; None for a program
-            that takes only float32 images.
-        std: Standard deviation per channel, given together with ``mean``.
+        mean: Mean per channel, to normalise uint8 images; None to take only float32 images.
+        std: Standard deviation per channel, together with ``mean``.
 
     Returns:
-        The program, on the CPU, for images of the size with which ``student`` was prepared.
+        The program, on the CPU, for images of the size that ``student`` was prepared with.
 
     Raises:
-        UsageError: If the student is not calibrated, or if it has obstacles, see
-            `export_obstacles`.
+        UsageError: If the student is not calibrated or has obstacles, see `export_obstacles`.
     """
     if not isinstance(student, GraphModule) or not _has_shapes(student):
         raise UsageError(f"lower: expected a student, got one that {_NO_STUDENT}")
@@ -145,7 +142,7 @@ def lower(
 
 
 def refusal(obstacles: list[str]) -> str:
-    """Return the text of an error: the number of obstacles, and the first of them."""
+    """Write an error text with the number of obstacles and the first of them."""
     rest = [f"and {len(obstacles) - _SHOWN} more"] if len(obstacles) > _SHOWN else []
     return (
         "expected every operation to have an integer instruction, "
@@ -157,15 +154,15 @@ def refusal(obstacles: list[str]) -> str:
 def export_obstacles(student: nn.Module) -> list[str]:
     """List the operations that keep ``student`` from becoming an integer program.
 
-    The student may be neither calibrated nor trained. If the list is empty, `lower` accepts the
-    student after calibration and training.
+    The student need not be calibrated or trained. If the list is empty, `lower` accepts the student
+    after calibration.
 
     Args:
         student: Student from `prepare`.
 
     Returns:
-        One sentence for every obstacle, in execution order. It names the operation's place and type
-        and says what to do.
+        One sentence per obstacle, in execution order: the operation's place and type, and what to
+        do about it.
     """
     if not isinstance(student, GraphModule) or not _has_shapes(student):
         return [f"{type(student).__name__} {_NO_STUDENT}"]
@@ -201,7 +198,6 @@ class _Lowering:
         self.batch = shape(image)[0]
 
     def run(self) -> None:
-        """Lower the whole graph."""
         if any(
             isinstance(module, (ActivationQuantizer, WeightQuantizer))
             and not isinstance(module, (LearnedActivationQuantizer, LearnedWeightQuantizer))
@@ -226,13 +222,12 @@ class _Lowering:
         self.obstacles[f"{describe(node, self.modules)}: {reason}"] = None
 
     def value(self, node: Node) -> Value:
-        """Return the value of ``node``, after appending the instructions that make it."""
+        """Append the instructions that ``node`` still needs, and return its value."""
         if node not in self.values:
             self.values[node] = self._make(node)
         return self.values[node]
 
     def as_float(self, node: Node) -> Value:
-        """Return the value of ``node`` in float32."""
         value = self.value(node)
         if value.grid is None:
             return value
@@ -265,7 +260,7 @@ class _Lowering:
         return self._unsupported(node, _REASONS.get(_type_name(node, self.modules), _OTHER))
 
     def _is_of_batch(self, node: Node) -> bool:
-        """Return whether the first dimension of the result is the batch."""
+        """Whether the first dimension of the result is the batch."""
         return shape(node)[:1] == (self.batch,)
 
     def _unsupported(self, node: Node, reason: str) -> Value:
@@ -320,13 +315,12 @@ class _Lowering:
         return self._computed(source, grid)
 
     def _rounded(self, node: Node, grid: CodeGrid) -> Value:
-        """Return the codes of ``node``; other operations may read it in float32."""
         if self._is_folded(node):
             return self._computed(node, grid)
         return self._rescale(node, self.value(node), grid)
 
     def _is_folded(self, node: Node) -> bool:
-        """Return whether ``node`` needs no value of its own, since one operation alone reads it."""
+        """Whether a single operation reads ``node``, so that it needs no value of its own."""
         return len(node.users) == 1 and node not in self.values
 
     # ---- operations that move values ------------------------------------------------------------
@@ -345,7 +339,7 @@ class _Lowering:
         return self._emit(node, Reshape((source.name,), output))
 
     def _unshaped(self, node: Node) -> Node:
-        """Return the node before a chain of reshapes; the shapes between may be unsupported."""
+        """Return the node before a chain of reshapes, whose shapes may be unsupported."""
         while self.kind(node) == "reshape" and self._keeps_order(node) and self._is_of_batch(node):
             node = tensor_inputs(node)[0]
         return node
@@ -368,7 +362,7 @@ class _Lowering:
         return self._emit(node, MaxPool((source.name,), output, *window))
 
     def _max_window(self, node: Node) -> tuple[Pair, Pair, Pair, Pair, bool] | None:
-        """Return window, stride, padding, dilation and ceil_mode; None if not supported."""
+        """Window, stride, padding, dilation and ceil_mode; None if not supported."""
         module = self.module(node)
         if isinstance(module, nn.MaxPool2d):
             given = {name: getattr(module, name) for name in (*_MAX_ARGUMENTS, "return_indices")}
@@ -404,7 +398,7 @@ class _Lowering:
         return self._emit(node, Pad((source.name,), output, *sides[:4]))
 
     def _parts(self, node: Node) -> list[Node] | None:
-        """Return the inputs of a concatenation of channels; None for other concatenations."""
+        """Inputs of a concatenation of channels; None for other concatenations."""
         given = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
         parts, axis = given.get("tensors"), given.get("dim", 0)
         if not isinstance(parts, (list, tuple)) or not all(isinstance(p, Node) for p in parts):
@@ -471,11 +465,11 @@ class _Lowering:
         return self._rescale(result, self.value(source), grid, low, high, residual)
 
     def _may_fold(self, node: Node, result: Node) -> bool:
-        """Return whether ``node`` is ``result``, or only operations up to ``result`` read it."""
+        """Whether ``node`` is ``result`` or is read only on the way to it."""
         return node is result or self._is_folded(node)
 
     def _operands(self, operands: list[Node]) -> tuple[Node, Node]:
-        """Return the addend to fold (the later one, but a layer if possible), and the other."""
+        """Return the addend to fold (preferably a layer, then the later one) and the other."""
         operands = sorted(operands, key=lambda n: (self._ends_layer(n), self.order[n]))
         return operands[1], operands[0]
 
@@ -532,7 +526,6 @@ class _Lowering:
         residual: tuple[str, ...],
         result: Node,
     ) -> Value:
-        """Append a convolution, linear layer or average pooling with its epilogue."""
         module = self.module(node)
         if isinstance(module, QuantizedConv2d) and module.padding_mode != "zeros":
             value = self._unsupported(
@@ -613,7 +606,7 @@ def _has_shapes(student: GraphModule) -> bool:
 
 
 def _arguments(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the arguments of a call after the tensor, by name."""
+    """Arguments of a call after the tensor, by name."""
     return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
 
 
@@ -627,7 +620,7 @@ def _pair(value: Any) -> Pair:
 
 
 def _type_name(node: Node, modules: dict[str, nn.Module]) -> str:
-    """Return the name of a module's type, a function or a method, lower case, no underscores."""
+    """Name of a module's type, function or method, in lower case without underscores."""
     if node.op == "call_module":
         name = type(modules[str(node.target)]).__name__
     else:

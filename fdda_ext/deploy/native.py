@@ -1,8 +1,7 @@
 """The form of a program that the CPU runs, in one call.
 
-`_Encoder` turns instructions into the records that csrc/cpu/int4_program_cpu.cpp reads, and packs
-all weights into one tensor, in the layouts of the kernels. Values share a workspace. Its memory is
-reused as soon as nothing reads a value any more.
+`_Encoder` writes the records that csrc/cpu/int4_program_cpu.cpp reads, and one tensor with all
+weights in the layouts of the kernels. Values share a workspace, and dead values free their place.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _run = torch.ops.fdda._int4_program.default
 
 #: Outputs per panel and bytes per cache line, to which parameters and memory are padded.
 _PANEL, _LINE = 16, 64
-#: Largest number of bits of codes that fit a byte after Winograd's transform.
+#: Bits of codes that fit a byte after Winograd's transform.
 _WINOGRAD_BITS = 5
 #: Largest batch for which a plan is measured; larger batches use the plan of this size.
 _MEASURED_IMAGES = 16
@@ -153,14 +152,14 @@ class NativeProgram:
         return self.run(images, self.plan(images))
 
     def run(self, images: Tensor, plan: tuple[bool, ...], times: Tensor | None = None) -> Tensor:
-        """Return the logits for a plan; write nanoseconds per record to ``times``, int64 ``[n]``."""
+        """Run a plan; ``times``, int64 ``[steps]``, gets the nanoseconds of every record."""
         records = self.records(images.dtype, plan)
         workspace = self.workspace(len(images))
         result: Tensor = _run(images, self.constants, records, workspace, times)
         return result.flatten(1) if self._is_flat else result.permute(0, 3, 1, 2)
 
     def profile(self, images: Tensor, rounds: int = 9) -> list[StepTime]:
-        """Return the median time of every record over ``rounds`` calls."""
+        """Measure the median time of every record over ``rounds`` calls."""
         plan = self.plan(images)
         times = torch.zeros(rounds, len(self._steps), dtype=torch.int64)
         for times_of_run in times:
@@ -174,11 +173,11 @@ class NativeProgram:
         ]  # fmt: skip
 
     def eligible(self) -> tuple[bool, ...]:
-        """Return for every record whether Winograd's algorithm can run it."""
+        """Whether Winograd's algorithm can run each record."""
         return tuple(step.winograd_weight is not None for step in self._steps)
 
     def plan(self, images: Tensor) -> tuple[bool, ...]:
-        """Return for every record whether Winograd's algorithm is faster, by measurement."""
+        """Choose Winograd's algorithm for the records where it measures faster."""
         eligible = self.eligible()
         images = images[:_MEASURED_IMAGES]
         if not any(eligible) or len(images) == 0:
@@ -191,14 +190,14 @@ class NativeProgram:
         return self._plans[key]
 
     def _measure(self, images: Tensor, plan: tuple[bool, ...]) -> Tensor:
-        """Return the shortest time of every record over a few calls, in nanoseconds."""
+        """Shortest time of every record over a few calls, in nanoseconds."""
         times = torch.zeros(_ROUNDS, len(self._steps), dtype=torch.int64)
         for times_of_run in times:
             self.run(images, plan, times_of_run)
         return times.amin(0)
 
     def workspace(self, images: int) -> Tensor:
-        """Return memory for the values of a batch; each thread has its own."""
+        """Memory for the values of a batch; each thread has its own."""
         size = images * self._bytes_per_image + _LINE
         kept: Tensor | None = getattr(self._local, "workspace", None)
         if kept is not None and kept.numel() >= size:
@@ -209,7 +208,7 @@ class NativeProgram:
         return workspace
 
     def records(self, dtype: torch.dtype, plan: tuple[bool, ...]) -> Tensor:
-        """Return the int64 records that int4_program_cpu.cpp reads, for images of a dtype."""
+        """The int64 records of int4_program_cpu.cpp for images of a dtype."""
         key = (dtype, plan)
         if key not in self._records:
             steps = self._of_bytes if dtype == torch.uint8 else self._steps
@@ -266,7 +265,7 @@ class _Encoder:
     size: int = 0
 
     def encode(self) -> tuple[int, int]:
-        """Encode all instructions; return the slot of the logits and workspace bytes per image."""
+        """Encode all; return the slot of the logits and the workspace bytes per image."""
         self.values[self.image.name] = self.image
         self.slots[self.image.name] = -1
         last_read = {
@@ -284,7 +283,7 @@ class _Encoder:
         return self.slots[self.instructions[-1].output.name], self.size
 
     def _allocate(self, shape: tuple[int, ...], grid: CodeGrid | None) -> int:
-        """Return a new slot for a value, at the lowest free offset."""
+        """Give a value a new slot at the lowest free offset."""
         channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
         element = 4 if grid is None else 1
         size = _lines(channels * height * width * element)
@@ -414,7 +413,7 @@ class _Encoder:
         self._emit(name, replace(common, parameters=parameters), products=products)
 
     def _layer(self, step: Layer, weight: Tensor, source: Value, common: _Step) -> _Step:
-        """Complete the record of a layer and store its weight for one or both algorithms."""
+        """Pack the weight for one or both algorithms and complete the record."""
         planes = weight.view(*weight.shape, *(1,) * (4 - weight.dim())).movedim(1, -1).contiguous()
         groups = step.groups_()
         winograd = None
@@ -470,7 +469,7 @@ def _suits_winograd(step: Layer, source: Value, planes: Tensor) -> bool:
 
 
 def _is_same_order(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Return whether two shapes have the same order of values in NHWC memory."""
+    """Whether two shapes have the same order of values in NHWC memory."""
     return a == b or (a[0] == b[0] and all(size == 1 for size in (*a[1:], *b[1:])))
 
 

@@ -78,12 +78,11 @@ class IntegerProgram(nn.Module):
         """Compute the logits, float32 ``[N, K]``.
 
         Args:
-            images: Normalised float32 images ``[N, C, H, W]``, or uint8 images, which the program
-                normalises.
+            images: Normalised float32 images ``[N, C, H, W]``, or raw uint8 images.
 
         Raises:
-            UsageError: If the images have another shape or dtype, or if they are uint8 and the
-                program has no ``mean`` and ``std``.
+            UsageError: If shape or dtype is wrong, or uint8 images come without ``mean`` and
+                ``std``.
         """
         self.check_images(images)
         if images.is_cpu:
@@ -93,10 +92,10 @@ class IntegerProgram(nn.Module):
         return self.by_instructions(images)
 
     def check_images(self, images: Tensor) -> None:
-        """Check shape and dtype of images for `forward`.
+        """Check that `forward` takes ``images``.
 
         Raises:
-            UsageError: If `forward` does not take them.
+            UsageError: If it does not.
         """
         if images.dim() != 4 or tuple(images.shape[1:]) != self.image.shape:
             expected = ", ".join(map(str, self.image.shape))
@@ -114,7 +113,7 @@ class IntegerProgram(nn.Module):
         return self._native
 
     def on_device(self, device: torch.device) -> DeviceProgram:
-        """Return the form of the program that runs on a CUDA device."""
+        """Form of the program that runs on a CUDA device."""
         if device not in self._on_device:
             self._on_device[device] = DeviceProgram(
                 self.image, self.instructions, self.tensors, self._normaliser, device
@@ -122,11 +121,11 @@ class IntegerProgram(nn.Module):
         return self._on_device[device]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Both are rebuilt when they are needed.
+        # Both are rebuilt on demand.
         return {**super().__getstate__(), "_native": None, "_on_device": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerProgram:
-        """Move tensors to another device, but keep their dtype: ``half()`` changes nothing."""
+        """Move tensors between devices, but keep dtypes: ``half()`` changes nothing."""
 
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -154,7 +153,7 @@ class IntegerProgram(nn.Module):
         return self.normalise if self.mean is not None and self.std is not None else None
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Normalise uint8 images by ``mean`` and ``std``; float32 images stay as they are."""
+        """Normalise uint8 images to float32; return float32 images unchanged."""
         if images.dtype == torch.float32:
             return images
         mean, std = (
