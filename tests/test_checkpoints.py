@@ -186,7 +186,7 @@ def test_of_plain_and_averaged_weights_the_plain_ones_are_taken(user, tmp_path, 
         with caplog.at_level(logging.WARNING, "fdda_ext"):
             assert same(load(path), plain)
         assert f"those under {names[0]} are taken" in caplog.text
-        assert f"--weights {path}#{names[1]} takes the averaged ones" in caplog.text
+        assert f"--weights {path}#{names[1]} uses the averaged ones" in caplog.text
         assert same(load(f"{path}#{names[1]}"), averaged)
         assert same(load(f"{path}#{names[0]}"), plain)
         assert same(load(f"order={path}#{names[1]}"), averaged)
@@ -331,7 +331,7 @@ def test_where_nothing_fits_names_and_the_closest_match_are_told(user, tmp_path)
     ):
         load(path)
     torch.save({"epoch": 3, "args": argparse.Namespace()}, path)
-    with pytest.raises(UsageError, match="named tensors, got other things in .*holds epoch, args"):
+    with pytest.raises(UsageError, match="named tensors, got something else in .*holds epoch, args"):
         load(path)
     torch.save({"model": {**state, "stem.0.weight": torch.ones(8, 3, 5, 5)}}, path)
     with pytest.raises(

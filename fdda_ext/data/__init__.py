@@ -177,7 +177,7 @@ def choose_preprocessing(
     """Choose the preprocessing of image files for a network.
 
     Without ``image_size``, images keep their size if it is small and the same for all, and if no
-    library states the size for the network. Published images of one size always keep it.
+    library states which size the network expects. Published images of one size always keep it.
 
     Args:
         dataset: Any split of the data set.

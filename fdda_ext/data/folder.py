@@ -91,7 +91,7 @@ class ImageFiles(ImageDataset):
     @property
     @override
     def stored_size(self) -> ImageSize | None:
-        """Size that some images have in common, if it is small; otherwise None."""
+        """Common size of a few images, if it is small; otherwise None."""
         sizes = set()
         for index in torch.linspace(0, len(self) - 1, min(_SIZED, len(self))).long().tolist():
             try:

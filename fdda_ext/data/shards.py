@@ -126,7 +126,7 @@ def _read_archive(path: Path) -> list[tuple[tarfile.TarInfo, int]]:
     unlabelled = images.keys() - labels.keys()
     if unlabelled:
         raise UsageError(
-            f"data: expected a member .cls beside every image, got none for {min(unlabelled)} "
+            f"data: expected a .cls member for every image, got none for {min(unlabelled)} "
             f"in {path}"
         )
     return [(member, labels[key]) for key, member in images.items()]

@@ -238,7 +238,7 @@ def _fields(value: Any, names: set[str]) -> dict[str, Any]:
 
 
 def _parse(value: Any, hint: Any, where: str) -> Any:
-    """Convert ``value`` from JSON to the type ``hint``, without coercion.
+    """Convert ``value`` from JSON to the type ``hint`` with strict type checks.
 
     Raises:
         ValueError: If it has another type; the message names ``where``.

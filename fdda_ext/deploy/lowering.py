@@ -238,7 +238,9 @@ class _Lowering:
     def _make(self, node: Node) -> Value:
         kind = self.kind(node)
         if node.op == "get_attr":
-            return self._unsupported(node, "is a tensor of the network itself, use layers only")
+            return self._unsupported(
+                node, "is a tensor that the network reads directly, use layers only"
+            )
         if kind == "quantizer":
             return self._quantized(node)
         if not self._is_of_batch(node):
@@ -355,7 +357,7 @@ class _Lowering:
         window = self._max_window(node)
         if window is None:
             return self._unsupported(
-                node, "is adaptive or gives indices, use MaxPool2d with a fixed window"
+                node, "is adaptive or returns indices, use MaxPool2d with a fixed window"
             )
         source = self.value(tensor_inputs(node)[0])
         output = Value(self._unused(node.name), _shape(node), source.grid)

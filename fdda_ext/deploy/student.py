@@ -45,6 +45,7 @@ def load_student(path: Path, command: str = "evaluate") -> tuple[GraphModule, di
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"{command}: expected {path} to hold the student of its recipe, got {reason}"
+            f"{command}: expected {path} to hold the student that its recipe describes, "
+            f"got {reason}"
         ) from None
     return student.eval(), recipe

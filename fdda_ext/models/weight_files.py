@@ -237,7 +237,7 @@ def read_weight_file(path: Path, name: str = "") -> WeightFile:
         full = ".".join(place)
         if value.layout is not torch.strided or value.is_meta or value.is_quantized:
             raise UsageError(
-                "model: expected weights to be named tensors, got other things in "
+                "model: expected weights to be named tensors, got something else in "
                 f"{path}: {full} is sparse, quantized, or without values"
             )
         if not name or f"{full}.".startswith(f"{name}."):
@@ -248,7 +248,7 @@ def read_weight_file(path: Path, name: str = "") -> WeightFile:
         where = f"{path}#{name}" if name else str(path)
         holds = f", which holds {_told(keys)}" if keys else ""
         raise UsageError(
-            f"model: expected weights to be named tensors, got other things in {where}{holds}"
+            f"model: expected weights to be named tensors, got something else in {where}{holds}"
         )
     return file
 

@@ -183,7 +183,7 @@ def _own(name: str, num_classes: int | None) -> nn.Module:
     module, _, attribute = name.rpartition(".")
     try:
         build = getattr(importlib.import_module(module), attribute)
-        # A network for a single data set may not take the number of classes.
+        # Networks for one data set often have no argument for the number of classes.
         network = build(num_classes=num_classes) if _takes_classes(build) else build()
     except Exception as error:  # the user's code may raise anything
         reason = f"{type(error).__name__} ({' '.join(str(error).split())[:200]})"
@@ -368,7 +368,7 @@ def _no_fit(network: nn.Module, file: WeightFile, tried: Sequence[str] = ()) -> 
 
 
 def _in_order(network: nn.Module, file: WeightFile) -> dict[str, Tensor]:
-    """Give the tensors of ``file`` the names of ``network`` in order.
+    """Match the tensors of ``file`` to the names of ``network`` by their order.
 
     Raises:
         UsageError: If the number of tensors, a shape or the last part of a name differs.
@@ -459,7 +459,7 @@ def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             raise UsageError(
                 f"model: expected {key} in floating point, got {tensor.dtype} in {path}"
             )
-        # In float32, because isfinite lacks some narrow types, and float64 may overflow.
+        # In float32: isfinite does not support some narrow types, and float64 may overflow.
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise UsageError(
                 f"model: expected weights finite in float32, got NaN or infinity in {key} of {path}"

@@ -40,7 +40,7 @@ def accuracies(tables: Mapping[str, tuple[float, Mapping[str, Sequence[float]]]]
 
 
 def image_rows(rows: Mapping[str, Tensor], columns: int = 16) -> bytes:
-    """Draw some images of every method in a row, as PNG.
+    """Draw one row of images for every method, as PNG.
 
     Args:
         rows: Images ``[n, C, H, W]`` from 0 to 1, by method.
