@@ -342,7 +342,7 @@ def test_evaluate_refuses_what_does_not_fit(tmp_path):
         student.state_dict = lambda state=state: state
         kept = recipe if change else {}
         write_student(tmp_path / "other.safetensors", student, {**kept, **change})
-        with pytest.raises(UsageError, match="the student that its recipe describes|model") as caught:
+        with pytest.raises(UsageError, match="student that its recipe describes|model") as caught:
             evaluate.main([f"--run={tmp_path / 'other.safetensors'}"])
         assert len(str(caught.value)) < 500
         assert "\n" not in str(caught.value)
