@@ -61,20 +61,16 @@ class _Limited(ImageDataset):
 
     @property
     def classes_present(self) -> int:
-        """Number of classes in the whole split."""
         return self._dataset.classes_present
 
     @property
     def stored_size(self) -> ImageSize | None:
-        """Stored size in the whole split."""
         return self._dataset.stored_size
 
     def pixels(self, index: int) -> Tensor:
-        """See `ImageDataset.pixels`."""
         return self._dataset.pixels(int(self._indices[index]))
 
     def pixels_without_margin(self, index: int) -> Tensor | None:
-        """See `ImageDataset.pixels_without_margin`."""
         return self._dataset.pixels_without_margin(int(self._indices[index]))
 
 

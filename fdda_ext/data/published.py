@@ -154,8 +154,6 @@ def open_published(
 
 
 class _PublishedFiles(ImageFiles):
-    """Images in files, listed by their paths."""
-
     def __init__(
         self, listing: Listing, preprocessing: Preprocessing, augmentation: Augmentation
     ) -> None:

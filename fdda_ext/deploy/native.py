@@ -345,7 +345,6 @@ class _Encoder:
             raise NotImplementedError(type(step).__name__)
 
     def _rename(self, slot: int, output: Value) -> None:
-        """Give the memory of a slot another shape."""
         offset, height, width, channels, element = self.program._values[slot]
         channels, height, width = (*output.shape, 1, 1)[:3]
         again = len(self.program._values)

@@ -244,7 +244,6 @@ def _pair_layers(
 
 
 def _fitted(theirs: dict[str, Tensor], name: str, like: Tensor, subject: str) -> Tensor:
-    """Return the tensor ``name`` of the source's layer in the target's shape."""
     if name in theirs:
         return theirs[name].reshape(like.shape)
     if name == "bias":  # no bias equals a bias of zero

@@ -182,7 +182,6 @@ def _torch_file(path: Path) -> Any:
 
 
 def _told(names: list[str]) -> str:
-    """List the first of ``names`` and count the others."""
     more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
     return ", ".join(names[:_TOLD]) + more
 
@@ -453,7 +452,6 @@ def _without_effect(name: str) -> bool:
 
 
 def _equal(one: WeightSet, two: WeightSet) -> bool:
-    """Whether two sets have the same values."""
     if one.tensors.keys() != two.tensors.keys():
         return False
     pairs = ((tensor, two.tensors[key]) for key, tensor in one.tensors.items())

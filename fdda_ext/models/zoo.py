@@ -152,7 +152,6 @@ def _closest_network(name: str) -> str | None:
 
 
 def _names_in(library: str) -> list[str]:
-    """Names of all networks in an installed library."""
     torchvision = import_torchvision()  # before timm or pytorchcv import it
     if library == "torchvision":
         return list(torchvision.models.list_models(module=torchvision.models))
@@ -176,7 +175,6 @@ def _build(spec: str, num_classes: int | None, weights: str | None) -> nn.Module
 
 
 def _own(name: str, num_classes: int | None) -> nn.Module:
-    """Build the user's network ``MODULE.CLASS``."""
     spec = f"{_OWN}:{name}"
     if num_classes is None:
         raise UsageError(f"model: expected num_classes for {spec}, got none")
@@ -285,7 +283,6 @@ def _from_library(
 
 
 def _torchvision_weights(spec: str) -> list[str]:
-    """Names of torchvision's trained weights for ``spec``."""
     library, _, name = spec.partition(":")
     if library != "torchvision" or name not in _names_in(library):
         return []

@@ -114,12 +114,10 @@ class _Run:
 
     @property
     def name(self) -> str:
-        """Name of the method."""
         return str(self.recipe["method"])
 
     @property
     def method(self) -> type[Method]:
-        """Class of the method."""
         return method_class(self.name)
 
     @property
@@ -129,7 +127,6 @@ class _Run:
 
     @cached_property
     def config(self) -> str:
-        """Configuration as YAML."""
         return (self.folder / "config.yaml").read_text()
 
     @cached_property
@@ -161,7 +158,6 @@ class _Run:
 
     @cached_property
     def layers(self) -> list[LayerBits]:
-        """Bits of every layer."""
         return bits_table(self.student)
 
     def weight_bytes(self) -> tuple[int, int]:
@@ -458,7 +454,6 @@ def _predictions(run: _Run) -> str:
 
 
 def _titled(title: str, header: Sequence[str], rows: Sequence[Any], kinds: str) -> str:
-    """Show the first rows of a table under a title, if there are any."""
     if not rows:
         return ""
     return page.text(title, "h3") + page.table(header, rows[:_MOST_ROWS], kinds)
