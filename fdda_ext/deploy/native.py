@@ -1,7 +1,8 @@
 """The form of a program that the CPU runs, in one call.
 
 `_Encoder` writes the records that csrc/cpu/int4_program_cpu.cpp reads, and one tensor with all
-weights in the layouts of the kernels. Values share a workspace, and dead values free their place.
+weights in the layouts of the kernels. Values share a workspace. The memory of a value is
+reused after its last use.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class NativeProgram:
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits of float32 or uint8 images ``[N, C, H, W]``."""
         if torch.compiler.is_compiling():
-            # The program is one operator and measures times, so it is not compiled. A decorator
+            # The program is one operator and measures times, so torch.compile skips it. A decorator
             # would import torch's compiler, which delays every command by seconds.
             return torch.compiler.disable(self._call)(images)
         return self._call(images)

@@ -261,7 +261,7 @@ def translate(
     names: tuple[str, str],
     image_size: int = 224,
 ) -> dict[str, Tensor]:
-    """Rename the weights of ``source`` for ``target``, if both networks compute the same.
+    """Rename the weights of ``source`` for ``target``, if both networks compute the same function.
 
     Args:
         state: Tensors of ``source.state_dict()``.

@@ -2,8 +2,8 @@
 
 The network's tensors may be in a nested dictionary, have a wrapper's prefix, and come with an
 optimizer's state, settings or a second set of averaged weights. Every tensor of the file gets a
-full name: the keys that lead to it, joined by dots. A *set* of weights belongs to a prefix: the
-prefix before all of the network's names gives full names of the file.
+full name: the keys that lead to it, joined by dots. If all of the network's names, after one common
+prefix, are full names of the file, these tensors are a *set* of weights.
 """
 
 from __future__ import annotations
