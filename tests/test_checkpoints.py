@@ -185,8 +185,8 @@ def test_plain_weights_are_preferred_to_averaged_ones(user, tmp_path, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "fdda_ext"):
             assert same(load(path), plain)
-        assert f"those under {names[0]} are taken" in caplog.text
-        assert f"--weights {path}#{names[1]} takes the averaged ones" in caplog.text
+        assert f"those under {names[0]} are used" in caplog.text
+        assert f"--weights {path}#{names[1]} uses the averaged ones" in caplog.text
         assert same(load(f"{path}#{names[1]}"), averaged)
         assert same(load(f"{path}#{names[0]}"), plain)
         assert same(load(f"order={path}#{names[1]}"), averaged)
@@ -266,7 +266,7 @@ def test_code_in_a_file_is_never_executed(user, tmp_path):
         assert not made.exists()
     # Unpickling a class of the user could run any code.
     torch.save({"model": state, "trainer": user.Trainer()}, path)
-    with pytest.raises(UsageError, match=r"was not run \(usernet.Trainer\); save its tensors"):
+    with pytest.raises(UsageError, match=r"was not run \(usernet.Trainer\); save only its tensors"):
         load(path)
     # Names that are allowed are not called either.
     torch.save({"model": state, "x": Exploding(np.save, f"{made}.npy", [1])}, path)
@@ -331,7 +331,7 @@ def test_the_error_for_unknown_names_shows_the_closest_match(user, tmp_path):
     ):
         load(path)
     torch.save({"epoch": 3, "args": argparse.Namespace()}, path)
-    with pytest.raises(UsageError, match="named tensors, got other things in .*holds epoch, args"):
+    with pytest.raises(UsageError, match="named tensors, got something .*holds epoch, args"):
         load(path)
     torch.save({"model": {**state, "stem.0.weight": torch.ones(8, 3, 5, 5)}}, path)
     with pytest.raises(

@@ -197,7 +197,7 @@ def test_help_shows_examples(module, capsys):
         (["--settings.fdda.bns_weight=.inf"], "bns_weight at least 0 and finite, got inf"),
         (["--settings.fdda.distortion.mean_std=.nan"], "mean_std at least 0 and finite, got nan"),
         (["--nonsense=1"], "nonsense"),
-        (["--data=folder:/absent"], "/absent, which is none"),
+        (["--data=folder:/absent"], "/absent, which is not one"),
         (["--weights=/absent"], "default, none or a file, got /absent"),
         (["--model=glyphs_resnt"], "did you mean glyphs_resnet"),
         (["--data=digits"], "data of the 71 classes"),
@@ -342,7 +342,7 @@ def test_evaluate_refuses_bad_options_and_students(tmp_path):
         student.state_dict = lambda state=state: state
         kept = recipe if change else {}
         write_student(tmp_path / "other.safetensors", student, {**kept, **change})
-        with pytest.raises(UsageError, match="the student its recipe describes|model") as caught:
+        with pytest.raises(UsageError, match="student that its recipe describes|model") as caught:
             evaluate.main([f"--run={tmp_path / 'other.safetensors'}"])
         assert len(str(caught.value)) < 500
         assert "\n" not in str(caught.value)

@@ -456,8 +456,8 @@ def test_hostile_manifests_are_refused_or_run(tmp_path_factory, images, seed: in
 @pytest.mark.parametrize(
     ("step", "rule"),
     [
-        (lambda x, grid: Reshape(("image",), Value("y", x.shape, None)), "the image in Quantize"),
-        (lambda x, grid: Quantize((x.name,), Value("y", x.shape, grid)), "the image in Quantize"),
+        (lambda x, grid: Reshape(("image",), Value("y", x.shape, None)), "the image as input"),
+        (lambda x, grid: Quantize((x.name,), Value("y", x.shape, grid)), "the image as input"),
         (
             lambda x, grid: MaxPool(
                 (x.name,), Value("y", (3, 1, 1), None), (1, 1), (2**15, 1), (0, 0), (1, 1), False

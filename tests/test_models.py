@@ -131,7 +131,7 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path):
         resnet(changed(**{"fc.bias": torch.zeros(3)}))
     with pytest.raises(UsageError, match="NaN or infinity in fc.bias"):
         resnet(changed(**{"fc.bias": torch.full((71,), float("nan"))}))
-    with pytest.raises(UsageError, match=r"fc.bias of floating point, got torch.int8"):
+    with pytest.raises(UsageError, match=r"fc.bias in floating point, got torch.int8"):
         resnet(changed(**{"fc.bias": torch.ones(71, dtype=torch.int8)}))
     torch.save({**state, "fc.bias": torch.ones(71).to_sparse()}, tmp_path / "sparse.pth")
     torch.save({**state, "fc.bias": torch.ones(71, device="meta")}, tmp_path / "meta.pth")

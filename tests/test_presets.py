@@ -125,7 +125,7 @@ def test_the_environment_gives_the_path_of_imagenet(monkeypatch, tmp_path):
     with pytest.raises(UsageError, match="PATH in the environment variable IMAGENET, got"):
         train.main(["--config=imagenet/resnet18-w4a4-f4l4", f"--out={tmp_path / 'run'}"])
     monkeypatch.setenv("IMAGENET", str(tmp_path / "absent"))
-    with pytest.raises(UsageError, match="absent, which is none"):
+    with pytest.raises(UsageError, match="absent, which is not one"):
         train.main(["--config=imagenet/resnet18-w4a4-f4l4", f"--out={tmp_path / 'run'}"])
 
 

@@ -141,7 +141,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     folder = write_cifar10(tmp_path)
     for content in (Mischief(), {"data": Mischief(), "labels": []}):
         (folder / "test_batch").write_bytes(pickle.dumps(content, protocol=2))
-        with pytest.raises(UsageError, match="the file wants .*, which is not run"):
+        with pytest.raises(UsageError, match="the file needs .*, which is not run"):
             load_dataset(f"cifar10:{tmp_path}", "test")
     assert not Path("was_run").exists()
 
@@ -150,7 +150,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     ("content", "message"),
     [
         (b"", "EOFError"),
-        (old_pickle([1, 2]), "holds no table"),
+        (old_pickle([1, 2]), "holds no dictionary"),
         (old_pickle({"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]}), "array of f4"),
         (old_pickle({"data": np.zeros((2, 3071), np.uint8), "labels": [0, 1]}), "array of u1"),
         (old_pickle({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}), "2 images with 1"),

@@ -1,4 +1,4 @@
-"""Sources of images: embedded, and folders of the user's."""
+"""Data sets: embedded ones, published ones, and the user's own images."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ Split = Literal["train", "calibration", "validation", "test"]
 
 
 class _Limited(ImageDataset):
-    """A fair sample of a data set, see `fair_sample`; images are in the data set's order.
+    """A sample of a data set, in the data set's order; see `fair_sample`.
 
     Attributes:
-        whole: Number of images of the data set that the sample is from.
+        whole: Number of images in the data set.
     """
 
     def __init__(self, dataset: ImageDataset, limit: int) -> None:
         self._dataset = dataset
-        # Sorted: neighbours in a folder or an archive are read one after the other.
+        # Sorted, so that files are read in their order on disk.
         self._indices = fair_sample(dataset.labels, limit).sort().values
         self.whole = len(dataset)
         self.num_classes = dataset.num_classes
@@ -61,20 +61,16 @@ class _Limited(ImageDataset):
 
     @property
     def classes_present(self) -> int:
-        """Of the whole split."""
         return self._dataset.classes_present
 
     @property
     def stored_size(self) -> ImageSize | None:
-        """As of the whole set."""
         return self._dataset.stored_size
 
     def pixels(self, index: int) -> Tensor:
-        """As of the whole set, ``[C, H, W]``."""
         return self._dataset.pixels(int(self._indices[index]))
 
     def pixels_without_margin(self, index: int) -> Tensor | None:
-        """As of the whole set."""
         return self._dataset.pixels_without_margin(int(self._indices[index]))
 
 
@@ -93,23 +89,23 @@ def load_dataset(
 
     Args:
         spec: ``glyphs``, ``digits``, ``folder:PATH``, ``shards:PATH``, ``imagenet:PATH`` (a folder
-            of ImageNet's 1000 classes; ``imagenet`` alone finds PATH in the environment variable
-            IMAGENET), or ``NAME:PATH`` for a data set of torchvision's, see `PUBLISHED`.
-        split: "train", "calibration", "validation" (to choose settings on) or "test". The last two
-            share no image with each other and the rest.
-        image_size: A number for both height and width, or (height, width), or ``"32x64"``; None for
-            the set's own (32), or that of ``preprocessing``.
-        seed: Of the images that are rendered.
-        limit: At most so many images: a sample in which every class has its share. It is the same
-            for every seed, and a smaller one is part of a larger one, see `fair_sample`.
-        preprocessing: How image files are prepared for the network; None for the usual way of
-            ImageNet. ``image_size`` overrides its size.
-        channels: 1 (gray), 3 (RGB) or 4 (RGBA); None for those of ``preprocessing``, or the set's
-            own.
-        download: Fetch one of torchvision's sets if its files are not there.
+            with ImageNet's 1000 classes; ``imagenet`` alone reads PATH from the environment
+            variable IMAGENET), or ``NAME:PATH`` for a data set of torchvision, see `PUBLISHED`.
+        split: "train", "calibration", "validation" (to choose settings) or "test". The last two
+            share no image with any other split.
+        image_size: One number for height and width, (height, width) or ``"32x64"``; None for the
+            data set's own size (32) or that of ``preprocessing``.
+        seed: Seed of rendered images.
+        limit: Largest number of images. The sample does not depend on the seed, and smaller
+            samples are parts of larger ones, see `fair_sample`.
+        preprocessing: Preparation of image files for the network; None for that of ImageNet.
+            ``image_size`` overrides its size.
+        channels: 1 (gray), 3 (RGB) or 4 (RGBA); None for the channels of ``preprocessing`` or of
+            the data set.
+        download: Whether to download missing files of a torchvision data set.
 
     Raises:
-        UsageError: If there is no such set, or its folder is missing or not as it should be.
+        UsageError: If the data set is unknown, or its folder is missing or has another layout.
     """
     if split not in get_args(Split):
         raise UsageError(f"data: expected split to be one of {get_args(Split)}, got {split}")
@@ -124,7 +120,7 @@ def load_dataset(
         if not path:
             raise UsageError(
                 "data: expected imagenet:PATH, or PATH in the environment variable IMAGENET, got "
-                "imagenet without"
+                "neither"
             )
     how = (preprocessing or Preprocessing()).for_size(size)
     how = how.for_channels(channels or how.channels)
@@ -150,8 +146,8 @@ def load_dataset(
         if source == "imagenet" and dataset.num_classes != 1000:
             raise UsageError(
                 f"data: expected {path} to hold ImageNet's 1000 classes, "
-                f"got {dataset.num_classes}; use folder:{path} for other sets (where val has fewer "
-                "classes, the folders of train name all of them)"
+                f"got {dataset.num_classes}; use folder:{path} for other data sets (if val has "
+                "fewer classes, the folders of train name them all)"
             )
     else:
         raise UsageError(
@@ -162,7 +158,7 @@ def load_dataset(
 
 
 def takes_preprocessing(spec: str) -> bool:
-    """Whether the images of ``spec`` are the user's, and so can be prepared in several ways."""
+    """Return whether ``spec`` names images whose preprocessing can be chosen."""
     return spec.partition(":")[0] in ("folder", "shards", "imagenet", *PUBLISHED)
 
 
@@ -174,18 +170,17 @@ def choose_preprocessing(
     image_size: ImageSize | str | None,
     channels: int,
 ) -> Preprocessing:
-    """How images of a set from files are to be prepared for a network.
+    """Choose the preprocessing of image files for a network.
 
-    Without ``image_size`` they keep the size that they have where they are small and all alike, and
-    where no library says which size the network was trained for. Images of a published set of one
-    size always keep it.
+    Without ``image_size``, images keep their size if it is small and the same for all, and if no
+    library states which size the network expects. Published images of one size always keep it.
 
     Args:
-        dataset: Of any split.
-        default: What is known of the network.
-        config: What the user wants otherwise.
-        image_size: What the user wants, or None.
-        channels: Of the images that the network takes.
+        dataset: Any split of the data set.
+        default: Preprocessing that is known for the network.
+        config: Changes that the user wants.
+        image_size: Size that the user wants, or None.
+        channels: Channels of the network's input.
 
     Raises:
         UsageError: If the result breaks a rule of `Preprocessing`.
@@ -205,24 +200,24 @@ def calibration_set(
     channels: int | None = None,
     max_unreadable: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The little real data a method may use: some images of every class, drawn by ``seed``.
+    """Draw a calibration set: some images of every class.
 
     Args:
-        spec: As for `load_dataset`.
-        images_per_class: How many of each.
-        seed: Which ones.
-        image_size: As for `load_dataset`.
-        preprocessing: Likewise.
-        channels: Likewise.
-        max_unreadable: In place of so many damaged files in all another one of the class is drawn;
-            each is named in a warning of the logger ``fdda_ext``.
+        spec: Data set, see `load_dataset`.
+        images_per_class: Images per class.
+        seed: Seed of the draw and of rendered images.
+        image_size: See `load_dataset`.
+        preprocessing: See `load_dataset`.
+        channels: See `load_dataset`.
+        max_unreadable: Largest number of damaged files. Other images of their classes replace
+            them, and the logger ``fdda_ext`` warns.
 
     Returns:
-        float32 images ``[K * images_per_class, C, H, W]``, normalised, not augmented, sorted by
-        class, and int64 labels.
+        Normalised float32 images ``[K * images_per_class, C, H, W]``, sorted by class and not
+        augmented, and int64 labels.
 
     Raises:
-        UsageError: If a class has fewer images.
+        UsageError: If a class has too few images.
         UnreadableImageError: If more files are damaged.
     """
     if images_per_class < 1:
@@ -259,6 +254,6 @@ def calibration_set(
                 unreadable += 1
                 if unreadable > max_unreadable:
                     raise
-                _log.warning("%s; another image of its class is taken", error)
+                _log.warning("%s; another image of its class replaces it", error)
     labels = torch.arange(dataset.num_classes).repeat_interleave(images_per_class)
     return dataset.normalise(torch.stack(chosen)), labels

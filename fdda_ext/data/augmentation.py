@@ -1,4 +1,4 @@
-"""Random crops and flips of whole batches, on the device where the images are."""
+"""Random crops and flips of whole batches, on the images' device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Augmentation", "augment"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a data set's images may be varied without changing their class.
+    """Random changes that keep the class of an image.
 
     Attributes:
-        crop_scale: Least and largest share of the image's area that a random crop keeps.
-        crop_ratio: Least and largest width over height of the crop.
-        flip: Whether left and right may be exchanged.
+        crop_scale: Smallest and largest share of the image's area that a crop keeps.
+        crop_ratio: Smallest and largest ratio of the crop's width to its height.
+        flip: Whether to mirror images left to right.
     """
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -32,11 +32,12 @@ class Augmentation:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UsageError(
-                f"augmentation: expected crop_scale within (0, 1] in order, got {self.crop_scale}"
+                "augmentation: expected crop_scale within (0, 1] and ascending, "
+                f"got {self.crop_scale}"
             )
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise UsageError(
-                f"augmentation: expected crop_ratio above 0 in order, got {self.crop_ratio}"
+                f"augmentation: expected crop_ratio above 0 and ascending, got {self.crop_ratio}"
             )
 
 
@@ -47,16 +48,16 @@ def augment(
     *,
     same_for_batch: bool = False,
 ) -> Tensor:
-    """Crop, resize back (bilinear) and flip at random.
+    """Crop at random, resize back (bilinear) and flip at random.
 
-    Area and ratio of the crop are drawn as in torchvision's RandomResizedCrop; a crop that would
-    be longer than the image is cut to it.
+    Area and ratio of the crop are drawn as in torchvision's RandomResizedCrop. A crop longer than
+    the image is cut to it.
 
     Args:
-        images: ``[N, C, H, W]``.
-        augmentation: What may be done.
-        random: Source of the random numbers, on the images' device.
-        same_for_batch: One draw for all images instead of one for each.
+        images: Images ``[N, C, H, W]``.
+        augmentation: Random changes.
+        random: Source of random numbers, on the images' device.
+        same_for_batch: Whether all images share one draw.
 
     Returns:
         Images of the same shape.
@@ -70,7 +71,7 @@ def augment(
     ratio = torch.exp(low + (high - low) * uniform[1])
     width = (area * ratio).sqrt().clamp(max=1)
     height = (area / ratio).sqrt().clamp(max=1)
-    # The crop's middle, in coordinates from -1 to 1 across the image.
+    # Centre of the crop, in coordinates from -1 to 1 across the image.
     x = (2 * uniform[2] - 1) * (1 - width)
     y = (2 * uniform[3] - 1) * (1 - height)
     if augmentation.flip:

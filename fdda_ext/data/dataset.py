@@ -1,4 +1,4 @@
-"""What every source of images offers."""
+"""Base class of all data sets."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .augmentation import Augmentation
 
 __all__ = ["ImageDataset", "to_channels"]
 
-#: Of red, green and blue in gray, as Pillow (ITU-R 601) has them, in 65 536ths.
+#: Weights of red, green and blue in gray, in 65 536ths (ITU-R 601, as in Pillow).
 _GRAY = (19_595, 38_470, 7_471)
 
 
 def to_channels(pixels: Tensor, channels: int) -> Tensor:
-    """Gray, RGB or RGBA of images with one or three channels, as Pillow converts them.
+    """Convert an image to gray, RGB or RGBA as Pillow does.
 
     Args:
-        pixels: uint8 or float32 from 0 to 1, ``[1 or 3, H, W]``.
-        channels: 1, 3 or 4; opacity is full.
+        pixels: uint8, or float32 from 0 to 1, ``[1 or 3, H, W]``.
+        channels: 1 (gray), 3 (RGB) or 4 (RGBA with full opacity).
 
     Returns:
-        ``[channels, H, W]`` of the same dtype.
+        ``[channels, H, W]`` with the same dtype.
     """
     if pixels.shape[0] == channels:
         return pixels
@@ -43,14 +43,14 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Normalised images with labels.
 
     Attributes:
-        num_classes: Labels lie below it.
-        class_names: One for each class.
-        mean, std: What is subtracted, and divided by, per channel, of values from 0 to 1. Their
-            number is that of the channels, C: 1 (gray), 3 (RGB) or 4 (RGBA).
+        num_classes: Number of classes, K.
+        class_names: Name of every class.
+        mean, std: Normalisation of values from 0 to 1, one number per channel: 1 (gray), 3 (RGB)
+            or 4 (RGBA).
         image_size: Height and width, H and W.
-        augmentation: How images may be varied.
-        labels: int64 ``[len]``, known without decoding an image.
-        from_files: Whether images must be decoded.
+        augmentation: Random changes that keep the class.
+        labels: Labels, int64 ``[len]``, available without decoding images.
+        from_files: Whether images are decoded from files.
     """
 
     num_classes: int
@@ -67,45 +67,45 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def channels(self) -> int:
-        """C."""
+        """Number of channels, C."""
         return len(self.mean)
 
     @property
     def stored_size(self) -> ImageSize | None:
-        """The size that all images have before any preparation; None if they differ."""
+        """Size of all images before preprocessing; None if they differ."""
         return self.image_size
 
     @property
     def classes_present(self) -> int:
-        """How many classes the whole split has images of, also where only some images are used."""
+        """Number of classes with images in the whole split, even if this is a sample."""
         return int(self.labels.unique().numel())
 
     def absent_classes(self) -> str | None:
-        """For people, how many classes the split has images of; None if of all."""
+        """Say how many classes have images in the split; None if all have."""
         if self.classes_present == self.num_classes:
             return None
         return f"images of {self.classes_present} of {self.num_classes} classes"
 
     def pixels(self, index: int) -> Tensor:
-        """``[C, H, W]`` before `normalise`: uint8, or float32 from 0 to 1 where eight bits lack.
+        """Return ``[C, H, W]`` before `normalise`: uint8, or float32 from 0 to 1.
 
         Raises:
-            UnreadableImageError: If it comes from a file that is no image, or a damaged one.
+            UnreadableImageError: If the file is damaged or not an image.
         """
         raise NotImplementedError
 
     def pixels_without_margin(self, index: int) -> Tensor | None:
-        """As `pixels`, but not enlarged beyond ``[C, H, W]`` and then cut to it.
+        """Return `pixels` without enlarging the image by a margin that is then cropped.
 
-        None for an image that is not enlarged.
+        The result is None if `pixels` does not enlarge the image.
 
         Raises:
-            UnreadableImageError: As for `pixels`.
+            UnreadableImageError: If the file is damaged or not an image.
         """
         return None
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """float32 ``[..., C, H, W]`` of what `pixels` gave, on whatever device that is."""
+        """Normalise the result of `pixels` to float32 ``[..., C, H, W]``, on its device."""
         if pixels.dtype == torch.uint8:
             pixels = pixels.float() / 255
         mean, std = (
@@ -115,10 +115,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return (pixels - mean) / std
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Normalised float32 ``[C, H, W]`` and the class."""
+        """Return a normalised float32 image ``[C, H, W]`` and its class."""
         return self.normalise(self.pixels(index)), int(self.labels[index])
 
     def images(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """float32 images ``[B, C, H, W]`` of ``indices``, and their int64 labels ``[B]``."""
+        """Return normalised float32 images ``[B, C, H, W]`` and int64 labels ``[B]``."""
         numbers = [int(index) for index in indices]
         return self.normalise(torch.stack([self.pixels(i) for i in numbers])), self.labels[numbers]

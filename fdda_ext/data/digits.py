@@ -1,4 +1,4 @@
-"""``digits``: scikit-learn's real handwritten digits, 8x8 pixels, enlarged."""
+"""``digits``: scikit-learn's handwritten digits, enlarged from 8x8 pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .dataset import ImageDataset, to_channels
 
 __all__ = ["Digits"]
 
-#: Share of the 1797 images in each split, always the same ones.
+#: Share of the 1797 images in each split. The splits are fixed.
 _SPLITS = {
     "train": (0.0, 0.5),
     "calibration": (0.5, 0.6),
@@ -23,12 +23,12 @@ _SPLITS = {
 
 
 class Digits(ImageDataset):
-    """The data set, see the module.
+    """The ``digits`` data set.
 
     Args:
         split: "train", "calibration", "validation" or "test".
         image_size: Height and width.
-        channels: 1 (gray), 3 (the same in every colour) or 4 (and full opacity).
+        channels: 1 (gray), 3 (equal colours) or 4 (with full opacity).
     """
 
     num_classes = 10
@@ -50,5 +50,5 @@ class Digits(ImageDataset):
         self.mean, self.std = (0.3,) * channels, (0.38,) * channels
 
     def pixels(self, index: int) -> Tensor:
-        """float32 ``[C, H, W]``: between the 17 levels of a digit lie more than eight bits tell."""
+        """Return float32 ``[C, H, W]``, since interpolated values need more than 8 bits."""
         return to_channels(self._images[index], self.channels)

@@ -26,30 +26,30 @@ from .listing import Listing, cached_listing, is_hidden, stamp_of
 
 __all__ = ["EXTENSIONS", "ImageFiles", "ImageFolder", "prepare_image", "split_folder"]
 
-#: Folders that may hold a split, the first that exists counts.
+#: Possible folder names of each split; the first that exists is used.
 _FOLDERS = {
     "train": ("train",),
     "calibration": ("train",),
     "validation": ("validation",),
     "test": ("val", "test"),
 }
-#: Of files that are taken for images.
+#: Extensions of image files.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-#: So many images, spread over a set, tell whether all have one size.
+#: Number of images, spread over the data set, that decide whether all have one size.
 _SIZED = 16
-#: Only small images are taken as they are for their common size: photographs of one size were
-#: mostly made so for a larger network.
+#: Images keep a common size only below this one. Larger photographs of one size were mostly resized
+#: for another network.
 _SMALL = 100
 
 
 class ImageFiles(ImageDataset):
-    """Images that are decoded from files, all prepared in the same way.
+    """Images that are decoded from files.
 
     Args:
-        listing: The files.
-        preprocessing: How every image is prepared.
+        listing: List of the files.
+        preprocessing: Preparation of every image.
     """
 
     augmentation = Augmentation()
@@ -65,15 +65,15 @@ class ImageFiles(ImageDataset):
         self.preprocessing = preprocessing
 
     def name(self, index: int) -> str:
-        """Name of image ``index``, for people."""
+        """Return the name of image ``index`` for messages."""
         raise NotImplementedError
 
     def open(self, index: int) -> IO[bytes]:
-        """The bytes of image ``index``."""
+        """Open the encoded image ``index``."""
         raise NotImplementedError
 
     def pixels(self, index: int) -> Tensor:
-        """uint8 ``[C, H, W]``."""
+        """Return uint8 ``[C, H, W]``."""
         with self.image(index) as image:
             return prepare_image(image, self.preprocessing)
 
@@ -91,14 +91,14 @@ class ImageFiles(ImageDataset):
     @property
     @override
     def stored_size(self) -> ImageSize | None:
-        """The size that some images have, if all of these have the same, and it is a small one."""
+        """Common size of a few images, if it is small; otherwise None."""
         sizes = set()
         for index in torch.linspace(0, len(self) - 1, min(_SIZED, len(self))).long().tolist():
             try:
                 with self.image(index) as image:
                     sizes.add((image.height, image.width))
             except UnreadableImageError:
-                continue  # whoever needs the image counts and names it
+                continue  # reported when the image is used
         if len(sizes) != 1:
             return None
         ((height, width),) = sizes
@@ -106,14 +106,14 @@ class ImageFiles(ImageDataset):
 
     @contextmanager
     def image(self, index: int) -> Iterator[Image.Image]:
-        """Image ``index``, and the refusal of whatever is wrong with it."""
+        """Open image ``index``; any error becomes an `UnreadableImageError`."""
         name = self.name(index)
         try:
             with self.open(index) as file, Image.open(file) as image:
-                if image.mode.startswith(("I", "F")):  # Pillow would silently clip them to white
+                if image.mode.startswith(("I", "F")):  # Pillow would clip them
                     raise OSError(f"mode {image.mode}, more than 8 bits a channel")
                 yield image
-        except Exception as error:  # damage makes the decoders stumble in a dozen ways
+        except Exception as error:  # damaged files raise many types of errors
             reason = " ".join(str(error).split())[:200]
             raise UnreadableImageError(
                 f"data: expected every file to be a readable image, got {name} ({reason})"
@@ -121,7 +121,7 @@ class ImageFiles(ImageDataset):
 
 
 def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    """Convert, resize and crop ``image``: uint8 ``[C, H, W]``, not normalised."""
+    """Convert, resize and crop ``image`` to uint8 ``[C, H, W]``, without normalisation."""
     transforms = import_torchvision().transforms
     functional = transforms.functional
     converted = image.convert(CHANNELS[preprocessing.channels])
@@ -135,24 +135,23 @@ def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
 
 
 class ImageFolder(ImageFiles):
-    """``PATH/train/<class>/*`` and ``PATH/val/<class>/*`` (or ``test``).
+    """Images in ``PATH/train/<class>/*`` and ``PATH/val/<class>/*`` (or ``test``).
 
-    ``val`` is what accuracies are reported on, as ImageNet's is; a folder ``validation`` besides is
-    for choosing settings. Calibration images come from the training folder. Files are found by
-    their extension, also in folders below a class's. Hidden files and folders (a name that begins
-    with a dot, ``__MACOSX`` and the like) are left out. The list of 10 000 files and more is kept
-    in a cache, see `listing`.
+    As for ImageNet, ``val`` is the test split. A further folder ``validation`` may hold images to
+    choose settings. Calibration images come from ``train``. Image files are found by their
+    extension, also in subfolders of a class. Hidden files and folders are skipped: names that
+    begin with a dot, and ``__MACOSX`` and the like. Lists of 10 000 files or more are cached, see
+    `listing`.
 
-    The folders of ``train`` are the classes, in the order of their names. Another split may lack
-    some of them: its labels are those of the classes of the same names.
+    The classes are the folders of ``train``, sorted by name. Another split may lack some of them.
 
     Args:
-        path: PATH.
+        path: Folder PATH.
         split: "train", "calibration", "validation" or "test".
-        preprocessing: How every image is prepared.
+        preprocessing: Preparation of every image.
 
     Raises:
-        UsageError: If a folder is missing, holds no image, or a class that training lacks.
+        UsageError: If a folder is missing, has no image, or has a class that ``train`` lacks.
     """
 
     def __init__(self, path: Path, split: str, preprocessing: Preprocessing | None = None) -> None:
@@ -164,8 +163,8 @@ class ImageFolder(ImageFiles):
             if unknown:
                 more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
                 raise UsageError(
-                    f"data: expected {self.folder} to hold some of the {len(trained)} classes of "
-                    f"{path / 'train'}, got {', '.join(unknown[:3])}{more} besides"
+                    f"data: expected {self.folder} to hold only the {len(trained)} classes of "
+                    f"{path / 'train'}, got also {', '.join(unknown[:3])}{more}"
                 )
             number = {name: label for label, name in enumerate(trained)}
             places = torch.tensor([number[name] for name in listing.classes])
@@ -173,17 +172,17 @@ class ImageFolder(ImageFiles):
         super().__init__(listing, preprocessing or Preprocessing())
 
     def name(self, index: int) -> str:
-        """Path of the file."""
+        """Return the path of the file."""
         return os.path.join(self.folder, self.listing.name(index))
 
     def open(self, index: int) -> IO[bytes]:
-        """The file."""
+        """Read the file."""
         with open(self.name(index), "rb") as file:
             return io.BytesIO(file.read())
 
 
 def _read_folder(folder: Path) -> Listing:
-    """Every image below ``folder``, by class and then by name."""
+    """List every image below ``folder``, by class and then by name."""
     stamps = {str(folder.absolute()): stamp_of(folder)}
     classes = _class_folders(folder)
     if not classes:
@@ -210,7 +209,7 @@ def _read_folder(folder: Path) -> Listing:
 
 
 def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
-    """Every folder from ``top`` down, and the names of its files, sorted, without hidden ones."""
+    """Yield every folder from ``top`` down with its sorted file names, without hidden ones."""
     found = []
     for place, folders, files in os.walk(top, followlinks=True):
         folders[:] = [name for name in folders if not is_hidden(name)]
@@ -226,13 +225,13 @@ def _class_folders(path: Path) -> list[str]:
 
 
 def split_folder(path: Path, split: str) -> Path:
-    """The folder of ``split`` below ``path``.
+    """Find the folder of ``split`` below ``path``.
 
     Raises:
         UsageError: If there is none.
     """
     if not path.is_dir():
-        raise UsageError(f"data: expected the path to be a folder, got {path}, which is none")
+        raise UsageError(f"data: expected the path to be a folder, got {path}, which is not one")
     names = _FOLDERS[split]
     for name in names:
         if (path / name).is_dir():

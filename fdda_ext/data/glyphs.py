@@ -1,7 +1,7 @@
-"""``glyphs``: characters in many typefaces, rendered on the fly from the fonts matplotlib ships.
+"""``glyphs``: characters in many typefaces, rendered on demand from matplotlib's fonts.
 
-Every image is a pure function of (split, seed, index): nothing is stored, and order, batches and
-workers do not matter. Whole faces are held out for the validation split, others for the test split.
+Every image depends only on (split, seed, index). Nothing is stored, and order, batches and workers
+have no effect. The validation and test splits have typefaces of their own.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .dataset import ImageDataset, to_channels
 
 __all__ = ["CHARACTERS", "TEST_FACES", "TRAIN_FACES", "VALIDATION_FACES", "Glyphs", "faces_of"]
 
-# Look-alikes are left out: o O beside 0; l I i j beside 1 and J; lower-case letters that are small
-# capitals (c k p s u v w x y z); q beside 9; Greek letters that are Latin ones.
+# Left out are characters that resemble others: o O (0), l I i j (1, J), c k p s u v w x y z (their
+# capitals), q (9), and some Greek letters (Latin ones).
 _LATIN = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZabdefghmnrt"
 _OTHERS = "ΓΔΘΛΞΠΣΦΨΩδλμπωξ&%@#$?+=<*"
 
-#: One class each.
+#: Characters, one per class.
 CHARACTERS = _LATIN + _OTHERS
 
-#: Faces of the training and calibration splits.
+#: Typefaces of the training and calibration splits.
 TRAIN_FACES = (
     "DejaVuSans",
     "DejaVuSans-Oblique",
@@ -45,7 +45,7 @@ TRAIN_FACES = (
     "cmtt10",
 )
 
-#: Faces of the validation split, on which settings are chosen.
+#: Typefaces of the validation split.
 VALIDATION_FACES = (
     "DejaVuSansMono-BoldOblique",
     "DejaVuSerif-Italic",
@@ -53,7 +53,7 @@ VALIDATION_FACES = (
     "cmb10",
 )
 
-#: Faces of the test split.
+#: Typefaces of the test split.
 TEST_FACES = (
     "DejaVuSans-Bold",
     "DejaVuSansMono-Oblique",
@@ -81,13 +81,13 @@ _LEAST_CONTRAST = 0.13
 
 @cache
 def faces_of(character: str, split: str) -> tuple[str, ...]:
-    """The faces of ``split`` that have ``character``: Computer Modern has Latin ones only."""
+    """Return the typefaces of ``split`` with ``character``; Computer Modern has only Latin ones."""
     return tuple(face for face in _FACES[split] if not face.startswith("cm") or character in _LATIN)
 
 
 @cache
 def _glyph(face: str, character: str) -> Image.Image:
-    """The character's coverage, 64 pixels to the em, with a border of 2."""
+    """Coverage of a character, 64 pixels per em, with a border of 2 pixels."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     font = ImageFont.truetype(str(folder / f"{face}.ttf"), 64)
     left, top, right, bottom = font.getbbox(character)
@@ -109,8 +109,8 @@ def _place(
 ) -> np.ndarray:
     """Coverage ``[H, W, 1]`` of a character under an affine map.
 
-    ``extent`` is its longer side as a share of the image's shorter one, and ``centre`` its offset
-    from the middle, as shares of width and height.
+    ``extent`` is its longer side relative to the image's shorter one. ``centre`` is its offset from
+    the middle, relative to width and height.
     """
     glyph = _glyph(face, character)
     height, width = height_and_width(size)
@@ -127,14 +127,14 @@ def _place(
 
 
 def render(split: str, seed: int, index: int, size: ImageSize) -> tuple[np.ndarray, int]:
-    """Image ``index``, uint8 ``[H, W, 3]``, and its class: the classes come in turn."""
+    """Render image ``index``, uint8 ``[H, W, 3]``, of class ``index`` modulo K."""
     rng = np.random.default_rng([seed, _SPLITS[split], index])
     label = index % len(CHARACTERS)
     return draw(CHARACTERS[label], faces_of(CHARACTERS[label], split), size, rng), label
 
 
 def draw(text: str, faces: Sequence[str], size: ImageSize, rng: np.random.Generator) -> np.ndarray:
-    """``text`` in one of ``faces`` before random colours and clutter: uint8 ``[H, W, 3]``."""
+    """Draw ``text`` in one of ``faces`` with random colours and clutter, uint8 ``[H, W, 3]``."""
     height, width = height_and_width(size)
     short = min(height, width)
     face = faces[int(rng.integers(len(faces)))]
@@ -182,14 +182,14 @@ def draw(text: str, faces: Sequence[str], size: ImageSize, rng: np.random.Genera
 
 
 class Glyphs(ImageDataset):
-    """The data set, see the module.
+    """The ``glyphs`` data set.
 
     Args:
-        split: "train" (600 of each class), "calibration" (16 of each class, training faces, other
-            images), "validation" or "test" (150 of each class, faces held out from all others).
+        split: "train" (600 images per class), "calibration" (16 per class, in the typefaces of
+            "train"), "validation" or "test" (150 per class, in typefaces of their own).
         image_size: Height and width.
-        seed: Other images of the same kind; validation and test are always those of seed 0.
-        channels: 1 (gray), 3 (RGB) or 4 (and full opacity).
+        seed: Seed of the images; validation and test always use 0.
+        channels: 1 (gray), 3 (RGB) or 4 (with full opacity).
     """
 
     num_classes = len(CHARACTERS)
@@ -206,7 +206,7 @@ class Glyphs(ImageDataset):
         self.labels = torch.arange(_LENGTHS[split]) % self.num_classes
 
     def pixels(self, index: int) -> Tensor:
-        """uint8 ``[C, H, W]``."""
+        """Return uint8 ``[C, H, W]``."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         image, _ = render(self.split, self.seed, index, self.image_size)

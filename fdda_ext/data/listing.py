@@ -1,7 +1,7 @@
-"""Lists of many files, kept in a cache, since reading a folder of a million files takes minutes.
+"""Cached lists of many files, because listing a million files takes minutes.
 
-A list is used again as long as every folder it was read from has the time of change it had then
-(a file that comes or goes changes its folder's), and every archive its size and time.
+A cached list is valid while the modification times of its folders, and the sizes and times of its
+archives, are unchanged. A new or deleted file changes the time of its folder.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 
 __all__ = ["Listing", "cached_listing", "is_hidden", "stamp_of"]
 
-#: The number changes with the rule that decides which files are listed.
+#: The number changes with the rule for which files are listed.
 _FORMAT = "fdda_ext.listing.2"
-#: Folders that operating systems and network drives leave beside the user's.
+#: Folders that operating systems and network drives create.
 _SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-#: Shorter lists are read faster than they are checked.
+#: Smallest list that is cached; a shorter one is read faster than its cache is checked.
 CACHE_FROM = 10_000
-#: A folder changed in the last so many seconds may change again without a new time.
+#: A folder that changed less than this many seconds ago may change again without a new time.
 _SETTLED_SECONDS = 2.0
 
 _log = logging.getLogger("fdda_ext")
@@ -36,17 +36,17 @@ _log = logging.getLogger("fdda_ext")
 
 @dataclass
 class Listing:
-    """Names, classes and whatever else is known of many files.
+    """Names, classes and other properties of many files.
 
     The names are one block of bytes: a million strings would be copied into every worker process.
 
     Attributes:
-        classes: Names of the classes, in the order of the labels.
-        labels: int64 ``[n]``.
-        names: uint8, one name after the other.
-        ends: int64 ``[n]``, where each name ends.
-        numbers: More int64 ``[n]`` by name.
-        stamps: Folders and archives that the list was read from, see `stamp_of`.
+        classes: Class names in the order of the labels.
+        labels: Labels, int64 ``[n]``.
+        names: All names, one after the other, uint8.
+        ends: End of each name, int64 ``[n]``.
+        numbers: Further tensors by name, int64 ``[n]``.
+        stamps: Folders and archives of the list, see `stamp_of`.
     """
 
     classes: tuple[str, ...]
@@ -64,7 +64,7 @@ class Listing:
         numbers: dict[str, Sequence[int]] | None = None,
         stamps: dict[str, list[int]] | None = None,
     ) -> Listing:
-        """From ordinary sequences."""
+        """Build a list from ordinary sequences."""
         encoded = [os.fsencode(name) for name in names]
         block = bytearray(b"".join(encoded))
         return Listing(
@@ -80,19 +80,19 @@ class Listing:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Name of file ``index``."""
-        end = int(self.ends[index])  # first, since it knows where the list ends
+        """Return the name of file ``index``."""
+        end = int(self.ends[index])  # first, because it raises IndexError at the end
         begin = int(self.ends[index - 1]) if index % len(self) else 0
         return os.fsdecode(self.names[begin:end].numpy().tobytes())
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder called ``name`` is some program's own, not one of the user's."""
+    """Return whether ``name`` begins with a dot or is a folder of the operating system."""
     return name.startswith(".") or name in _SYSTEM_FOLDERS
 
 
 def stamp_of(path: str | Path) -> list[int]:
-    """Time of change, and size unless it is a folder."""
+    """Return the modification time in nanoseconds, and the size, 0 for a folder."""
     status = os.stat(path)
     return [status.st_mtime_ns, 0 if os.path.isdir(path) else status.st_size]
 
@@ -104,7 +104,7 @@ def _cache_file(path: Path) -> Path:
 
 
 def _read(file: Path) -> Listing | None:
-    """The list in ``file``, if there is one and all it was read from is as it was then."""
+    """Read the list in ``file``; None if it is missing, damaged or out of date."""
     try:
         with safe_open(str(file), framework="pt") as tensors:
             metadata = tensors.metadata() or {}
@@ -129,11 +129,12 @@ def _read(file: Path) -> Listing | None:
 
 
 def cached_listing(path: Path, read: Callable[[], Listing]) -> Listing:
-    """What ``read`` finds in ``path``, or found there before.
+    """Return the cached list of ``path``, or read and cache it.
 
     Args:
-        path: A folder, in whose name the list is kept below ``$XDG_CACHE_HOME`` or ``~/.cache``.
-        read: Reads it anew, with all it reads from in ``stamps``.
+        path: Folder that the list belongs to. The cache is below ``$XDG_CACHE_HOME`` or
+            ``~/.cache``.
+        read: Function that lists the files and names all it reads in ``stamps``.
     """
     file = _cache_file(path)
     listing = _read(file) if file.exists() else None
@@ -156,5 +157,7 @@ def cached_listing(path: Path, read: Callable[[], Listing]) -> Listing:
         save_file({**tensors, **listing.numbers}, str(temporary), metadata=metadata)
         temporary.replace(file)
     except (OSError, SafetensorError) as error:
-        _log.warning("data: the list of %s could not be kept in %s (%s)", path, file, error)
+        _log.warning(
+            "data: the list of %s could not be kept in the cache %s (%s)", path, file, error
+        )
     return listing

@@ -1,11 +1,10 @@
-"""``cifar10:PATH`` and others: the data sets that torchvision knows by name.
+"""``cifar10:PATH`` and others: data sets of torchvision.
 
-PATH is the folder that torchvision calls ``root``. Nothing is downloaded unless that is asked for.
-Sets whose own parts do not include one for training and another for testing are left out, and so
-are those that need a package beyond torchvision's requirements.
+PATH is torchvision's ``root``. Files are downloaded only on request. Data sets without a training
+and a test part are left out, and so are those that need packages beyond torchvision's requirements.
 
-Where a set has no part to choose settings on, every tenth training image of each class is held out
-as "validation", and is in no other split.
+If a data set has no validation part, every tenth training image of each class is held out as
+"validation" and is in no other split.
 """
 
 from __future__ import annotations
@@ -34,23 +33,23 @@ from .listing import Listing
 
 __all__ = ["PUBLISHED", "open_published"]
 
-#: Signs and characters: mirrored, or cut to a small part, they are others.
+#: For signs and characters, which change their class when mirrored or cropped too much.
 _SIGNS = Augmentation(crop_scale=(0.75, 1.0), crop_ratio=(0.85, 1.18), flip=False)
 _PHOTOGRAPHS = Augmentation()
-#: One of so many images of a class is held out.
+#: One of this many images of a class is held out.
 _HELD_OUT = 10
 
 
 @dataclass(frozen=True)
 class _Set:
-    """How one data set is opened.
+    """Description of a data set of torchvision.
 
     Attributes:
-        name: Of torchvision's class.
-        train, test: Its arguments for these splits.
-        validation: Likewise; None to hold out a part of the training images.
-        classes: How many, where the class does not name them.
-        augmentation: How images may be varied.
+        name: Name of torchvision's Python class.
+        train, test: Arguments of this class for training and test.
+        validation: Arguments for validation; None to hold out training images.
+        classes: Number of classes, if torchvision does not name them.
+        augmentation: Random changes that keep the class.
     """
 
     name: str
@@ -61,7 +60,7 @@ class _Set:
     augmentation: Augmentation = _PHOTOGRAPHS
 
     def arguments(self, split: str) -> dict[str, Any]:
-        """For "train", "calibration", "validation" or "test"."""
+        """Arguments for "train", "calibration", "validation" or "test"."""
         if split == "test":
             return self.test
         return self.train if split != "validation" or self.validation is None else self.validation
@@ -71,7 +70,7 @@ _TRAIN: dict[str, Any] = {"train": True}
 _TEST: dict[str, Any] = {"train": False}
 _VAL: dict[str, Any] = {"split": "val"}
 
-#: By the name that ``--data`` takes.
+#: Data sets by the name that ``--data`` takes.
 PUBLISHED = {
     "cifar10": _Set("CIFAR10", _TRAIN, _TEST),
     "cifar100": _Set("CIFAR100", _TRAIN, _TEST),
@@ -114,17 +113,17 @@ def open_published(
     """Open one of `PUBLISHED`.
 
     Args:
-        name: Which.
-        path: PATH.
+        name: Name in `PUBLISHED`.
+        path: Folder PATH.
         split: "train", "calibration", "validation" or "test".
-        preprocessing: How every image is prepared; None for the usual way of ImageNet, but the
-            set's own size where all its images have one, and its own channels.
-        image_size: Instead of that of ``preprocessing``.
-        channels: Likewise.
-        download: Fetch the files if they are not there.
+        preprocessing: Preparation of every image; None for that of ImageNet, but images of one
+            size keep their size and channels.
+        image_size: Size that overrides that of ``preprocessing``.
+        channels: Channels that override those of ``preprocessing``.
+        download: Whether to download missing files.
 
     Raises:
-        UsageError: If the files are missing or damaged, or cannot be downloaded.
+        UsageError: If the files are missing or damaged, or the download fails.
     """
     published = PUBLISHED[name]
     images: Tensor | list[str]
@@ -155,8 +154,6 @@ def open_published(
 
 
 class _PublishedFiles(ImageFiles):
-    """Images in files, each named by its path."""
-
     def __init__(
         self, listing: Listing, preprocessing: Preprocessing, augmentation: Augmentation
     ) -> None:
@@ -208,7 +205,7 @@ class _PublishedArrays(ImageFiles):
 
 
 def _held_out(labels: Tensor) -> Tensor:
-    """Every tenth image of each class, bool ``[n]``."""
+    """Mark every tenth image of each class, bool ``[n]``."""
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         own = (labels == label).nonzero().flatten()
@@ -219,13 +216,13 @@ def _held_out(labels: Tensor) -> Tensor:
 def _read(
     published: _Set, path: Path, split: str, download: bool
 ) -> tuple[Tensor | list[str], Sequence[int], list[str]]:
-    """Images, labels and names of classes, as torchvision reads them."""
+    """Read images, labels and class names with torchvision."""
     build = getattr(import_torchvision().datasets, published.name)
     try:
         if download:
             path.mkdir(parents=True, exist_ok=True)
         source = build(path, download=download, **published.arguments(split))
-    except Exception as error:  # each class says in its own way that something is missing
+    except Exception as error:  # torchvision reports missing files by many types of errors
         raise _unusable(published.name, path, error, download) from None
     classes = getattr(source, "classes", None) or range(published.classes or 0)
     names = [name[0] if isinstance(name, tuple) else str(name) for name in classes]
@@ -248,9 +245,9 @@ def _read(
 def _unusable(name: str, path: Path, error: Exception, download: bool) -> UsageError:
     reason = " ".join(str(error).split())[:200]
     advice = (
-        "the download may have been cut off, or have moved"
+        "the download may have been cut off or moved"
         if download
-        else "--download fetches them"
+        else "download them with --download"
     )
     return UsageError(
         f"data: expected {path} to hold the files of {name} as torchvision keeps them, "
@@ -264,7 +261,7 @@ def _unusable(name: str, path: Path, error: Exception, download: bool) -> UsageE
 def _read_cifar(
     name: str, path: Path, is_test: bool, download: bool
 ) -> tuple[Tensor, list[int], list[str]]:
-    """Images uint8 ``[n, 32, 32, 3]``, labels and names of classes; no code in a file is run."""
+    """Read images uint8 ``[n, 32, 32, 3]``, labels and class names, without running their code."""
     torchvision = import_torchvision()
     published = getattr(torchvision.datasets, name)
     folder = path / published.base_folder
@@ -276,7 +273,7 @@ def _read_cifar(
             torchvision.datasets.utils.download_and_extract_archive(
                 published.url, str(path), filename=published.filename, md5=published.tgz_md5
             )
-        except Exception as error:  # of the network, the server or the disk
+        except Exception as error:  # network, server or disk
             raise _unusable(name, path, error, download) from None
     files = [file for file, _ in (published.test_list if is_test else published.train_list)]
     key = "labels" if name == "CIFAR10" else "fine_labels"
@@ -292,7 +289,7 @@ def _read_cifar(
                 raise ValueError(f"{len(own)} images with {len(content[key])} labels in {file}")
             images.append(own)
             labels += [int(label) for label in content[key]]
-    except Exception as error:  # damage makes the reader stumble in a dozen ways
+    except Exception as error:  # damaged files raise many types of errors
         raise _unusable(name, path, error, download) from None
     if labels and not 0 <= min(labels) <= max(labels) < len(classes):
         raise UsageError(f"data: expected labels below {len(classes)} in {folder}, got others")
@@ -300,17 +297,17 @@ def _read_cifar(
 
 
 class _Array:
-    """Stands for a NumPy array in a pickle: it keeps what describes the array, and runs nothing."""
+    """Stand-in for a NumPy array in a pickle, which keeps the array's description."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, self.shape, self.kind, self.is_fortran, raw = state
         self.raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
 
     def pixels(self) -> Tensor:
-        """uint8 ``[n, 32, 32, 3]``.
+        """Return uint8 ``[n, 32, 32, 3]``.
 
         Raises:
-            ValueError: If it is another array.
+            ValueError: If shape or dtype differ.
         """
         shape = tuple(self.shape)
         whole = len(shape) == 2 and shape[1] == 3 * 32 * 32 and math.prod(shape) == len(self.raw)
@@ -321,7 +318,7 @@ class _Array:
 
 
 class _Kind:
-    """Stands for a NumPy dtype, likewise."""
+    """Stand-in for a NumPy dtype."""
 
     def __init__(self, code: str, *_: object) -> None:
         self.code = code
@@ -339,7 +336,7 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 
 
 class _Harmless(pickle.Unpickler):
-    """Reads plain values and, in place of arrays, `_Array`; refuses whatever else a file names."""
+    """Unpickler for plain values and arrays; it rejects all other classes and functions."""
 
     @override
     def find_class(self, module: str, name: str) -> Any:
@@ -351,7 +348,7 @@ class _Harmless(pickle.Unpickler):
             ("_codecs", "encode"): _encode,
         }
         if (module, name) not in known:
-            raise pickle.UnpicklingError(f"the file wants {module}.{name}, which is not run")
+            raise pickle.UnpicklingError(f"the file needs {module}.{name}, which is not run")
         return known[module, name]
 
 
@@ -359,5 +356,5 @@ def _unpickle(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         content = _Harmless(file, encoding="latin1").load()
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no table")
+        raise ValueError(f"{path.name} holds no dictionary")
     return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in content.items()}

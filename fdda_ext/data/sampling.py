@@ -1,4 +1,4 @@
-"""A sample of a data set that stands for the whole."""
+"""Samples in which every class keeps its share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 __all__ = ["fair_sample"]
 
-#: Any number; another one gives other samples.
+#: An arbitrary number. Another one gives other samples.
 _SEED = 0x5EED
 
 
 def _hashes(count: int) -> np.ndarray:
-    """uint64 ``[count]``: SplitMix64 of the numbers from 0.
+    """Hash the numbers from 0 with SplitMix64, uint64 ``[count]``.
 
-    It is written out because random generators of libraries may change between versions.
+    Random generators of libraries may change between versions.
     """
     with np.errstate(over="ignore"):
         z = (np.arange(1, count + 1, dtype=np.uint64) + np.uint64(_SEED)) * np.uint64(
@@ -27,20 +27,20 @@ def _hashes(count: int) -> np.ndarray:
 
 
 def fair_sample(labels: Tensor, count: int) -> Tensor:
-    """Indices of a sample in which every class has the share that it has in all images.
+    """Return the indices of a sample in which every class has its share of all images.
 
-    All images are put into one order, and the sample is the beginning of it. Hence samples are
-    nested. The order is the same on every machine. Image r of the ``n_k`` of class k, in random
-    order, stands at ``(r + u_k) / n_k`` on a scale from 0 to 1, where the ``u_k`` are spread evenly
-    over 0 to 1 in random order, so that no class is favoured. The number of images of a class in
-    the first share t of the scale is less than 1 from ``t * n_k``.
+    A sample is the beginning of an order of all images, so smaller samples are parts of larger
+    ones. The order is the same on every machine. Image r of the ``n_k`` images of class k, in
+    random order, has the position ``(r + u_k) / n_k``. The ``u_k`` are spread evenly over 0 to 1 in
+    random order, so no class is favoured. The number of images of class k at positions below t
+    differs from ``t * n_k`` by less than 1.
 
     Args:
-        labels: int64 ``[n]``.
-        count: Size of the sample; all images if there are not more.
+        labels: Labels, int64 ``[n]``.
+        count: Size of the sample; all images if there are fewer.
 
     Returns:
-        int64 ``[min(count, n)]``, in the order of the draw.
+        int64 ``[min(count, n)]``, in the order of the positions.
     """
     classes, places, sizes = np.unique(labels.numpy(), return_inverse=True, return_counts=True)
     hashes = _hashes(len(places))

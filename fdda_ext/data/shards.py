@@ -1,9 +1,8 @@
-"""``shards:PATH``: images in tar archives, as the webdataset format lays them out.
+"""``shards:PATH``: images in tar archives in the webdataset format.
 
-Members of one sample have one name up to the first dot and stand side by side: ``key.jpg`` and
-``key.cls``, which holds the label as a decimal number. Archives are never unpacked: their headers
-are read once, into a list of where each image lies, and images are then read from there in any
-order.
+An image and its label have the same name up to the first dot: ``key.jpg``, and ``key.cls`` with the
+label as a decimal number. Archives are not unpacked. Their headers are read once, into a list of
+the images' offsets, so that images can be read in any order.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from .listing import Listing, cached_listing, is_hidden, stamp_of
 
 __all__ = ["Shards"]
 
-#: A label has at most so many bytes.
+#: Largest number of bytes in a label.
 _LONGEST_LABEL = 20
 
 
 class Shards(ImageFiles):
-    """``PATH/train/*.tar`` and ``PATH/val/*.tar`` (or ``test``, ``validation``, as for folders).
+    """Images in ``PATH/train/*.tar`` and ``PATH/val/*.tar`` (or ``test``, ``validation``).
 
-    Labels count from 0; the training archives tell how many classes there are, where they exist.
-    Hidden archives and members are left out, as for folders.
+    Labels begin at 0. The training archives, if they exist, give the number of classes. Hidden
+    archives and members are skipped, as in `ImageFolder`.
 
     Args:
-        path: PATH.
+        path: Folder PATH.
         split: "train", "calibration", "validation" or "test".
-        preprocessing: Of every image.
+        preprocessing: Preparation of every image.
 
     Raises:
         UsageError: If a folder or its archives are missing, an archive is compressed or damaged,
-            an image has no label, or a label is not below the number of classes.
+            an image has no label, or a label is too large.
     """
 
     def __init__(self, path: Path, split: str, preprocessing: Preprocessing | None = None) -> None:
@@ -59,12 +58,12 @@ class Shards(ImageFiles):
         self._archives = _archives(self.folder)
 
     def name(self, index: int) -> str:
-        """Archive and member."""
+        """Return archive and member."""
         archive = self._archives[int(self.listing.numbers["archive"][index])]
         return f"{archive}:{self.listing.name(index)}"
 
     def open(self, index: int) -> IO[bytes]:
-        """The member, read from its place in the archive."""
+        """Read the member from the archive."""
         archive, offset, size = (
             int(self.listing.numbers[name][index]) for name in ("archive", "offset", "size")
         )
@@ -102,7 +101,7 @@ def _read_shards(folder: Path) -> Listing:
 
 
 def _read_archive(path: Path) -> list[tuple[tarfile.TarInfo, int]]:
-    """The images of an archive with their labels, in its order."""
+    """List the images of an archive with their labels, in stored order."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     try:
@@ -117,7 +116,7 @@ def _read_archive(path: Path) -> list[tuple[tarfile.TarInfo, int]]:
                     images[key] = member
                 elif extension.lower() == "cls":
                     labels[key] = _label(archive, member, path)
-                # A header that was read is kept by the archive: a million of them are too many.
+                # The archive would keep all headers, which takes too much memory for a million.
                 archive.members = []  # type: ignore[attr-defined]
     except (OSError, tarfile.TarError, EOFError) as error:
         raise UsageError(
@@ -127,14 +126,14 @@ def _read_archive(path: Path) -> list[tuple[tarfile.TarInfo, int]]:
     unlabelled = images.keys() - labels.keys()
     if unlabelled:
         raise UsageError(
-            f"data: expected a member .cls beside every image, got none for {min(unlabelled)} "
+            f"data: expected a .cls member for every image, got none for {min(unlabelled)} "
             f"in {path}"
         )
     return [(member, labels[key]) for key, member in images.items()]
 
 
 def _is_hidden_member(name: str) -> bool:
-    """Whether a part of the path is hidden; "." and ".." are places, not names."""
+    """Whether a part of the path is hidden, apart from "." and ".."."""
     return any(is_hidden(part) for part in name.split("/") if part not in (".", ".."))
 
 
@@ -143,6 +142,6 @@ def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int
     text = file.read(_LONGEST_LABEL).strip() if file is not None else b""
     if not text.isdigit():
         raise UsageError(
-            f"data: expected {member.name} in {path} to hold a label, a number from 0, got {text!r}"
+            f"data: expected {member.name} in {path} to hold a label (0 or above), got {text!r}"
         )
     return int(text)

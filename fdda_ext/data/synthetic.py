@@ -1,7 +1,7 @@
-"""``python -m fdda_ext.data.synthetic``: a folder in the shape of ImageNet, to rehearse with.
+"""``python -m fdda_ext.data.synthetic``: write a data set in ImageNet's layout, for practice.
 
-Every class is a character of the embedded glyphs, or two of them, in many typefaces, colours and
-sizes, so that a network can learn it; validation images are in typefaces held out from training.
+Every class is one or two characters of ``glyphs``, in many typefaces, colours and sizes, so that a
+network can learn it. Validation images have typefaces of their own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .glyphs import CHARACTERS, draw, faces_of
 __all__ = ["SyntheticConfig", "class_name", "class_text", "main", "run"]
 
 _DESCRIPTION = """\
-Write a folder of JPEG images in the shape of ImageNet: train/<class>/* and val/<class>/*.
+Write a folder of JPEG images in ImageNet's layout: train/<class>/* and val/<class>/*.
 
 examples:
   python -m fdda_ext.data.synthetic --classes 1000 --per-class 20 --out data/synthetic
@@ -43,9 +43,9 @@ then
   python -m fdda_ext.pretrain --data shards:data/small --model torchvision:resnet18 --out runs/float
 """
 
-#: The splits, their names in `glyphs`, and numbers for their random numbers.
+#: The splits, their names in `glyphs`, and their part of the seed.
 _SPLITS = {"train": ("train", 0), "val": ("test", 1)}
-#: Characters are drawn at so many pixels, and then enlarged to their image's size.
+#: Characters are drawn with this many pixels and then enlarged to the image's size.
 _DRAWN = 160
 _SHORT_SIDE = (200, 500)
 _LONGEST = 1.5
@@ -55,16 +55,16 @@ _MOST_CLASSES = len(CHARACTERS) * (len(CHARACTERS) + 1)
 
 @dataclass
 class SyntheticConfig:
-    """What to write, and where to.
+    """Settings of the data set.
 
     Attributes:
-        out: The folder, which must be new or empty.
-        classes: How many: 71 characters, then pairs of characters.
-        per_class: Training images of each.
-        val_per_class: Validation images of each.
-        seed: Of everything random.
-        form: "folder" of files, for folder:PATH, or webdataset "shards", for shards:PATH.
-        workers: Processes that draw; what they draw does not depend on their number.
+        out: Folder to write, which must be new or empty.
+        classes: Number of classes: 71 characters, then pairs of characters.
+        per_class: Training images per class.
+        val_per_class: Validation images per class.
+        seed: Seed for all random numbers.
+        form: "folder" for files (folder:PATH), or "shards" for webdataset archives (shards:PATH).
+        workers: Number of processes that draw; the images do not depend on it.
     """
 
     out: str
@@ -91,18 +91,18 @@ class SyntheticConfig:
 
 
 def class_text(label: int) -> str:
-    """What the images of class ``label`` show."""
+    """Return the text on the images of class ``label``."""
     second, first = divmod(label, len(CHARACTERS))
     return CHARACTERS[first] + (CHARACTERS[second - 1] if second else "")
 
 
 def class_name(label: int) -> str:
-    """Name of its folder; sorted names are in the order of the labels."""
+    """Return the folder of class ``label``; sorted names have the order of the labels."""
     return f"n{label:08d}"
 
 
 def draw_jpeg(split: str, seed: int, label: int, number: int) -> bytes:
-    """Image ``number`` of class ``label``, as a file."""
+    """Draw image ``number`` of class ``label`` and encode it as JPEG."""
     of_glyphs, split_number = _SPLITS[split]
     rng = np.random.default_rng([seed, split_number, label, number])
     text = class_text(label)
@@ -122,7 +122,7 @@ def _draw_all(tasks: Sequence[tuple[str, int, int, int]], pool: Executor | None)
     if pool is None:
         yield from (draw_jpeg(*task) for task in tasks)
         return
-    waiting = iter(tasks)  # some at a time, so that no more images are drawn than can be written
+    waiting = iter(tasks)  # in batches, so that drawing does not run ahead of writing
     while batch := list(islice(waiting, 256)):
         yield from pool.map(draw_jpeg, *zip(*batch, strict=True), chunksize=8)
 
@@ -143,7 +143,7 @@ def run(config: SyntheticConfig) -> Path:
                 for label in range(config.classes)
                 for number in range(count)
             ]
-            if config.form == "shards":  # neighbours in an archive should be of different classes
+            if config.form == "shards":  # mixes the classes in each archive
                 order = np.random.default_rng([config.seed, 2]).permutation(len(tasks))
                 tasks = [tasks[i] for i in order]
             shown = bar.add_task(split, total=len(tasks), shown="")
@@ -178,7 +178,7 @@ def _write_shards(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command."""
     parser = build_parser("fdda_ext.data.synthetic", _DESCRIPTION)
     parser.add_class_arguments(SyntheticConfig, as_group=False)
     config = SyntheticConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments)))

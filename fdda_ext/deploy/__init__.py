@@ -1,4 +1,4 @@
-"""From a fake-quantized student to a program of integers, and that program as a file."""
+"""Lowering of a fake-quantized student to an integer program, and the program's file format."""
 
 from .export import check_target, export_student
 from .file import is_program, load_program, save_program, stored_bytes

@@ -1,6 +1,6 @@
-"""A program as a CUDA device runs it: almost all by kernels, the rest by torch's operators.
+"""The form of a program that CUDA devices run: kernels, and torch's operators for the rest.
 
-Nothing waits for the device and nothing is copied to it, so that a CUDA graph can capture a whole
+A call neither waits for the device nor copies data to it, so a CUDA graph can capture the whole
 program (`deploy/graph.py`).
 """
 
@@ -30,20 +30,20 @@ __all__ = ["DeviceProgram"]
 
 Pair = tuple[int, int]
 
-# Private to a program: their arguments were checked as it was built.
+# Internal operators, whose arguments the program checked when it was built.
 _image_op = torch.ops.fdda._int4_image_codes.default
 _pool_op = torch.ops.fdda._int4_max_pool.default
 
 
 class DeviceProgram:
-    """What `IntegerProgram` runs on a CUDA device; on a CPU it computes the same.
+    """The form of an `IntegerProgram` that runs on a CUDA device.
 
     Args:
-        image: The input.
-        instructions: Checked, in order.
-        tensors: Their weights, scales and shifts.
-        normalise: From uint8 images to normalised float32, on the CPU; or None.
-        device: Where it will run.
+        image: Input value.
+        instructions: Checked instructions in execution order.
+        tensors: Weights, scales and shifts of the instructions.
+        normalise: CPU function from uint8 images to normalised float32, or None.
+        device: Device that runs the program.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class DeviceProgram:
         self._steps = steps
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits of float32 or uint8 images ``[N, C, H, W]``."""
+        """Return the logits of float32 or uint8 images ``[N, C, H, W]``."""
         return run_instructions(self._image, self._steps, self._tensors, images)
 
 
@@ -93,7 +93,10 @@ class _Window:
 
 
 def _window(step: Instruction, source: Value, tensors: Mapping[str, Tensor]) -> _Window | None:
-    """Of layers; and of what adds up codes with weights of one: several launches become one."""
+    """Express the integer sum of ``step`` as a convolution, or return None.
+
+    Average pooling and rescaling get weights of 1, so each needs only one kernel launch.
+    """
     if isinstance(step, Layer):
         weight = tensors[f"{step.output.name}.weight"]
         planes = weight.view(*weight.shape, *(1,) * (4 - weight.dim())).movedim(1, -1)
@@ -115,7 +118,6 @@ def _packed(
     tensors: Mapping[str, Tensor],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """What the kernel reads, on its device."""
     name = step.output.name
     assert source.grid is not None
     weight = window.weight.to(device)
@@ -132,7 +134,7 @@ def _packed(
 def _table(
     step: _ImageCodes, normalise: Callable[[Tensor], Tensor], device: torch.device
 ) -> dict[str, Tensor]:
-    """The code of every channel's every byte, made on the CPU: devices divide in other ways."""
+    # The CPU computes the table, because a division on a device may give other bits.
     assert step.output.grid is not None
     channels = step.output.shape[0]
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, channels, 1, 256)
@@ -142,7 +144,7 @@ def _table(
 
 @dataclass(frozen=True)
 class _ImageCodes(Instruction):
-    """Codes of float32 images, or of bytes by their table."""
+    """Quantization of images, by a table if they are uint8."""
 
     inverse_scale: float
 
@@ -164,7 +166,7 @@ class _ImageCodes(Instruction):
 
 @dataclass(frozen=True)
 class _KernelLayer(Instruction):
-    """An integer sum, and what follows it, by `int4_conv2d`."""
+    """An integer sum and its epilogue, computed by `int4_conv2d`."""
 
     step: Compute
     groups: int
@@ -204,8 +206,6 @@ class _KernelLayer(Instruction):
 
 @dataclass(frozen=True)
 class _KernelMaxPool(Instruction):
-    """The largest code of each window."""
-
     step: MaxPool
 
     def run(
@@ -222,10 +222,10 @@ class _KernelMaxPool(Instruction):
 
 
 def _has_kernels(x: Tensor) -> bool:
-    """On a CPU, where a program is run by its own code, these steps serve tests alone."""
+    # On a CPU, only tests run these instructions.
     return x.is_cuda
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """``[N, C, H, W]``, best in channels_last, or ``[N, C]``, as ``[N, H, W, C]``."""
+    """View ``[N, C, H, W]``, preferably in channels_last, or ``[N, C]`` as ``[N, H, W, C]``."""
     return x.permute(0, 2, 3, 1) if x.dim() == 4 else x[:, None, None]

@@ -1,4 +1,4 @@
-"""A student as a program file that has shown to compute the same."""
+"""Export of a student to a program file, with a check that both give the same logits."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .program import IntegerProgram
 
 __all__ = ["check_target", "export_student"]
 
-#: Sizes of the batches that program and student are compared on.
+#: Batch sizes on which program and student are compared.
 _BATCHES = (1, 3)
-_REPORT = "nothing was written; this is a fault of fdda_ext, please report it with the network"
+_REPORT = "nothing was written; this is a bug of fdda_ext, please report it with the network"
 
 
 def export_student(
@@ -29,25 +29,25 @@ def export_student(
     std: tuple[float, ...] | None = None,
     images: Tensor | None = None,
 ) -> IntegerProgram:
-    """Write the integer program of ``student`` to ``path``, once both have given the same logits.
+    """Write the integer program of ``student`` to ``path`` after a check of its logits.
 
-    The file takes its place when the program, as read back from it, has run on batches of one and
-    three images with the student's logits to the last bit. Otherwise nothing is written.
+    The check runs the program, read back from a temporary file, on batches of 1 and 3 images.
+    Nothing is written unless the logits are bit-identical to the student's.
 
     Args:
-        student: From `prepare` with grid "deploy", calibrated; on any device.
-        path: The file to write; its folder must exist.
-        mean: Of the images' normalisation, for a program that is to take uint8.
-        std: Likewise.
-        images: Normalised float32 ``[n, C, H, W]`` to compare on, of which the first three are
-            taken; None for random ones.
+        student: Calibrated student from `prepare` with grid "deploy", on any device.
+        path: File to write. Its folder must exist.
+        mean: Mean per channel, to normalise uint8 images; None to take only float32 images.
+        std: Standard deviation per channel, together with ``mean``.
+        images: Normalised float32 images ``[n, C, H, W]``, of which the check uses three; None
+            for random images.
 
     Returns:
-        The program that was written, on the CPU.
+        The written program, on the CPU.
 
     Raises:
-        UsageError: If the file cannot be written there, the student cannot be lowered, or the
-            program fails or differs.
+        UsageError: If the file cannot be written, the student cannot be lowered, or the check
+            fails.
     """
     path = Path(path)
     check_target(path)
@@ -60,14 +60,14 @@ def export_student(
 
 
 def check_target(path: Path, argument: str = "path") -> None:
-    """Whether a file can be written to ``path``.
+    """Check that a file can be written to ``path``.
 
     Args:
-        path: A file that exists, or not yet.
-        argument: How errors name it.
+        path: Path of a new or an existing file.
+        argument: Name of the path in error messages.
 
     Raises:
-        UsageError: If its folder does not exist or cannot be written to, or it is no file.
+        UsageError: If the folder does not exist or is not writable, or ``path`` is not a file.
     """
     folder = path.parent
     if not folder.is_dir() or (path.exists() and not path.is_file()):
@@ -82,7 +82,7 @@ def check_target(path: Path, argument: str = "path") -> None:
 
 @torch.no_grad()
 def _compare(program: IntegerProgram, student: GraphModule, images: Tensor | None) -> None:
-    """Refuse a program that fails or gives other logits than the student."""
+    """Raise an error if the program fails or its logits differ from the student's."""
     if any(not parameter.is_cpu for parameter in student.parameters()):
         student = copy.deepcopy(student).cpu()
     if images is None or not len(images):
@@ -107,13 +107,13 @@ def _compare(program: IntegerProgram, student: GraphModule, images: Tensor | Non
             ) from error
         if not torch.equal(logits, expected):
             raise UsageError(
-                "export: expected the program to give the student's logits to the last bit, "
+                "export: expected the program's logits to be bit-identical to the student's, "
                 f"got others on {size} images; {_REPORT}"
             )
 
 
 def _random_images(program: IntegerProgram) -> tuple[Tensor, Tensor]:
-    """What the program is to take, uint8 if it can, and the same normalised."""
+    """Draw images, uint8 if the program takes them, and return them raw and normalised."""
     size = (max(_BATCHES), *program.image.shape)
     random = torch.Generator().manual_seed(0)
     if program.mean is None or program.std is None:

@@ -1,12 +1,12 @@
 """An integer program as one safetensors file.
 
 The metadata holds ``format``, ``manifest`` (JSON: image, normalisation, instructions) and
-``sha256``. The tensors are weights, scales and shifts by name. Weights lie as in an NHWC kernel,
-one row ``[kh, kw, C / groups]`` per output channel, in their bits without gaps: weight i of b bits
-is bits i b to (i + 1) b - 1 of the row, the lowest bit of a byte first, two's complement; every row
-is padded with 0 to a whole byte. Scales and shifts are float32 without their lowest byte, uint8
-``[C, 3]``, where that byte is 0. No code is stored, and nothing is used before all of it has been
-checked.
+``sha256``. The tensors are weights, scales and shifts by name. A weight has one row
+``[kh, kw, C / groups]`` per output channel, and its values are packed without gaps: value i of b
+bits takes the bits i b to (i + 1) b - 1 of the row, in two's complement, with the lowest bit of a
+byte first. Zeros pad every row to a whole byte. Scales and shifts are float32. If the lowest byte
+of all values is 0, it is left out and the tensor is uint8 ``[C, 3]``. A file holds no executable
+code, and it is checked completely before it is used.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 def _places(bits: int) -> Iterator[tuple[int, int, int]]:
-    """Of eight codes, which take ``bits`` bytes: number, byte of the first bit, bits below it."""
+    """Yield index, first byte and bit offset of each of eight packed codes."""
     for k in range(8):
         yield k, *divmod(k * bits, 8)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack int8 ``[rows, n]`` of so many bits to uint8 ``[rows, ceil(n bits / 8)]``."""
+    """Pack int8 codes ``[rows, n]`` of ``bits`` bits to uint8 ``[rows, ceil(n bits / 8)]``."""
     rows, n = codes.shape
     size = -(-n * bits // 8)
     unsigned = torch.nn.functional.pad(codes.view(torch.uint8) & ((1 << bits) - 1), (0, -n % 8))
@@ -90,7 +90,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
-    """The int8 ``[rows, n]`` that `pack_codes` packed."""
+    """Unpack the int8 codes ``[rows, n]`` that `pack_codes` packed."""
     bytes_ = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits))
     bytes_ = bytes_.view(packed.shape[0], -1, bits)
     eights = torch.empty(*bytes_.shape[:2], 8, dtype=torch.uint8)
@@ -104,14 +104,14 @@ def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
 
 
 def save_program(path: Path, program: IntegerProgram) -> None:
-    """Write ``program`` to ``path``, atomically."""
+    """Write ``program`` to ``path`` atomically."""
     with replacing(path) as temporary:
         write_program(temporary, program)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place at the end, and is removed after an error."""
+    """Yield a temporary file that replaces ``path`` at the end, unless an error occurs."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -148,7 +148,7 @@ def write_program(path: Path, program: IntegerProgram) -> None:
 
 
 def is_program(path: Path) -> bool:
-    """Whether ``path`` says that it is a program; `load_program` sees whether it is whole."""
+    """Whether ``path`` claims to be a program; only `load_program` checks it."""
     try:
         with safe_open(str(path), framework="pt") as file:
             return (file.metadata() or {}).get("format") == _FORMAT
@@ -157,10 +157,10 @@ def is_program(path: Path) -> bool:
 
 
 def load_program(path: Path) -> IntegerProgram:
-    """Read what `save_program` wrote; the file is mapped, and checked before it is used.
+    """Read and check a program file, which is memory-mapped.
 
     Raises:
-        UsageError: If the file is missing, damaged, or describes no program that could run.
+        UsageError: If the file is missing or damaged, or its program could not run.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -185,12 +185,12 @@ def _build(manifest: Any, tensors: dict[str, Tensor]) -> IntegerProgram:
     for item in _parse(given["instructions"], tuple[dict[str, Any], ...], "instructions"):
         kind = _KINDS.get(str(item.pop("kind", None)))
         if kind is None:
-            raise ValueError("an instruction is of no known kind")
+            raise ValueError("an instruction has an unknown kind")
         instructions.append(_parse(item, kind, kind.__name__))
     shapes = _parse(given["weights"], dict[str, tuple[int, ...]], "weights")
     bits = _weight_bits(instructions)
     if shapes.keys() != bits.keys():
-        raise ValueError("weights do not belong to the instructions")
+        raise ValueError("its weights do not match its instructions")
     for name, size in shapes.items():
         tensors[name] = _unpacked(tensors[name], size, bits[name], name)
     for name, tensor in tensors.items():
@@ -205,7 +205,7 @@ def _build(manifest: Any, tensors: dict[str, Tensor]) -> IntegerProgram:
 
 
 def _unpacked(tensor: Tensor, size: tuple[int, ...], bits: int, name: str) -> Tensor:
-    """The weight ``[O, C / groups, ...]`` of a stored tensor."""
+    """Unpack a stored weight to ``[O, C / groups, ...]``."""
     if len(size) not in (2, 4) or min(size) < 1 or max(size) > 2**20:
         raise ValueError(f"{name} has the shape {size}")
     if not 2 <= bits <= 8:
@@ -218,7 +218,7 @@ def _unpacked(tensor: Tensor, size: tuple[int, ...], bits: int, name: str) -> Te
 
 
 def _ends_in_zero(tensor: Tensor) -> bool:
-    """Whether float32 numbers can do without their lowest byte."""
+    """Whether the lowest byte of all float32 values is 0."""
     return not bool((tensor.view(torch.int32) & 0xFF).any())
 
 
@@ -233,15 +233,15 @@ def _weight_bits(instructions: Any) -> dict[str, int]:
 
 def _fields(value: Any, names: set[str]) -> dict[str, Any]:
     if not isinstance(value, dict) or value.keys() != names:
-        raise ValueError(f"the manifest lacks one of {sorted(names)}, or has others")
+        raise ValueError(f"the manifest lacks one of {sorted(names)} or has other keys")
     return value
 
 
 def _parse(value: Any, hint: Any, where: str) -> Any:
-    """``value`` of JSON as the type ``hint``, strictly.
+    """Convert ``value`` from JSON to the type ``hint`` with strict type checks.
 
     Raises:
-        ValueError: If it is not of that type; names ``where``.
+        ValueError: If it has another type; the message names ``where``.
     """
     origin = get_origin(hint)
     if hint is Any:
@@ -271,7 +271,7 @@ def _parse(value: Any, hint: Any, where: str) -> Any:
 
 
 def stored_bytes(program: IntegerProgram) -> list[tuple[str, int, int, int]]:
-    """Of every layer with weights: name, bits, number of weights, bytes with scale and shift."""
+    """List name, bits, weight count, and bytes with scale and shift of each layer."""
     rows = []
     for name, bits in _weight_bits(program.instructions).items():
         layer = name.removesuffix(".weight")

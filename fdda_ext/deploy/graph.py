@@ -1,4 +1,7 @@
-"""A whole program as one CUDA graph: at batch 1 its launches take longer than its work."""
+"""A whole program as one CUDA graph.
+
+At batch size 1, launching the kernels takes longer than running them.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,18 @@ from .program import IntegerProgram
 
 __all__ = ["CapturedProgram", "capture"]
 
-#: Runs before the capture: what torch makes lazily comes to life, and memory is found.
+#: Calls before the capture, in which torch initialises its state and allocates memory.
 _WARM_UP = 2
 
 
 class CapturedProgram:
-    """Replays a program for images of one shape and dtype; made by `capture`.
+    """A program that runs as a CUDA graph, for images of one shape and dtype; see `capture`.
 
-    Inputs and results share one piece of memory from call to call, so calls must follow one
-    another on one stream.
+    All calls use the same memory, so they must follow one another on one stream.
     """
 
     def __init__(self, program: IntegerProgram, example: Tensor) -> None:
-        self._program = program.on_device(example.device)  # keeps the memory of its weights
+        self._program = program.on_device(example.device)  # keeps the weights alive
         self._images = example.clone()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(example.device), torch.no_grad():
@@ -37,7 +39,7 @@ class CapturedProgram:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits, float32 ``[N, K]``, the same as the program's.
+        """Return the program's logits, float32 ``[N, K]``.
 
         Raises:
             UsageError: If the images differ from the example in shape, dtype or device.
@@ -58,23 +60,23 @@ class CapturedProgram:
 
 
 def capture(program: IntegerProgram, example: Tensor) -> CapturedProgram:
-    """Captures a program's run on images like `example` in a CUDA graph.
+    """Capture a program in a CUDA graph.
 
     Args:
-        program: Any.
-        example: Images ``[N, C, H, W]`` on a CUDA device, float32 or uint8; N is the batch size
-            of every call.
+        program: Program to capture.
+        example: Images ``[N, C, H, W]`` on a CUDA device, float32 or uint8. Every call takes
+            images of this shape, dtype and device.
 
     Returns:
-        A function of such images that gives the program's logits.
+        A function from images to the program's logits.
 
     Raises:
-        UsageError: If the example is not on a CUDA device, or not what the program takes.
+        UsageError: If ``example`` is not on a CUDA device, or the program does not take it.
     """
     program.check_images(example)
     if not example.is_cuda:
         raise UsageError(
-            f"capture: expected example on a CUDA device, got {example.device}; programs on the "
-            "CPU run in one call already"
+            f"capture: expected example on a CUDA device, got {example.device}; on the CPU, "
+            "call the program itself"
         )
     return CapturedProgram(program, example)

@@ -1,15 +1,16 @@
-"""The instructions of an integer program, and what each of them computes.
+"""The instructions of an integer program.
 
-A value is a tensor of codes q (uint8), which stand for ``(q - zero_point) * scale``, or of float32.
-Every instruction that computes has the same form. An exact integer sum, for a convolution
-``sum_k (q_k - z) * w_k``, becomes, in float32 and in this order, each step rounded::
+A value is a float32 tensor, or a uint8 tensor of codes q that stand for
+``(q - zero_point) * scale``. Every `Compute` instruction has the same form. It computes an exact
+integer sum, for a convolution ``sum_k (q_k - z) * w_k``, and then an epilogue in float32, in this
+order and with each operation rounded::
 
-    t = sum * scale[c] + shift[c]               batch normalisation and bias are folded in
-    t = t + r                                   a residual, if there is one: (q_r - z_r) * s_r
+    t = sum * scale[c] + shift[c]               includes batch normalisation and bias
+    t = t + r                                   optional residual (q_r - z_r) * s_r
     t = clamp(t, low, high)                     ReLU, ReLU6
     q = clamp(round(t * (1 / s)) + z, 0, 2^b - 1)        half to even, as in fake_quantize
 
-so that any two implementations agree to the bit: integer sums do not depend on their order.
+Integer sums do not depend on their order, so all implementations give bit-identical results.
 """
 
 from __future__ import annotations
@@ -43,20 +44,20 @@ __all__ = [
 
 Pair = tuple[int, int]
 
-#: Of a window: 256 x 256.
+#: Largest number of values in a window, 256 x 256.
 _MOST_TAPS = 2**16
-#: Beyond any number that a network has a use for, and far from float32's overflow.
+#: Bound of scales and limits, far above useful values and far below the overflow of float32.
 _LARGEST = 1e30
 
 
 @dataclass(frozen=True)
 class CodeGrid:
-    """What the codes of a tensor mean.
+    """The grid of a tensor of codes.
 
     Attributes:
-        scale: Of one step, positive; a float32 number.
-        zero_point: The code of 0, in [0, 2^bits).
-        bits: 2 to 8; codes lie in [0, 2^bits).
+        scale: Distance between neighbouring values, positive; a float32 number.
+        zero_point: Code of the value 0, in [0, 2^bits).
+        bits: Bits per code, 2 to 8; codes are in [0, 2^bits).
     """
 
     scale: float
@@ -70,38 +71,38 @@ class CodeGrid:
 
     @property
     def largest_integer(self) -> int:
-        """Bound of the magnitude of ``code - zero_point``."""
+        """Largest magnitude of ``code - zero_point``."""
         return max(self.zero_point, self.quant_max - self.zero_point)
 
-    # Scales are numbers, not tensors, so that nothing has to be copied to the device of x.
+    # Scales are numbers, because tensors would be copied to the device of x.
 
     @property
     def inverse_scale(self) -> float:
-        """One over the scale, in float32 as the kernels have it."""
+        """``1 / scale``, rounded to float32 as in the kernels."""
         return float(torch.ones((), device="cpu") / torch.tensor(self.scale, device="cpu"))
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Codes, uint8, of float32 ``x``."""
+        """Round float32 ``x`` to uint8 codes."""
         codes = (x * self.inverse_scale).round_().add_(self.zero_point)
         return codes.clamp_(0, self.quant_max).to(torch.uint8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """The float32 values that ``codes`` stand for."""
+        """Convert codes to float32 values."""
         return self.integers(codes) * self.scale
 
     def integers(self, codes: Tensor) -> Tensor:
-        """``codes - zero_point`` in float32."""
+        """Compute ``codes - zero_point`` in float32."""
         return codes.to(torch.float32) - self.zero_point
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor between instructions.
+    """Description of a tensor between instructions.
 
     Attributes:
-        name: Unique in its program.
-        shape: Without the batch: ``(C, H, W)`` or ``(C,)``.
-        grid: Of its codes; None for float32.
+        name: Name, unique in its program.
+        shape: Shape without the batch dimension: ``(C, H, W)`` or ``(C,)``.
+        grid: Grid of the codes; None for float32.
     """
 
     name: str
@@ -111,13 +112,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Instruction:
-    """What all have: the names of the values they read, and the value they make."""
+    """Base class: the names of the input values, and the output value."""
 
     inputs: tuple[str, ...]
     output: Value
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Shape of the result, from those of the inputs.
+        """Infer the output's shape.
 
         Raises:
             ValueError: If the inputs do not fit.
@@ -127,48 +128,51 @@ class Instruction:
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        """The result, from the tensors ``x`` of the inputs."""
+        """Compute the output from the input tensors ``x``."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Quantize(Instruction):
-    """Codes of a float tensor: the image."""
+    """Quantization of the float32 image."""
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Like the input."""
-        require(inputs[0].grid is None and self.output.grid is not None, "float in, codes out")
+        """Infer the shape of the input."""
+        require(
+            inputs[0].grid is None and self.output.grid is not None,
+            "float32 input and an output grid",
+        )
         return inputs[0].shape
 
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        """Rounds to the grid."""
+        """Compute the codes, in channels_last."""
         assert self.output.grid is not None
         return self.output.grid.quantize(x[0]).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
 class Compute(Instruction):
-    """An integer sum, then the steps at the head of this module.
+    """An integer sum and its epilogue, see the module's docstring.
 
-    ``inputs`` are the source and, if there is one, the residual. The tensors ``<output>.scale`` and
+    ``inputs`` are the source and optionally a residual. The tensors ``<output>.scale`` and
     ``<output>.shift`` are float32 ``[C]`` or ``[1]``.
 
     Attributes:
-        low, high: Of the clamp; None for none.
+        low, high: Limits of the clamp; None for no limit.
     """
 
     low: float | None
     high: float | None
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Shape of the sum, which a residual must share."""
+        """Infer the shape of sum and residual."""
         shape = self.infer_sum(inputs[0], tensors)
         for part in ("scale", "shift"):
             tensor = _tensor(tensors, f"{self.output.name}.{part}", torch.float32)
-            require(tuple(tensor.shape) in ((1,), (shape[0],)), f"{part} of one value per channel")
-            require(bool(tensor.isfinite().all()), f"{part} to be finite")
+            require(tuple(tensor.shape) in ((1,), (shape[0],)), f"one {part} per channel")
+            require(bool(tensor.isfinite().all()), f"a finite {part}")
         if len(inputs) == 2:
             require(inputs[1].shape == shape, "a residual of the result's shape")
         limits = [limit for limit in (self.low, self.high) if limit is not None]
@@ -178,7 +182,7 @@ class Compute(Instruction):
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        """The sum, scaled, shifted, added to, clamped and rounded."""
+        """Compute the sum and the epilogue."""
         name = self.output.name
         total = self.sum(inputs[0], x[0], tensors)
         along = (-1,) + (1,) * (total.dim() - 2)
@@ -191,36 +195,36 @@ class Compute(Instruction):
         return t if self.output.grid is None else self.output.grid.quantize(t)
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Shape of `sum`."""
+        """Infer the sum's shape."""
         raise NotImplementedError
 
     def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Integers in float32, exact until they are rounded to it once."""
+        """Compute the exact integer sum and round it once, to float32."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Layer(Compute):
-    """What layers with weights share.
+    """Base class of layers with weights.
 
     Attributes:
-        weight_bits: 2 to 8.
+        weight_bits: Bits per weight, 2 to 8.
     """
 
     weight_bits: int
 
     def groups_(self) -> int:
-        """Groups of the convolution."""
+        """Number of groups."""
         return 1
 
     def geometry(self, weight: Tensor) -> dict[str, Pair]:
-        """Window, stride, padding and dilation, where they are not 1 or 0."""
+        """Kernel, stride, padding and dilation, where not default."""
         return {"kernel": (1, 1)}
 
 
 @dataclass(frozen=True)
 class Conv(Layer):
-    """``sum over c, i, j of (q[c, y + i, x + j] - z) * w[o, c, i, j]``; outside the image lies z.
+    """``sum over c, i, j of (q[c, y + i, x + j] - z) * w[o, c, i, j]``, padded with z.
 
     The tensor ``<output>.weight`` is int8 ``[O, C / groups, kh, kw]``.
     """
@@ -231,11 +235,11 @@ class Conv(Layer):
     groups: int
 
     def groups_(self) -> int:
-        """Groups of the convolution."""
+        """Number of groups."""
         return self.groups
 
     def geometry(self, weight: Tensor) -> dict[str, Pair]:
-        """Of the window."""
+        """Kernel, stride, padding and dilation."""
         return {
             "kernel": (weight.shape[2], weight.shape[3]),
             "stride": self.stride,
@@ -244,7 +248,7 @@ class Conv(Layer):
         }
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """``(O, H', W')``."""
+        """Infer ``(O, H', W')``."""
         weight = _weight(tensors, self.output.name, self.weight_bits, 4)
         require(source.grid is not None and len(source.shape) == 3, "codes [C, H, W]")
         require(min(*self.stride, *self.dilation, self.groups) > 0, "positive strides and groups")
@@ -257,7 +261,7 @@ class Conv(Layer):
         return (weight.shape[0], *size)
 
     def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The convolution of integers."""
+        """Compute the convolution of integers."""
         grid = source.grid
         assert grid is not None
         weight = tensors[f"{self.output.name}.weight"]
@@ -278,13 +282,13 @@ class Linear(Layer):
     """``sum over c of (q[c] - z) * w[o, c]``; ``<output>.weight`` is int8 ``[O, C]``."""
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """``(O,)``."""
+        """Infer ``(O,)``."""
         weight = _weight(tensors, self.output.name, self.weight_bits, 2)
         require(source.grid is not None and source.shape == (weight.shape[1],), "codes [C]")
         return (weight.shape[0],)
 
     def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The product of integers."""
+        """Compute the matrix product of integers."""
         grid = source.grid
         assert grid is not None
         weight = tensors[f"{self.output.name}.weight"]
@@ -294,19 +298,19 @@ class Linear(Layer):
 
 @dataclass(frozen=True)
 class AveragePool(Compute):
-    """``sum over the window of (q - z)``; the scale divides by its size."""
+    """``sum over the window of (q - z)``; the scale includes the division by the window size."""
 
     kernel: Pair
     stride: Pair
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """``(C, H', W')``."""
+        """Infer ``(C, H', W')``."""
         require(source.grid is not None and len(source.shape) == 3, "codes [C, H, W]")
-        require(min(*self.kernel, *self.stride) > 0, "positive windows")
+        require(min(*self.kernel, *self.stride) > 0, "positive window sizes and strides")
         return (source.shape[0], *_window(source.shape, self.kernel, self.stride, (0, 0), (1, 1)))
 
     def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The sums of the windows; below 2^24, as no image has 2^16 positions in one."""
+        """Compute the window sums, which are exact: at most 2^16 values, below 2^24."""
         grid = source.grid
         assert grid is not None
         total = F.avg_pool2d(grid.integers(x), self.kernel, self.stride, divisor_override=1)
@@ -315,20 +319,20 @@ class AveragePool(Compute):
 
 @dataclass(frozen=True)
 class Rescale(Compute):
-    """The source's own integers, or its floats: a change of grid, or a sum of two tensors."""
+    """The source itself as the sum: changes the grid, or adds two tensors."""
 
     def infer_sum(self, source: Value, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Like the source."""
+        """Infer the source's shape."""
         return source.shape
 
     def sum(self, source: Value, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """``q - z``, or ``x``."""
+        """Return ``q - z`` for codes, ``x`` for float32."""
         return x if source.grid is None else source.grid.integers(x)
 
 
 @dataclass(frozen=True)
 class MaxPool(Instruction):
-    """The largest code of each window."""
+    """Max pooling, which keeps the grid."""
 
     kernel: Pair
     stride: Pair
@@ -337,10 +341,12 @@ class MaxPool(Instruction):
     ceil_mode: bool
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """``(C, H', W')``."""
+        """Infer ``(C, H', W')``."""
         source = inputs[0]
         require(source.grid == self.output.grid and len(source.shape) == 3, "the same grid")
-        require(min(*self.kernel, *self.stride, *self.dilation) > 0, "positive windows")
+        require(
+            min(*self.kernel, *self.stride, *self.dilation) > 0, "positive window sizes and strides"
+        )
         require(
             all(2 * p <= k for p, k in zip(self.padding, self.kernel, strict=True)),
             "padding of at most half the window",
@@ -353,7 +359,7 @@ class MaxPool(Instruction):
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        """As the maximum of shifted images, since torch does not pool uint8."""
+        """Compute the maximum of shifted images, since torch cannot pool uint8."""
         (top, left), (height, width) = self.padding, self.output.shape[1:]
         reach = [
             (size - 1) * step + d * (k - 1) + 1 - n - p
@@ -390,21 +396,24 @@ class Reshape(Instruction):
     """The same values in another shape."""
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """That of the output, if it has as many values."""
+        """Infer the output's shape."""
         require(inputs[0].grid == self.output.grid, "the same grid")
-        require(math.prod(inputs[0].shape) == math.prod(self.output.shape), "as many values")
+        require(
+            math.prod(inputs[0].shape) == math.prod(self.output.shape),
+            "as many output as input values",
+        )
         return self.output.shape
 
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        """No value moves."""
+        """Reshape the input."""
         return x[0].reshape(x[0].shape[0], *self.output.shape)
 
 
 @dataclass(frozen=True)
 class Pad(Instruction):
-    """Zeros around the image: their code is the zero point."""
+    """Zero padding; the code of 0 is the zero point."""
 
     left: int
     right: int
@@ -412,7 +421,7 @@ class Pad(Instruction):
     bottom: int
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """``(C, H', W')``."""
+        """Infer ``(C, H', W')``."""
         source = inputs[0]
         require(source.grid == self.output.grid and len(source.shape) == 3, "the same grid")
         sides = (self.left, self.right, self.top, self.bottom)
@@ -423,17 +432,17 @@ class Pad(Instruction):
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        """Codes of 0 all around."""
+        """Pad the input."""
         zero = 0 if inputs[0].grid is None else inputs[0].grid.zero_point
         return F.pad(x[0], (self.left, self.right, self.top, self.bottom), value=zero)
 
 
 @dataclass(frozen=True)
 class Concat(Instruction):
-    """Channels side by side."""
+    """Concatenation of channels."""
 
     def infer(self, inputs: Sequence[Value], tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """``(sum of C, *)``."""
+        """Infer ``(sum of C, *)``."""
         require(
             all(v.grid == self.output.grid and v.shape[1:] == inputs[0].shape[1:] for v in inputs),
             "the same grid and image size",
@@ -443,7 +452,7 @@ class Concat(Instruction):
     def run(
         self, inputs: Sequence[Value], x: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> Tensor:
-        """Along the channels."""
+        """Concatenate the inputs."""
         return torch.cat(list(x), 1)
 
 
@@ -465,16 +474,16 @@ def check_value(value: Value) -> None:
 def check_step(
     step: Instruction, known: Mapping[str, Value], image: Value, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Whether ``step`` can follow the instructions that made the ``known`` values.
+    """Check that ``step`` can follow the instructions that made the ``known`` values.
 
     Args:
-        step: The next instruction.
-        known: The image and all values made so far, by name.
-        image: The input of the program.
-        tensors: Of the program.
+        step: Next instruction.
+        known: Image and all values made so far, by name.
+        image: Input of the program.
+        tensors: Tensors of the program.
 
     Raises:
-        ValueError: If it cannot; says what it would need.
+        ValueError: If it cannot. The message says what it needs.
     """
     check_value(step.output)
     require(step.output.name not in known, "a new name for its output")
@@ -485,7 +494,10 @@ def check_step(
         f"{wanted} inputs",
     )
     reads_image = image.name in step.inputs
-    require(reads_image == isinstance(step, Quantize), "the image in Quantize and nowhere else")
+    require(
+        reads_image == isinstance(step, Quantize),
+        "the image as input of Quantize instructions only",
+    )
     shape = step.infer([known[name] for name in step.inputs], tensors)
     require(shape == step.output.shape, f"an output of shape {shape}")
 
@@ -512,7 +524,7 @@ def run_instructions(
     tensors: Mapping[str, Tensor],
     images: Tensor,
 ) -> Tensor:
-    """What the last instruction makes; values go as soon as nothing reads them any more."""
+    """Compute the last instruction's output; free each value after its last use."""
     known, values = {image.name: image}, {image.name: images}
     last_use = {name: i for i, step in enumerate(instructions) for name in step.inputs}
     for index, step in enumerate(instructions):
@@ -533,7 +545,7 @@ def _window(
     dilation: Pair,
     ceil_mode: bool = False,
 ) -> Pair:
-    """Height and width after sliding a window."""
+    """Height and width of the result of a sliding window."""
     require(math.prod(kernel) <= _MOST_TAPS, "a window of reasonable size")
     sizes = []
     for n, k, s, p, d in zip(shape[1:], kernel, stride, padding, dilation, strict=True):

@@ -1,10 +1,9 @@
-"""From the graph of a prepared student to an integer program.
+"""Lowering: translation of a prepared student into an integer program.
 
-Every quantizer of the student becomes an instruction that makes codes. What stands between codes is
-folded into it: the last convolution, linear layer or average pooling before the quantizer gives the
-integer sum; batch normalisation, bias and the scales of input and weights give one scale and one
-shift per channel; an addition gives the residual; ReLU gives the clamp. A result that several
-operations read is made once, in float32.
+Every quantizer becomes an instruction, into which the operations before it are folded. The last
+convolution, linear layer or average pooling gives the integer sum. Batch normalisation, bias and
+the scales of input and weights give one scale and one shift per channel. An addition gives the
+residual, and ReLU gives the clamp. A result with several readers is computed once, in float32.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ __all__ = ["export_obstacles", "lower", "refusal"]
 
 _LAYERS = ("conv", "linear", "avg_pool")
 _CLAMPS = ("relu", "relu6")
-#: So many obstacles are written out in an error; `export_obstacles` has all.
+#: Number of obstacles that an error lists; `export_obstacles` returns all.
 _SHOWN = 5
 
 _ACTIVATION = "has no integer instruction, replace it by ReLU or ReLU6 before training"
@@ -82,7 +81,7 @@ _CONSTANT = (
 _SHAPES = "adds tensors of different shapes, which has no integer instruction"
 _MOVES = "moves values to other places, which has no integer instruction"
 _SELECTS = "takes a part of a tensor, which has no integer instruction"
-#: Unpickled graphs have lost the shapes of their tensors.
+#: Unpickled graphs lack the shapes of their tensors.
 _NO_STUDENT = "is no network as prepare returns it, call prepare and load_state_dict instead"
 _OTHER = (
     "has no integer instruction, use convolutions, linear layers, batch normalisation, ReLU, "
@@ -93,8 +92,8 @@ _POOLING = (
     "instruction, use windows of one size that lie inside the image"
 )
 
-#: Why an operation has no instruction, and what to do: by the type's or function's name in lower
-#: case, without underscores.
+#: Why an operation has no instruction and what to do, by the name of its type or function in lower
+#: case without underscores.
 _REASONS = dict.fromkeys(
     (
         "celu", "clamp", "clip", "elu", "gelu", "hardswish", "hardtanh", "leakyrelu",
@@ -114,19 +113,18 @@ def lower(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> IntegerProgram:
-    """The integer program that computes what ``student`` computes.
+    """Translate ``student`` into an integer program with bit-identical logits.
 
     Args:
-        student: From `prepare` with grid "deploy", calibrated.
-        mean: Of the images' normalisation, for a program that is to take uint8.
-        std: Likewise.
+        student: Calibrated student from `prepare` with grid "deploy".
+        mean: Mean per channel, to normalise uint8 images; None to take only float32 images.
+        std: Standard deviation per channel, together with ``mean``.
 
     Returns:
         The program, on the CPU, for images of the size that ``student`` was prepared with.
 
     Raises:
-        UsageError: If the student is not calibrated, or if `export_obstacles` finds any; names the
-            first of them.
+        UsageError: If the student is not calibrated or has obstacles, see `export_obstacles`.
     """
     if not isinstance(student, GraphModule) or not _has_shapes(student):
         raise UsageError(f"lower: expected a student, got one that {_NO_STUDENT}")
@@ -144,7 +142,7 @@ def lower(
 
 
 def refusal(obstacles: list[str]) -> str:
-    """What was expected and what was found, for an error: the first obstacles and their number."""
+    """Write an error text with the number of obstacles and the first of them."""
     rest = [f"and {len(obstacles) - _SHOWN} more"] if len(obstacles) > _SHOWN else []
     return (
         "expected every operation to have an integer instruction, "
@@ -154,17 +152,17 @@ def refusal(obstacles: list[str]) -> str:
 
 @torch.no_grad()
 def export_obstacles(student: nn.Module) -> list[str]:
-    """What keeps ``student`` from becoming an integer program.
+    """List the operations that keep ``student`` from becoming an integer program.
 
-    It takes the steps of `lower`, so `lower` accepts a student without obstacles after calibration
-    and training. The student itself may be without either.
+    The student need not be calibrated or trained. If the list is empty, `lower` accepts the student
+    after calibration.
 
     Args:
-        student: From `prepare`.
+        student: Student from `prepare`.
 
     Returns:
-        For every obstacle, in order of execution, one sentence with the operation's place and type
-        and what to do about it. An empty list means that the student can be exported.
+        One sentence per obstacle, in execution order: the operation's place and type, and what to
+        do about it.
     """
     if not isinstance(student, GraphModule) or not _has_shapes(student):
         return [f"{type(student).__name__} {_NO_STUDENT}"]
@@ -177,11 +175,10 @@ class _Lowering:
     """One pass over a student.
 
     Attributes:
-        instructions: In order.
-        tensors: Of the instructions, by name.
-        obstacles: Sentences, in order, without repeats. If there are any, the instructions are
-            incomplete.
-        image: The input.
+        instructions: Instructions in execution order, incomplete if there are obstacles.
+        tensors: Tensors of the instructions by name.
+        obstacles: One sentence per obstacle, in execution order, without duplicates.
+        image: Input value.
     """
 
     def __init__(self, student: GraphModule) -> None:
@@ -193,7 +190,7 @@ class _Lowering:
         self.values: dict[Node, Value] = {}
         self.floats: dict[Node, Value] = {}
         self.known: dict[str, Value] = {}
-        self.stand_ins: set[str] = set()  # names of values that no instruction can make
+        self.stand_ins: set[str] = set()  # names of values without an instruction
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         image = next(n for n in self.graph.nodes if n.op == "placeholder" and n.users)
         self.image = Value(image.name, _shape(image), None)
@@ -201,7 +198,6 @@ class _Lowering:
         self.batch = shape(image)[0]
 
     def run(self) -> None:
-        """Fill the lists."""
         if any(
             isinstance(module, (ActivationQuantizer, WeightQuantizer))
             and not isinstance(module, (LearnedActivationQuantizer, LearnedWeightQuantizer))
@@ -209,7 +205,7 @@ class _Lowering:
         ):
             self.obstacles["grid paper leaves tensors in float, prepare with grid deploy"] = None
             return
-        for node in self.graph.nodes:  # in order, so that no chain of calls grows with the depth
+        for node in self.graph.nodes:  # execution order keeps the recursion shallow
             if self.kind(node) == "quantizer":
                 self.value(node)
         (output,) = (node for node in self.graph.nodes if node.op == "output")
@@ -226,13 +222,12 @@ class _Lowering:
         self.obstacles[f"{describe(node, self.modules)}: {reason}"] = None
 
     def value(self, node: Node) -> Value:
-        """The value of ``node``, made by instructions that are appended if need be."""
+        """Append the instructions that ``node`` still needs, and return its value."""
         if node not in self.values:
             self.values[node] = self._make(node)
         return self.values[node]
 
     def as_float(self, node: Node) -> Value:
-        """The value of ``node`` in float32."""
         value = self.value(node)
         if value.grid is None:
             return value
@@ -243,7 +238,9 @@ class _Lowering:
     def _make(self, node: Node) -> Value:
         kind = self.kind(node)
         if node.op == "get_attr":
-            return self._unsupported(node, "is a tensor of the network itself, use layers alone")
+            return self._unsupported(
+                node, "is a tensor that the network reads directly, use layers only"
+            )
         if kind == "quantizer":
             return self._quantized(node)
         if not self._is_of_batch(node):
@@ -265,11 +262,11 @@ class _Lowering:
         return self._unsupported(node, _REASONS.get(_type_name(node, self.modules), _OTHER))
 
     def _is_of_batch(self, node: Node) -> bool:
-        """Whether the first dimension of the result is that of the images."""
+        """Whether the first dimension of the result is the batch."""
         return shape(node)[:1] == (self.batch,)
 
     def _unsupported(self, node: Node, reason: str) -> Value:
-        """Note an obstacle, and what lies before it; the value stands in for the result."""
+        """Record an obstacle and those before it; return a stand-in for the result."""
         sources = tensor_inputs(node)
         before = [self.value(self._unshaped(n)) for n in sources if n.op != "get_attr"]
         is_element = _type_name(node, self.modules) == "getitem" and any(
@@ -278,7 +275,7 @@ class _Lowering:
         was_named = is_element or not all(
             self._is_of_batch(source) for source in sources if source.op != "get_attr"
         )
-        if not was_named:  # with an operation before it
+        if not was_named:  # otherwise an earlier obstacle covers it
             self.refuse(node, reason)
         grid = before[0].grid if before and self.kind(node) in GRID_PRESERVING else None
         value = Value(self._unused(node.name), _shape(node), grid)
@@ -290,7 +287,7 @@ class _Lowering:
         """Append an instruction that ``node`` needs."""
         output = step.output
         if any(name in self.stand_ins for name in step.inputs):
-            # One obstacle is enough, as long as its result is not of a usual shape.
+            # The stand-in's own obstacle is enough. Checks resume after a result of a usual shape.
             if len(output.shape) not in (1, 3) or not self._is_of_batch(node):
                 self.stand_ins.add(output.name)
         else:
@@ -320,13 +317,12 @@ class _Lowering:
         return self._computed(source, grid)
 
     def _rounded(self, node: Node, grid: CodeGrid) -> Value:
-        """The codes of ``node``, which others may read in float."""
         if self._is_folded(node):
             return self._computed(node, grid)
         return self._rescale(node, self.value(node), grid)
 
     def _is_folded(self, node: Node) -> bool:
-        """Whether ``node`` need not be a value of its own, as one operation alone reads it."""
+        """Whether a single operation reads ``node``, so that it needs no value of its own."""
         return len(node.users) == 1 and node not in self.values
 
     # ---- operations that move values ------------------------------------------------------------
@@ -339,13 +335,13 @@ class _Lowering:
         if len(output.shape) not in (1, 3):
             return self._unsupported(
                 node,
-                f"makes a tensor of {len(output.shape) + 1} dimensions, programs have [N, C] and "
-                "[N, C, H, W] alone",
+                f"makes a tensor of {len(output.shape) + 1} dimensions, programs only have [N, C] "
+                "and [N, C, H, W]",
             )
         return self._emit(node, Reshape((source.name,), output))
 
     def _unshaped(self, node: Node) -> Node:
-        """What ``node`` is another shape of; shapes in between need not be those of a program."""
+        """Return the node before a chain of reshapes, whose shapes may be unsupported."""
         while self.kind(node) == "reshape" and self._keeps_order(node) and self._is_of_batch(node):
             node = tensor_inputs(node)[0]
         return node
@@ -361,14 +357,14 @@ class _Lowering:
         window = self._max_window(node)
         if window is None:
             return self._unsupported(
-                node, "is adaptive or gives indices, use MaxPool2d with a fixed window"
+                node, "is adaptive or returns indices, use MaxPool2d with a fixed window"
             )
         source = self.value(tensor_inputs(node)[0])
         output = Value(self._unused(node.name), _shape(node), source.grid)
         return self._emit(node, MaxPool((source.name,), output, *window))
 
     def _max_window(self, node: Node) -> tuple[Pair, Pair, Pair, Pair, bool] | None:
-        """Window, stride, padding, dilation and ceil_mode; None for other max-pooling."""
+        """Window, stride, padding, dilation and ceil_mode; None if not supported."""
         module = self.module(node)
         if isinstance(module, nn.MaxPool2d):
             given = {name: getattr(module, name) for name in (*_MAX_ARGUMENTS, "return_indices")}
@@ -397,14 +393,14 @@ class _Lowering:
         sides = [int(side) for side in pad] + [0] * (4 - len(pad))
         if min(sides) < 0 or any(sides[4:]) or len(_shape(node)) != 3:
             return self._unsupported(
-                node, f"pads by {tuple(pad)}, a program pads height and width alone"
+                node, f"pads by {tuple(pad)}, a program only pads height and width"
             )
         source = self.value(tensor_inputs(node)[0])
         output = Value(self._unused(node.name), _shape(node), source.grid)
         return self._emit(node, Pad((source.name,), output, *sides[:4]))
 
     def _parts(self, node: Node) -> list[Node] | None:
-        """What a concatenation of channels takes; None for another concatenation."""
+        """Inputs of a concatenation of channels; None for other concatenations."""
         given = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
         parts, axis = given.get("tensors"), given.get("dim", 0)
         if not isinstance(parts, (list, tuple)) or not all(isinstance(p, Node) for p in parts):
@@ -413,10 +409,10 @@ class _Lowering:
         return [p for p in parts if isinstance(p, Node)] if is_of_channels else None
 
     def _concatenated(self, node: Node) -> Value:
-        """A concatenation that is on no grid of its own."""
+        """Concatenate channels in float32, where no quantizer follows."""
         parts = self._parts(node)
         if parts is None:
-            return self._unsupported(node, "concatenates other things than channels")
+            return self._unsupported(node, "concatenates another dimension than channels")
         names = tuple(self.as_float(part).name for part in parts)
         output = Value(self._unused(node.name), _shape(node), None)
         return self._emit(node, Concat(names, output))
@@ -430,13 +426,13 @@ class _Lowering:
         low: float | None = None,
         high: float | None = None,
     ) -> Value:
-        """One instruction for: layer, batch normalisation, addition, ReLU, rounding to ``grid``.
+        """Make one instruction of layer, batch normalisation, addition, ReLU and rounding.
 
         Args:
-            node: The last operation before the rounding; nothing else reads its result.
-            grid: To round to; None for a result in float32.
-            low: Of a clamp after ``node``.
-            high: Likewise.
+            node: Last operation before the rounding. Nothing else reads its result.
+            grid: Grid of the result; None for float32.
+            low: Lower limit of a clamp after ``node``.
+            high: Upper limit of this clamp.
         """
         result, source = node, node
         while self._may_fold(source, result) and self.kind(source) in _CLAMPS:
@@ -471,11 +467,11 @@ class _Lowering:
         return self._rescale(result, self.value(source), grid, low, high, residual)
 
     def _may_fold(self, node: Node, result: Node) -> bool:
-        """Whether ``node`` is ``result`` itself, or a step on the way to it that no other needs."""
+        """Whether ``node`` is ``result`` or is read only on the way to it."""
         return node is result or self._is_folded(node)
 
     def _operands(self, operands: list[Node]) -> tuple[Node, Node]:
-        """Of an addition: the one to fold (a layer, the later one of two), and the other."""
+        """Return the addend to fold (preferably a layer, then the later one) and the other."""
         operands = sorted(operands, key=lambda n: (self._ends_layer(n), self.order[n]))
         return operands[1], operands[0]
 
@@ -496,7 +492,7 @@ class _Lowering:
         high: float | None,
         result: Node,
     ) -> Value:
-        """Max-pooling, a clamp and rounding: pooled after both, which gives the same codes."""
+        """Make codes of max pooling and a clamp. Pooling comes last, which gives the same codes."""
         (source,) = tensor_inputs(node)
         if self._is_folded(source):
             codes = self._computed(source, grid, low, high)
@@ -515,7 +511,7 @@ class _Lowering:
         residual: tuple[str, ...] = (),
         affine: tuple[Tensor, Tensor] | None = None,
     ) -> Value:
-        """Codes or floats scaled, added to, clamped and rounded."""
+        """Append an epilogue without a sum before it."""
         if affine is None:
             step = 1.0 if source.grid is None else source.grid.scale
             affine = torch.tensor([step]), torch.zeros(1)
@@ -532,7 +528,6 @@ class _Lowering:
         residual: tuple[str, ...],
         result: Node,
     ) -> Value:
-        """A convolution, linear layer or average pooling, and what follows it."""
         module = self.module(node)
         if isinstance(module, QuantizedConv2d) and module.padding_mode != "zeros":
             value = self._unsupported(
@@ -596,7 +591,7 @@ class _Lowering:
         return self._emit(node, Reshape((pooled.name,), flat))
 
     def _unused(self, name: str) -> str:
-        """``name``, or one like it."""
+        """Return ``name``, with a number if the name is taken."""
         names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
         return next(n for n in names if n not in self.known)
 
@@ -613,7 +608,7 @@ def _has_shapes(student: GraphModule) -> bool:
 
 
 def _arguments(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
-    """A call's arguments after the tensor, by name."""
+    """Arguments of a call after the tensor, by name."""
     return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
 
 
@@ -627,7 +622,7 @@ def _pair(value: Any) -> Pair:
 
 
 def _type_name(node: Node, modules: dict[str, nn.Module]) -> str:
-    """Of the module, function or method, in lower case and without underscores."""
+    """Name of a module's type, function or method, in lower case without underscores."""
     if node.op == "call_module":
         name = type(modules[str(node.target)]).__name__
     else:

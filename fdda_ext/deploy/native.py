@@ -1,8 +1,8 @@
-"""A program as the CPU runs it: in one call, in one piece of memory.
+"""The form of a program that the CPU runs, in one call.
 
-`encode` writes instructions as the records that csrc/cpu/int4_program_cpu.cpp reads, and the
-weights, in the layouts of the kernels, one behind another. Values share a workspace: one that is
-not read any more makes room for the next.
+`_Encoder` writes the records that csrc/cpu/int4_program_cpu.cpp reads, and one tensor with all
+weights in the layouts of the kernels. Values share a workspace. The memory of a value is
+reused after its last use.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ __all__ = ["NativeProgram", "StepTime"]
 
 _run = torch.ops.fdda._int4_program.default
 
-#: Outputs of a panel, and bytes to a cache line: how per-output parameters and memory are padded.
+#: Outputs per panel and bytes per cache line, to which parameters and memory are padded.
 _PANEL, _LINE = 16, 64
-#: Codes and weights that Winograd's transform keeps within a byte.
+#: Bits of codes that fit a byte after Winograd's transform.
 _WINOGRAD_BITS = 5
-#: Up to so many images a plan is measured; larger batches take that of this size.
+#: Largest batch for which a plan is measured; larger batches use the plan of this size.
 _MEASURED_IMAGES = 16
-#: Workspaces up to so many bytes are kept from call to call.
+#: Largest workspace, in bytes, that is kept from call to call.
 _KEPT_BYTES = 64 * 2**20
 _ROUNDS = 3
 
@@ -57,7 +57,7 @@ class _Kind(IntEnum):
 
 @dataclass(frozen=True)
 class _Step:
-    """A StepRecord of int4_program_cpu.cpp, field by field."""
+    """The fields of a StepRecord of int4_program_cpu.cpp."""
 
     kind: _Kind
     source: int
@@ -95,13 +95,13 @@ class _Step:
 
 @dataclass(frozen=True)
 class StepTime:
-    """What one step costs.
+    """Cost of one record.
 
     Attributes:
-        name: Of the value that it makes.
-        algorithm: What does it.
-        products: Multiplications that the plain formula has, for all images.
-        seconds: How long it took.
+        name: Name of the value that the record computes.
+        algorithm: Name of the algorithm.
+        products: Multiplications of the direct algorithm, for all images.
+        seconds: Run time.
     """
 
     name: str
@@ -111,12 +111,13 @@ class StepTime:
 
 
 class NativeProgram:
-    """What `IntegerProgram` runs on the CPU.
+    """The form of an `IntegerProgram` that runs on the CPU.
 
     Args:
-        instructions: Checked, in order.
-        tensors: Their weights, scales and shifts.
-        normalise: From uint8 images to normalised float32, or None.
+        image: Input value.
+        instructions: Checked instructions in execution order.
+        tensors: Weights, scales and shifts of the instructions.
+        normalise: Function from uint8 images to normalised float32, or None.
     """
 
     def __init__(
@@ -141,10 +142,10 @@ class NativeProgram:
         self._local = threading.local()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits of float32 or uint8 images ``[N, C, H, W]``."""
+        """Return the logits of float32 or uint8 images ``[N, C, H, W]``."""
         if torch.compiler.is_compiling():
-            # It is one operator already, and plans by the clock. As a decorator this would import
-            # torch's compiler, seconds that every command would wait.
+            # The program is one operator and measures times, so torch.compile skips it. A decorator
+            # would import torch's compiler, which delays every command by seconds.
             return torch.compiler.disable(self._call)(images)
         return self._call(images)
 
@@ -152,14 +153,14 @@ class NativeProgram:
         return self.run(images, self.plan(images))
 
     def run(self, images: Tensor, plan: tuple[bool, ...], times: Tensor | None = None) -> Tensor:
-        """Logits, by a given plan; nanoseconds of every step go to ``times``, int64 ``[steps]``."""
+        """Run a plan; ``times``, int64 ``[steps]``, gets the nanoseconds of every record."""
         records = self.records(images.dtype, plan)
         workspace = self.workspace(len(images))
         result: Tensor = _run(images, self.constants, records, workspace, times)
         return result.flatten(1) if self._is_flat else result.permute(0, 3, 1, 2)
 
     def profile(self, images: Tensor, rounds: int = 9) -> list[StepTime]:
-        """Where the time goes: of every step, the median of some runs."""
+        """Measure the median time of every record over ``rounds`` calls."""
         plan = self.plan(images)
         times = torch.zeros(rounds, len(self._steps), dtype=torch.int64)
         for times_of_run in times:
@@ -173,11 +174,11 @@ class NativeProgram:
         ]  # fmt: skip
 
     def eligible(self) -> tuple[bool, ...]:
-        """For every step, whether Winograd's algorithm can run it."""
+        """Whether Winograd's algorithm can run each record."""
         return tuple(step.winograd_weight is not None for step in self._steps)
 
     def plan(self, images: Tensor) -> tuple[bool, ...]:
-        """For every step, whether Winograd's algorithm runs it: whichever measures faster."""
+        """Choose Winograd's algorithm for the records where it measures faster."""
         eligible = self.eligible()
         images = images[:_MEASURED_IMAGES]
         if not any(eligible) or len(images) == 0:
@@ -190,14 +191,14 @@ class NativeProgram:
         return self._plans[key]
 
     def _measure(self, images: Tensor, plan: tuple[bool, ...]) -> Tensor:
-        """Least time of every step in a few runs."""
+        """Shortest time of every record over a few calls, in nanoseconds."""
         times = torch.zeros(_ROUNDS, len(self._steps), dtype=torch.int64)
         for times_of_run in times:
             self.run(images, plan, times_of_run)
         return times.amin(0)
 
     def workspace(self, images: int) -> Tensor:
-        """Memory for the values of a batch; every thread has its own."""
+        """Memory for the values of a batch; each thread has its own."""
         size = images * self._bytes_per_image + _LINE
         kept: Tensor | None = getattr(self._local, "workspace", None)
         if kept is not None and kept.numel() >= size:
@@ -208,7 +209,7 @@ class NativeProgram:
         return workspace
 
     def records(self, dtype: torch.dtype, plan: tuple[bool, ...]) -> Tensor:
-        """The program for images of a dtype, int64, as int4_program_cpu.cpp reads it."""
+        """The int64 records of int4_program_cpu.cpp for images of a dtype."""
         key = (dtype, plan)
         if key not in self._records:
             steps = self._of_bytes if dtype == torch.uint8 else self._steps
@@ -221,14 +222,14 @@ class NativeProgram:
 
 
 class _Constants:
-    """Tensors one behind another, each from the start of a cache line."""
+    """Tensors in one block of memory, each aligned to a cache line."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
         self._size = 0
 
     def add(self, tensor: Tensor) -> int:
-        """The offset in bytes."""
+        """Append a tensor and return its offset in bytes."""
         data = tensor.contiguous().flatten().view(torch.uint8)
         offset = self._size
         padded = _lines(data.numel())
@@ -239,12 +240,12 @@ class _Constants:
         return offset
 
     def tensor(self) -> Tensor:
-        # The kernels may read a line past what they use.
+        # The kernels may read one cache line past the end of a tensor.
         result = torch.empty(self._size + _LINE, dtype=torch.uint8)
         result[self._size :] = 0
         offset = 0
         self._parts.reverse()
-        while self._parts:  # each is freed as soon as it is copied
+        while self._parts:  # frees each part after its copy
             part = self._parts.pop()
             result[offset : offset + part.numel()] = part
             offset += part.numel()
@@ -260,12 +261,12 @@ class _Encoder:
     normalise: Callable[[Tensor], Tensor] | None
     slots: dict[str, int] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
-    #: Offset and size, per image, of values that are still to be read, by slot.
+    #: Offset and size per image of the values that are still to be read, by slot.
     living: dict[int, tuple[int, int]] = field(default_factory=dict)
     size: int = 0
 
     def encode(self) -> tuple[int, int]:
-        """Slot of the logits, and bytes of workspace per image."""
+        """Encode all; return the slot of the logits and the workspace bytes per image."""
         self.values[self.image.name] = self.image
         self.slots[self.image.name] = -1
         last_read = {
@@ -283,7 +284,7 @@ class _Encoder:
         return self.slots[self.instructions[-1].output.name], self.size
 
     def _allocate(self, shape: tuple[int, ...], grid: CodeGrid | None) -> int:
-        """A slot for a value, at the lowest place that is free."""
+        """Give a value a new slot at the lowest free offset."""
         channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
         element = 4 if grid is None else 1
         size = _lines(channels * height * width * element)
@@ -345,7 +346,6 @@ class _Encoder:
             raise NotImplementedError(type(step).__name__)
 
     def _rename(self, slot: int, output: Value) -> None:
-        """Another shape for the same memory."""
         offset, height, width, channels, element = self.program._values[slot]
         channels, height, width = (*output.shape, 1, 1)[:3]
         again = len(self.program._values)
@@ -413,14 +413,14 @@ class _Encoder:
         self._emit(name, replace(common, parameters=parameters), products=products)
 
     def _layer(self, step: Layer, weight: Tensor, source: Value, common: _Step) -> _Step:
-        """With the weight in the layout of its kernel, or of both."""
+        """Pack the weight for one or both algorithms and complete the record."""
         planes = weight.view(*weight.shape, *(1,) * (4 - weight.dim())).movedim(1, -1).contiguous()
         groups = step.groups_()
         winograd = None
         if _suits_winograd(step, source, planes):
             try:
                 winograd = self.program._memory.add(int4_pack_weight(planes, 1, winograd=True))
-            except UsageError:  # transformed weights beyond a byte: of five bits, say
+            except UsageError:  # transformed weights exceed a byte, such as 5-bit weights
                 winograd = None
         return replace(
             common,
@@ -432,7 +432,7 @@ class _Encoder:
         )
 
     def _extended(self, step: MaxPool, slot: int, source: Value) -> tuple[int, Value]:
-        """With rows and columns that ceil_mode adds at the end; code 0 is never the largest."""
+        """Add the rows and columns of ceil_mode, with code 0, which never exceeds a maximum."""
         below, right = (
             max(0, (size - 1) * s + d * (k - 1) + 1 - n - 2 * p)
             for size, s, d, k, n, p in zip(
@@ -469,7 +469,7 @@ def _suits_winograd(step: Layer, source: Value, planes: Tensor) -> bool:
 
 
 def _is_same_order(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Whether the values of two shapes lie alike: pixel after pixel, with their channels."""
+    """Whether two shapes have the same order of values in NHWC memory."""
     return a == b or (a[0] == b[0] and all(size == 1 for size in (*a[1:], *b[1:])))
 
 

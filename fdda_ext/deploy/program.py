@@ -1,4 +1,4 @@
-"""The integer program: instructions that fit together, as a module."""
+"""The integer program: a module that runs a checked list of instructions."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = ["IntegerProgram"]
 
 
 class IntegerProgram(nn.Module):
-    """A network in integers, from images to logits.
+    """A network in integer arithmetic, from images to logits.
 
     Attributes:
-        image: The input: float32 ``(C, H, W)``, normalised.
-        mean, std: Of the normalisation, which uint8 images get here; None if unknown.
-        instructions: In an order in which every value is made before it is read. The last one makes
-            the logits.
-        tensors: Of the instructions, by name.
+        image: Input value: normalised float32 ``(C, H, W)``.
+        mean, std: Normalisation per channel, which the program applies to uint8 images; None if
+            unknown.
+        instructions: Instructions in execution order. The last one computes the logits.
+        tensors: Tensors of the instructions by name.
 
     Raises:
         UsageError: If the instructions do not fit together.
@@ -60,28 +60,29 @@ class IntegerProgram(nn.Module):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, scales and shifts by name."""
+        """Weights, scales and shifts of the instructions by name."""
         return {name: self.get_buffer(self._buffer_names[name]) for name in self._buffer_names}
 
     @property
     def output(self) -> Value:
-        """The logits."""
+        """Value of the logits."""
         return self.instructions[-1].output
 
     def float_values(self) -> list[Value]:
-        """What is not in integers, apart from image and logits: shortcuts that are added."""
+        """Return the float32 values between image and logits, such as shortcuts."""
         made = [i.output for i in self.instructions[:-1]]
         return [value for value in made if value.grid is None]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, float32 ``[N, K]``.
+        """Compute the logits, float32 ``[N, K]``.
 
         Args:
-            images: float32 ``[N, C, H, W]``, normalised; or uint8, which are normalised here.
+            images: Normalised float32 images ``[N, C, H, W]``, or raw uint8 images.
 
         Raises:
-            UsageError: If the images have another shape or dtype, or the program cannot normalise.
+            UsageError: If shape or dtype is wrong, or uint8 images come without ``mean`` and
+                ``std``.
         """
         self.check_images(images)
         if images.is_cpu:
@@ -91,7 +92,7 @@ class IntegerProgram(nn.Module):
         return self.by_instructions(images)
 
     def check_images(self, images: Tensor) -> None:
-        """Whether `forward` takes them.
+        """Check that `forward` takes ``images``.
 
         Raises:
             UsageError: If it does not.
@@ -105,14 +106,14 @@ class IntegerProgram(nn.Module):
 
     @property
     def native(self) -> NativeProgram:
-        """The form that runs on the CPU."""
+        """Form of the program that runs on the CPU."""
         if self._native is None:
             tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
             self._native = NativeProgram(self.image, self.instructions, tensors, self._normaliser)
         return self._native
 
     def on_device(self, device: torch.device) -> DeviceProgram:
-        """The form that runs on a CUDA device."""
+        """Form of the program that runs on a CUDA device."""
         if device not in self._on_device:
             self._on_device[device] = DeviceProgram(
                 self.image, self.instructions, self.tensors, self._normaliser, device
@@ -120,11 +121,11 @@ class IntegerProgram(nn.Module):
         return self._on_device[device]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Made again where they are needed.
+        # Both are rebuilt on demand.
         return {**super().__getstate__(), "_native": None, "_on_device": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerProgram:
-        """To another device, but never to another dtype: ``half()`` changes nothing."""
+        """Move tensors between devices, but keep dtypes: ``half()`` changes nothing."""
 
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -133,7 +134,7 @@ class IntegerProgram(nn.Module):
         return super()._apply(moved, recurse)
 
     def by_instructions(self, images: Tensor) -> Tensor:
-        """The same logits, to the bit, by torch's own operators."""
+        """Compute bit-identical logits with torch's own operators."""
         return run_instructions(self.image, self.instructions, self.tensors, self.normalise(images))
 
     def _check_dtype(self, images: Tensor) -> None:
@@ -143,7 +144,7 @@ class IntegerProgram(nn.Module):
             )
         if images.dtype == torch.uint8 and (self.mean is None or self.std is None):
             raise UsageError(
-                "IntegerProgram: expected normalised float32 images, as mean and std are unknown, "
+                "IntegerProgram: expected normalised float32 images (mean and std are unknown), "
                 "got uint8"
             )
 
@@ -152,7 +153,7 @@ class IntegerProgram(nn.Module):
         return self.normalise if self.mean is not None and self.std is not None else None
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Float32 images: uint8 ones normalised by `mean` and `std`, float32 ones as they are."""
+        """Normalise uint8 images to float32; return float32 images unchanged."""
         if images.dtype == torch.float32:
             return images
         mean, std = (
@@ -163,11 +164,11 @@ class IntegerProgram(nn.Module):
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         try:
             check_value(self.image)
-            require(self.image.grid is None and len(self.image.shape) == 3, "floats [C, H, W]")
+            require(self.image.grid is None and len(self.image.shape) == 3, "float32 [C, H, W]")
             for values in (self.mean, self.std):
                 fits = values is None or len(values) == self.image.shape[0]
-                require(fits, "as many means and deviations as channels")
-            require(self.std is None or 0 not in self.std, "deviations other than 0")
+                require(fits, "one mean and one std per channel")
+            require(self.std is None or 0 not in self.std, "no std of 0")
             require(bool(self.instructions), "at least one instruction")
         except ValueError as error:
             raise UsageError(f"IntegerProgram: expected image to have {error}") from None

@@ -1,4 +1,4 @@
-"""The student of a run, built again from its file."""
+"""Loading of a stored student."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["load_student"]
 
 
 def load_student(path: Path, command: str = "evaluate") -> tuple[GraphModule, dict[str, Any]]:
-    """Build the student stored in ``path``, a run folder or a student file.
+    """Build the student that is stored in ``path``.
 
     Args:
-        path: Where it is.
-        command: Named in errors.
+        path: Run folder or student file.
+        command: Name of the command in error messages.
 
     Returns:
-        The fake-quantized network in evaluation mode, and the recipe it was built from.
+        The student in evaluation mode, and its recipe: the settings from which it is built.
 
     Raises:
         UsageError: If there is no student, or its file is damaged.
@@ -33,7 +33,7 @@ def load_student(path: Path, command: str = "evaluate") -> tuple[GraphModule, di
         if not (path / "student.safetensors").exists():
             raise UsageError(
                 f"{command}: expected run to be a folder with a trained student, got {path}; "
-                "an unfinished run goes on with fdda_ext.train --out ... --resume"
+                "continue an unfinished run with fdda_ext.train --out ... --resume"
             )
         path = path / "student.safetensors"
     state, recipe = read_student(path, command)
@@ -45,6 +45,7 @@ def load_student(path: Path, command: str = "evaluate") -> tuple[GraphModule, di
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"{command}: expected {path} to hold the student its recipe describes, got {reason}"
+            f"{command}: expected {path} to hold the student that its recipe describes, "
+            f"got {reason}"
         ) from None
     return student.eval(), recipe

@@ -1,4 +1,4 @@
-"""Sources of trained networks."""
+"""Networks and their trained weights."""
 
 from .zoo import TrainedNetwork, load_model, load_weights, open_model
 

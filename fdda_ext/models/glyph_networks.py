@@ -1,7 +1,7 @@
-"""Two small networks whose trained weights ship with the package.
+"""Two small networks whose trained weights are part of this package.
 
-Each has about a quarter of a million parameters: one of residual blocks, one of MobileNetV2's
-inverted residuals with linear bottlenecks. Both take any image size.
+Each has about 250 000 parameters. `GlyphResNet` has residual blocks, and `GlyphMobileNet` has the
+inverted residuals of MobileNetV2. Both take any image size.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, in, H, W]`` to ``[N, out, H / stride, W / stride]``."""
+        """Map ``[N, in, H, W]`` to ``[N, out, H / stride, W / stride]``."""
         y = self.relu1(self.bn1(self.conv1(x)))
         return self.relu2(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
 class GlyphResNet(nn.Module):
-    """Stem and four residual blocks; 14.2 million multiplications for a 32x32 image."""
+    """A stem and four residual blocks; 14.2 million multiplications for a 32x32 image."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class GlyphResNet(nn.Module):
         self.fc = nn.Linear(80, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``[N, 3, H, W]`` to logits ``[N, num_classes]``."""
+        """Map images ``[N, 3, H, W]`` to logits ``[N, num_classes]``."""
         x = self.relu(self.bn1(self.conv1(x)))
         return self.fc(self.flatten(self.pool(self.blocks(x))))
 
 
 class InvertedResidual(nn.Module):
-    """Expansion, depthwise convolution, linear bottleneck (Sandler et al., CVPR 2018)."""
+    """Expansion, depthwise convolution and linear bottleneck (Sandler et al., CVPR 2018)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, expansion: int = 4
@@ -80,12 +80,12 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, in, H, W]`` to ``[N, out, H / stride, W / stride]``."""
+        """Map ``[N, in, H, W]`` to ``[N, out, H / stride, W / stride]``."""
         return x + self.layers(x) if self.residual else self.layers(x)
 
 
 class GlyphMobileNet(nn.Module):
-    """Stem, seven inverted residuals and a head; 8.7 million multiplications at 32x32."""
+    """A stem, seven inverted residuals and a head; 8.7 million multiplications at 32x32."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -109,5 +109,5 @@ class GlyphMobileNet(nn.Module):
         self.classifier = nn.Linear(160, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``[N, 3, H, W]`` to logits ``[N, num_classes]``."""
+        """Map images ``[N, 3, H, W]`` to logits ``[N, num_classes]``."""
         return self.classifier(self.flatten(self.pool(self.features(x))))

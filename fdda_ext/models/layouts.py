@@ -1,11 +1,11 @@
-"""Weights that were saved from one library's network, in another library's.
+"""Transfer of weights between the same networks of different libraries.
 
-The libraries name and order the same layers differently. No table of names is kept: both networks
-are run, on the same image, and every layer of the one is paired with the layer of the other that
-has a weight of the same shape and sees the same input. The source has random weights meanwhile, so
-that no two layers see the same by chance, and every pair gets the same weights before the next
-layer runs: if all layers are paired and the logits are equal, the two networks are one function,
-and a copy of the weights along the pairs is right. If they are not, the first difference is named.
+The libraries name and order layers differently. No table of names is needed. Both networks run on
+the same image, and each layer of one is paired with the layer of the other that has the same weight
+shape and the same input. The source has random weights in this run, so no two inputs are equal by
+chance. Each pair gets the same weights before the next layer runs. If all layers are paired and the
+logits are equal, both networks compute the same function, and the weights can be copied from layer
+to layer. Otherwise an error names the first difference.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["relatives", "translate"]
 
 
 def _families() -> list[tuple[str, ...]]:
-    """Networks with the same layers, as far as a file of their weights can tell."""
+    """Groups of networks with the same layers, judging by their weights."""
     families: list[tuple[str, ...]] = [
         ("timm:mobilenetv1_100", "pytorchcv:mobilenet_w1"),
         ("torchvision:regnet_x_400mf", "timm:regnetx_004_tv"),
@@ -35,14 +35,14 @@ def _families() -> list[tuple[str, ...]]:
         name = f"resnet{depth}"
         families.append((f"torchvision:{name}", f"timm:{name}", f"pytorchcv:{name}"))
     for depth in (50, 101, 152):
-        # pytorchcv's plain names are the first version, stride in the 1x1 convolution.
+        # pytorchcv's names without b have the stride in the 1x1 convolution.
         name = f"resnet{depth}"
         families.append(
             (f"torchvision:{name}", f"timm:{name}", f"pytorchcv:{name}b", f"pytorchcv:{name}")
         )
     sizes = {
         "002": None,
-        "004": None,  # torchvision's has other widths
+        "004": None,  # torchvision's network has other widths
         "006": None,
         "008": "800mf",
         "016": "1_6gf",
@@ -61,8 +61,8 @@ def _families() -> list[tuple[str, ...]]:
 
 
 def relatives(spec: str) -> tuple[str, ...]:
-    """Networks of the libraries whose saved weights may belong into ``spec``'s network."""
-    name = spec.partition(".")[0]  # timm's tag names weights, not another network
+    """Return the networks of other libraries whose weights may fit the network ``spec``."""
+    name = spec.partition(".")[0]  # a tag of timm names weights, not a network
     for family in _families():
         if name in family:
             return tuple(other for other in family if other != name)
@@ -71,13 +71,13 @@ def relatives(spec: str) -> tuple[str, ...]:
 
 @dataclass
 class _Layer:
-    """A layer with weights, when it was called.
+    """A call of a layer with weights.
 
     Attributes:
-        name: Qualified.
-        module: A convolution, linear layer or BN.
-        input: What it was called with.
-        before: Kinds of the modules without weights that ran since the last layer.
+        name: Qualified name.
+        module: Convolution, linear layer or batch normalisation.
+        input: Input of the call.
+        before: Types of the modules without weights that ran since the previous layer.
     """
 
     name: str
@@ -87,7 +87,7 @@ class _Layer:
 
     @property
     def form(self) -> tuple[Any, ...]:
-        """What a pair has in common: a 1x1 convolution may be a linear layer elsewhere."""
+        """Properties that a pair shares; a 1x1 convolution may match a linear layer."""
         if isinstance(self.module, _BatchNorm):
             return ("normalisation", self.module.num_features)
         weight = self.module.weight
@@ -99,13 +99,13 @@ class _Layer:
 
 @dataclass
 class _Walk:
-    """Runs a network and stops at each of its layers."""
+    """Runs a network and calls a function before each layer."""
 
     network: nn.Module
     before: list[str] = field(default_factory=list)
 
     def run(self, images: Tensor, visit: Any) -> Tensor:
-        """Logits; ``visit(layer)`` is called before each layer runs and may change its weights."""
+        """Compute the logits; ``visit(layer)`` runs before each layer and may set its weights."""
         handles = []
         for name, module in self.network.named_modules():
             if isinstance(module, (_ConvNd, nn.Linear, _BatchNorm)):
@@ -122,7 +122,7 @@ class _Walk:
             for handle in handles:
                 handle.remove()
         if not isinstance(logits, Tensor):
-            raise TypeError(f"{type(self.network).__name__} gives {type(logits).__name__}")
+            raise TypeError(f"{type(self.network).__name__} returns {type(logits).__name__}")
         return logits
 
     def _note(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -139,7 +139,7 @@ class _Walk:
 
 
 def _draw_weights(layer: _Layer, random: torch.Generator) -> None:
-    """Random weights that keep values near 1, and above 6 now and then, where a ReLU6 shows."""
+    """Draw weights that keep values near 1, and sometimes above 6 to reveal a ReLU6."""
 
     def uniform(shape: Any, low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=random)
@@ -162,9 +162,9 @@ def _draw_weights(layer: _Layer, random: torch.Generator) -> None:
 
 
 def _same(one: Tensor, two: Tensor) -> bool:
-    """Equality of what enters two layers: to the bit for maps.
+    """Whether two inputs are equal: bit-identical for feature maps.
 
-    Vectors come from a mean over positions, which the libraries sum in different orders.
+    Vectors have a tolerance, because the libraries sum the mean over positions in other orders.
     """
     if one.ndim == 4 and one.shape[2:].numel() > 1:
         return torch.equal(one, two)
@@ -178,7 +178,7 @@ _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "eps")
 
 
 def _other_setting(theirs: _Layer, ours: _Layer) -> str | None:
-    """A setting in which two layers of one kind differ, in words."""
+    """Describe a setting in which two layers of the same type differ."""
     if isinstance(theirs.module, type(ours.module)) or isinstance(ours.module, type(theirs.module)):
         for setting in _SETTINGS:
             left, right = (getattr(layer.module, setting, None) for layer in (theirs, ours))
@@ -188,7 +188,7 @@ def _other_setting(theirs: _Layer, ours: _Layer) -> str | None:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and statistics of a layer itself, not of what it contains."""
+    """Parameters and buffers of a module without those of its children."""
     kept = {**module._parameters, **module._buffers}
     return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
@@ -196,14 +196,14 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 def _pair_layers(
     source: nn.Module, target: nn.Module, image_size: int, title: str
 ) -> dict[str, str]:
-    """Names of the target's layers, and for each the source's that does the same."""
+    """Map the names of the target's layers to those of the source."""
     random = torch.Generator().manual_seed(0)
     images = torch.randn((1, 3, image_size, image_size), generator=random)
     waiting: list[_Layer] = []
 
     def see(layer: _Layer) -> None:
         if any(other.module is layer.module for other in waiting):
-            raise UsageError(f"{title}, got {layer.name} that is used more than once")
+            raise UsageError(f"{title}, got {layer.name}, which is used more than once")
         _draw_weights(layer, random)
         waiting.append(layer)
 
@@ -224,7 +224,7 @@ def _pair_layers(
         alike = [other for other in fitting if _other_setting(other, layer) is None]
         if not alike:
             raise UsageError(f"{title}, got {_other_setting(fitting[0], layer)}")
-        # If two layers are left, either may be meant: the logits will tell.
+        # If several layers fit, the logits show whether the first was right.
         found = alike[0]
         waiting.remove(found)
         pairs[layer.name] = found.name
@@ -237,19 +237,18 @@ def _pair_layers(
 
     result = _Walk(copy.deepcopy(target).eval()).run(images, pair)
     if waiting:
-        raise UsageError(f"{title}, got {waiting[0].name} besides")
+        raise UsageError(f"{title}, got the additional layer {waiting[0].name}")
     if result.shape != expected.shape or not _same(result, expected):
         raise UsageError(f"{title}, got other logits after the last layer")
     return pairs
 
 
 def _fitted(theirs: dict[str, Tensor], name: str, like: Tensor, subject: str) -> Tensor:
-    """The tensor ``name`` of the source's layer, in the target's shape."""
     if name in theirs:
         return theirs[name].reshape(like.shape)
-    if name == "bias":  # none and zero are the same
+    if name == "bias":  # no bias equals a bias of zero
         return torch.zeros_like(like)
-    if name == "num_batches_tracked":  # of no meaning in evaluation mode
+    if name == "num_batches_tracked":  # unused in evaluation mode
         return like
     raise UsageError(f"{subject} without {name}")
 
@@ -262,25 +261,26 @@ def translate(
     names: tuple[str, str],
     image_size: int = 224,
 ) -> dict[str, Tensor]:
-    """Put the weights of ``source`` under ``target``'s names, if the two are one function.
+    """Rename the weights of ``source`` for ``target``, if both networks compute the same function.
 
     Args:
-        state: Has the tensors of ``source.state_dict()``.
-        source: The network that the weights were saved from; its own weights do not matter.
-        target: The network that is to have them; likewise.
-        names: Of the two, for errors.
-        image_size: Of the random image on which they are compared.
+        state: Tensors of ``source.state_dict()``.
+        source: Network that the weights are from; its own weights have no effect.
+        target: Network that the weights are for; its own weights have no effect.
+        names: Names of the two networks in error messages.
+        image_size: Size of the random image on which they are compared.
 
     Returns:
-        Tensors under the names, and in the shapes, of ``target.state_dict()``.
+        Tensors with the names and shapes of ``target.state_dict()``.
 
     Raises:
-        UsageError: If the networks do not compute the same, naming the first difference.
+        UsageError: If the networks compute different results. The message names the first
+            difference.
     """
     title = f"model: expected {names[0]} and {names[1]} to be the same network"
     try:
         pairs = _pair_layers(source, target, image_size, title)
-    except (RuntimeError, TypeError, AssertionError) as error:  # images of another size, mostly
+    except (RuntimeError, TypeError, AssertionError) as error:  # usually a wrong image size
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"{title} on images of {image_size}, got {type(error).__name__} ({reason})"

@@ -1,10 +1,9 @@
-"""Files of weights as training scripts write them, and the tensors in them that fit a network.
+"""Weight files of training scripts, and the tensors in them that fit a network.
 
-A checkpoint holds the network's tensors somewhere: in a dictionary inside the file, under names
-with a wrapper's prefix, beside an optimizer's state, settings, and a second set of averaged
-weights. No list of such places is kept. Every tensor of the file gets one full name, the keys on
-the way to it joined by dots, and a *set* of weights is found wherever one prefix in front of all of
-the network's names gives names of the file.
+The network's tensors may be in a nested dictionary, have a wrapper's prefix, and come with an
+optimizer's state, settings or a second set of averaged weights. Every tensor of the file gets a
+full name: the keys that lead to it, joined by dots. If all of the network's names, after one common
+prefix, are full names of the file, these tensors are a *set* of weights.
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ __all__ = ["WeightFile", "WeightSet", "locate_weights", "read_weight_file"]
 
 _log = logging.getLogger("fdda_ext")
 
-#: Last parts of names of tensors without effect on what an evaluated network computes: counters of
-#: batch normalisation and of averaged models, and what a profiler of operations adds to modules.
+#: Last name parts of tensors that have no effect in evaluation mode: counters of batch
+#: normalisation and of averaged models, and tensors of a profiler.
 _NO_EFFECT = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
-#: Modules that torch puts around another module, at any depth.
+#: Attributes by which torch's wrappers hold the wrapped module, at any depth.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-#: Words in the name of a set that say that it is an average over training.
+#: Words in the name of a set that mark an average over training.
 _AVERAGES = {"ema", "swa", "averaged", "average", "avg", "shadow", "teacher", "polyak"}
-#: So many names are told in an error or a warning.
+#: Number of names that an error or a warning lists.
 _TOLD = 3
 
 # ---- reading ------------------------------------------------------------------------------------
 
 
 class _Settings:
-    """Stands in for whatever object a checkpoint holds beside its tensors.
+    """Stand-in for any other object than a tensor.
 
-    It ignores what it is built from, so that reading a file runs nothing of the file's choice.
+    It ignores its arguments, so that a file cannot choose code to run.
     """
 
     def __init__(self, *arguments: object) -> None:
@@ -61,21 +60,21 @@ class _Settings:
 
 
 class _Dictionary:
-    """Stands in for a subclass of dict; torch's reader fills plain ones only."""
+    """Stand-in for a subclass of dict, since torch's reader fills only plain dictionaries."""
 
     def __new__(cls, *arguments: object) -> Any:
         return OrderedDict()
 
 
 class _List:
-    """Stands in for a class that is filled like a list."""
+    """Stand-in for a class that is filled like a list."""
 
     def __new__(cls, *arguments: object) -> Any:
         return []
 
 
-#: Classes and functions that checkpoints name beside their tensors. None of them is imported or
-#: called: a stand-in takes the place of each.
+#: Classes and functions that weight files may name. Stand-ins replace them: none is imported or
+#: called.
 _ALLOWED = re.compile(
     r"(argparse\.Namespace|types\.SimpleNamespace|uuid\.UUID|decimal\.Decimal|functools\.partial"
     r"|copyreg\._reconstructor|re\._compile"
@@ -93,7 +92,7 @@ _LISTS = re.compile(r"collections\.deque")
 
 
 def _stand_in(name: str) -> type | None:
-    """What takes the place of ``name``, a class or a function; None where it is not allowed."""
+    """Return the stand-in for the class or function ``name``; None if it is not allowed."""
     for pattern, kind in ((_DICTIONARIES, _Dictionary), (_LISTS, _List), (_ALLOWED, _Settings)):
         if pattern.fullmatch(name):
             return kind
@@ -101,7 +100,7 @@ def _stand_in(name: str) -> type | None:
 
 
 def _named_in(path: Path) -> set[str]:
-    """Classes and functions that a torch file names and torch does not allow by itself."""
+    """Classes and functions named in a torch file that torch does not allow by default."""
     if zipfile.is_zipfile(path):
         return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     names: set[str] = set()
@@ -109,9 +108,9 @@ def _named_in(path: Path) -> set[str]:
         for _ in range(4):  # before torch 1.6: a number, the version, the system, then the content
             try:
                 names |= _named_in_pickle(file)
-            except ValueError:  # no pickle: torch's reader will say so
+            except ValueError:  # not a pickle, which torch's reader reports
                 break
-    reader = torch._weights_only_unpickler  # has no public list of what it allows
+    reader = torch._weights_only_unpickler  # has no public list of allowed names
     allowed: Mapping[str, Any] = getattr(reader, "_get_allowed_globals", dict)()
     return names - allowed.keys()
 
@@ -126,21 +125,22 @@ def _named_in_pickle(file: BinaryIO) -> set[str]:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """Whether ``path`` is what torch.jit.save writes."""
+    """Whether torch.jit.save wrote ``path``."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-_SAVE = "save its tensors alone: torch.save(network.state_dict(), FILE)"
+_SAVE = "save only its tensors: torch.save(network.state_dict(), FILE)"
 
 
 def _torch_file(path: Path) -> Any:
-    """What a torch file holds, with stand-ins for all but tensors, numbers, texts and dictionaries.
+    """Read a torch file, with stand-ins for all but tensors, numbers, texts and dictionaries.
 
     Raises:
-        UsageError: If it is damaged, a TorchScript archive, or names what is not allowed.
+        UsageError: If the file is damaged, is a TorchScript archive, or names a class or function
+            that is not allowed.
     """
     names: set[str] = set()
     try:
@@ -166,7 +166,7 @@ def _torch_file(path: Path) -> Any:
             "model: expected weights to be a file of tensors and plain settings, "
             f"got {path}, which {what} and was not run{told}; {_SAVE}"
         ) from None
-    except Exception as error:  # a damaged file makes the reader stumble in a dozen ways
+    except Exception as error:  # damaged files raise many types of errors
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
             "model: expected weights to be a whole safetensors or torch file, "
@@ -182,13 +182,12 @@ def _torch_file(path: Path) -> Any:
 
 
 def _told(names: list[str]) -> str:
-    """The first of ``names``, and how many more there are."""
     more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
     return ", ".join(names[:_TOLD]) + more
 
 
 def _leaves(content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """All that ``content`` holds, with the keys on the way; lists are no weights."""
+    """Yield all values of nested dictionaries with the keys that lead to them."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from _leaves(value, (*place, str(key)))
@@ -197,7 +196,7 @@ def _leaves(content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 def locate_weights(text: str) -> tuple[Path, str]:
-    """The file and the name of the set in ``FILE`` or ``FILE#NAME``.
+    """Split ``FILE`` or ``FILE#NAME`` into the file and the name of the set.
 
     Raises:
         UsageError: If there is no such file.
@@ -216,14 +215,14 @@ def locate_weights(text: str) -> tuple[Path, str]:
 
 
 def read_weight_file(path: Path, name: str = "") -> WeightFile:
-    """Read a safetensors or torch file; nothing that it holds is run.
+    """Read a safetensors or torch file without running code in it.
 
     Args:
-        path: The file.
-        name: Of the dictionary or prefix that weights are taken from, joined by dots; "" for all.
+        path: Path of the file.
+        name: Dictionary or prefix to read weights from, joined by dots; "" for all.
 
     Raises:
-        UsageError: If it is damaged, holds no tensors, or holds objects that are not allowed.
+        UsageError: If the file is damaged, has no tensors, or has objects that are not allowed.
     """
     content: Any
     try:
@@ -237,7 +236,7 @@ def read_weight_file(path: Path, name: str = "") -> WeightFile:
         full = ".".join(place)
         if value.layout is not torch.strided or value.is_meta or value.is_quantized:
             raise UsageError(
-                "model: expected weights to be named tensors, got other things in "
+                "model: expected weights to be named tensors, got something else in "
                 f"{path}: {full} is sparse, quantized, or without values"
             )
         if not name or f"{full}.".startswith(f"{name}."):
@@ -248,7 +247,7 @@ def read_weight_file(path: Path, name: str = "") -> WeightFile:
         where = f"{path}#{name}" if name else str(path)
         holds = f", which holds {_told(keys)}" if keys else ""
         raise UsageError(
-            f"model: expected weights to be named tensors, got other things in {where}{holds}"
+            f"model: expected weights to be named tensors, got something else in {where}{holds}"
         )
     return file
 
@@ -258,15 +257,15 @@ def read_weight_file(path: Path, name: str = "") -> WeightFile:
 
 @dataclass(frozen=True)
 class WeightSet:
-    """Tensors of a file that have a network's names behind one prefix.
+    """Tensors of a file that have a network's names after one prefix.
 
     Attributes:
-        name: The prefix, without its last dot.
-        tensors: Under the network's names.
-        missing: The network's names that the file lacks behind this prefix.
-        unknown: Names behind the prefix, in the same dictionary, that the network lacks.
-        beside: Names in the same dictionary without the prefix: what a wrapper adds.
-        misshapen: The network's names whose tensors have another shape in the file.
+        name: Prefix without its last dot.
+        tensors: Tensors by the network's names.
+        missing: Names of the network that the file lacks after this prefix.
+        unknown: Names after the prefix, in the same dictionary, that the network lacks.
+        beside: Names without the prefix in the same dictionary, such as those of a wrapper.
+        misshapen: Names of the network whose tensors have another shape in the file.
     """
 
     name: str
@@ -278,17 +277,17 @@ class WeightSet:
 
     @property
     def has_all_names(self) -> bool:
-        """Whether file and network have the same names, but for tensors without effect."""
+        """Whether file and network have the same names, except for tensors without effect."""
         return not self.missing and not self.unknown
 
     @property
     def is_average(self) -> bool:
-        """Whether its name says that it is an average over training."""
+        """Whether the name marks an average over training."""
         return not _AVERAGES.isdisjoint(re.split(r"[._-]", self.name.lower()))
 
     @property
     def misfit(self) -> str:
-        """The first name that only one of file and network has, in words."""
+        """Description of the first name that only the file or only the network has."""
         if self.missing:
             return f"no {self.missing[0]}"
         return f"the unknown {self.unknown[0]}"
@@ -299,9 +298,9 @@ class WeightFile:
     """The tensors of a file.
 
     Attributes:
-        path: The file.
-        tensors: By their full name.
-        dictionaries: The full name of the dictionary that each is in.
+        path: Path of the file.
+        tensors: Tensors by full name.
+        dictionaries: Full name of the dictionary of each tensor.
     """
 
     path: Path
@@ -309,20 +308,20 @@ class WeightFile:
     dictionaries: dict[str, str] = field(default_factory=dict)
 
     def fitting(self, network: Mapping[str, Tensor]) -> WeightSet | None:
-        """The set of weights that has all names of a network.
+        """Find the set of weights that has all names of a network.
 
-        Where several have, one with the network's shapes counts before others and plain weights
-        before averaged ones. A warning of the logger ``fdda_ext`` says which one was taken and
-        which tensors of the same dictionary were left out.
+        Sets with the network's shapes are preferred, then plain weights over averaged ones. The
+        logger ``fdda_ext`` warns if averaged weights or other tensors of the dictionary are left
+        out.
 
         Args:
-            network: Its ``state_dict()``.
+            network: State dict of the network.
 
         Returns:
-            The set, or None where no set has all names.
+            The set, or None if no set has all names.
 
         Raises:
-            UsageError: If several sets fit and nothing tells which one is meant.
+            UsageError: If several sets fit equally well and have different values.
         """
         named = [s for s in self._sets(network) if s.has_all_names]
         fitting = [s for s in named if not s.misshapen] or named
@@ -340,8 +339,8 @@ class WeightFile:
         others = [s for s in fitting if s not in plain and s.name]
         if others:
             _log.warning(
-                "model: %s holds averaged weights besides; those under %s are taken; "
-                "--weights %s#%s takes the averaged ones",
+                "model: %s also holds averaged weights, but those under %s are used; "
+                "--weights %s#%s uses the averaged ones",
                 self.path,
                 taken.name or "no name",
                 self.path,
@@ -349,18 +348,18 @@ class WeightFile:
             )
         if taken.beside:
             _log.warning(
-                "model: %s holds tensors besides the network's, which are left out: %s",
+                "model: %s also holds tensors that are not the network's and are left out: %s",
                 self.path,
                 _told(taken.beside),
             )
         return taken
 
     def closest(self, network: Mapping[str, Tensor]) -> WeightSet:
-        """The set that shares most names with a network, which may be none."""
+        """Return the set that shares most names with a network, possibly none."""
         return max(self._sets(network), key=lambda s: (len(s.tensors), -len(s.misshapen)))
 
     def in_words(self, network: Mapping[str, Tensor]) -> str:
-        """Why no set fits ``network``: names of both, and how close the closest set is."""
+        """Explain why no set fits ``network``, with names of both and the closest set."""
         needed = [key for key in network if not _without_effect(key)]
         held = [key for key in self.tensors if not _without_effect(key)]
         closest = self.closest(network)
@@ -379,7 +378,7 @@ class WeightFile:
         )
 
     def groups(self) -> list[tuple[str, dict[str, Tensor]]]:
-        """The tensors of every dictionary, in the file's order, plain ones before averaged ones."""
+        """List the tensors of every dictionary in the file's order, averaged ones last."""
         found: dict[str, dict[str, Tensor]] = {}
         for full, tensor in self.tensors.items():
             if not _without_effect(full):
@@ -391,18 +390,18 @@ class WeightFile:
         return sorted(found.items(), key=lambda item: is_average(item[0]))
 
     def _sets(self, network: Mapping[str, Tensor]) -> list[WeightSet]:
-        """The sets with all names, otherwise the one with most; names may lack wrappers."""
+        """Find the sets with most of the network's names, with or without wrappers."""
         found: dict[tuple[int, ...], WeightSet] = {}
         for names in (dict.fromkeys(self.tensors), self._unwrapped(network)):
             full_names = {short or full: full for full, short in names.items()}
-            if len(full_names) < len(names):  # two tensors would have one name
+            if len(full_names) < len(names):  # two tensors would share a name
                 continue
             for weights in self._sets_of(network, full_names):
                 found.setdefault(tuple(id(t) for t in weights.tensors.values()), weights)
         return list(found.values())
 
     def _unwrapped(self, network: Mapping[str, Tensor]) -> dict[str, str | None]:
-        """Full names without the wrappers that the network itself does not have."""
+        """Map full names to names without the wrappers that the network lacks."""
         own = {part for key in network for part in key.split(".")}
         wrappers = {part for part in _WRAPPERS if part not in own}
         return {
@@ -413,12 +412,12 @@ class WeightFile:
     def _sets_of(
         self, network: Mapping[str, Tensor], full_names: Mapping[str, str]
     ) -> Iterator[WeightSet]:
-        """Sets among tensors of other names than their full ones."""
+        """Yield the sets with most names; ``full_names`` maps names to full names."""
         needed = {key for key in network if not _without_effect(key)}
         counts: Counter[str] = Counter()
         for name in full_names:
             start = 0
-            while start >= 0:  # every tail of the name, from the whole to its last part
+            while start >= 0:  # every tail of the name, from the whole name to its last part
                 if name[start:] in needed:
                     counts[name[:start]] += 1
                 start = name.find(".", start) + 1 or -1
@@ -453,7 +452,6 @@ def _without_effect(name: str) -> bool:
 
 
 def _equal(one: WeightSet, two: WeightSet) -> bool:
-    """Whether two sets have the same values."""
     if one.tensors.keys() != two.tensors.keys():
         return False
     pairs = ((tensor, two.tensors[key]) for key, tensor in one.tensors.items())

@@ -1,4 +1,4 @@
-"""Networks by source and name, and weights from the package, a library or the user's file."""
+"""Networks and weights from this package, a library or the user."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ EMBEDDED: dict[str, Callable[[int], nn.Module]] = {
 _log = logging.getLogger("fdda_ext")
 
 _SOURCES = ("torchvision", "timm", "pytorchcv")
-#: Before the name of what builds a network of the user's.
+#: Prefix of the user's own networks.
 _OWN = "module"
 _NAMED_FILE = re.compile(rf"(order|(?:{'|'.join(_SOURCES)}):[^=/]+)=(.+)")
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A network and what its weights say about themselves.
+    """A network with its preprocessing and the origin of its weights.
 
     Attributes:
-        network: In evaluation mode, from images ``[N, 3, H, W]`` to logits ``[N, K]``.
-        preprocessing: What the weights were trained for, of images from files.
-        origin: Where the weights are from, in words.
+        network: Network in evaluation mode, from images ``[N, 3, H, W]`` to logits ``[N, K]``.
+        preprocessing: Preprocessing of image files for which the weights were trained.
+        origin: Description of where the weights are from.
     """
 
     network: nn.Module
@@ -59,33 +59,32 @@ class TrainedNetwork:
 def load_model(
     spec: str, *, weights: str | None = "default", num_classes: int | None = None
 ) -> nn.Module:
-    """Build a network in evaluation mode; arguments, result and errors are `open_model`'s."""
+    """Build a network in evaluation mode; see `open_model` for arguments and errors."""
     return open_model(spec, weights=weights, num_classes=num_classes).network
 
 
 def open_model(
     spec: str, *, weights: str | None = "default", num_classes: int | None = None
 ) -> TrainedNetwork:
-    """Build a network, fill it with weights, and say how these want their images.
+    """Build a network, load its weights and find their preprocessing.
 
     Args:
-        spec: ``glyphs_resnet``, ``glyphs_mobilenet``, ``torchvision:NAME``, ``timm:NAME`` (a tag
-            may follow: ``timm:resnet50.tv_in1k``), ``pytorchcv:NAME``, or ``module:NAME.CLASS``:
-            what the module NAME on Python's path calls CLASS, given ``num_classes=K`` if it takes
-            that.
-        weights: "default" for trained ones (shipped, or the library's own download and cache);
-            "none" or None for random ones; a name such as ``IMAGENET1K_V1`` that torchvision has
-            for the network; or a file: safetensors, or a torch file as a training script writes
-            it, with wrappers' prefixes and beside other things. ``FILE#NAME`` takes the weights
-            under NAME, where a file holds several sets. A file that was saved from the same network
-            of another library is recognised by its names; where they leave a choice, ``SPEC=FILE``
-            names the network it was saved from. ``order=FILE`` is for files of other origin: it
-            goes by the order of the tensors, whatever their names, and the user vouches that the
-            networks compute the same.
-        num_classes: Outputs; None for those of the weights.
+        spec: ``glyphs_resnet``, ``glyphs_mobilenet``, ``torchvision:NAME``, ``timm:NAME``
+            (optionally with a tag: ``timm:resnet50.tv_in1k``), ``pytorchcv:NAME``, or
+            ``module:NAME.CLASS`` for a class or function CLASS in the module NAME on Python's
+            path. It gets ``num_classes=K`` if it takes this argument.
+        weights: "default" for trained weights (from this package, or downloaded and cached by the
+            library); "none" or None for random weights; a name such as ``IMAGENET1K_V1`` that
+            torchvision has for the network; or a file: safetensors, or a torch file of a training
+            script, with wrapper prefixes and other content. ``FILE#NAME`` selects the weights
+            under NAME from several sets. A file that was saved from the same network of another
+            library is recognised by its names. If these are ambiguous, ``SPEC=FILE`` names the
+            network. ``order=FILE`` is for files of other origin. It assigns tensors in order and
+            ignores their names, so the user must make sure that both networks compute the same.
+        num_classes: Number of classes, K; None for that of the weights.
 
     Raises:
-        UsageError: If there is no such network or file, or they do not fit.
+        UsageError: If network or file do not exist, or do not fit.
     """
     library, _, name = spec.partition(":")
     if spec not in EMBEDDED and (library not in (*_SOURCES, _OWN) or not name):
@@ -134,7 +133,7 @@ def open_model(
             f"model: expected weights of {origin}, got {file.in_words(source.state_dict())}"
         )
     preprocessing = _preprocessing(origin, source, path.name)
-    # pytorchcv's networks pool over a fixed window and take images of one size only.
+    # pytorchcv's networks pool over a fixed window, so they take only one image size.
     size = preprocessing.short_side
     state = translate(found.tensors, source, network, names=(origin, spec), image_size=size)
     _fill(network, state, path)
@@ -142,10 +141,10 @@ def open_model(
 
 
 def _closest_network(name: str) -> str | None:
-    """The known network whose name is most like ``name``, which lacks a library or has another."""
+    """Return the network of any library whose name is most similar to ``name``."""
     name = name.rpartition(":")[2]
     known = {embedded: embedded for embedded in EMBEDDED}
-    for library in reversed(_SOURCES):  # the first library's networks count most
+    for library in reversed(_SOURCES):  # the first library is preferred
         if find_spec(library) is not None:
             known.update({other: f"{library}:{other}" for other in _names_in(library)})
     close = difflib.get_close_matches(name, known, n=1)
@@ -153,8 +152,7 @@ def _closest_network(name: str) -> str | None:
 
 
 def _names_in(library: str) -> list[str]:
-    """Names of all networks of a library that is installed."""
-    torchvision = import_torchvision()  # timm and pytorchcv import it, and it may need its help
+    torchvision = import_torchvision()  # before timm or pytorchcv import it
     if library == "torchvision":
         return list(torchvision.models.list_models(module=torchvision.models))
     if library == "timm":
@@ -167,7 +165,7 @@ def _names_in(library: str) -> list[str]:
 
 
 def _build(spec: str, num_classes: int | None, weights: str | None) -> nn.Module:
-    """The network; ``weights`` None for random ones."""
+    """Build a network, with random weights if ``weights`` is None."""
     if spec in EMBEDDED:
         return _embedded(spec, num_classes, trained=weights == "default")
     library, _, name = spec.partition(":")
@@ -177,23 +175,22 @@ def _build(spec: str, num_classes: int | None, weights: str | None) -> nn.Module
 
 
 def _own(name: str, num_classes: int | None) -> nn.Module:
-    """What ``MODULE.CLASS`` makes, for so many classes."""
     spec = f"{_OWN}:{name}"
     if num_classes is None:
         raise UsageError(f"model: expected num_classes for {spec}, got none")
     module, _, attribute = name.rpartition(".")
     try:
         build = getattr(importlib.import_module(module), attribute)
-        # Many networks are made for one data set and take no number: the outputs will tell.
+        # Networks for one data set often have no argument for the number of classes.
         network = build(num_classes=num_classes) if _takes_classes(build) else build()
-    except Exception as error:  # whatever the user's code may raise
+    except Exception as error:  # the user's code may raise anything
         reason = f"{type(error).__name__} ({' '.join(str(error).split())[:200]})"
         close = difflib.get_close_matches(attribute, dir(sys.modules.get(module)), n=1)
         if isinstance(error, AttributeError) and close and close[0] != attribute:
             reason += f"; did you mean {_OWN}:{module}.{close[0]}?"
         raise UsageError(
-            f"model: expected {spec} to be a class, or a function, on Python's path that makes a "
-            f"network when called with num_classes={num_classes}, got {reason}"
+            f"model: expected {spec} to be a class or function on Python's path that makes a "
+            f"network for num_classes={num_classes}, got {reason}"
         ) from error
     if not isinstance(network, nn.Module):
         raise UsageError(
@@ -203,7 +200,7 @@ def _own(name: str, num_classes: int | None) -> nn.Module:
 
 
 def _takes_classes(build: Callable[..., Any]) -> bool:
-    """Whether ``build`` may be called with ``num_classes``, as far as its signature tells."""
+    """Whether ``build`` takes ``num_classes``, judging by its signature."""
     try:
         parameters = inspect.signature(build).parameters
     except (TypeError, ValueError):
@@ -225,7 +222,7 @@ def _embedded(name: str, num_classes: int | None, *, trained: bool) -> nn.Module
     if num_classes is not None and num_classes != stored_classes:
         raise UsageError(
             f"model: expected data of the {stored_classes} classes that the weights of {name} were "
-            f"trained on, got {num_classes}; train others with python -m fdda_ext.pretrain"
+            f"trained on, got {num_classes}; train for others with python -m fdda_ext.pretrain"
         )
     network = EMBEDDED[name](stored_classes)
     network.load_state_dict(state)
@@ -233,7 +230,7 @@ def _embedded(name: str, num_classes: int | None, *, trained: bool) -> nn.Module
 
 
 def _outputs(state: dict[str, Tensor]) -> int:
-    """Number of classes: rows of the only matrix."""
+    """Number of classes: the rows of the only matrix."""
     (matrix,) = (tensor for tensor in state.values() if tensor.ndim == 2)
     return int(matrix.shape[0])
 
@@ -286,7 +283,6 @@ def _from_library(
 
 
 def _torchvision_weights(spec: str) -> list[str]:
-    """Names of the trained weights that torchvision has for ``spec``."""
     library, _, name = spec.partition(":")
     if library != "torchvision" or name not in _names_in(library):
         return []
@@ -294,9 +290,10 @@ def _torchvision_weights(spec: str) -> list[str]:
 
 
 def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preprocessing:
-    """What the library says of ``weights``: "default", torchvision's name of them, or a file's.
+    """Preprocessing that the library states for ``weights``.
 
-    Of torchvision's networks only the file's name can tell; another file gets the usual values.
+    ``weights`` is "default", a name in torchvision, or the name of a file. A file for a network of
+    torchvision is recognised by its original name. Other files get the defaults.
     """
     library, _, name = spec.partition(":")
     if library == "torchvision":
@@ -321,7 +318,7 @@ def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preproce
         if values.get("crop_mode", "center") != "center":
             _log.warning(
                 "model: the weights of timm:%s were evaluated on images prepared by %s; here the "
-                "short side is resized and the middle cut out",
+                "short side is resized and the centre is cropped",
                 name,
                 values["crop_mode"],
             )
@@ -341,15 +338,15 @@ def _preprocessing(spec: str, network: nn.Module, weights: str = "") -> Preproce
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Fill ``network`` from a file of the user's, without running anything the file may hold.
+    """Load weights from a file into ``network``, without running code in the file.
 
     Args:
-        network: With the parameters that the file has, under the same names.
-        path: safetensors, or a torch file. The tensors may lie in dictionaries and have a prefix,
-            see `WeightFile.fitting`.
+        network: Network with the tensor names of the file.
+        path: Safetensors or torch file. The tensors may be in nested dictionaries and have a
+            prefix, see `WeightFile.fitting`.
 
     Raises:
-        UsageError: If the file is damaged, holds objects that are not allowed, or does not fit.
+        UsageError: If the file is damaged, has objects that are not allowed, or does not fit.
     """
     file = read_weight_file(path)
     found = file.fitting(network.state_dict())
@@ -368,16 +365,16 @@ def _no_fit(network: nn.Module, file: WeightFile, tried: Sequence[str] = ()) -> 
 
 
 def _in_order(network: nn.Module, file: WeightFile) -> dict[str, Tensor]:
-    """The tensors of ``file`` under the names that ``network`` has at the same places.
+    """Match the tensors of ``file`` to the names of ``network`` by their order.
 
     Raises:
-        UsageError: If there are more or less, or one has another shape or another last name.
+        UsageError: If the number of tensors, a shape or the last part of a name differs.
     """
     ours = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
     groups = file.groups()
     if not groups:
         raise UsageError(f"model: expected the network's {len(ours)} tensors, got 0 in {file.path}")
-    # If no dictionary fits, what is wrong with the one of the most similar length.
+    # If no dictionary fits, the error describes the one with the most similar length.
     theirs = min(
         (tensors for _, tensors in groups),
         key=lambda tensors: (
@@ -392,13 +389,13 @@ def _in_order(network: nn.Module, file: WeightFile) -> dict[str, Tensor]:
 
 
 def _other_order(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str | None:
-    """The first place at which two lists of tensors differ, in words."""
+    """Describe the first difference between two lists of tensors; None if there is none."""
     for (key, like), (other, tensor) in zip(ours.items(), theirs.items(), strict=False):
         if other.rpartition(".")[2] != key.rpartition(".")[2] or tensor.shape != like.shape:
             return (
                 f"tensors in the network's order, got {other} {tuple(tensor.shape)} in the place "
-                f"of {key} {tuple(like.shape)} (safetensors are sorted by name, torch files by the "
-                "order of saving)"
+                f"of {key} {tuple(like.shape)} (safetensors are sorted by name, torch files keep "
+                "the order of saving)"
             )
     if len(ours) != len(theirs):
         return f"the network's {len(ours)} tensors, got {len(theirs)}"
@@ -406,10 +403,10 @@ def _other_order(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str | No
 
 
 def _origin(spec: str, network: nn.Module, file: WeightFile, num_classes: int | None) -> str:
-    """The network of another library that the weights of ``file`` were saved from.
+    """Find the network of another library from which ``file`` was saved.
 
     Raises:
-        UsageError: If there is none, or several that compute different things.
+        UsageError: If there is none, or there are several that compute different results.
     """
     candidates: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
     tried = []
@@ -443,12 +440,12 @@ def _origin(spec: str, network: nn.Module, file: WeightFile, num_classes: int | 
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load ``state``, tensors of all of the network's names from ``path``, after a check of each.
+    """Check ``state``, which was read from ``path``, and load it.
 
-    Tensors of any width of floating point become the network's float32.
+    Floating-point tensors of any width become float32.
 
     Raises:
-        UsageError: If a tensor has another shape, or values that are no weights.
+        UsageError: If a tensor has another shape, another type, or invalid values.
     """
     own = network.state_dict()
     misshapen = [key for key, tensor in state.items() if tensor.shape != own[key].shape]
@@ -457,9 +454,9 @@ def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     for key, tensor in state.items():
         if own[key].is_floating_point() and not tensor.is_floating_point():
             raise UsageError(
-                f"model: expected {key} of floating point, got {tensor.dtype} in {path}"
+                f"model: expected {key} in floating point, got {tensor.dtype} in {path}"
             )
-        # In float32: not every narrow type can be asked, and a float64 may overflow.
+        # In float32: isfinite does not support some narrow types, and float64 may overflow.
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise UsageError(
                 f"model: expected weights finite in float32, got NaN or infinity in {key} of {path}"
@@ -474,14 +471,16 @@ def _fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 def _other_shape(
     own: dict[str, Tensor], state: dict[str, Tensor], misshapen: list[str], path: Path
 ) -> UsageError:
-    """An error that names the first tensor of another shape, or another number of classes."""
+    """Return an error that names the first wrong shape, or a wrong number of classes."""
     key = misshapen[0]
     got, wanted = tuple(state[key].shape), tuple(own[key].shape)
     places = {name.rpartition(".")[0] for name in misshapen}
-    if len(places) == 1 and len(wanted) >= 2 and got[1:] == wanted[1:]:  # one layer, by its rows
+    if (
+        len(places) == 1 and len(wanted) >= 2 and got[1:] == wanted[1:]
+    ):  # one layer with another number of rows
         return UsageError(
             f"model: expected weights for {wanted[0]} classes, got weights for {got[0]} in {path} "
-            f"({key} of shape {got} instead of {wanted}); give data of the same classes"
+            f"({key} of shape {got} instead of {wanted}); use data with the same classes"
         )
     more = f", and {len(misshapen) - 1} more of other shapes" if len(misshapen) > 1 else ""
     return UsageError(f"model: expected {key} of shape {wanted}, got {got} in {path}{more}")

@@ -1,4 +1,4 @@
-"""What runs are looked at by: measures, figures, the report of one, the comparison of many."""
+"""Measures and figures of runs, the report of a run, and the figures of a comparison."""
 
 from .figures import COLOURS, MARKERS, new_figure
 from .measures import (

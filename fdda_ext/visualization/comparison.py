@@ -1,4 +1,4 @@
-"""What a comparison shows: accuracies, images that methods made, how real their statistics are."""
+"""Figures of a comparison: accuracies, synthetic images and their BN statistics."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["accuracies", "distances", "image_rows"]
 
 
 def accuracies(tables: Mapping[str, tuple[float, Mapping[str, Sequence[float]]]]) -> bytes:
-    """Top-1 of every run, a dot, and the means, a stroke, as PNG.
+    """Plot top-1 of every run (dots) and the means (lines) as PNG.
 
     Args:
-        tables: By title, one panel each: the float network's top-1, and that of all seeds by row.
+        tables: One diagram by title: top-1 of the float network, and top-1 of all seeds by row.
     """
     columns = min(len(tables), 2)
     lines = -(-len(tables) // columns)
@@ -30,7 +30,7 @@ def accuracies(tables: Mapping[str, tuple[float, Mapping[str, Sequence[float]]]]
             mean = sum(top1) / len(top1)
             axes.plot([mean] * 2, [place - 0.3, place + 0.3], color=COLOURS[1], linewidth=2)
         axes.axvline(float_top1, color="#555555", linestyle="--", linewidth=1)
-        plain(axes, "top-1 %: seeds, their mean; dashed: float network", "")
+        plain(axes, "top-1 %; dots: seeds; line: mean; dashed: float network", "")
         axes.set_yticks(range(len(rows)), list(rows), parse_math=False)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(title, fontsize=9, parse_math=False)
@@ -40,11 +40,11 @@ def accuracies(tables: Mapping[str, tuple[float, Mapping[str, Sequence[float]]]]
 
 
 def image_rows(rows: Mapping[str, Tensor], columns: int = 16) -> bytes:
-    """Some images of every method, a row each, as PNG.
+    """Draw one row of images for every method, as PNG.
 
     Args:
-        rows: By name, images ``[n, C, H, W]`` from 0 to 1.
-        columns: Most images of each.
+        rows: Images ``[n, C, H, W]`` from 0 to 1, by method.
+        columns: Largest number of images per method.
     """
     height, width = next(iter(rows.values())).shape[-2:]
     down, right = (size + max(size // 8, 1) for size in (height, width))
@@ -71,13 +71,13 @@ def image_rows(rows: Mapping[str, Tensor], columns: int = 16) -> bytes:
 def distances(
     network: nn.Module, images: Mapping[str, Tensor], real: Tensor, title: str = ""
 ) -> bytes:
-    """How far the BN statistics of images are from real ones, layer by layer, as PNG.
+    """Plot the distance of the BN statistics of images from real ones, by layer, as PNG.
 
     Args:
-        network: The float network.
-        images: By name, ``[n, C, H, W]``, normalised.
-        real: Real images, likewise.
-        title: Of the figure.
+        network: Float network.
+        images: Normalised images ``[n, C, H, W]``, by name.
+        real: Normalised real images ``[n, C, H, W]``.
+        title: Title of the figure.
     """
     target = bn_statistics(network, real)
     figure = new_figure(height=3.6)
@@ -88,7 +88,7 @@ def distances(
             range(1, len(values) + 1),
             values,
             color=COLOURS[i % 8],
-            marker=MARKERS[(i + i // 8) % 8],  # after eight, each colour has another shape
+            marker=MARKERS[(i + i // 8) % 8],  # colours repeat with other markers
             linestyle="-" if i < 8 else "--",
             markersize=3.5,
             linewidth=1.3,

@@ -1,7 +1,6 @@
-"""The drawings of a report, as bytes of SVG (curves, bars) or PNG (images).
+"""Figures of a report, as bytes of SVG (curves, bars) or PNG (images).
 
-matplotlib is imported when something is drawn, and its figures are used without pyplot: no backend
-is chosen, and nothing global is changed.
+matplotlib is imported on first use and without pyplot, so no global state and no backend changes.
 """
 
 from __future__ import annotations
@@ -30,36 +29,36 @@ __all__ = [
     "plain",
 ]
 
-#: Okabe and Ito's palette, which colour-blind eyes can tell apart, and a shape for each.
+#: Colours that colour-blind readers can distinguish (mostly Okabe and Ito's), and their markers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
 MARKERS = "osD^vPX*"
-#: Inches: the width of a page.
+#: Width of a page in inches.
 _WIDTH = 7.2
 _GREY = "#767676"
 
 
 def new_figure(width: float = _WIDTH, height: float = 2.8) -> Figure:
-    """A figure that no global state knows of, its parts laid out by themselves."""
+    """Create a figure with automatic layout, independent of global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def render(figure: Figure, form: str) -> bytes:
-    """``figure`` as "svg" or "png", the same bytes for the same figure."""
+    """Render ``figure`` as "svg" or "png"; equal figures give equal bytes."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else {"Software": None}
     with rc_context({"svg.hashsalt": "fdda_ext"}), warnings.catch_warnings():
-        # A class may have a name in a script that the font lacks.
+        # The font may lack the script of a class name.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
     return buffer.getvalue()
 
 
 def plain(axes: Axes, xlabel: str, ylabel: str) -> None:
-    """Labels, a light grid, and no more frame than is needed."""
+    """Set labels, a light grid and a minimal frame."""
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -76,13 +75,13 @@ def curves(
     level: tuple[str, float] | None = None,
     from_zero: bool = False,
 ) -> bytes:
-    """Named curves ``(x, y)`` in one diagram, each in a colour and a shape of its own, as SVG.
+    """Plot curves ``(x, y)`` in one diagram, as SVG.
 
     Args:
-        series: The curves.
-        xlabel: What x is, and its unit.
-        ylabel: What y is, and its unit.
-        level: A name and a height, for a line across.
+        series: Curves by name.
+        xlabel: Quantity and unit of x.
+        ylabel: Quantity and unit of y.
+        level: Name and height of a horizontal line.
         from_zero: Whether y begins at 0.
     """
     figure = new_figure(height=3.0)
@@ -101,7 +100,7 @@ def curves(
 
 
 def confusion(counts: Tensor) -> bytes:
-    """How often ``counts [K, K]`` a row's class is taken for a column's, as PNG; 0 is white."""
+    """Plot ``counts [K, K]`` of pairs of predicted classes as PNG; 0 is white."""
     from matplotlib.colors import LogNorm
 
     figure = new_figure(5.2, 4.4)
@@ -122,13 +121,13 @@ def confusion(counts: Tensor) -> bytes:
 def panels(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str
 ) -> bytes:
-    """Every curve ``(x, y)`` in a diagram of its own, as SVG: their units cannot be compared."""
+    """Plot every curve ``(x, y)`` in a diagram of its own, as SVG, since their units differ."""
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
     figure = new_figure(height=0.4 + 1.8 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
     for axes, (name, (x, y)) in zip(grid, series.items(), strict=False):
-        few = MARKERS[0] if len(x) < 10 else None  # a line needs two points
+        few = MARKERS[0] if len(x) < 10 else None  # one point makes no line
         axes.plot(x, y, color=COLOURS[0], linewidth=1.2, marker=few, markersize=3)
         plain(axes, "", "")
         axes.set_title(name, fontsize=9, parse_math=False)
@@ -145,7 +144,7 @@ def panels(
 
 
 def bars(values: Mapping[str, float], label: str) -> bytes:
-    """One horizontal bar for each name, the first on top, as SVG."""
+    """Plot a horizontal bar for each name, the first on top, as SVG."""
     figure = new_figure(height=0.6 + 0.16 * max(len(values), 4))
     axes = figure.subplots()
     places = range(len(values))
@@ -158,16 +157,16 @@ def bars(values: Mapping[str, float], label: str) -> bytes:
 
 
 def to_rgb(images: Tensor) -> Tensor:
-    """``[..., 3, H, W]`` of images ``[..., C, H, W]`` to look at: gray three times, no opacity."""
+    """Convert images ``[..., C, H, W]`` to ``[..., 3, H, W]`` and drop the opacity."""
     repeats = (*(1,) * (images.dim() - 3), 3, 1, 1)
     return images.repeat(repeats) if images.shape[-3] == 1 else images[..., :3, :, :]
 
 
 def image_columns(columns: Mapping[str, tuple[Tensor, Sequence[Tensor]]]) -> bytes:
-    """By class, a real image above generated ones, as PNG.
+    """Draw for each class a real image above generated ones, as PNG.
 
     Args:
-        columns: By the class's name, one image and others, ``[C, H, W]`` from 0 to 1.
+        columns: Real image and generated images by class name, ``[C, H, W]`` from 0 to 1.
     """
     height, width = next(iter(columns.values()))[0].shape[-2:]
     down, right = (size + max(size // 8, 1) for size in (height, width))

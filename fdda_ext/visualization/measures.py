@@ -1,4 +1,4 @@
-"""What a report measures: predictions, BN statistics and the error of every layer."""
+"""Measures of a report: predictions, BN statistics and the error of every layer."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ __all__ = [
     "time_in_turn",
 ]
 
-#: Images that pass through a network together while something is kept of every layer.
+#: Batch size of forward passes that store values of every layer.
 _BATCH = 16
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of n images: the classes, and what two networks take them for, int64 ``[n]`` each."""
+    """Labels of n images and the classes that two networks predict, int64 ``[n]`` each."""
 
     labels: Tensor
     float_network: Tensor
@@ -46,18 +46,18 @@ class Predictions:
 
     @property
     def agreement(self) -> float:
-        """Per cent of the images that both networks say the same of."""
+        """Percentage of images for which both networks predict the same class."""
         return 100 * float((self.float_network == self.quantized).float().mean())
 
     def count(self, float_right: bool, quantized_right: bool) -> int:
-        """How many images the two networks are right or wrong about."""
+        """Count the images that each network classifies right or wrong, as given."""
         both = ((self.float_network == self.labels) == float_right) & (
             (self.quantized == self.labels) == quantized_right
         )
         return int(both.sum())
 
     def losses(self, num_classes: int) -> list[tuple[int, int, int, int]]:
-        """Class, images, float right, quantized right of classes that lose, the worst first."""
+        """List class, images, float right, quantized right of classes that lose, worst first."""
         images = torch.bincount(self.labels, minlength=num_classes)
         right = [
             torch.bincount(self.labels[seen == self.labels], minlength=num_classes)
@@ -71,12 +71,12 @@ class Predictions:
         ]
 
     def confusion(self, num_classes: int) -> Tensor:
-        """Images by float network's class and quantized network's class, int64 ``[K, K]``."""
+        """Count images by the classes of float and quantized network, int64 ``[K, K]``."""
         pairs = self.float_network * num_classes + self.quantized
         return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
     def changes(self, num_classes: int) -> list[tuple[int, int, int]]:
-        """Float network's class, quantized network's other class, images; the commonest first."""
+        """List float class, different quantized class and images, most frequent first."""
         pairs = self.float_network * num_classes + self.quantized
         found, counts = pairs[self.float_network != self.quantized].unique(return_counts=True)
         order = counts.argsort(descending=True, stable=True)
@@ -90,7 +90,7 @@ class Predictions:
 def predict(
     teacher: nn.Module, student: nn.Module, batches: BatchSource, device: torch.device
 ) -> Predictions:
-    """The predictions of both networks on all images of ``batches``."""
+    """Predict the classes of all images in ``batches`` with both networks."""
     labels, seen = [], []
     for pixels, classes in batches:
         images = batches.normalise(pixels.to(device))
@@ -100,22 +100,22 @@ def predict(
 
 
 def some_images(batches: BatchSource, count: int, device: torch.device) -> Tensor:
-    """A fair sample of at most ``count`` images ``[n, 3, H, W]`` on ``device``.
+    """Load a sample of at most ``count`` images ``[n, C, H, W]`` to ``device``.
 
-    Damaged images are left out.
+    Damaged images are skipped.
     """
     kept = []
     for index in fair_sample(batches.dataset.labels, count).sort().values.tolist():
         try:
             kept.append(batches.dataset.pixels(index))
         except UnreadableImageError:
-            continue  # the evaluation counts and names it
+            continue  # the evaluation reports it
     return batches.normalise(torch.stack(kept).to(device))
 
 
 @torch.no_grad()
 def bn_statistics(network: nn.Module, images: Tensor) -> LayerStatistics:
-    """Mean and biased variance ``[1, C_l]`` of what enters each BN layer, over all ``images``."""
+    """Compute mean and biased variance ``[1, C_l]`` of the input of each BN layer."""
     sums: list[Tensor] = []
     for batch in images.split(_BATCH):
         one = torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
@@ -132,13 +132,13 @@ def bn_statistics(network: nn.Module, images: Tensor) -> LayerStatistics:
 
 
 def statistics_distance(seen: LayerStatistics, real: LayerStatistics) -> list[float]:
-    """How far ``seen`` is from ``real`` at each layer, in standard deviations of ``real``.
+    """Compute the distance of ``seen`` from ``real`` by layer, in standard deviations of ``real``.
 
-    With every channel a Gaussian, the 2-Wasserstein distance over the channels together::
+    It is the 2-Wasserstein distance over all channels, where each channel is a Gaussian::
 
         d_l = sqrt( sum_c (mu - mu_r)^2 + (sigma - sigma_r)^2  /  sum_c sigma_r^2 )
 
-    The sums are divided, not each channel, as some channels hardly vary.
+    The division follows the sums, because some channels hardly vary.
     """
     distances = []
     for mean, variance, real_mean, real_variance in zip(*seen, *real, strict=True):
@@ -149,11 +149,11 @@ def statistics_distance(seen: LayerStatistics, real: LayerStatistics) -> list[fl
 
 @torch.no_grad()
 def judge(teacher: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-    """What the float network takes images ``[n, C, H, W]`` for.
+    """Classify images ``[n, C, H, W]`` with the float network.
 
     Returns:
-        Of how many, in per cent, it finds the label that ``labels [n]`` has, and how many different
-        classes it finds in all.
+        Percentage of images whose predicted class is that of ``labels [n]``, and number of
+        different predicted classes.
     """
     found = torch.cat([teacher(batch).argmax(1) for batch in images.split(_BATCH)])
     return 100 * float((found == labels).double().mean()), found.unique().numel()
@@ -161,16 +161,16 @@ def judge(teacher: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, in
 
 @torch.no_grad()
 def layer_sqnr(teacher: nn.Module, student: GraphModule, images: Tensor) -> dict[str, float]:
-    """Signal to quantization noise, in dB, of every convolution and linear layer's result.
+    """Compute the signal to quantization noise ratio of every convolution and linear layer, in dB.
 
-    Both networks run on the same images, so a layer's noise has that of the layers before in it.
-    Where batch normalisation follows a layer, its result is what leaves the normalisation::
+    Both networks run on the same images, so the noise includes that of the layers before. The
+    output y includes a batch normalisation that follows the layer::
 
         SQNR_l = 10 log10( sum y_l^2 / sum (y_l - y_l^student)^2 )
 
     Args:
-        teacher: The float network.
-        student: The quantized one that `prepare` made of it.
+        teacher: Float network.
+        student: Quantized network that `prepare` made from ``teacher``.
         images: Normalised images ``[n, C, H, W]``.
     """
     network = trace(teacher, images[:1])
@@ -181,7 +181,7 @@ def layer_sqnr(teacher: nn.Module, student: GraphModule, images: Tensor) -> dict
         for layer, y in results.items():
             signal[layer] += float(y.double().square().sum())
             noise[layer] += float((y.double() - quantized[layer].double()).square().sum())
-    # A layer without any noise, or without a signal, has no finite ratio.
+    # A layer without noise or signal has no finite ratio.
     return {
         layer: 10 * math.log10(signal[layer] / noise[layer])
         for layer in places
@@ -190,7 +190,7 @@ def layer_sqnr(teacher: nn.Module, student: GraphModule, images: Tensor) -> dict
 
 
 def _results(network: GraphModule) -> dict[str, str]:
-    """Of every convolution and linear layer, in order, the module whose output is its result."""
+    """Map every convolution and linear layer to the module whose output is compared."""
     modules = dict(network.named_modules())
     places = {}
     for node in network.graph.nodes:
@@ -204,7 +204,7 @@ def _results(network: GraphModule) -> dict[str, str]:
 
 
 def _outputs(network: nn.Module, places: Mapping[str, str], images: Tensor) -> dict[str, Tensor]:
-    """The outputs of the modules ``places`` names, by layer."""
+    """Outputs of the modules in ``places``, by layer."""
     kept: dict[str, Tensor] = {}
 
     def keep(layer: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -228,16 +228,19 @@ def time_in_turn(
     calls: int,
     clock: Callable[[], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every call; all take turns, so that a busy moment of the machine hits them all.
+    """Time functions alternately, so that other load on the machine slows all of them.
 
     Args:
-        runs: What is timed, by name.
-        calls: Timed calls of each.
-        clock: Gives seconds; None for `time.perf_counter`.
+        runs: Functions by name.
+        calls: Timed calls of each function.
+        clock: Clock in seconds; None for `time.perf_counter`.
+
+    Returns:
+        Seconds of every call, by name.
     """
     clock = clock or time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # kernels are chosen, memory is asked for
+    for run in runs.values():  # warm-up
         run()
     for _ in range(calls):
         for name, run in runs.items():
@@ -248,7 +251,7 @@ def time_in_turn(
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """First quartile, median and third."""
+    """Compute first quartile, median and third quartile."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

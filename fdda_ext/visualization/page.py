@@ -1,4 +1,4 @@
-"""Pieces of an HTML page that holds all it shows. Whatever is passed as text is escaped."""
+"""Parts of a self-contained HTML page. All text is escaped."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ h3 { font-size: .95rem; margin: .8rem 0 0; }
 
 
 def page(title: str, lead: str, sections: Iterable[str]) -> str:
-    """A whole page of a title, what follows it, and sections, both as HTML."""
+    """Build a page from a title, and from lead and sections in HTML."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -53,13 +53,13 @@ def page(title: str, lead: str, sections: Iterable[str]) -> str:
 
 
 def key_numbers(items: Iterable[tuple[str, str]]) -> str:
-    """Numbers, and what they are, in a row of boxes."""
+    """Show numbers with their meanings in a row of boxes."""
     listed = "".join(f"<li><b>{escape(a)}</b><span>{escape(b)}</span></li>" for a, b in items)
     return f'<ul class="key">{listed}</ul>'
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], kinds: str = "") -> str:
-    """A table; ``kinds`` has a letter for each column, "n" for numbers."""
+    """Build a table; ``kinds`` has a letter for each column, "n" for numbers."""
 
     def cells(tag: str, row: Sequence[object]) -> Iterator[str]:
         for i, cell in enumerate(row):
@@ -72,7 +72,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], kinds: str = 
 
 
 def figure(image: bytes, caption: str) -> str:
-    """An SVG or a PNG, and what it shows."""
+    """Embed an SVG or PNG image with a caption."""
     kind = "png" if image.startswith(b"\x89PNG") else "svg+xml"
     data = base64.b64encode(image).decode()
     return (
@@ -82,17 +82,17 @@ def figure(image: bytes, caption: str) -> str:
 
 
 def text(words: str, tag: str = "p") -> str:
-    """A paragraph, or another element of text alone."""
+    """Build a paragraph or another element from plain text."""
     return f"<{tag}>{escape(words)}</{tag}>"
 
 
 def side_by_side(*parts: str) -> str:
-    """Parts that stand beside each other where the page is wide enough."""
+    """Place parts side by side if the page is wide enough."""
     return f'<div class="side">{"".join(f"<div>{part}</div>" for part in parts if part)}</div>'
 
 
 def section(title: str, *content: str) -> str:
-    """A section, which links can name by its title."""
+    """Build a section, whose id is its title in lower case with hyphens."""
     name = title.lower().replace(" ", "-")
     body = "".join(content)
     return f'<section id="{escape(name)}"><h2>{escape(title)}</h2>{body}</section>\n'

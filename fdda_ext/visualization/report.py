@@ -1,4 +1,4 @@
-"""``report.html`` of a run: one file without scripts that needs no network and can be printed."""
+"""``report.html`` of a run: one file without scripts that works offline and can be printed."""
 
 from __future__ import annotations
 
@@ -45,32 +45,31 @@ from .measures import (
 
 __all__ = ["write_report"]
 
-#: Images for the errors of layers, and at most for statistics.
+#: Number of images for layer errors, and largest number for BN statistics.
 _LAYER_IMAGES, _STATISTICS_IMAGES = 64, 256
-#: Classes, and generated images of each, that are shown.
+#: Largest number of classes, and of generated images per class, in the figure.
 _SHOWN_CLASSES, _SHOWN_IMAGES = 12, 3
-#: Of the longest tables of predictions.
+#: Largest number of rows in the tables of predictions.
 _MOST_ROWS = 10
-#: Calls of each network, to time them.
+#: Timed calls of each network.
 _CALLS = 21
 
 
 def write_report(folder: Path, problem: Problem, test: BatchSource) -> Path:
     """Write ``report.html`` into a run folder.
 
-    A section whose data the folder lacks is left out.
+    Sections without data are left out.
 
     Args:
-        folder: Of a run that has a student, or of one of its baselines.
-        problem: The network and the calibration images that the run started from.
-        test: Images on which predictions and layers are compared. Accuracies are not measured
-            again: they are those that the folder holds.
+        folder: Folder of a run or of one of its baselines, with a student.
+        problem: Network and calibration images of the run.
+        test: Images for comparing predictions and layers. Accuracies are read from the folder.
 
     Returns:
-        The file.
+        Path of the report.
 
     Raises:
-        UsageError: If the folder has no student, or a damaged one.
+        UsageError: If there is no student, or its file is damaged.
     """
     student, recipe = load_student(folder, "visualize")
     run = _Run(folder, problem, student.to(problem.device), recipe, test)
@@ -97,14 +96,14 @@ def write_report(folder: Path, problem: Problem, test: BatchSource) -> Path:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run folder, opened.
+    """An opened run folder.
 
     Attributes:
-        folder: Where it is.
-        problem: What it started from.
-        student: What it ended with, on the problem's device.
-        recipe: What the student was built from.
-        test: Images to measure on.
+        folder: Path of the folder.
+        problem: Network and calibration images.
+        student: Student on the problem's device.
+        recipe: Settings from which the student is built.
+        test: Images for measurements.
     """
 
     folder: Path
@@ -115,33 +114,30 @@ class _Run:
 
     @property
     def name(self) -> str:
-        """The method's."""
         return str(self.recipe["method"])
 
     @property
     def method(self) -> type[Method]:
-        """What was run."""
         return method_class(self.name)
 
     @property
     def dataset(self) -> ImageDataset:
-        """What the test images are of."""
+        """Data set of the test images."""
         return cast(ImageDataset, self.test.dataset)
 
     @cached_property
     def config(self) -> str:
-        """The configuration as YAML."""
         return (self.folder / "config.yaml").read_text()
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        """What was logged, in order."""
+        """Logged values in order."""
         path = self.folder / "metrics.jsonl"
         return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
 
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:
-        """What the finished methods ended with, by name: the baselines, then the run's own."""
+        """Summaries of the finished methods by name: the baselines, then the run."""
         paths = [
             *sorted(self.folder.glob("baselines/*/summary.json")),
             self.folder / "summary.json",
@@ -151,37 +147,36 @@ class _Run:
 
     @cached_property
     def float_top1(self) -> float | None:
-        """Of the float network, per cent of the run's images."""
+        """Top-1 of the float network, in per cent."""
         return next((row["float_top1"] for row in self.rows.values() if "float_top1" in row), None)
 
     @cached_property
     def generated(self) -> dict[str, Tensor] | None:
-        """``images [n, C, H, W]``, normalised, and ``labels [n]``, if the run kept any."""
+        """Normalised ``images [n, C, H, W]`` and ``labels [n]``, if the run stored them."""
         path = self.folder / "images.safetensors"
         return load_file(str(path)) if path.exists() else None
 
     @cached_property
     def layers(self) -> list[LayerBits]:
-        """The table of bits."""
         return bits_table(self.student)
 
     def weight_bytes(self) -> tuple[int, int]:
-        """Of all convolutions and linear layers: in float32, and in the bits that they have."""
+        """Size of all convolution and linear weights, in float32 and quantized."""
         sizes = [(row.weight_bits, torch.Size(row.weight_shape).numel()) for row in self.layers]
         return 4 * sum(n for _, n in sizes), sum(bits * n for bits, n in sizes) // 8
 
 
 def _lead(run: _Run) -> str:
-    """One sentence, and the numbers that matter most."""
+    """Summary sentence and key numbers."""
     own, float_top1 = run.rows.get(run.name), run.float_top1
     items = []
     if own:
         items.append((f"{_top(own, 'top1')} %", f"top-1, {_tested(own)} images"))
     if own and float_top1 is not None:
         change = f"{own['top1'] - float_top1:+.2f}".replace("-", "−")
-        items.append((change, "points against the float network"))
+        items.append((change, "points compared with the float network"))
     float_bytes, bytes_ = run.weight_bytes()
-    items.append((f"{float_bytes / bytes_:.1f}x", "smaller weights than in 32 bits"))
+    items.append((f"{float_bytes / bytes_:.1f}x", "smaller weights than in float32"))
     if own and own["planned"]:
         items.append((format_duration(own["seconds"]), f"training, {own['iterations']} iterations"))
     summary = run.method.summary if own else f"{run.method.summary} (unfinished)"
@@ -189,12 +184,12 @@ def _lead(run: _Run) -> str:
 
 
 def _top(row: dict[str, Any], name: str) -> str:
-    """An accuracy of a summary, with its standard error if the images are a sample."""
+    """Format an accuracy, with its standard error if the images are a sample."""
     return render_percent(row[name], row["images"], row.get("of", 0))
 
 
 def _tested(row: dict[str, Any]) -> str:
-    """How many images were tested, and out of how many if they are a sample."""
+    """Format the number of test images, for a sample with the size of the split."""
     of = row.get("of", 0)
     return f"{row['images']} of {of}" if row["images"] < of else f"{row['images']}"
 
@@ -212,11 +207,11 @@ def _accuracy(run: _Run) -> str:
         lines.append((name, _top(row, "top1"), _top(row, "top5"), drop, *time))
     header = ("", "top-1 %", "top-5 %", "drop, points", "training", "iterations")
     split = yaml.safe_load(run.config).get("split", "test")
-    what = f"After the last step of training, over {_tested(first)} {split} images."
+    what = f"Measured after the last training step, on {_tested(first)} {split} images."
     if first["images"] < first.get("of", 0):
         what += (
-            " Behind ± stands the standard error of a sample, the typical distance from the "
-            "accuracy over all images. All rows have the same images."
+            " The number after ± is the standard error: the typical difference between the "
+            "accuracy on the sample and on all images. All rows use the same images."
         )
     return page.section("Accuracy", page.table(header, lines, "tnnnnn"), page.text(what))
 
@@ -224,13 +219,17 @@ def _accuracy(run: _Run) -> str:
 def _what_was_done(run: _Run) -> str:
     problem, info, q = run.problem, build_info(), run.problem.quantization
     weights = yaml.safe_load(run.config)["weights"]
-    ends = f"first and last layer {q.first_last_bits}" if q.first_last_bits else "all layers alike"
-    seen = "" if run.method.real_images else ", which this method does not see"
+    ends = (
+        f"first and last layer {q.first_last_bits}"
+        if q.first_last_bits
+        else "the same in all layers"
+    )
+    seen = "" if run.method.real_images else ", which this method does not use"
     versions = f"fdda_ext {info.version}, torch {info.torch}, Python {platform.python_version()}"
     where = f"{problem.device.type}, {platform.machine()} with {info.isa}, threads: {info.threads}"
     path = run.folder / "origin.json"
     origin = json.loads(path.read_text()) if path.exists() else {}
-    begun = [("begun", "date"), ("with", "versions"), ("on", "machine")]
+    begun = [("started", "date"), ("software", "versions"), ("machine", "machine")]
     rows = (
         ("method", run.name),
         ("network", f"{run.recipe['model']}, weights: {weights}"),
@@ -240,14 +239,14 @@ def _what_was_done(run: _Run) -> str:
         ("bits", f"weights {q.weight_bits}, activations {q.activation_bits}, {ends}"),
         (
             "grid",
-            f"{q.grid}; ranges of weights: {q.weight_range}, activations: {q.activation_range}",
+            f"{q.grid}; range rules: weights {q.weight_range}, activations {q.activation_range}",
         ),
         ("seed", str(problem.seed)),
-        ("teacher in", str(problem.precision).removeprefix("torch.")),
+        ("float network in", str(problem.precision).removeprefix("torch.")),
         *((what, origin[key]) for what, key in begun if key in origin),
-        ("again", "python -m fdda_ext.train --config config.yaml --out ANOTHER_FOLDER"),
-        ("this report made with", versions),
-        ("on", where),
+        ("repeat with", "python -m fdda_ext.train --config config.yaml --out ANOTHER_FOLDER"),
+        ("software of this report", versions),
+        ("machine of this report", where),
     )
     return page.section("What was done", page.table((), rows))
 
@@ -261,14 +260,14 @@ def _accuracy_over_time(run: _Run) -> str:
     name = f"{run.name}, {lines[0]['images']:.0f} images"
     image = figures.curves({name: curve}, "iteration", "top-1, %", level=level)
     caption = (
-        f"Accuracy in training. Best: {max(curve[1]):.2f} %, last: {curve[1][-1]:.2f} %. What is "
-        "reported is the last step, not the best. The float network was tested at the end."
+        f"Accuracy during training. Best: {max(curve[1]):.2f} %, last: {curve[1][-1]:.2f} %. The "
+        "reported accuracy is the last, not the best. The float network was tested at the end."
     )
     own = run.rows.get(run.name, {})
     whole = max(own.get("of", 0), own.get("images", 0))
     error = standard_error(curve[1][-1], int(lines[-1]["images"]), whole)
     if error:
-        caption += f" A point of the curve has a standard error of {error:.2f} at the end."
+        caption += f" The last point has a standard error of {error:.2f}."
     return page.section("Accuracy over time", page.figure(image, caption))
 
 
@@ -284,15 +283,15 @@ def _losses(run: _Run) -> str:
     order = list(dict.fromkeys(name for line in run.metrics for name in line if name in series))
     image = figures.panels({name: series[name] for name in order}, "iteration", "loss")
     caption = (
-        "Losses as they were logged, each in its own scale, which is logarithmic where the largest "
-        "value is more than 30 times the smallest."
+        "Logged losses, each on its own scale. The scale is logarithmic if the largest value is "
+        "more than 30 times the smallest."
     )
     figures_shown = [page.figure(image, caption)]
     if decided is not None:
         image = figures.curves({"decided": decided}, "iteration", "decided, share of roundings")
         caption = (
-            "Learned rounding: the share of weights, of those that are learned at the time, that "
-            "have decided to go down or up, to within 0.01."
+            "Learned rounding: the share of the weights in training whose rounding is within 0.01 "
+            "of down or up."
         )
         figures_shown.append(page.figure(image, caption))
     return page.section("Losses", *figures_shown)
@@ -316,10 +315,10 @@ def _units(run: _Run) -> str:
     ]
     header = ("unit", "steps", "loss, first batch", "last batch", "decided, %", "divergence")
     text = (
-        "Units in the order they were reconstructed in; the curves above jump where one begins. "
-        "The loss is the error of the unit's output. Decided: roundings within 0.01 of down or up "
-        "at the end. Divergence: of the whole network's predictions from the float network's "
-        "(Kullback and Leibler), when the unit was finished."
+        "Units in the order of reconstruction. The curves above jump where a unit begins. The loss "
+        "is the error of the unit's output. Decided: roundings that end within 0.01 of down or up. "
+        "Divergence: Kullback-Leibler divergence of the whole network's predictions from the float "
+        "network's after the unit."
     )
     content = [page.table(header, rows, "tnnnnn"), page.text(text)]
     divergences = [unit["divergence"] for unit in units if "divergence" in unit]
@@ -329,8 +328,8 @@ def _units(run: _Run) -> str:
             {"divergence": curve}, "units finished", "divergence of predictions", from_zero=True
         )
         caption = (
-            "The loss of the task, unit by unit: how far predictions for calibration images are "
-            "from the float network's. Units that are not reconstructed yet are rounded to nearest."
+            "Divergence of the predictions for calibration images from the float network's. Units "
+            "that are not yet reconstructed are rounded to nearest."
         )
         content.append(page.figure(image, caption))
     return page.section("Units", *content)
@@ -353,15 +352,15 @@ def _generated_images(run: _Run) -> str:
         others = images[labels == k][:_SHOWN_IMAGES]
         columns[run.dataset.class_names[k]] = (shown(real), [shown(image) for image in others])
     caption = (
-        "A calibration image of a class, and below it images that were generated for the class: "
-        f"the {len(columns)} classes that are commonest among the {len(labels)} images of the run."
+        "One calibration image per class, above images that were generated for the class. These "
+        f"are the {len(columns)} most frequent classes of the run's {len(labels)} images."
     )
     device = run.problem.device
     agreement, found = judge(run.problem.teacher, images.to(device), labels.to(device))
     judgement = (
-        f"The float network takes {agreement:.1f} % of these {len(labels)} images for what they "
-        f"were made for; it finds {found} of the {len(counts)} classes in them, where "
-        f"{int(counts.count_nonzero())} were asked for."
+        f"The float network assigns {agreement:.1f} % of these {len(labels)} images to the class "
+        f"for which they were generated. It finds {found} of the {len(counts)} classes in them; "
+        f"{int(counts.count_nonzero())} were requested."
     )
     figure = page.figure(figures.image_columns(columns), caption)
     return page.section("Generated images", figure, page.text(judgement))
@@ -389,10 +388,10 @@ def _bn_statistics(run: _Run) -> str:
     image = figures.curves(series, xlabel, "distance, std", from_zero=True)
     means = ", ".join(f"{name} {sum(d) / len(d):.2f}" for name, d in distances.items())
     caption = (
-        f"How far the statistics of {len(images)} images of each kind, at the input of every BN "
-        f"layer, are from those of the {len(run.problem.images)} calibration images: 2-Wasserstein "
-        "distance of Gaussians over all channels, in standard deviations of the calibration "
-        f"images' activations. Mean over the layers: {means}."
+        f"Distance of the BN statistics of {len(images)} images of each kind from those of the "
+        f"{len(run.problem.images)} calibration images, by layer: 2-Wasserstein distance of "
+        "Gaussians over all channels, in standard deviations of the calibration images' "
+        f"activations. Mean over the layers: {means}."
     )
     return page.section("BN statistics of generated images", page.figure(image, caption))
 
@@ -402,9 +401,9 @@ def _errors_by_layer(run: _Run) -> str:
     ratios = layer_sqnr(run.problem.teacher, run.student, images)
     worst = min(ratios, key=lambda layer: ratios[layer])
     caption = (
-        "Signal to quantization noise of what every layer makes, batch normalisation included, "
-        f"against the float network, over {len(images)} test images. The noise of earlier layers "
-        f"is in it; 20 dB is an error of a tenth. Lowest: {worst}, {ratios[worst]:.1f} dB."
+        "Signal to quantization noise ratio of every layer's output, after batch normalisation, "
+        f"on {len(images)} test images. The noise includes that of earlier layers. 20 dB is an "
+        f"error of 10 %. Lowest: {worst}, {ratios[worst]:.1f} dB."
     )
     image = figures.bars(ratios, "SQNR, dB")
     return page.section("Quantization error by layer", page.figure(image, caption))
@@ -424,13 +423,13 @@ def _predictions(run: _Run) -> str:
     count = len(seen.labels)
     whole = int(getattr(run.dataset, "whole", count))
     agreement = (
-        "Float and quantized network say the same of "
+        "Float and quantized network predict the same class for "
         f"{render_percent(seen.agreement, count, whole)} % of {count} test images"
         + (f", a sample of {whole} (± standard error)." if count < whole else ".")
     )
     caption = (
-        "What the float network takes an image for, and what the quantized one does, classes in "
-        "the order of the data. Off the diagonal they differ."
+        "Predicted classes of the float and the quantized network, in the order of the data. Off "
+        "the diagonal, the predictions differ."
     )
     return page.section(
         "Predictions",
@@ -439,14 +438,14 @@ def _predictions(run: _Run) -> str:
         page.figure(figures.confusion(seen.confusion(classes)), caption),
         page.side_by_side(
             _titled(
-                "Classes that lose most",
+                "Classes with the largest losses",
                 ("class", "images", "float right", "quantized right"),
                 [(names[k], *row) for k, *row in seen.losses(classes)],
                 "tnnn",
             ),
             _titled(
-                "Commonest changes",
-                ("float says", "quantized says", "images"),
+                "Most frequent changes",
+                ("float class", "quantized class", "images"),
                 [(names[a], names[b], count) for a, b, count in seen.changes(classes)],
                 "ttn",
             ),
@@ -455,7 +454,6 @@ def _predictions(run: _Run) -> str:
 
 
 def _titled(title: str, header: Sequence[str], rows: Sequence[Any], kinds: str) -> str:
-    """The first rows of a table under a title; nothing if there are none."""
     if not rows:
         return ""
     return page.text(title, "h3") + page.table(header, rows[:_MOST_ROWS], kinds)
@@ -464,20 +462,20 @@ def _titled(title: str, header: Sequence[str], rows: Sequence[Any], kinds: str) 
 def _size_and_speed(run: _Run) -> str:
     float_bytes, bytes_ = run.weight_bytes()
     rows = [
-        ("weights in 32 bits", f"{float_bytes:,}", ""),
-        ("weights in their bits", f"{bytes_:,}", f"{float_bytes / bytes_:.2f}x"),
+        ("weights in float32", f"{float_bytes:,}", ""),
+        ("quantized weights", f"{bytes_:,}", f"{float_bytes / bytes_:.2f}x"),
     ]
-    text = "Weights are those of convolutions and linear layers: parameters times bits."
+    text = "Weights are those of convolutions and linear layers, without scales."
     path, speed = run.folder / "model.int4.safetensors", ""
     if path.exists():
         size = path.stat().st_size
         tensors = run.problem.teacher.state_dict().values()
         everything = sum(4 * t.numel() for t in tensors if t.is_floating_point())
         rows += [
-            ("the float network, all tensors", f"{everything:,}", ""),
+            ("float network, all tensors", f"{everything:,}", ""),
             (path.name, f"{size:,}", f"{everything / size:.2f}x"),
         ]
-        text += " The file has scales, shifts that biases and BN are folded into, and instructions."
+        text += " The file also holds scales, shifts (with biases and BN) and instructions."
         speed = _speed(run, path) if run.problem.device.type == "cpu" else ""
     table = page.table(("", "bytes", "smaller"), rows, "tnn")
     return page.section("Size and speed" if speed else "Size", table, page.text(text), speed)
@@ -496,7 +494,7 @@ def _speed(run: _Run, path: Path) -> str:
     for name, seconds in times.items():
         low, median, high = (format_significant(1e3 * value) for value in quartiles(seconds))
         rows.append((name, median, f"{low} to {high}"))
-    text = f"One image, threads: {torch.get_num_threads()}; {_CALLS} calls of each, in turn."
+    text = f"One image, threads: {torch.get_num_threads()}; {_CALLS} alternating calls of each."
     return page.table(("", "median, ms", "quartiles, ms"), rows, "tnn") + page.text(text)
 
 
@@ -514,7 +512,7 @@ def _bits_of_every_layer(run: _Run) -> str:
         for row in run.layers
     ]
     header = ("layer", "type", "weight", "bits", "input bits", "", "output")
-    text = "Biases, batch normalisation and the network's output are in float."
+    text = "Biases, batch normalisation and the network's output are in float32."
     return page.section("Bits of every layer", page.table(header, rows, "tttnntt"), page.text(text))
 
 
