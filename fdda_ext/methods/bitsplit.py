@@ -278,7 +278,7 @@ class Responses:
                 break
 
     def _improve(self, planes: Planes, i: int, products: Tensor) -> bool:
-        """Improve the digits of plane ``i`` and update ``products``, v A; return whether any
+        """Improve the digits of plane ``i`` and update ``products``, v A; return whether one
         changed.
         """
         changed = False
@@ -370,8 +370,7 @@ class BitSplit(Method):
         self.inputs = Frontier(self.student, stops, views, limit)
 
     def _views(self, count: int, random: torch.Generator) -> Iterator[Tensor]:
-        """Yield batches of ``count`` augmented views of every calibration image, or of the images
-        for 0.
+        """Yield batches of ``count`` augmented views of every calibration image; for 0, the images.
 
         Views are shuffled: the images are sorted by class, and the BN statistics of a batch with
         few classes differ from those of all images.
