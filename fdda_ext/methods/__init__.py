@@ -110,7 +110,7 @@ def build_method(name: str, problem: Problem, settings: MethodSettings) -> Metho
     With several ranks, all start from the state of the first.
 
     Raises:
-        UsageError: If there is no such method, or it does not support this network.
+        UsageError: If the name is unknown, or the method does not support this network.
     """
     check_method(name, problem.teacher)
     method = method_class(name)(problem, settings)
@@ -127,7 +127,7 @@ def check_method(name: str, teacher: nn.Module) -> None:
     """Refuse a method that does not support ``teacher``, before anything is computed.
 
     Raises:
-        UsageError: If there is no such method, or it needs batch normalisation and there is none.
+        UsageError: If the name is unknown, or ``teacher`` lacks the batch normalisation it needs.
     """
     if not method_class(name).needs_statistics:
         return
@@ -144,7 +144,7 @@ def method_class(name: str) -> type[Method]:
     """Return the class of the method called ``name``.
 
     Raises:
-        UsageError: If there is no such method, or several ranks run and it supports only one.
+        UsageError: If the name is unknown, or the method does not support the number of ranks.
     """
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1)

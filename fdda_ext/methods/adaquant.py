@@ -1,26 +1,25 @@
 """AdaQuant: layer-wise calibration (Hubara et al., ICML 2021).
 
-Each layer learns by itself: its weights, its bias and the ranges of its weights and its input.
-Straight-through gradients bring the quantized layer close to the output of the float layer::
+Each layer learns its weights, its bias and the ranges of weights and input by itself, with
+straight-through gradients, to match the output of the float layer::
 
     L = mean ( f(Q_w(w), b, Q_x(x)) - y )^2
 
-f is the layer with its batch normalisation (BN) and, if one follows, its activation function. The
+f is the layer with its batch normalisation (BN) and the activation function that may follow. The
 inputs x come from the quantized layers before it (sequential) or from the float network (parallel,
-as in the paper's first version). As an option, the BN statistics are then measured again through
-the quantized network.
+as in the paper's first version). Optionally, the BN statistics are then measured again through the
+quantized network.
 
-Differences, in addition to those of `fdda_ext.methods.reconstructing`::
+Differences, besides those of `fdda_ext.methods.reconstructing`::
 
                              | authors' code                   | here
     -------------------------+---------------------------------+------------------------------------
-    learning rates of ranges | absolute, 1e-1 and 1e-3, which  | relative: a share of the range per
-                             | can ruin a layer of small       | step
-                             | values                          |
+    learning rates of ranges | absolute, 1e-1 and 1e-3; they   | relative: a share of the range
+                             | can ruin layers of small values |
     -------------------------+---------------------------------+------------------------------------
-    result                   | the last state                  | of eleven states (the first and one
-                             |                                 | after each tenth of the steps), the
-                             |                                 | best on random held-out images
+    result                   | the last state                  | the best on random held-out images
+                             |                                 | of 11 states: the first and one
+                             |                                 | after each tenth of the steps
     -------------------------+---------------------------------+------------------------------------
     learned bias             | of the layer, BN folded into it | of the BN, or of a layer without
                              |                                 | BN; not quantized
@@ -67,13 +66,13 @@ class AdaQuantConfig(ReconstructionConfig):
     """Settings of AdaQuant. The defaults are those of its code, except the rates of ranges.
 
     Attributes:
-        lr: Learning rate of Adam for weights.
-        bias_lr: Learning rate for biases.
-        weight_range_lr: Learning rate for weight scales, as a share of the scale.
-        activation_range_lr: Learning rate for activation scales, as a share of the scale; for
-            learned zero points, as a share of the largest code.
-        sequential: Whether a layer's input comes from the quantized network, not from the float
-            network.
+        lr: Learning rate of weights (Adam).
+        bias_lr: Learning rate of biases.
+        weight_range_lr: Learning rate of weight scales, relative to the scale.
+        activation_range_lr: Learning rate of activation scales, relative to the scale; of learned
+            zero points, relative to the largest code.
+        sequential: Whether a layer's input comes from the quantized network instead of the float
+            one.
         relu_loss: Whether outputs are compared after the activation function.
         held_out: Share of the calibration images that only selects the best state.
         bn_tuning: Whether the BN statistics are measured again at the end.
@@ -165,7 +164,7 @@ class AdaQuant(ReconstructionMethod):
         return [*optimizers, RelativeAdam(ranges, eps=1e-20)] if ranges else optimizers
 
     def _bias(self, unit: Unit, function: GraphModule) -> nn.Parameter | None:
-        """Return the bias of the BN after the layer, or else the layer's own bias."""
+        """Return the bias of the BN after the layer, else that of the layer."""
         (name,) = unit.layers
         (node,) = (n for n in function.graph.nodes if n.target == name)
         for user in node.users:

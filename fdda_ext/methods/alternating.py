@@ -1,7 +1,7 @@
-"""Methods that alternate between training a generator and training the student.
+"""Methods that train a generator and the student in alternation.
 
-An iteration takes one generator step on the method's loss. After the warm-up, it also takes one or
-more student steps on generated images. Activation ranges are set along the way.
+An iteration takes one generator step on the method's loss and, after the warm-up, one or more
+student steps on generated images. Activation ranges are set along the way.
 """
 
 from __future__ import annotations
@@ -46,12 +46,11 @@ class AlternatingConfig(MethodConfig):
         lr: Learning rate of Adam, with betas (0.5, 0.999).
         lr_milestones: Iterations after which the learning rate is divided by ten.
         warmup_iterations: Generator steps before the first student step.
-        student_steps_per_iteration: Student steps in each iteration after the warm-up. All but the
+        student_steps_per_iteration: Student steps per iteration after the warm-up; all but the
             first generate their own images.
         ranges_from: Source of the activation ranges. "generated": a moving average over the first
-            `range_iterations` generated batches. "sampled": generated images at the end of the
-            warm-up, with the configured range rule. "calibration": the calibration images, with the
-            configured range rule.
+            `range_iterations` generated batches. With the configured range rule, "sampled":
+            generated images at the end of the warm-up; "calibration": the calibration images.
         range_iterations: Number of batches for "generated".
     """
 
@@ -157,9 +156,8 @@ class AlternatingTraining(Method):
         """Compute the loss of the generator in one forward pass.
 
         Returns:
-            The terms of the loss and, as "generator", the sum that the step minimises; images for
-            the student; their labels. With several ranks, each returns its share of the images and
-            the labels of all images.
+            The terms of the loss, with their sum as "generator"; images for the student; their
+            labels. Each rank returns its share of the images and all labels.
         """
 
     @property
@@ -168,10 +166,10 @@ class AlternatingTraining(Method):
         return {f"settings__{self.schedule.name}__batch": self.schedule.batch}
 
     def phase(self, iteration: int) -> Hashable | None:
-        """Return a key for the decisions that the host makes in `generator_loss`.
+        """Return a key for the host's decisions in `generator_loss`.
 
-        Iterations with the same key share one CUDA graph. None if the decisions differ each time:
-        then no graph is made.
+        Iterations with the same key share one CUDA graph. None, if the decisions vary: no graph is
+        made.
         """
         return None
 
@@ -228,7 +226,7 @@ class AlternatingTraining(Method):
         return total(found), images, labels
 
     def generator_gradients(self, iteration: int) -> dict[str, Tensor]:
-        """Run the forward and backward pass of `generator_loss`; return its result by name."""
+        """Run the forward and backward pass of `generator_loss`; return its results by name."""
         # Frees the memory of the previous gradients for this pass.
         self.generator_optimizer.zero_grad(set_to_none=True)
         losses, images, labels = self.generator_loss(iteration)
@@ -248,7 +246,7 @@ class AlternatingTraining(Method):
 
     @torch.no_grad()
     def set_ranges(self) -> None:
-        """Set the activation ranges from at least as many generated images as there are classes."""
+        """Set the activation ranges from at least one generated image per class."""
         batches = math.ceil(self.problem.num_classes / self.student_batch)
         calibrate(self.student, [self.all_images(*self.generate()) for _ in range(batches)])
 
@@ -265,7 +263,7 @@ class AlternatingTraining(Method):
 
     @torch.no_grad()
     def generate(self) -> tuple[Tensor, Tensor]:
-        """Generate `student_batch` images with their labels, without a generator step."""
+        """Generate `student_batch` labelled images, without a generator step."""
         with self.problem.autocast(), stage("student: images"):
             return self.draw(self.student_batch)
 

@@ -31,20 +31,20 @@ class Problem:
     """A trained network to quantize and the data for it.
 
     Attributes:
-        teacher: The trained network, in evaluation mode; its parameters have no gradients.
+        teacher: Trained network in evaluation mode, without gradients.
         num_classes: Number of classes, K.
         images: Calibration images ``[n, C, H, W]``, normalised, not augmented.
         labels: Classes of the images, int64 ``[n]``.
-        augmentation: Augmentation for calibration images and generated images.
+        augmentation: Augmentation for calibration and generated images.
         quantization: Bits, grid and ranges of the student.
         seed: Seed for all random numbers.
-        precision: Precision of teacher and generator. With bfloat16 they run under autocast.
-            Statistics, losses, the student and all trained parameters stay in float32.
-        pixel_range: Smallest and largest value of each channel of a normalised image, both ``[C, 1,
-            1]``; None if unknown.
+        precision: Precision of teacher and generator. With bfloat16 they run under autocast;
+            statistics, losses, the student and all trained parameters stay in float32.
+        pixel_range: Smallest and largest value of each channel of a normalised image, both
+            ``[C, 1, 1]``; None if unknown.
         cuda_graphs: Whether steps on a GPU are replayed as CUDA graphs.
-        images_at_once: Largest number of images in one pass during training, wherever splitting a
-            batch changes only the order of sums; None to let `fdda_ext.engine.parts_of` decide.
+        images_at_once: Largest number of images in one training pass, where splitting a batch
+            changes only the order of sums; None for the choice of `fdda_ext.engine.parts_of`.
     """
 
     teacher: nn.Module
@@ -81,11 +81,11 @@ class Problem:
 
     @property
     def replays(self) -> bool:
-        """Whether steps become CUDA graphs: only on a GPU, and not if ranks exchange statistics."""
+        """Whether steps become CUDA graphs: only on a GPU, and with a single rank."""
         return self.cuda_graphs and self.device.type == "cuda" and world_size() == 1
 
     def parts(self, images: int) -> int:
-        """Return the number of parts into which a batch of ``images`` is split to save memory."""
+        """Return into how many parts a batch of ``images`` is split to save memory."""
         if self.images_at_once is not None:
             return -(-images // self.images_at_once)
         return parts_of(images, self.images[0, 0].numel(), self.device)
@@ -95,7 +95,7 @@ class Problem:
         return prepare(self.teacher, self.quantization, self.images[:1])
 
     def quickly_prepared(self) -> Problem:
-        """Return the same problem with ranges that need no search, for uses that ignore ranges."""
+        """Return the same problem with min-max ranges, for uses that do not depend on ranges."""
         quick = replace(self.quantization, weight_range="minmax", activation_range="minmax")
         return replace(self, quantization=quick)
 
@@ -123,9 +123,9 @@ class MethodConfig:
 class Method(ABC):
     """A way to obtain a quantized student.
 
-    The constructor does everything except the training, for example calibration. Then `step` is
-    called ``iterations`` times (0 for a method that only calibrates). `state_dict` holds everything
-    that affects later steps, so a resumed run ends with bit-identical weights.
+    The constructor does everything except the training. Then `step` is called ``iterations`` times,
+    0 for methods that only calibrate. `state_dict` holds everything that affects later steps, so a
+    resumed run ends with bit-identical weights.
     """
 
     #: One line for ``--help`` and for tables.
@@ -136,7 +136,7 @@ class Method(ABC):
     real_images: ClassVar[bool] = True
     #: Whether it needs the labels of the calibration images.
     needs_labels: ClassVar[bool] = False
-    #: Whether it takes student steps, with the settings of the section `distillation`.
+    #: Whether it takes student steps with the settings `distillation`.
     distils: ClassVar[bool] = False
     #: Whether it has iterations.
     trains: ClassVar[bool] = True
@@ -146,8 +146,7 @@ class Method(ABC):
     sections: ClassVar[tuple[str, ...]] = ()
     #: Fields of the quantization that it overrides, with the values that it uses.
     fixed_ranges: ClassVar[Mapping[str, str]] = {}
-    #: Whether the teacher must have batch normalisation, because the method matches BN statistics
-    #: or compares BN inputs.
+    #: Whether the teacher must have batch normalisation, for its statistics or its inputs.
     needs_statistics: ClassVar[bool] = False
     #: Whether several ranks can run it together, see `fdda_ext.distribution`.
     distributed: ClassVar[bool] = False
@@ -173,7 +172,7 @@ class Method(ABC):
 
     @abstractmethod
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
-        """Build the student of ``problem``. ``settings`` has a section for every method."""
+        """Build the student of ``problem``; ``settings`` has a section for every method."""
 
     def step(self, iteration: int) -> Mapping[str, Tensor]:
         """Run iteration ``iteration``; return scalar metrics."""
@@ -188,4 +187,4 @@ class Method(ABC):
         """Restore the state that `state_dict` returned."""
 
     def save_artifacts(self, folder: Path) -> None:  # noqa: B027  (optional for a method)
-        """Write further results. With several ranks, only the first one calls this."""
+        """Write further results; only the first rank calls this."""

@@ -1,26 +1,24 @@
 """Bit-Split: bit-split and stitching (Wang et al., ICML 2020).
 
-A symmetric integer of b bits is a weighted sum of b - 1 digits, each -1, 0 or 1. So the weights w
-of one output are written as ``w ~ alpha v`` with ``v = sum_i B_i / 2^i``, i = 0 .. b - 2. The codes
-v 2^(b-2) reach from -(2^(b-1) - 1) to 2^(b-1) - 1. The layers are quantized one after another, each
-in three steps:
+A symmetric integer of b bits is a weighted sum of b - 1 digits -1, 0 or 1. So the weights w of one
+output are written as ``w ~ alpha v`` with ``v = sum_i B_i / 2^i``, i = 0 .. b - 2. The codes v
+2^(b-2) reach from -(2^(b-1) - 1) to 2^(b-1) - 1. Each layer takes three steps:
 
 A. Rounding. Start with ``alpha = max|w| / (2^(b-1) - 1)``. Repeat ``q = clip(round(w / alpha))``
-   and ``alpha = <w, q> / <q, q>`` until alpha stays the same. The digits are the bits of |q| with
-   the sign of q.
+   and ``alpha = <w, q> / <q, q>`` until alpha is constant. The digits are the bits of |q| with the
+   sign of q.
 B. Weights. Repeat ``alpha = <w, v> / <v, v>``, then find for every i the digits with the smallest
    ``|w - alpha v|^2``. With ``r = w - alpha (v - B_i / 2^i)`` and c = alpha / 2^i, they are
    ``B_i = sign(r)`` where ``2 |r| >= c``, else 0.
 C. Responses. The rows of X are the inputs that the weights multiply, in the network quantized so
-   far. Y holds the responses of the float network. Minimise ``|Y - alpha X v|^2`` over alpha, which
+   far. Y holds the float network's responses. Minimise ``|Y - alpha X v|^2`` over alpha, which
    gives ``<Y, X v> / <X v, X v>``, and over one digit after another, for all outputs at once. Let
    ``A = X^T X``, ``D = (Y - alpha X v)^T X`` and ``h = D_n + c B_in A_nn``. Digit n of plane i
    becomes ``sign(h)`` if ``2 |h| >= c A_nn``, else 0. Then ``D -= c (new - old) A_n``.
 
-Finally, each unsigned activation gets the scale with the smallest squared error near the full
-range. Lloyd's iterations ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>`` find it, with
-quantized weights and all activations in float. The BN statistics are measured again before and
-after that.
+Finally, Lloyd's iterations ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>`` find the scale of
+each unsigned activation with the smallest squared error near the full range. Weights are quantized,
+all activations float. Before and after that, the BN statistics are measured again.
 
 Differences::
 
@@ -30,7 +28,7 @@ Differences::
                              |                   | other is an unused   | unless `compensate` is
                              |                   | option)              | false
     -------------------------+-------------------+----------------------+-----------------------
-    convolutions             |                   | the first with 8     | A, B and C with the
+    convolutions             |                   | the first with 8     | steps A to C with the
                              |                   | bits                 | configured bits
     -------------------------+-------------------+----------------------+-----------------------
     classifier               |                   | A and B with 8 bits  | A and B with the
@@ -40,21 +38,21 @@ Differences::
     output with zero weights |                   |                      |
     -------------------------+-------------------+----------------------+-----------------------
     images for X             |                   | augmented training   | augmented calibration
-                             |                   | images for each      | images, the same views
-                             |                   | layer                | for all layers
+                             |                   | images per layer     | images, the same for
+                             |                   |                      | all layers
     -------------------------+-------------------+----------------------+-----------------------
     images for BN statistics |                   | augmented training   | other views of the
                              |                   | images               | calibration images
     -------------------------+-------------------+----------------------+-----------------------
-    scale per channel of an  | yes               | no                   | an option, see below
+    scale per channel of an  | yes               | no                   | optional
     activation               |                   |                      |
 
 * With b = 2 there is one plane of digits -1, 0 or 1.
 * Step C can be damped. It ends when no digit changes.
 * Signed tensors use the configured range rule.
 * Lloyd's iterations use a histogram. Its zeros cannot change s.
-* `channel_scales` gives every channel of an activation its own scale, where one layer alone reads a
-  BN and a ReLU, see `fdda_ext.methods.channel_scales`.
+* With `channel_scales`, every channel of an activation has its own scale, where one layer alone
+  reads a BN and a ReLU, see `fdda_ext.methods.channel_scales`.
 """
 
 from __future__ import annotations
@@ -98,23 +96,19 @@ class BitSplitConfig:
     """Data and rounds of Bit-Split.
 
     Attributes:
-        views: Augmented views of every calibration image that the layers see; 0 for the image
-            itself.
-        positions: Output positions drawn at random from every view of a convolution's input.
+        views: Augmented views of each calibration image for the layers; 0 for the image itself.
+        positions: Output positions drawn at random from each view of a convolution's input.
         weight_rounds: Largest number of rounds of step B.
         rounds: Largest number of rounds of step C.
-        damping: Value added to the diagonal of A, in multiples of the diagonal's mean. It holds the
-            weights closer to their float values. The paper has 0.
+        damping: Value added to the diagonal of A, as a multiple of its mean. It keeps weights
+            closer to their float values. The paper has 0.
         compensate: Whether inputs come from the network quantized so far, so that a layer corrects
-            the errors of earlier layers. If not, they come from the float network.
-        channel_scales: Whether every channel of an activation has its own scale. The scales are
-            folded into the layer's weights before these are split, so that the weights also correct
-            their errors.
-        statistics_views: Views of every image for the new BN statistics; 0 keeps the old
-            statistics.
+            the errors of earlier ones; if not, from the float network.
+        channel_scales: Whether every channel of an activation has its own scale. The weights take
+            these scales over before they are split, so that they also correct the errors.
+        statistics_views: Views of each image for the new BN statistics; 0 keeps the old ones.
         batch: Images in a forward pass, except in passes that fill caches.
-        cache_megabytes: Largest size of a layer's inputs in memory, in MiB; larger inputs are kept
-            in a file.
+        cache_megabytes: Largest inputs of a layer kept in memory, in MiB; larger ones go to a file.
     """
 
     views: int = 2
@@ -145,8 +139,7 @@ class BitSplitConfig:
                 )
 
     def scaled(self, share: float) -> BitSplitConfig:
-        """Return the same settings with ``share`` of the rounds; an iteration is still one layer.
-        """
+        """Return the same settings with ``share`` of the rounds and as many iterations."""
         return replace(
             self,
             weight_rounds=round(self.weight_rounds * share),
@@ -187,8 +180,7 @@ class Planes:
         return self.alpha * 0.5 ** (self.bits - 2)
 
     def fit(self, like: Tensor, by: Tensor) -> float:
-        """Set alpha to ``<like, v> / <by, v>`` where that is positive; return its largest change.
-        """
+        """Set alpha to ``<like, v> / <by, v>`` where positive; return its largest change."""
         v = self.v
         best = (like * v).sum(2) / (by * v).sum(2)
         new = torch.where(best.isfinite() & (best > 0), best, self.alpha)
@@ -278,9 +270,7 @@ class Responses:
                 break
 
     def _improve(self, planes: Planes, i: int, products: Tensor) -> bool:
-        """Improve the digits of plane ``i`` and update ``products``, v A; return whether one
-        changed.
-        """
+        """Improve the digits of plane ``i`` and update ``products``, v A; return if one changed."""
         changed = False
         alpha = planes.alpha[..., None]
         for begin in range(0, self.gram.shape[1], _BLOCK):
@@ -296,12 +286,12 @@ class Responses:
 
 
 def _improve_block(digits: Tensor, slack: Tensor, gram: Tensor) -> Tensor:
-    """Return how the digits of a block of T inputs change: the loop of step C.
+    """Return the changes of the digits of a block of T inputs: the loop of step C.
 
-    The loop uses NumPy, because torch takes several times as long for operations on few values.
+    NumPy takes a fraction of torch's time for operations on so few values.
 
     Args:
-        digits: Digits ``[G, m, T]``, on the CPU like the other arguments.
+        digits: Digits ``[G, m, T]``, on the CPU like all arguments.
         slack: D / c, ``[G, m, T]``.
         gram: A of the block, ``[G, T, T]``.
     """
@@ -372,8 +362,8 @@ class BitSplit(Method):
     def _views(self, count: int, random: torch.Generator) -> Iterator[Tensor]:
         """Yield batches of ``count`` augmented views of every calibration image; for 0, the images.
 
-        Views are shuffled: the images are sorted by class, and the BN statistics of a batch with
-        few classes differ from those of all images.
+        Views are shuffled, because images are sorted by class, and a batch of few classes has other
+        BN statistics.
         """
         images = self.problem.images
         batches = -(-len(images) // self.config.batch)
@@ -398,7 +388,7 @@ class BitSplit(Method):
     def _quantize_weights(self, iteration: int) -> Tensor:
         """Run steps A to C on one layer; return the relative squared error of its responses.
 
-        A classifier has no step C. For it, return the relative squared error of the weights.
+        For a classifier, run A and B; return that of its weights.
         """
         layer = self.student.get_submodule(str(self.layers[iteration].target))
         assert isinstance(layer, (QuantizedConv2d, QuantizedLinear))

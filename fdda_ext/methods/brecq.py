@@ -1,15 +1,15 @@
 """BRECQ: block reconstruction (Li et al., ICLR 2021).
 
-First the rounding of weights is learned block by block, jointly for all weights of a block
-(AdaRound, see `fdda_ext.reconstruction.rounding`). All earlier blocks have quantized weights;
-activations stay in float. Then the activation scales are learned block by block on the float
-network's activations, with fixed zero points::
+For one block after another, with quantized weights in all earlier ones and float activations, the
+rounding of all its weights is learned (AdaRound, see `fdda_ext.reconstruction.rounding`). Then the
+activation scales are learned block by block on the float network's activations, with fixed zero
+points::
 
     L_rounding = mean_{n,h,w} sum_c g^2 (Y' - Y)^2 + lambda sum (1 - |2 h - 1|^beta)      (eq. 10)
     L_scales   = mean_{n,h,w} sum_c |Y' - Y|^2.4
 
-Y is the output of the float block, including its activation function, and Y' that of the quantized
-block. g is the weight of errors::
+Y is the output of the float block, with its activation function, Y' that of the quantized block. g
+weighs the errors::
 
        | paper                              | authors' code   | here
     ---+------------------------------------+-----------------+---------------------------------
@@ -17,10 +17,10 @@ block. g is the weight of errors::
        | the predictions at the block's     | |gradient| + 1  | the gradient, scaled to a mean
        | output                             |                 | square of 1
 
-Further differences, in addition to those of `fdda_ext.methods.reconstructing`:
+Further differences, besides those of `fdda_ext.methods.reconstructing`:
 
 * Blocks are found in the graph, see `fdda_ext.reconstruction.units`. A layer outside all blocks is
-  a unit of its own.
+  its own unit.
 * Weights are symmetric on the deploy grid.
 * The paper grid has no scales to learn. Its ranges are only measured, at the end.
 """
@@ -64,7 +64,7 @@ class BlockConfig(ReconstructionConfig):
     Attributes:
         granularity: Size of a unit: "layer", "block" or "network".
         rounding: Settings of learned rounding.
-        scale_lr: Learning rate of Adam for activation scales; a cosine takes it to 0.
+        scale_lr: Learning rate of activation scales (Adam); a cosine takes it to 0.
     """
 
     granularity: Granularity = "block"
@@ -85,9 +85,9 @@ class BRECQConfig(BlockConfig):
     """Settings of BRECQ. The defaults are those of the paper, except the objective.
 
     Attributes:
-        objective: Weights of the errors of a block's output: "mse" for equal weights, "fisher" for
-            gradients of the predictions.
-        scale_steps: Steps of each unit in the second phase; 0 for no second phase.
+        objective: Weights of output errors: "mse" for equal ones, "fisher" for gradients of the
+            predictions.
+        scale_steps: Steps per unit in the second phase; 0 to skip it.
         scale_exponent: Exponent of the loss in the second phase.
     """
 

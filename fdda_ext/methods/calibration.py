@@ -58,8 +58,7 @@ class MinMax(Ranges):
 
 
 class Noise(MinMax):
-    """Min-max ranges from as much Gaussian noise as there are calibration images: no data at all.
-    """
+    """Min-max ranges from as many images of Gaussian noise: a baseline without data."""
 
     summary = "min-max ranges from Gaussian noise, no data, no training"
     real_images = False

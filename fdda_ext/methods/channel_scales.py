@@ -2,7 +2,7 @@
 
 Where a BN, a ReLU and one layer follow each other, the quantizer before the layer can give channel
 c its own scale r_c s. The BN is divided by r_c, and the layer's weights for channel c are
-multiplied by r_c. So all codes share the scale s, and the float network computes the same function.
+multiplied by r_c. So all codes share the scale s, and the float network computes the same.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def channel_steps(x: Tensor, bits: int) -> Tensor:
 
 
 def _chains(network: GraphModule) -> Iterator[tuple[_BatchNorm, str]]:
-    """Yield every BN that one layer alone reads, through a ReLU, with the name of that layer."""
+    """Yield every BN that one layer alone reads, through a ReLU, and that layer's name."""
     modules = dict(network.named_modules())
     for node in network.graph.nodes:
         if node.op != "call_module" or not isinstance(
@@ -94,8 +94,8 @@ def fold_channel_scales_(network: GraphModule, images: Tensor, bits: int) -> dic
         bits: Bits of activations.
 
     Returns:
-        r ``[C]`` by layer: `channel_steps` divided by their mean, at least 0.01; 1 for a channel
-        that is always 0.
+        r ``[C]`` by layer: `channel_steps` over their mean, at least 0.01; 1 for a channel that is
+        always 0.
     """
     found: dict[str, Tensor] = {}
     for norm, name in _chains(network):

@@ -104,7 +104,7 @@ class AdaptiveDeepInversionConfig(DeepInversionConfig):
 
     Attributes:
         competition_weight: Weight of R_compete.
-        rounds: Number of parts into which images and student steps are divided.
+        rounds: Number of parts of synthesis and student steps.
     """
 
     name = "adi"
@@ -120,7 +120,7 @@ class AdaptiveDeepInversionConfig(DeepInversionConfig):
 
 
 def jensen_shannon(logits: Tensor, other_logits: Tensor, temperature: float = 3.0) -> Tensor:
-    """Return the mean JS over N of the softened distributions of logits ``[N, K]``: 0 to ln 2."""
+    """Return JS of the softened distributions of logits ``[N, K]``: a mean over N, 0 to ln 2."""
     p, q = (F.log_softmax(x / temperature, dim=1) for x in (logits, other_logits))
     middle = torch.logaddexp(p, q) - math.log(2)
     from_p, from_q = (F.kl_div(middle, x, reduction="batchmean", log_target=True) for x in (p, q))

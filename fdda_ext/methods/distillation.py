@@ -42,29 +42,27 @@ class DistillationConfig:
 
     Attributes:
         steps: Student steps in the whole run.
-        real_batch: Calibration images in each step; synthetic images if the method uses no real
-            ones.
-        generated_batch: Generated images in each step; calibration or optimised images if the
-            method has no generator.
-        objective: Loss of the student: "divergence", see `distillation_loss`, or "discrepancy", the
-            loss of ZAQ, which ignores the settings of the divergence.
+        real_batch: Calibration images per step; synthetic ones if the method uses no real images.
+        generated_batch: Generated images per step; calibration or optimised images if the method
+            has no generator.
+        objective: Loss of the student: "divergence", see `distillation_loss`, or "discrepancy",
+            ZAQ's loss, which ignores the settings of the divergence.
         temperature: Temperature T of the softened distributions.
         weight: Weight alpha of the divergence.
-        reduction: Reduction of the divergence over a batch. "batch" sums over classes and averages
-            over images (FDDA). "batch_and_classes" averages over both (GDFQ), which is K times
-            less.
+        reduction: Reduction of the divergence: "batch" sums over classes and averages over images
+            (FDDA); "batch_and_classes" averages over both (GDFQ), which is K times less.
         cross_entropy_weight: Weight of the cross entropy with the labels.
-        optimizer: Optimizer of the student: "adam", or "sgd" with Nesterov momentum 0.9.
+        optimizer: "adam", or "sgd" with Nesterov momentum 0.9.
         lr: Learning rate of weights, biases and BN's affine parameters.
-        scale_lr: Learning rate of the quantizers' scales and zero points.
+        scale_lr: Learning rate of scales and zero points.
         weight_decay: Weight decay of everything except scales and zero points.
         lr_milestones: Steps after which the learning rates are divided by ten.
-        cosine_half_period: Steps in which a cosine takes the learning rates to zero. Then they rise
+        cosine_half_period: Steps in which a cosine takes the learning rates to zero; then they rise
             again (the authors' 20 000 steps do not divide their 70 000). None for the whole run, 0
             for no cosine.
         frozen_scales: Whether the quantizers' ranges stay fixed.
-        rounding: Settings of learned rounding (AdaRound), which replaces training the weights. None
-            to train the weights with straight-through gradients.
+        rounding: Settings of learned rounding (AdaRound), instead of trained weights; None to train
+            weights with straight-through gradients.
     """
 
     steps: int = 70_000
@@ -136,8 +134,8 @@ def distillation_loss(
         config: Weights, temperature and reduction.
 
     Returns:
-        A scalar. For large T, ``T^2 KL`` is close to half the mean over classes of the squared
-        difference of the centred logits.
+        A scalar. For large T, ``T^2 KL`` is about half the mean over classes of the squared
+        difference of centred logits.
     """
     t = config.temperature
     divergence = F.kl_div(
@@ -234,7 +232,7 @@ class Student:
     def rate_factor(self) -> float:
         """Return the factor of the learning rates: milestones times cosine annealing.
 
-        The cosine is 1 at the start, 0 after a half period, and 1 again after another.
+        The cosine is 1 at the start, 0 after a half period, then 1 again.
         """
         factor = 0.1 ** sum(self.steps_done >= m for m in self.config.lr_milestones)
         half_period = self.config.cosine_half_period
@@ -247,7 +245,7 @@ class Student:
         """Refuse an objective that the method does not define.
 
         Raises:
-            UsageError: If it is "discrepancy" and the method has not set a loss, or if rounding is
+            UsageError: If it is "discrepancy" and the method has no loss of its own, or rounding is
                 learned, which that loss does not support.
         """
         if self.config.objective == "discrepancy" and self.loss is None:
@@ -270,9 +268,9 @@ class Student:
     def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Distil the teacher into the student on ``images [N, C, H, W]``; return scalar metrics.
 
-        The metrics are ``student``, the loss, and, if rounding is learned, ``decided``, the share
-        of decided roundings, and after the warm-up ``regulariser``. With several ranks, each passes
-        the whole batch and computes on its share.
+        These are the loss, ``student``, and, if rounding is learned, ``decided``, the share of
+        decided roundings, and after the warm-up ``regulariser``. Each rank passes the whole batch
+        and computes on its share.
         """
         share = share_of(len(labels))
         images, labels = shard(images), shard(labels)
@@ -318,8 +316,8 @@ class Student:
     ) -> dict[str, Tensor]:
         """Run the forward and backward pass of ``share`` of the loss; return it as ``student``.
 
-        A batch of large images is split into parts, and their gradients are added up. This is valid
-        because the divergence is a mean over images and the student treats each image by itself.
+        Large images are processed in parts, whose gradients add up: the divergence is a mean over
+        images, and the student treats each image by itself.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -339,8 +337,7 @@ class Student:
         return {"student": torch.stack(losses).sum() if parts > 1 else losses[0]}
 
     def regulariser(self) -> Tensor | None:
-        """Return AdaRound's regulariser; None if rounding is not learned, and during the warm-up.
-        """
+        """Return AdaRound's regulariser; None during the warm-up or without learned rounding."""
         rounding = self.config.rounding
         beta = None if rounding is None else rounding.beta(self.steps_done / self.config.steps)
         if beta is None:

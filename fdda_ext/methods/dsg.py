@@ -63,11 +63,10 @@ class DSGConfig(OptimisedImagesConfig):
 
     Attributes:
         quantile: Quantile of the noise images' deviations that serves as margin.
-        noise_images: Number of images of Gaussian noise from which the margins are measured.
+        noise_images: Images of Gaussian noise for the margins.
         own_layer_weight: Additional weight of an image's own layer; 0 for none.
         priors: Whether to add class, smoothness and length of the images (journal version).
-        spatial: Whether to add the eigenvalues and eigenvectors of the Gram matrix (journal
-            version).
+        spatial: Whether to add eigenvalues and eigenvectors of the Gram matrix (journal version).
     """
 
     name = "dsg"

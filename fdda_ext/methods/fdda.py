@@ -58,23 +58,22 @@ class FDDAConfig(AlternatingConfig):
     """Settings of FDDA's generator, losses and schedule. An iteration has one generator step.
 
     The defaults are those of the paper and its code: 400 epochs of 200 iterations. ``batch`` is the
-    size of each of the generator's two batches: A with mixed labels, B for the class losses.
+    size of batch A, with mixed labels, and of batch B, for the class losses.
 
     Attributes:
-        classes_per_batch: Number of classes in batch B, with equally many images each; 1 in the
-            paper.
+        classes_per_batch: Classes in batch B, with equally many images each; 1 in the paper.
         bns_weight: Weight of L_BNS, over all layers, on batch A.
         centralised_weight: Weight of L_C; 0.01 in the authors' code, 0.05 in notes on the paper.
         distorted_weight: Weight of L_D.
         classification_weight: Weight of the teacher's cross entropy on A and B together.
         distortion: Noise on the centres for L_D.
-        misclassified_iterations: Number of first iterations in which a class is pulled towards
-            noise instead of its centre if the teacher misclassifies its calibration images. After
-            that, batch B leaves out such classes.
-        class_depth: Share of the BN layers, counted from the input, that the class losses leave
-            out; None for the paper's start layer, see `fdda_ext.statistics.first_class_layer`.
+        misclassified_iterations: Number of first iterations in which a class whose calibration
+            images the teacher misclassifies is pulled towards noise instead of its centre. Later,
+            batch B leaves it out.
+        class_depth: Share of the BN layers, from the input on, that the class losses leave out;
+            None for the paper's start layer, see `fdda_ext.statistics.first_class_layer`.
         generated_crop: Smallest share of a generated image's area that the random crop before the
-            student step keeps. For real images, the data set defines this share.
+            student step keeps; for real images, the data set defines it.
     """
 
     name = "fdda"
@@ -128,7 +127,7 @@ class _Drawn(NamedTuple):
         labels: Classes of these images, int64 ``[2 N]``.
         labels_a: Classes of A's images on all ranks, int64 ``[batch]``.
         classes: Classes of B, int64 ``[P]``.
-        class_index: Index into ``classes`` for each of this rank's images of B, int64 ``[N]``.
+        class_index: Index into ``classes`` of this rank's images of B, int64 ``[N]``.
     """
 
     noise: Tensor
@@ -142,7 +141,7 @@ class FDDA(AlternatingTraining):
     """The method of the paper. Every constant is a setting, with the paper's value as default.
 
     Args:
-        problem: Network to quantize and its data.
+        problem: Network and data.
         settings: Settings with the section ``fdda``.
         centres: BNS centres of the teacher; None to compute them from the calibration images.
     """
@@ -205,12 +204,11 @@ class FDDA(AlternatingTraining):
 
     @override
     def generator_gradients(self, iteration: int) -> dict[str, Tensor]:
-        """Compute the gradients of L_G; if the images are large, for batch A and batch B
-        separately.
+        """Compute the gradients of L_G; for large images, batch A and batch B separately.
 
-        Each batch then passes through the generator and the teacher alone, and its statistics are
-        taken layer by layer. So only the gradient of one layer's input is in memory at a time. The
-        gradients are those of both batches together, up to the order of summation.
+        Then each batch passes through generator and teacher alone, with statistics layer by layer,
+        so only the gradient of one layer's input is in memory at a time. The gradients are those of
+        both batches together, up to the order of summation.
         """
         if not self.in_turn:
             return super().generator_gradients(iteration)
@@ -281,8 +279,8 @@ class FDDA(AlternatingTraining):
     def terms(self, iteration: int, drawn: _Drawn) -> dict[str, tuple[StatisticsTargets, int]]:
         """Return the targets of each loss on statistics, and the first layer that it uses.
 
-        "bns" is for batch A, the others are for batch B. "class" holds both class losses, as means
-        over its classes. In early iterations, "noise" is for classes without a good centre.
+        "bns" is for batch A, the others are for batch B: "class" for both class losses, means over
+        its classes, and in early iterations "noise" for classes without a good centre.
         """
         classes, class_index = drawn.classes, drawn.class_index
         share = torch.full_like(classes, 1 / classes.shape[0], dtype=torch.float32)
@@ -306,8 +304,7 @@ class FDDA(AlternatingTraining):
         return terms
 
     def losses(self, distances: dict[str, Tensor], classification: Tensor) -> dict[str, Tensor]:
-        """Return the terms of L_G, or of one batch's part of it, and their weighted sum as
-        "generator".
+        """Return the terms of L_G, or of one batch's part, and their weighted sum as "generator".
 
         Args:
             distances: Distances of the layers, ``[T, L]``, under the names that `terms` gives.

@@ -1,8 +1,8 @@
 """GDFQ: generative low-bitwidth data-free quantization (Xu et al., ECCV 2020).
 
 GDFQ uses no data. A generator learns to make images that the teacher assigns to the given class,
-and whose BN statistics are the teacher's running statistics. The student learns from the teacher on
-these images, with fixed BN statistics (eq. 3, 4 and 8)::
+with the teacher's running statistics. The student learns from the teacher on these images, with
+fixed BN statistics (eq. 3, 4 and 8)::
 
     L_G = CE(T(G(z, y)), y) + 0.1 L_BNS
     L_S = CE(S(x), y) + alpha T^2 KL(softmax(t / T) || softmax(S / T)) / K

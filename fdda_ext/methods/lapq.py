@@ -22,36 +22,30 @@ bias.
 
 Differences::
 
-                        | paper and authors' code            | here
-    --------------------+------------------------------------+--------------------------------------
-    weight ranges       |                                    | one per channel; all channels of a
-                        |                                    | layer share one m
-    --------------------+------------------------------------+--------------------------------------
-    zero                |                                    | on the grid, see `Grid`
-    --------------------+------------------------------------+--------------------------------------
-    tensors             | first and last layer, classifier   | all that the configuration quantizes
-                        | and residual sums stay in float    |
-    --------------------+------------------------------------+--------------------------------------
-    activation ranges   | from a pass with earlier layers    | from one pass with float activations
-    in phase 1          | quantized                          | and with weights at the first
-                        |                                    | exponent
-    --------------------+------------------------------------+--------------------------------------
-    calibration images  | from the validation images         | from the training images
-    --------------------+------------------------------------+--------------------------------------
-    start for phase 3   | vertex of the parabola             | the best measured exponent if the
-                        |                                    | parabola opens downwards or has its
-                        |                                    | vertex outside the exponents
-    --------------------+------------------------------------+--------------------------------------
-    line search         |                                    | Brent's bounded method within a reach
-                        |                                    | around the current point, because L
-                        |                                    | is a step function far from convex;
-                        |                                    | taken only if L falls
-    --------------------+------------------------------------+--------------------------------------
-    correction of mean  | subtracts the mean error of a      | subtracts e_c, the mean effect of all
-    outputs             | channel's weights from each of     | errors; costs nothing in an integer
-                        | them; they leave the grid, which   | program
-                        | costs a product with the sum of    |
-                        | the inputs for every pixel         |
+                                 | authors' code                       | here
+    -----------------------------+-------------------------------------+----------------------------
+    tensors                      | first and last layer, classifier    | all that the configuration
+                                 | and residual sums stay in float     | quantizes
+    -----------------------------+-------------------------------------+----------------------------
+    activation ranges in phase 1 | from a pass with earlier layers     | from one pass with float
+                                 | quantized                           | activations and with
+                                 |                                     | weights at the first
+                                 |                                     | exponent
+    -----------------------------+-------------------------------------+----------------------------
+    calibration images           | validation images                   | training images
+    -----------------------------+-------------------------------------+----------------------------
+    correction of mean outputs   | subtracts the mean error of a       | subtracts e_c, the mean
+                                 | channel's weights from each of      | effect of all errors; costs
+                                 | them; they leave the grid, which    | nothing in an integer
+                                 | costs a product with the sum of the | program
+                                 | inputs for every pixel              |
+
+* Every channel of a weight has its own range. All channels of a layer share one m.
+* The zero is on the grid, see `Grid`.
+* If the parabola opens downwards, or its vertex is outside the exponents, phase 3 starts from the
+  best measured exponent.
+* A line search is Brent's bounded method within a reach around the current point, because L is a
+  step function far from convex. Its result counts only if L falls.
 """
 
 from __future__ import annotations
@@ -92,7 +86,7 @@ Along = Callable[[Tensor, Tensor], Callable[[float], float]]
 
 @dataclass(frozen=True)
 class LAPQConfig:
-    """Settings of the search of LAPQ.
+    """Settings of LAPQ's search.
 
     Attributes:
         exponents: Number of exponents p in phase 1.
@@ -101,11 +95,11 @@ class LAPQConfig:
         sweeps: Number of sweeps of Powell's method; a fraction ends within a sweep.
         reach: Distance that a line search covers on both sides, in multiples of the ranges of phase
             2.
-        tolerance: Accuracy of the minimum of a line search, in the same unit.
+        tolerance: Accuracy of a line search, in the same unit.
         bias_correction: Whether the shift of mean outputs is subtracted.
         batch: Images evaluated together.
-        cache_megabytes: Memory for results that a line search does not change, in MiB. If they need
-            more, they are computed again each time.
+        cache_megabytes: Memory for results that a line search does not change, in MiB; if too
+            small, they are computed again each time.
     """
 
     exponents: int = 10
@@ -141,10 +135,10 @@ class LAPQConfig:
 
 
 def vertex(exponents: Tensor, losses: Tensor) -> float:
-    """Return where the least-squares parabola through ``(exponents, losses)`` has its minimum.
+    """Return the minimum of the least-squares parabola through ``(exponents, losses)``.
 
-    Both are float64 ``[n]``. If there is no minimum, or it is outside the exponents, return the
-    exponent with the smallest loss.
+    Both are float64 ``[n]``. Without a minimum between the exponents, return the exponent with the
+    smallest loss.
     """
     centre = exponents.mean()
     powers = torch.stack([(exponents - centre) ** k for k in range(3)], 1)
@@ -281,7 +275,6 @@ class _Rest(Interpreter):
         return result
 
     def logits(self) -> Tensor:
-        """Return the network's output for all images."""
         return torch.cat([self.run(x, initial_env=dict(known)) for x, known in self.begun])
 
 
@@ -322,8 +315,8 @@ class _WeightRanges(_Range):
         """From now on, subtract the shift of mean outputs that weight errors cause.
 
         Args:
-            norm: Batch normalisation that alone reads the layer's output, if there is one.
-            mean_input: Mean of the inputs, ``[G, N]``, see `patches`.
+            norm: Batch normalisation that alone reads the layer's output, if any.
+            mean_input: Mean inputs, ``[G, N]``, see `patches`.
         """
         if isinstance(norm, _BatchNorm):
             self.shift, self.sign = norm.running_mean, 1
@@ -419,7 +412,7 @@ class LAPQ(Method):
 
     @torch.no_grad()
     def _correct(self, modules: dict[str, nn.Module]) -> None:
-        """Measure the mean inputs of every layer in the float network, for the correction."""
+        """Prepare the correction: measure each layer's mean inputs in the float network."""
         network = float_copy(self.student)
         sums: dict[nn.Module, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Estimate of the memory that a method needs, measured on a few images before the run."""
+"""Estimate of a method's memory, measured on a few images before the run."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Phase:
     Attributes:
         name: Name of the part.
         fixed: Bytes that do not depend on the number of images.
-        per_image: Bytes for each image.
-        images: Number of images at a time.
+        per_image: Bytes per image.
+        images: Images at a time.
         setting: Option that determines this number.
         value: Value of this option.
     """
@@ -61,9 +61,9 @@ class MemoryEstimate:
     """Memory that a run needs.
 
     Attributes:
-        present: Bytes that the process uses already, for the network, the images and torch itself.
+        present: Bytes already in use, for the network, the images and torch itself.
         kept: Bytes that stay between steps, for student, generator and optimizers.
-        phases: Additional memory for each part of the run, one part after another.
+        phases: Further memory for each part of the run, one part after another.
     """
 
     present: int
@@ -86,9 +86,7 @@ class MemoryEstimate:
         return self.present + self.added
 
     def describe(self, free: int | None) -> str:
-        """Return one line for the user; ``free`` is the number of bytes that the process can still
-        get.
-        """
+        """Return one line for the user; ``free`` is what the process can still get, in bytes."""
         text = f"memory: needs about {_gigabytes(self.total)}"
         if free is not None:
             text += f"; {_gigabytes(free + self.present)} are available"
@@ -124,10 +122,10 @@ def _gigabytes(count: float) -> str:
 def estimate_memory(
     name: str, problem: Problem, settings: MethodSettings, *, test_batch: int = 0
 ) -> MemoryEstimate | None:
-    """Estimate the memory of a run: run each part on a few images, and count bytes.
+    """Estimate a run's memory: run each part on a few images, and count bytes.
 
-    The number of bytes is linear in the number of images, so two small numbers are enough.
-    ``problem`` and the global random numbers do not change.
+    The bytes are linear in the number of images, so two numbers are enough. ``problem`` and the
+    global random numbers do not change.
 
     Args:
         name: Name of the method.
@@ -169,17 +167,17 @@ def check_memory(
     *,
     test_batch: int = 0,
 ) -> None:
-    """Print how much memory a run needs, and refuse it if that is more than there is.
+    """Print how much memory a run needs; refuse it if there is less.
 
     Args:
         name: Name of the method.
         problem: Input of the method.
         settings: Settings of all methods.
-        console: Console to print to; None to print nothing.
+        console: Console to print to; None for no output.
         test_batch: Images evaluated together; 0 to leave out evaluation.
 
     Raises:
-        UsageError: If the run does not fit; the message names the setting that helps most.
+        UsageError: If the run does not fit; names the setting that helps most.
     """
     found = estimate_memory(name, problem, settings, test_batch=test_batch)
     if found is None:
@@ -214,25 +212,22 @@ class _Probe:
         return self.problem.images[torch.arange(count) % len(self.problem.images)]
 
     def inference(self, count: int) -> int:
-        """Return the peak bytes of the student's pass over ``count`` images."""
+        """Return the peak bytes of the student on ``count`` images."""
         images = self.images(count)
         with torch.no_grad(), LiveTensors() as live:
             self.student(images)
         return live.peak
 
     def ranges(self) -> Phase:
-        """Measure calibration, in batches."""
         count = min(len(self.problem.images), IMAGES_AT_ONCE)
         line = _line(self.inference, count)
         return Phase("calibration", *line, count, "images_per_class", count)
 
     def evaluation(self, batch: int) -> Phase:
-        """Measure the student on a batch of test images."""
         count = -(-batch // parts_of(batch, self.pixels, self.problem.device))
         return Phase("evaluation", *_line(self.inference, count), count, "test_batch", batch)
 
     def student_step(self) -> Phase:
-        """Measure a student step."""
         config = self.settings.distillation
         kept = 0
 
@@ -257,7 +252,6 @@ class _Probe:
         return Phase("a student step", *line, -(-batch // parts), setting, value)
 
     def generator_step(self) -> Phase:
-        """Measure a generator step."""
         batch = getattr(self.settings, self.name).batch
         in_turn = self.problem.parts(2 * batch) > 1
         kept = 0
@@ -294,9 +288,7 @@ class _Probe:
         return Phase("a step on images", *_line(step, batch), batch, setting, batch)
 
     def small(self, count: int, at_once: int, **changes: Any) -> Method:
-        """Build the method with ``changes`` of its settings and at most ``count`` calibration
-        images.
-        """
+        """Build the method with ``changes`` of its settings and few calibration images."""
         config = getattr(self.settings, self.name)
         settings = replace(self.settings, **{self.name: replace(config, **changes)})
         problem = replace(
@@ -307,7 +299,7 @@ class _Probe:
         )
         if self.kind is not FDDA:
             return self.kind(problem, settings)
-        # Any centres of the right shapes: the real ones take a pass over all images.
+        # Any centres will do: the real ones take a pass over all images.
         with torch.no_grad():
             means, variances = running_statistics(
                 capture(problem.teacher, problem.images[:1]).layers
@@ -322,10 +314,9 @@ class _Probe:
 
 
 def _line(measured: Callable[[int], int], images: int) -> tuple[float, float]:
-    """Return the constant and the slope of ``measured`` as a function of the number of images.
+    """Return constant and slope of ``measured``, from about an eighth and a quarter of ``images``.
 
-    It is measured at about an eighth and a quarter of ``images``. With fewer images, the weights
-    would determine the peak.
+    With fewer images, the weights would determine the peak.
     """
     few = max(images // 8, 2)
     first, second = measured(few), measured(2 * few)
