@@ -44,7 +44,7 @@ class Problem:
             ``[C, 1, 1]``; None if unknown.
         cuda_graphs: Whether steps on a GPU are replayed as CUDA graphs.
         images_at_once: Largest number of images in one training pass, where splitting a batch
-            changes only the order of sums; None for the choice of `fdda_ext.engine.parts_of`.
+            changes only the order of sums; None if `fdda_ext.engine.parts_of` decides.
     """
 
     teacher: nn.Module

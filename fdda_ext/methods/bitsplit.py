@@ -16,9 +16,9 @@ C. Responses. The rows of X are the inputs that the weights multiply, in the net
    ``A = X^T X``, ``D = (Y - alpha X v)^T X`` and ``h = D_n + c B_in A_nn``. Digit n of plane i
    becomes ``sign(h)`` if ``2 |h| >= c A_nn``, else 0. Then ``D -= c (new - old) A_n``.
 
-Finally, Lloyd's iterations ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>`` find the scale of
-each unsigned activation with the smallest squared error near the full range. Weights are quantized,
-all activations float. Before and after that, the BN statistics are measured again.
+Finally, Lloyd's iterations ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>``, started at the full
+range, minimise the squared error of every unsigned activation over its scale s. Weights are
+quantized, all activations float. Before and after that, the BN statistics are measured again.
 
 Differences::
 
@@ -247,7 +247,7 @@ class Responses:
         self.energy += y.square().sum(2)
 
     def damp(self, share: float) -> None:
-        """Add ``share`` of the mean diagonal of A to its diagonal, with responses to match."""
+        """Apply `BitSplitConfig.damping`, given as ``share``."""
         strength = share * self.gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         self.gram.diagonal(dim1=1, dim2=2).add_(strength[:, 0])
         self.cross += strength * self.weight

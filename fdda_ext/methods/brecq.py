@@ -85,7 +85,7 @@ class BRECQConfig(BlockConfig):
     """Settings of BRECQ. The defaults are those of the paper, except the objective.
 
     Attributes:
-        objective: Weights of output errors: "mse" for equal ones, "fisher" for gradients of the
+        objective: Weights of output errors: "mse" for equal weights, "fisher" for gradients of the
             predictions.
         scale_steps: Steps per unit in the second phase; 0 to skip it.
         scale_exponent: Exponent of the loss in the second phase.

@@ -2,7 +2,8 @@
 
 Where a BN, a ReLU and one layer follow each other, the quantizer before the layer can give channel
 c its own scale r_c s. The BN is divided by r_c, and the layer's weights for channel c are
-multiplied by r_c. So all codes share the scale s, and the float network computes the same.
+multiplied by r_c. So all codes share the scale s, and the float network computes the same
+function.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ def input_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
 
 
 def channel_steps(x: Tensor, bits: int) -> Tensor:
-    """Find the scale with the smallest squared error near the full range, for every channel.
+    """Minimise the squared error of every channel over its scale, by Lloyd's iterations.
 
     Args:
         x: Values ``[n, C, *]``, not negative.
         bits: Bits of the codes, b.
 
     Returns:
-        s ``[C]``, found by Lloyd's iterations ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>``
-        from ``max / (2^b - 1)``; 0 for a channel that is always 0.
+        s ``[C]``, from ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>``, started at the full
+        range, ``max / (2^b - 1)``; 0 for a channel that is always 0.
     """
     rows = x.transpose(0, 1).flatten(1).double()
     largest = 2**bits - 1
@@ -68,7 +69,7 @@ def channel_steps(x: Tensor, bits: int) -> Tensor:
 
 
 def _chains(network: GraphModule) -> Iterator[tuple[_BatchNorm, str]]:
-    """Yield every BN that one layer alone reads, through a ReLU, and that layer's name."""
+    """Yield every BN that only one layer reads, through a ReLU, and that layer's name."""
     modules = dict(network.named_modules())
     for node in network.graph.nodes:
         if node.op != "call_module" or not isinstance(

@@ -22,9 +22,8 @@ Differences::
 * The best images are those of the last resolution.
 * The paper does not quantize. Here the images, with balanced classes, set the activation ranges,
   and the student is then distilled on them.
-* The adaptive version has rounds. Each makes a share of the images against the student of the
-  earlier rounds; the first has no competition. Then a share of the student steps uses all images so
-  far.
+* The adaptive version has rounds. Each optimises a share of the images, except in the first round
+  with the current student in R_compete. Then a share of the student steps uses all images so far.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ class AdaptiveDeepInversionConfig(DeepInversionConfig):
 
     Attributes:
         competition_weight: Weight of R_compete.
-        rounds: Number of parts of synthesis and student steps.
+        rounds: Number of rounds, with equal shares of the images and the student steps.
     """
 
     name = "adi"
@@ -163,7 +162,7 @@ class DeepInversion(OptimisedImages):
 class AdaptiveDeepInversion(DeepInversion):
     """DeepInversion against the student, alternating with distillation."""
 
-    summary = "no data: DeepInversion in rounds, on images that the student gets wrong"
+    summary = "no data: DeepInversion in rounds, on images where student and float network differ"
     presets = "adi"
     sections = ("adi", "distillation")
 

@@ -61,8 +61,8 @@ class DistillationConfig:
             again (the authors' 20 000 steps do not divide their 70 000). None for the whole run, 0
             for no cosine.
         frozen_scales: Whether the quantizers' ranges stay fixed.
-        rounding: Settings of learned rounding (AdaRound), instead of trained weights; None to train
-            weights with straight-through gradients.
+        rounding: Settings of learned rounding (AdaRound), which replaces the training of weights.
+            None to train the weights with straight-through gradients.
     """
 
     steps: int = 70_000
@@ -245,8 +245,8 @@ class Student:
         """Refuse an objective that the method does not define.
 
         Raises:
-            UsageError: If it is "discrepancy" and the method has no loss of its own, or rounding is
-                learned, which that loss does not support.
+            UsageError: If it is "discrepancy" and the method has no loss of its own, or if it is
+                "discrepancy" and rounding is learned.
         """
         if self.config.objective == "discrepancy" and self.loss is None:
             raise UsageError(
@@ -268,9 +268,9 @@ class Student:
     def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Distil the teacher into the student on ``images [N, C, H, W]``; return scalar metrics.
 
-        These are the loss, ``student``, and, if rounding is learned, ``decided``, the share of
-        decided roundings, and after the warm-up ``regulariser``. Each rank passes the whole batch
-        and computes on its share.
+        ``student`` is the loss. If rounding is learned, ``decided`` is the share of decided
+        roundings; ``regulariser`` follows after the warm-up. Each rank passes the whole batch and
+        computes on its share.
         """
         share = share_of(len(labels))
         images, labels = shard(images), shard(labels)
@@ -316,8 +316,9 @@ class Student:
     ) -> dict[str, Tensor]:
         """Run the forward and backward pass of ``share`` of the loss; return it as ``student``.
 
-        Large images are processed in parts, whose gradients add up: the divergence is a mean over
-        images, and the student treats each image by itself.
+        Batches of large images are processed in parts, and the gradients are added up. This is
+        possible because the divergence is a mean over images, and the student treats each image by
+        itself.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)

@@ -146,7 +146,9 @@ class FDDA(AlternatingTraining):
         centres: BNS centres of the teacher; None to compute them from the calibration images.
     """
 
-    summary = "generator aligned with BN statistics of each class, distillation also on real images"
+    summary = (
+        "generator aligned with per-class BN statistics, distillation on real and generated images"
+    )
     distributed = True
     needs_labels = True
     sections = ("fdda", "distillation")
@@ -166,8 +168,8 @@ class FDDA(AlternatingTraining):
         self.num_correct = int(self.centres.correct.sum())
         if self.num_correct == 0:
             raise UsageError(
-                "fdda: expected a teacher that classifies some calibration images correctly, got "
-                "none; check the weights, the class order and the normalisation of the data"
+                "fdda: expected a float network that classifies some calibration images correctly, "
+                "got none; check the weights, the class order and the normalisation of the data"
             )
         super().__init__(problem, settings.fdda, settings.distillation)
         self.student_batch = self.distillation.generated_batch
@@ -279,8 +281,9 @@ class FDDA(AlternatingTraining):
     def terms(self, iteration: int, drawn: _Drawn) -> dict[str, tuple[StatisticsTargets, int]]:
         """Return the targets of each loss on statistics, and the first layer that it uses.
 
-        "bns" is for batch A, the others are for batch B: "class" for both class losses, means over
-        its classes, and in early iterations "noise" for classes without a good centre.
+        "bns" is for batch A. The others are for batch B: "class" has the targets of both class
+        losses, which are means over B's classes. In early iterations, "noise" has targets for
+        classes without a good centre.
         """
         classes, class_index = drawn.classes, drawn.class_index
         share = torch.full_like(classes, 1 / classes.shape[0], dtype=torch.float32)

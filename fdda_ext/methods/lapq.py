@@ -98,8 +98,8 @@ class LAPQConfig:
         tolerance: Accuracy of a line search, in the same unit.
         bias_correction: Whether the shift of mean outputs is subtracted.
         batch: Images evaluated together.
-        cache_megabytes: Memory for results that a line search does not change, in MiB; if too
-            small, they are computed again each time.
+        cache_megabytes: Memory for results that a line search reuses, in MiB. If they need more,
+            they are computed again each time.
     """
 
     exponents: int = 10

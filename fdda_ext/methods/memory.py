@@ -288,7 +288,7 @@ class _Probe:
         return Phase("a step on images", *_line(step, batch), batch, setting, batch)
 
     def small(self, count: int, at_once: int, **changes: Any) -> Method:
-        """Build the method with ``changes`` of its settings and few calibration images."""
+        """Build the method with ``changes`` to its settings and ``count`` calibration images."""
         config = getattr(self.settings, self.name)
         settings = replace(self.settings, **{self.name: replace(config, **changes)})
         problem = replace(

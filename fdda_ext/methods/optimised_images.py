@@ -52,7 +52,7 @@ class OptimisedImages(Method):
         problem: Network and shape of its images.
         config: Settings of the method.
         distillation: Settings of the student step; with 0 steps, the images only set the ranges.
-        rounds: Number of parts of synthesis and student steps.
+        rounds: Number of rounds, with equal shares of the images and the student steps.
     """
 
     real_images = False
@@ -84,7 +84,7 @@ class OptimisedImages(Method):
         with torch.no_grad():
             layers = capture(problem.teacher, problem.images[:1]).layers
         self.running = running_statistics(layers)
-        #: Balanced classes of all images, made or not, ``[images]``.
+        #: Class of every image of the run, balanced, ``[images]``.
         self.labels = self._balanced_labels(synthesis.images)
         parts = [
             part.split(math.ceil(len(part) / math.ceil(len(part) / synthesis.batch)))
@@ -102,7 +102,7 @@ class OptimisedImages(Method):
         self.build_student(problem.quantization)
 
     def _balanced_labels(self, count: int) -> Tensor:
-        """Return ``count`` labels: all classes in random order, again and again."""
+        """Return ``count`` labels: all classes in random order, repeated."""
         classes = self.problem.num_classes
         orders = [
             torch.randperm(classes, generator=self.random, device=self.problem.device)

@@ -1,4 +1,4 @@
-"""Options that change nothing in what a method computes; to set one is an error of the user."""
+"""Find options without effect on a method. Setting one is an error of the user."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def why_unused(
     settings: MethodSettings,
     quantization: QuantizationConfig,
 ) -> str | None:
-    """Return why ``option`` changes nothing in what ``method`` computes; None if it does.
+    """Return why ``option`` changes nothing in what ``method`` computes; None if it has an effect.
 
     Args:
         option: Dotted name, such as "quantization.weight_range" or "settings.fdda.lr".

@@ -58,10 +58,10 @@ def measure_pace(
 ) -> Pace:
     """Measure with short trials how long a schedule takes.
 
-    Each trial is longer than the one before. The last takes at least 1.5 times as long as the
-    first, to separate the fixed time from the time per iteration; or it has the whole schedule, or
-    leaves no time for another. A trial ends with the step in which the time runs out, even the
-    first.
+    Each trial is longer than the one before. Trials end when the last took at least 1.5 times as
+    long as the first, which separates the fixed time from the time per iteration. They also end
+    after the whole schedule, or if there is no time for another. When the time runs out, a trial
+    stops after the current step, even the first trial.
 
     Args:
         build: Function that builds the method with given settings.

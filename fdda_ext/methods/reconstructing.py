@@ -105,7 +105,7 @@ _WATCHED = 64
 
 
 def drawn(problem: Problem, count: int) -> Tensor:
-    """Return indices of at most ``count`` random images; in order, images are sorted by class."""
+    """Return at most ``count`` random indices of the images, which are sorted by class."""
     images = len(problem.images)
     order = torch.randperm(images, generator=problem.random(), device=problem.device)
     return order[:count]

@@ -23,7 +23,7 @@ __all__ = ["MethodSettings"]
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """Settings of the student step (`distillation`) and of every method, by name."""
+    """Settings of the student step (`distillation`) and of every method."""
 
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     fdda: FDDAConfig = field(default_factory=FDDAConfig)

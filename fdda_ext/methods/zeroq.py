@@ -1,8 +1,8 @@
 """ZeroQ: a novel zero shot quantization framework (Cai et al., CVPR 2020).
 
 ZeroQ uses no data and no training. It optimises images until each by itself has the means and
-standard deviations that the teacher's batch normalisations (BN) have stored, and has mean 0 and
-standard deviation 1 itself::
+standard deviations that the teacher's batch normalisations (BN) have stored. The image itself gets
+mean 0 and standard deviation 1::
 
     L = 1/N sum_n sum_l |m_nl - mu_l|^2 + |s_nl - sigma_l|^2  +  |m_n - 0|^2 + |s_n - 1|^2
 
@@ -73,7 +73,7 @@ class ZeroQConfig(OptimisedImagesConfig):
         least = min(self.candidate_bits)
         if self.average_bits is not None and not least <= self.average_bits < math.inf:
             raise UsageError(
-                "zeroq: expected average_bits at least the fewest of candidate_bits "
+                "zeroq: expected average_bits at least the smallest of candidate_bits "
                 f"({self.candidate_bits}), got {self.average_bits}"
             )
 
