@@ -214,7 +214,7 @@ class FDDA(AlternatingTraining):
         """
         if not self.in_turn:
             return super().generator_gradients(iteration)
-        release_freed_memory()  # which the student step has fragmented
+        release_freed_memory()  # the student step has fragmented it
         self.generator_optimizer.zero_grad(set_to_none=True)
         drawn = self.draw_batches(iteration)
         terms_b = self.terms(iteration, drawn)

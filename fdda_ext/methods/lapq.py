@@ -2,7 +2,7 @@
 
 LAPQ neither trains weights nor learns their rounding. It searches the ranges of all tensors
 together, to minimise the cross entropy L of the quantized network on the labelled calibration
-images:
+images, in three phases:
 
 1. For ten exponents p from 2 to 4, every tensor gets the range with the smallest
    ``E |x - Q(x)|^p``, and L(p) is measured.

@@ -299,7 +299,7 @@ class _Probe:
         )
         if self.kind is not FDDA:
             return self.kind(problem, settings)
-        # Any centres will do: the real ones take a pass over all images.
+        # Centres only need the right shapes: the real ones take a pass over all images.
         with torch.no_grad():
             means, variances = running_statistics(
                 capture(problem.teacher, problem.images[:1]).layers
