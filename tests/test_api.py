@@ -235,7 +235,7 @@ def test_ctrl_c_before_the_ranges_raises_keyboard_interrupt(network, monkeypatch
         ({"preset": "long"}, "paper, short, got long"),
         ({"options": {"bits": "W4A4"}}, "options without bits"),
         ({"options": {"settings.fdda.rate": 1}}, "unrecognized arguments: --settings.fdda.rate"),
-        ({"options": {"settings.brecq.steps": 1}}, "minmax has no constants"),
+        ({"options": {"settings.brecq.steps": 1}}, "minmax has no settings"),
         ({"max_images": 0}, "max_images at least 1, got 0"),
         ({"resume": True}, "out with resume, got none"),
         ({"mean": (0.5,)}, "mean and std together"),
@@ -321,7 +321,7 @@ def test_the_schedule_fits_into_the_time(seconds, iterations):
 
 def test_a_time_too_short_for_any_training_is_refused():
     clock = Clock()
-    with pytest.raises(UsageError, match="for more than the 2.50 s of a trial and the 2.00 s"):
+    with pytest.raises(UsageError, match="for more than the 2.50 s of trials and the 2.00 s"):
         fitting_share(lambda s: Clocked(clock, 1), Schedule(9), 3.0, CPU, now=clock)
 
 

@@ -262,7 +262,7 @@ def test_misclassified_classes_are_pulled_to_noise_then_no_longer_drawn():
 
 
 def test_teacher_that_gets_every_image_wrong_is_refused():
-    with pytest.raises(UsageError, match="classifies some calibration images rightly"):
+    with pytest.raises(UsageError, match="classifies some calibration images correctly"):
         FDDA(problem(right=False), settings())
 
 

@@ -109,7 +109,7 @@ def test_the_error_for_a_run_that_does_not_fit_names_the_best_remedy():
         Phase("a student step", 1e8, 1e8, 16, "images_at_once", 16),
     ]
     estimate = MemoryEstimate(present=10**9, kept=10**8, phases=phases)
-    assert estimate.describe(10**10) == "memory: needs about 3.0 GB; 11.0 GB can be had"
+    assert estimate.describe(10**10) == "memory: needs about 3.0 GB; 11.0 GB are available"
     estimate.check(2 * 10**9)
     estimate.check(None)
     with pytest.raises(
@@ -117,7 +117,7 @@ def test_the_error_for_a_run_that_does_not_fit_names_the_best_remedy():
     ) as refused:
         estimate.check(10**9)
     assert str(refused.value).endswith("from 16 to 7")
-    with pytest.raises(UsageError, match="take a smaller model or smaller images"):
+    with pytest.raises(UsageError, match="use a smaller model or smaller images"):
         estimate.check(10**8)
 
 

@@ -16,15 +16,15 @@ from fdda_ext.quantization import QuantizationConfig
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--method=mse", "--quantization.weight_range=minmax"], "mse always takes mse"),
-        (["--method=mse", "--settings.fdda.lr=1e-3"], "mse has no constants"),
-        (["--method", "brecq", "--settings.fdda.lr", "1e-3"], "brecq reads settings.brecq alone"),
+        (["--method=mse", "--quantization.weight_range=minmax"], "mse always uses mse"),
+        (["--method=mse", "--settings.fdda.lr=1e-3"], "mse has no settings"),
+        (["--method", "brecq", "--settings.fdda.lr", "1e-3"], "brecq reads only settings.brecq"),
         (["--method=lapq", "--quantization.lp_exponent=2"], "lapq tries exponents itself"),
         (["--method=lapq", "--quantization.scale_gradient=none"], "does not learn ranges"),
         (["--method=minmax", "--max-time=3"], "minmax has no training"),
         (["--method=mse", "--schedule-share=0.5"], "mse has no training"),
         (["--method=brecq", "--precision=bfloat16"], "without CUDA graphs"),
-        (["--method=gdfq", "--images-per-class=4"], "gdfq sees no real image"),
+        (["--method=gdfq", "--images-per-class=4"], "gdfq uses no real images"),
         (["--quantization.momentum=0.5"], "sets every range at once"),
         (["--quantization.percentile=99"], "no range is found by percentile"),
         (["--quantization.lp_exponent=3"], "no range is found by lp"),
@@ -55,7 +55,7 @@ def test_option_that_a_baseline_uses_is_accepted():
     options = ["--method=mse", "--baselines=[distill]", "--quantization.weight_range=minmax"]
     train.parse_arguments(options)
     train.parse_arguments(["--method=minmax", "--quantization.weight_range=minmax"])
-    with pytest.raises(UsageError, match="always takes mse"):
+    with pytest.raises(UsageError, match="always uses mse"):
         train.parse_arguments(["--method=mse", "--quantization.weight_range=minmax"])
 
 

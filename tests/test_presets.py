@@ -43,7 +43,7 @@ def test_there_are_sixteen_imagenet_presets():
 @pytest.mark.parametrize(("name", "model", "bits", "ends", "top1", "full"), PRESETS)
 def test_every_setting_is_the_published_one(name, model, bits, ends, top1, full):
     text = (FOLDER / f"{name}.yaml").read_text()
-    assert f"{top1:.2f} %, of {full:.2f} % in float" in text
+    assert f"{top1:.2f} %; float network: {full:.2f} %" in text
     config, stored = train.parse_arguments([f"--config=imagenet/{name}", "--data=imagenet:/x"])
     assert (config.model, config.weights, config.method) == (model, "default", "fdda")
     q = config.quantization

@@ -1,4 +1,4 @@
-"""The systems, one file each, behind one interface."""
+"""The methods, one file each, with a common interface."""
 
 import difflib
 
@@ -82,7 +82,7 @@ __all__ = [
     "why_unused",
 ]
 
-#: Every method by the name that the command line takes.
+#: Every method by its name on the command line.
 METHODS: dict[str, type[Method]] = {
     "fdda": FDDA,
     "distill": CalibrationDistillation,
@@ -105,12 +105,12 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(name: str, problem: Problem, settings: MethodSettings) -> Method:
-    """Build the method called ``name``: its student is calibrated, its first step can be taken.
+    """Build the method called ``name``, ready for its first step.
 
-    Of several processes, all begin with the state of the first.
+    With several ranks, all start from the state of the first.
 
     Raises:
-        UsageError: If there is no such method, or it is not for this network.
+        UsageError: If the name is unknown, or the method does not support this network.
     """
     check_method(name, problem.teacher)
     method = method_class(name)(problem, settings)
@@ -124,10 +124,10 @@ def build_method(name: str, problem: Problem, settings: MethodSettings) -> Metho
 
 
 def check_method(name: str, teacher: nn.Module) -> None:
-    """Refuse a method that is not for networks like ``teacher``, before anything is computed.
+    """Refuse a method that does not support ``teacher``, before anything is computed.
 
     Raises:
-        UsageError: If there is no such method, or it needs batch normalisation and there is none.
+        UsageError: If the name is unknown, or ``teacher`` lacks the batch normalisation it needs.
     """
     if not method_class(name).needs_statistics:
         return
@@ -136,15 +136,15 @@ def check_method(name: str, teacher: nn.Module) -> None:
     others = [other for other, kind in METHODS.items() if not kind.needs_statistics]
     raise UsageError(
         f"{name}: expected model to have batch normalisation, whose statistics this method "
-        f"matches, got {type(teacher).__name__} without; use {', '.join(others)} instead"
+        f"matches, got {type(teacher).__name__} without it; use {', '.join(others)} instead"
     )
 
 
 def method_class(name: str) -> type[Method]:
-    """The method called ``name``.
+    """Return the class of the method called ``name``.
 
     Raises:
-        UsageError: If there is no such method, or several processes were started and it is for one.
+        UsageError: If the name is unknown, or the method does not support the number of ranks.
     """
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1)

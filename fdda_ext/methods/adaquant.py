@@ -1,23 +1,32 @@
 """AdaQuant: layer-wise calibration (Hubara et al., ICML 2021).
 
-For each layer alone, weights, bias and the ranges of weights and of the input move freely, with
-straight-through gradients, to bring the quantized layer close to what it was in float::
+Each layer learns its weights, its bias and the ranges of weights and input by itself, with
+straight-through gradients, to match the output of the float layer::
 
     L = mean ( f(Q_w(w), b, Q_x(x)) - y )^2
 
-f is the layer with its batch normalisation and, where one follows, its activation function. Inputs
-x are those that the quantized layers before it make (sequential), or the float network's
-(parallel, as in the paper's first version). Then, as an option, the statistics of batch
-normalisation are measured again through the quantized network.
+f is the layer with its batch normalisation (BN) and the activation function that may follow. The
+inputs x come from the quantized layers before it (sequential) or from the float network (parallel,
+as in the paper's first version). Optionally, the BN statistics are then measured again through the
+quantized network.
 
-Departures: rates of ranges are relative, a share of the range in a step, where the code has
-absolute ones (1e-1 and 1e-3), which can ruin a layer of small values. Of eleven states, the first
-and one after each tenth of the steps, the one that is best on images held out, drawn at random, is
-kept, where the code keeps the last. The bias that learns is that of the normalisation where a layer
-has one, to which the folded bias of the code corresponds, and it is not quantized. An activation
-that several layers read has one range, which the first of them learns. Zero points move only with
-quantization.learn_zero_points. The paper's grid has no ranges to learn. And those of
-`fdda_ext.methods.reconstructing`.
+Differences, besides those of `fdda_ext.methods.reconstructing`::
+
+                             | authors' code                   | here
+    -------------------------+---------------------------------+------------------------------------
+    learning rates of ranges | absolute, 1e-1 and 1e-3; they   | relative: a share of the range
+                             | can ruin layers of small values |
+    -------------------------+---------------------------------+------------------------------------
+    result                   | the last state                  | the best on random held-out images
+                             |                                 | of 11 states: the first and one
+                             |                                 | after each tenth of the steps
+    -------------------------+---------------------------------+------------------------------------
+    learned bias             | of the layer, BN folded into it | of the BN, or of a layer without
+                             |                                 | BN; not quantized
+
+* An activation that several layers read has one range, which the first of them learns.
+* Zero points are learned only with quantization.learn_zero_points.
+* The paper grid has no ranges to learn.
 """
 
 from __future__ import annotations
@@ -54,18 +63,19 @@ __all__ = ["AdaQuant", "AdaQuantConfig"]
 
 @dataclass(frozen=True)
 class AdaQuantConfig(ReconstructionConfig):
-    """AdaQuant; the defaults are those of the authors' code, but for the rates of ranges.
+    """Settings of AdaQuant. The defaults are those of its code, except the rates of ranges.
 
     Attributes:
-        lr: Of Adam, on weights.
-        bias_lr: On biases.
-        weight_range_lr: On the scales of weights, relative.
-        activation_range_lr: On the scales of activations, relative; of learned zero points, as a
-            share of the codes.
-        sequential: Take a layer's input from the quantized network; else from the float one.
-        relu_loss: Compare after the activation function.
-        held_out: Share of the calibration images that only judges.
-        bn_tuning: Measure the statistics of batch normalisation again in the end.
+        lr: Learning rate of weights (Adam).
+        bias_lr: Learning rate of biases.
+        weight_range_lr: Learning rate of weight scales, relative to the scale.
+        activation_range_lr: Learning rate of activation scales, relative to the scale; of learned
+            zero points, relative to the largest code.
+        sequential: Whether a layer's input comes from the quantized network instead of the float
+            one.
+        relu_loss: Whether outputs are compared after the activation function.
+        held_out: Share of the calibration images that only selects the best state.
+        bn_tuning: Whether the BN statistics are measured again at the end.
     """
 
     name = "adaquant"
@@ -89,14 +99,14 @@ class AdaQuantConfig(ReconstructionConfig):
 
 
 def mean_squared_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """L, of ``output`` and ``target [N, C, *]``."""
+    """Return L for ``output`` and ``target``, both ``[N, C, *]``."""
     return F.mse_loss(output, target)
 
 
 class AdaQuant(ReconstructionMethod):
-    """One layer after the other."""
+    """Reconstruction of one layer after another."""
 
-    summary = "layer by layer: weights, biases and ranges move freely"
+    summary = "layer by layer: learned weights, biases and ranges"
     presets = "adaquant"
     sections = ("adaquant",)
 
@@ -150,11 +160,11 @@ class AdaQuant(ReconstructionMethod):
             ranges.append({"params": [layer.weight_quantizer.scale], "lr": config.weight_range_lr})
         if scales := self.scales(unit):
             ranges.append({"params": scales, "lr": config.activation_range_lr})
-        # Gradients of ranges, scaled as in LSQ, are small beside Adam's usual eps.
+        # LSQ scales the gradients of ranges down, so Adam's usual eps would be too large.
         return [*optimizers, RelativeAdam(ranges, eps=1e-20)] if ranges else optimizers
 
     def _bias(self, unit: Unit, function: GraphModule) -> nn.Parameter | None:
-        """Of the normalisation after the layer, or else the layer's own."""
+        """Return the bias of the BN after the layer, else that of the layer."""
         (name,) = unit.layers
         (node,) = (n for n in function.graph.nodes if n.target == name)
         for user in node.users:

@@ -1,7 +1,7 @@
-"""What the methods share that train a generator and the student in turn.
+"""Methods that train a generator and the student in alternation.
 
-An iteration is one step of the generator on the method's loss and, once the generator is warm, one
-or more steps of the student on its images. Activation ranges are found on the way.
+An iteration takes one generator step on the method's loss and, after the warm-up, one or more
+student steps on generated images. Activation ranges are set along the way.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AlternatingConfig", "AlternatingTraining", "save_images"]
 
-#: Images that a run folder keeps to be looked at.
+#: Generated images that a run folder keeps for inspection.
 _SHOWN = 64
 
 
@@ -43,15 +43,15 @@ class AlternatingConfig(MethodConfig):
     Attributes:
         generator: Size of the generator.
         batch: Images in a generator step.
-        lr: Of Adam, betas (0.5, 0.999).
-        lr_milestones: Iterations after which the rate is a tenth of what it was.
+        lr: Learning rate of Adam, with betas (0.5, 0.999).
+        lr_milestones: Iterations after which the learning rate is divided by ten.
         warmup_iterations: Generator steps before the first student step.
-        student_steps_per_iteration: Student steps after each generator step once the warm-up is
-            over, all but the first on images of their own.
-        ranges_from: Where activation ranges come from: "generated", a moving average over the
-            first `range_iterations` generated batches; "sampled", generated images when the warm-up
-            ends, by the quantization's own rule; "calibration", the real images likewise.
-        range_iterations: Length of the phase of "generated".
+        student_steps_per_iteration: Student steps per iteration after the warm-up; all but the
+            first generate their own images.
+        ranges_from: Source of the activation ranges. "generated": a moving average over the first
+            `range_iterations` generated batches. With the configured range rule, "sampled":
+            generated images at the end of the warm-up; "calibration": the calibration images.
+        range_iterations: Number of batches for "generated".
     """
 
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -83,7 +83,7 @@ class AlternatingConfig(MethodConfig):
             )
 
     def scaled(self, share: float) -> Self:
-        """The same schedule in ``share`` of its iterations."""
+        """Return the same schedule with ``share`` of its iterations."""
         return replace(
             self,
             lr_milestones=[round(m * share) for m in self.lr_milestones],
@@ -93,7 +93,7 @@ class AlternatingConfig(MethodConfig):
 
 
 class AlternatingTraining(Method):
-    """Generator steps and student steps in turn; a method says what their losses and images are."""
+    """Alternating generator and student steps. A method defines their losses and images."""
 
     distils = True
     needs_statistics = True
@@ -120,7 +120,7 @@ class AlternatingTraining(Method):
         with must_fit(
             **{f"settings__{config.name}__generator__channels": config.generator.channels}
         ):
-            with torch.random.fork_rng():  # the initial weights depend on the seed alone
+            with torch.random.fork_rng():  # the initial weights depend only on the seed
                 torch.manual_seed(problem.seed)
                 self.generator = self.build_generator().to(problem.device)
             self.generator_optimizer = torch.optim.Adam(
@@ -135,15 +135,15 @@ class AlternatingTraining(Method):
         if config.ranges_from == "calibration":
             if not self.real_images:
                 raise UsageError(
-                    f"{config.name}: expected ranges_from generated or sampled, as it may not see "
-                    "real images, got calibration"
+                    f"{config.name}: expected ranges_from generated or sampled, because the method "
+                    "must not use real images, got calibration"
                 )
             calibrate(self.student, problem.images)
 
     # ---- what a method defines --------------------------------------------------------------
 
     def build_generator(self) -> ConditionalGenerator:
-        """The generator, on the CPU."""
+        """Build the generator on the CPU."""
         return ConditionalGenerator(
             self.problem.num_classes,
             self.problem.image_size,
@@ -153,33 +153,33 @@ class AlternatingTraining(Method):
 
     @abstractmethod
     def generator_loss(self, iteration: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """One forward pass.
+        """Compute the loss of the generator in one forward pass.
 
         Returns:
-            The terms of the loss and, as "generator", their sum, which the step is taken on; images
-            for the student; their labels. Of several processes, each returns the labels of all
-            images and its share of the images.
+            The terms of the loss, with their sum as "generator"; images for the student; their
+            labels. Each rank returns its share of the images and all labels.
         """
 
     @property
     def generator_sizes(self) -> dict[str, int]:
-        """Settings that the memory of a generator step grows with, for `must_fit`."""
+        """Settings that determine the memory of a generator step, for `must_fit`."""
         return {f"settings__{self.schedule.name}__batch": self.schedule.batch}
 
     def phase(self, iteration: int) -> Hashable | None:
-        """What the host decides in `generator_loss`; iterations of one phase are one CUDA graph.
+        """Return a key for the host's decisions in `generator_loss`.
 
-        None: it decides something else each time, and none is made.
+        Iterations with the same key share one CUDA graph. None, if the decisions vary: no graph is
+        made.
         """
         return None
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Images ``[count, C, H, W]`` of random labels ``[count]``, as the generator makes them."""
+        """Generate images ``[count, C, H, W]`` with random labels ``[count]``."""
         labels = self.draw_labels(count)
         return self.generator.sample(labels, self.random), labels
 
     def student_images(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the student is shown, of generated images ``[student_batch, C, H, W]``."""
+        """Make the student's batch from generated images ``[student_batch, C, H, W]``."""
         return images, labels
 
     # ---- the steps --------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class AlternatingTraining(Method):
         return metrics
 
     def generator_step(self, iteration: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """One Adam step on `generator_loss`; its result without the graph."""
+        """Take one Adam step on `generator_loss`; return its result, detached."""
         for group in self.generator_optimizer.param_groups:
             decays = sum(iteration >= m for m in self.schedule.lr_milestones)
             group["lr"] = self.schedule.lr * 0.1**decays
@@ -226,8 +226,8 @@ class AlternatingTraining(Method):
         return total(found), images, labels
 
     def generator_gradients(self, iteration: int) -> dict[str, Tensor]:
-        """Forward and backward pass: the losses, ``images`` and ``labels`` of `generator_loss`."""
-        # The memory of the last gradients is free for this pass.
+        """Run the forward and backward pass of `generator_loss`; return its results by name."""
+        # Frees the memory of the previous gradients for this pass.
         self.generator_optimizer.zero_grad(set_to_none=True)
         losses, images, labels = self.generator_loss(iteration)
         with stage("generator: backward"):
@@ -237,7 +237,7 @@ class AlternatingTraining(Method):
 
     @torch.no_grad()
     def range_step(self, iteration: int, images: Tensor) -> None:
-        """Move the activation ranges with one generated batch; fix them after the last."""
+        """Update the activation ranges with one generated batch. Fix them after the last batch."""
         if iteration == 0:
             set_activation_mode(self.student, "observe")
         self.student(images)
@@ -246,29 +246,29 @@ class AlternatingTraining(Method):
 
     @torch.no_grad()
     def set_ranges(self) -> None:
-        """Set the activation ranges from so many generated images as there are classes."""
+        """Set the activation ranges from at least one generated image per class."""
         batches = math.ceil(self.problem.num_classes / self.student_batch)
         calibrate(self.student, [self.all_images(*self.generate()) for _ in range(batches)])
 
     def student_step(self, images: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
-        """Distil on generated images, or on what the method makes of them; name the losses."""
+        """Take a student step on the batch that `student_images` makes; return the metrics."""
         with stage("student: images"):
             images = self.all_images(images, labels)[: self.student_batch]
             images, labels = self.student_images(images, labels[: self.student_batch])
         return self.trainer.step(images, labels)
 
     def all_images(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Of several processes, everyone's share."""
+        """Gather the images of all ranks."""
         return gather(images, shares(len(labels)))
 
     @torch.no_grad()
     def generate(self) -> tuple[Tensor, Tensor]:
-        """`student_batch` images with their labels, without a generator step."""
+        """Generate `student_batch` labelled images, without a generator step."""
         with self.problem.autocast(), stage("student: images"):
             return self.draw(self.student_batch)
 
     def draw_labels(self, count: int) -> Tensor:
-        """Uniformly random labels ``[count]``."""
+        """Draw uniformly random labels ``[count]``."""
         return torch.randint(
             self.problem.num_classes,
             (count,),
@@ -301,7 +301,7 @@ class AlternatingTraining(Method):
 
     @override
     def save_artifacts(self, folder: Path) -> None:
-        """The generator, and some of its images with their labels, as safetensors."""
+        """Write the generator and some labelled images as safetensors."""
         before = self.random.get_state()
         with torch.no_grad():
             images, labels = self.draw(_SHOWN)
@@ -312,6 +312,6 @@ class AlternatingTraining(Method):
 
 
 def save_images(path: Path, images: Tensor, labels: Tensor) -> None:
-    """Keep images ``[n, C, H, W]``, normalised, and their labels ``[n]`` or ``[n, K]``."""
+    """Write normalised images ``[n, C, H, W]`` and their labels ``[n]`` or ``[n, K]``."""
     labels = labels if labels.dim() == 1 else labels.argmax(1)
     save_file({"images": images.float().cpu().contiguous(), "labels": labels.cpu()}, str(path))

@@ -1,4 +1,4 @@
-"""What every method is given, and what it must give back."""
+"""The input and the interface of every method."""
 
 from __future__ import annotations
 
@@ -28,24 +28,23 @@ __all__ = ["Method", "MethodConfig", "Problem"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A trained network to quantize and the little data there is.
+    """A trained network to quantize and the data for it.
 
     Attributes:
-        teacher: The trained network, in evaluation mode, its parameters without gradients.
-        num_classes: K.
+        teacher: Trained network in evaluation mode, without gradients.
+        num_classes: Number of classes, K.
         images: Calibration images ``[n, C, H, W]``, normalised, not augmented.
-        labels: Their classes, int64 ``[n]``.
-        augmentation: How calibration and generated images may be varied.
+        labels: Classes of the images, int64 ``[n]``.
+        augmentation: Augmentation for calibration and generated images.
         quantization: Bits, grid and ranges of the student.
-        seed: Of everything random.
-        precision: Of teacher and generator. With bfloat16 they run under autocast; statistics,
-            losses, the student and all that is trained stay in float32.
-        pixel_range: Least and largest value of each channel of a normalised image, ``[C, 1, 1]``
-            each; None if unknown.
-        cuda_graphs: On a GPU, replay steps as CUDA graphs.
-        images_at_once: So many images at most pass a network together in training, where that does
-            not change the result but for the order of sums; None for what
-            `fdda_ext.engine.parts_of` says.
+        seed: Seed for all random numbers.
+        precision: Precision of teacher and generator. With bfloat16 they run under autocast;
+            statistics, losses, the student and all trained parameters stay in float32.
+        pixel_range: Smallest and largest value of each channel of a normalised image, both
+            ``[C, 1, 1]``; None if unknown.
+        cuda_graphs: Whether steps on a GPU are replayed as CUDA graphs.
+        images_at_once: Largest number of images in one training pass, where splitting a batch
+            changes only the order of sums; None if `fdda_ext.engine.parts_of` decides.
     """
 
     teacher: nn.Module
@@ -61,7 +60,7 @@ class Problem:
     images_at_once: int | None = None
 
     def autocast(self) -> torch.autocast:
-        """The context in which teacher and generator run."""
+        """Return the context in which teacher and generator run."""
         enabled = self.precision is not torch.float32
         return torch.autocast(self.device.type, dtype=self.precision, enabled=enabled)
 
@@ -72,44 +71,44 @@ class Problem:
 
     @property
     def channels(self) -> int:
-        """Channels of the images, C."""
+        """Number of image channels, C."""
         return int(self.images.shape[1])
 
     @property
     def device(self) -> torch.device:
-        """Where everything is."""
+        """Device of all tensors."""
         return self.images.device
 
     @property
     def replays(self) -> bool:
-        """Whether steps become CUDA graphs: not where processes exchange statistics in them."""
+        """Whether steps become CUDA graphs: only on a GPU, and with a single rank."""
         return self.cuda_graphs and self.device.type == "cuda" and world_size() == 1
 
     def parts(self, images: int) -> int:
-        """Into how many parts a batch of ``images`` is divided, so that each fits the memory."""
+        """Return into how many parts a batch of ``images`` is split to save memory."""
         if self.images_at_once is not None:
             return -(-images // self.images_at_once)
         return parts_of(images, self.images[0, 0].numel(), self.device)
 
     def student(self) -> GraphModule:
-        """A fake-quantized copy of the teacher, its ranges not yet set."""
+        """Build a fake-quantized copy of the teacher, without ranges."""
         return prepare(self.teacher, self.quantization, self.images[:1])
 
     def quickly_prepared(self) -> Problem:
-        """The same with ranges that take no search, for what does not depend on ranges."""
+        """Return the same problem with min-max ranges, for uses that do not depend on ranges."""
         quick = replace(self.quantization, weight_range="minmax", activation_range="minmax")
         return replace(self, quantization=quick)
 
     def random(self) -> torch.Generator:
-        """A source of random numbers of its own, started from the seed."""
+        """Return a new random generator that starts from the seed."""
         return torch.Generator(self.device).manual_seed(self.seed)
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Base of the frozen dataclasses that hold a method's constants."""
+    """Base of the frozen dataclasses with the settings of a method."""
 
-    #: The method's name in messages.
+    #: Name of the method in messages.
     name: ClassVar[str]
 
     def check_not_negative(self, *names: str) -> None:
@@ -122,35 +121,34 @@ class MethodConfig:
 
 
 class Method(ABC):
-    """One way to a quantized student.
+    """A way to obtain a quantized student.
 
-    Building it does everything that is not training (ranges, centres); `step` is then called
-    ``iterations`` times, 0 for a method that only calibrates. `state_dict` holds all that decides
-    the next step, so that a resumed run ends with the very same weights.
+    The constructor does everything except the training. Then `step` is called ``iterations`` times,
+    0 for methods that only calibrate. `state_dict` holds everything that affects later steps, so a
+    resumed run ends with bit-identical weights.
     """
 
     #: One line for ``--help`` and for tables.
     summary: ClassVar[str]
-    #: Folder of its presets: whose constants it takes.
+    #: Folder of its presets.
     presets: ClassVar[str] = "fdda"
-    #: Whether it looks at the calibration images; if not, nothing but their shape is used.
+    #: Whether it uses the calibration images; if not, it uses only their shape.
     real_images: ClassVar[bool] = True
-    #: Whether it needs the classes of the calibration images.
+    #: Whether it needs the labels of the calibration images.
     needs_labels: ClassVar[bool] = False
-    #: Whether it takes the student step that the section `distillation` describes.
+    #: Whether it takes student steps with the settings `distillation`.
     distils: ClassVar[bool] = False
-    #: Whether it has iterations after its construction.
+    #: Whether it has iterations.
     trains: ClassVar[bool] = True
-    #: Whether it learns the ranges of quantizers by gradients.
+    #: Whether it learns ranges by gradients.
     learns_ranges: ClassVar[bool] = True
-    #: The sections of `MethodSettings` that it reads.
+    #: Sections of `MethodSettings` that it reads.
     sections: ClassVar[tuple[str, ...]] = ()
-    #: Fields of the quantization that it replaces by rules of its own.
+    #: Fields of the quantization that it overrides, with the values that it uses.
     fixed_ranges: ClassVar[Mapping[str, str]] = {}
-    #: Whether it needs batch normalisation in the float network, to match its statistics or to
-    #: compare what enters it.
+    #: Whether the teacher must have batch normalisation, for its statistics or its inputs.
     needs_statistics: ClassVar[bool] = False
-    #: Whether several processes may run it together, see `fdda_ext.distribution`.
+    #: Whether several ranks can run it together, see `fdda_ext.distribution`.
     distributed: ClassVar[bool] = False
 
     student: GraphModule
@@ -159,34 +157,34 @@ class Method(ABC):
 
     @property
     def made_images(self) -> int:
-        """How many images it has made for the student so far."""
+        """Number of synthetic images made for the student so far."""
         return 0
 
     @property
     def part(self) -> str:
-        """What it is at, in a word or two for the progress bar."""
+        """Current part of the training in one or two words, for the progress bar."""
         return ""
 
     @classmethod
     def observes(cls, settings: MethodSettings) -> bool:
-        """Whether it finds activation ranges as moving averages over batches."""
+        """Return whether activation ranges are moving averages over batches."""
         return False
 
     @abstractmethod
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
-        """Build the student of ``problem``; ``settings`` holds a section for every method."""
+        """Build the student of ``problem``; ``settings`` has a section for every method."""
 
     def step(self, iteration: int) -> Mapping[str, Tensor]:
-        """Do iteration ``iteration``; return scalar metrics."""
+        """Run iteration ``iteration``; return scalar metrics."""
         raise NotImplementedError(f"{type(self).__name__} does not train")
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and strings, nested in dictionaries and lists."""
+        """Return tensors, numbers and strings, nested in dictionaries and lists."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
 
     def save_artifacts(self, folder: Path) -> None:  # noqa: B027  (optional for a method)
-        """Write what is worth keeping besides the student; of several processes, the first does."""
+        """Write further results; only the first rank calls this."""

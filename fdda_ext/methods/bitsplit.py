@@ -1,35 +1,58 @@
 """Bit-Split: bit-split and stitching (Wang et al., ICML 2020).
 
-A symmetric integer of b bits is a sum of b - 1 digits of -1, 0 or 1, so the weights w of an output
-are written ``w ~ alpha v``, ``v = sum_i B_i / 2^i``, i = 0 .. b - 2, whose integers v 2^(b-2) reach
-from -(2^(b-1) - 1) to 2^(b-1) - 1. Layer after layer:
+A symmetric integer of b bits is a weighted sum of b - 1 digits -1, 0 or 1. So the weights w of one
+output are written as ``w ~ alpha v`` with ``v = sum_i B_i / 2^i``, i = 0 .. b - 2. The codes v
+2^(b-2) reach from -(2^(b-1) - 1) to 2^(b-1) - 1. Each layer takes three steps:
 
-A. Rounding. From ``alpha = max|w| / (2^(b-1) - 1)``, repeat ``q = clip(round(w / alpha))`` and
-   ``alpha = <w, q> / <q, q>`` until alpha stays; digits are the bits of |q| with the sign of q.
-B. Weights. Repeat ``alpha = <w, v> / <v, v>``, then for every i the digits of least
-   ``|w - alpha v|^2``: with ``r = w - alpha (v - B_i / 2^i)`` and c = alpha / 2^i,
+A. Rounding. Start with ``alpha = max|w| / (2^(b-1) - 1)``. Repeat ``q = clip(round(w / alpha))``
+   and ``alpha = <w, q> / <q, q>`` until alpha is constant. The digits are the bits of |q| with the
+   sign of q.
+B. Weights. Repeat ``alpha = <w, v> / <v, v>``, then find for every i the digits with the smallest
+   ``|w - alpha v|^2``. With ``r = w - alpha (v - B_i / 2^i)`` and c = alpha / 2^i, they are
    ``B_i = sign(r)`` where ``2 |r| >= c``, else 0.
-C. Responses. With the rows of X what the weights are multiplied with in the network quantized so
-   far, and Y the float network's responses, minimise ``|Y - alpha X v|^2`` in alpha,
-   ``<Y, X v> / <X v, X v>``, and in every digit in turn, all outputs at once: with A = X^T X and
-   D = (Y - alpha X v)^T X, digit n of plane i becomes, where ``h = D_n + c B_in A_nn``,
-   ``sign(h)`` if ``2 |h| >= c A_nn``, else 0, after which ``D -= c (new - old) A_n``.
+C. Responses. The rows of X are the inputs that the weights multiply, in the network quantized so
+   far. Y holds the float network's responses. Minimise ``|Y - alpha X v|^2`` over alpha, which
+   gives ``<Y, X v> / <X v, X v>``, and over one digit after another, for all outputs at once. Let
+   ``A = X^T X``, ``D = (Y - alpha X v)^T X`` and ``h = D_n + c B_in A_nn``. Digit n of plane i
+   becomes ``sign(h)`` if ``2 |h| >= c A_nn``, else 0. Then ``D -= c (new - old) A_n``.
 
-Then unsigned activations get the scale of least squared error near the full range, by Lloyd's
-iterations ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>``, with quantized weights and all
-activations in float. Batch normalisations take new statistics before and after that.
+Finally, Lloyd's iterations ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>``, started at the full
+range, minimise the squared error of every unsigned activation over its scale s. Weights are
+quantized, all activations float. Before and after that, the BN statistics are measured again.
 
-Other than in the paper's code: X comes from the network being quantized, as the paper has it, which
-the code can do but does not (`compensate`); every convolution gets A, B and C at the bits that the
-configuration gives it, the classifier A and B as there, where the code has 8 bits for the first
-convolution and the classifier; b = 2 is one plane, -1, 0 or 1; an input that is always 0 and an
-output without weights keep their digits, for which the formulas divide by 0; C may be damped; it
-ends when no digit changes; X is of augmented calibration images alone, the same views for all
-layers, and so are the statistics, of views of their own; signed tensors have the configured range
-rule; Lloyd's iterations see a histogram, zeros included, which cannot move s. The paper's
-activation quantizer with a scale for every input channel, which its code has not, is an option
-(`channel_scales`), for layers that alone read a normalisation and a ReLU, see
-`fdda_ext.methods.channel_scales`.
+Differences::
+
+                             | paper             | authors' code        | here
+    -------------------------+-------------------+----------------------+-----------------------
+    inputs X of step C       | quantized network | float network (the   | quantized network,
+                             |                   | other is an unused   | unless `compensate` is
+                             |                   | option)              | false
+    -------------------------+-------------------+----------------------+-----------------------
+    convolutions             |                   | the first with 8     | steps A to C with the
+                             |                   | bits                 | configured bits
+    -------------------------+-------------------+----------------------+-----------------------
+    classifier               |                   | A and B with 8 bits  | A and B with the
+                             |                   |                      | configured bits
+    -------------------------+-------------------+----------------------+-----------------------
+    input that is always 0,  |                   | formulas divide by 0 | digits do not change
+    output with zero weights |                   |                      |
+    -------------------------+-------------------+----------------------+-----------------------
+    images for X             |                   | augmented training   | augmented calibration
+                             |                   | images per layer     | images, the same for
+                             |                   |                      | all layers
+    -------------------------+-------------------+----------------------+-----------------------
+    images for BN statistics |                   | augmented training   | other views of the
+                             |                   | images               | calibration images
+    -------------------------+-------------------+----------------------+-----------------------
+    scale per channel of an  | yes               | no                   | optional
+    activation               |                   |                      |
+
+* With b = 2 there is one plane of digits -1, 0 or 1.
+* Step C can be damped. It ends when no digit changes.
+* Signed tensors use the configured range rule.
+* Lloyd's iterations use a histogram. Its zeros cannot change s.
+* With `channel_scales`, every channel of an activation has its own scale, where one layer alone
+  reads a BN and a ReLU, see `fdda_ext.methods.channel_scales`.
 """
 
 from __future__ import annotations
@@ -64,7 +87,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BitSplit", "BitSplitConfig", "Planes", "Responses"]
 
-#: Inputs whose products with all others are subtracted together.
+#: Inputs whose products with all other inputs are subtracted together.
 _BLOCK = 64
 
 
@@ -73,21 +96,19 @@ class BitSplitConfig:
     """Data and rounds of Bit-Split.
 
     Attributes:
-        views: How many augmented views of every calibration image the layers see; 0 for the image
-            as it is.
-        positions: Of the output, drawn in every view of a convolution's input.
-        weight_rounds: Of step B, at most.
-        rounds: Of step C, at most.
-        damping: Added to the diagonal of A, in multiples of its mean, as though so many more
-            responses were to each weight alone; 0 is the paper's.
-        compensate: Inputs come from the network quantized so far, so that a layer makes up for
-            those before it; else from the float network.
-        channel_scales: Every channel of an activation has a scale of its own, which the layer's
-            weights take over before they are split, so that they make up for its errors, too.
-        statistics_views: How often batch normalisation sees every image for its new statistics; 0
-            keeps the old ones.
-        batch: Images in a forward pass, but for those that fill caches.
-        cache_megabytes: Inputs of a layer that are larger are kept in a file.
+        views: Augmented views of each calibration image for the layers; 0 for the image itself.
+        positions: Output positions drawn at random from each view of a convolution's input.
+        weight_rounds: Largest number of rounds of step B.
+        rounds: Largest number of rounds of step C.
+        damping: Value added to the diagonal of A, as a multiple of its mean. It keeps weights
+            closer to their float values. The paper has 0.
+        compensate: Whether inputs come from the network quantized so far, so that a layer corrects
+            the errors of earlier ones; if not, from the float network.
+        channel_scales: Whether every channel of an activation has its own scale. The weights take
+            these scales over before they are split, so that they also correct the errors.
+        statistics_views: Views of each image for the new BN statistics; 0 keeps the old ones.
+        batch: Images in a forward pass, except in passes that fill caches.
+        cache_megabytes: Largest inputs of a layer kept in memory, in MiB; larger ones go to a file.
     """
 
     views: int = 2
@@ -118,7 +139,7 @@ class BitSplitConfig:
                 )
 
     def scaled(self, share: float) -> BitSplitConfig:
-        """The same in ``share`` of the rounds; the steps are the layers, and stay."""
+        """Return the same settings with ``share`` of the rounds and as many iterations."""
         return replace(
             self,
             weight_rounds=round(self.weight_rounds * share),
@@ -127,16 +148,16 @@ class BitSplitConfig:
 
 
 class Planes:
-    """Weights as digits and scales: steps A and B.
+    """Weights as digits and scales, for steps A and B.
 
     Attributes:
         weight: w, float64 ``[G, m, N]``: G groups of m outputs with N weights each.
-        digits: B, -1, 0 or 1, float64 ``[b - 1, G, m, N]``.
-        alpha: float64 ``[G, m]``, positive.
+        digits: B, with values -1, 0 or 1, float64 ``[b - 1, G, m, N]``.
+        alpha: Positive factors of v, float64 ``[G, m]``.
     """
 
     def __init__(self, weight: Tensor, bits: int) -> None:
-        self.weight = weight.double().cpu()  # where the digits' loop runs
+        self.weight = weight.double().cpu()  # the loop over digits runs on the CPU
         self.bits = bits
         self.largest = 2 ** (bits - 1) - 1
         self.digits = self.weight.new_zeros(bits - 1, *weight.shape)
@@ -144,7 +165,7 @@ class Planes:
 
     @property
     def v(self) -> Tensor:
-        """The stitched digits, ``[G, m, N]``."""
+        """The stitched digits v, ``[G, m, N]``."""
         shares = 0.5 ** torch.arange(self.bits - 1, dtype=torch.float64, device=self.digits.device)
         return torch.einsum("i,igmn->gmn", shares, self.digits)
 
@@ -155,11 +176,11 @@ class Planes:
 
     @property
     def scale(self) -> Tensor:
-        """What a code of 1 stands for, ``[G, m]``."""
+        """The scale of the codes, ``[G, m]``."""
         return self.alpha * 0.5 ** (self.bits - 2)
 
     def fit(self, like: Tensor, by: Tensor) -> float:
-        """Set alpha to ``<like, v> / <by, v>``, where that is positive; return its largest move."""
+        """Set alpha to ``<like, v> / <by, v>`` where positive; return its largest change."""
         v = self.v
         best = (like * v).sum(2) / (by * v).sum(2)
         new = torch.where(best.isfinite() & (best > 0), best, self.alpha)
@@ -168,7 +189,7 @@ class Planes:
         return moved
 
     def round(self) -> None:
-        """Step A."""
+        """Run step A."""
         scale = self.weight.abs().amax(2) / self.largest
         scale = torch.where(scale > 0, scale, 1.0)
         moved = math.inf
@@ -183,7 +204,7 @@ class Planes:
             self.digits[i] = q.sign() * (magnitude >> (self.bits - 2 - i) & 1)
 
     def split(self, rounds: int) -> None:
-        """Step B."""
+        """Run step B."""
         for _ in range(rounds):
             moved = self.fit(self.weight, self.v)
             for i in range(self.bits - 1):
@@ -195,12 +216,12 @@ class Planes:
 
 
 def _digit(target: Tensor, unit: Tensor) -> Tensor:
-    """The digit whose multiple of ``unit`` is nearest to ``target``; of two the larger one."""
+    """Return the digit whose multiple of ``unit`` is nearest to ``target``; of two, not 0."""
     return torch.where(2 * target.abs() >= unit, target.sign(), 0.0)
 
 
 class Responses:
-    """What step C knows of a layer's inputs X and float responses Y.
+    """Products of a layer's inputs X and float responses Y, for step C.
 
     Attributes:
         gram: A, float64 ``[G, N, N]``.
@@ -216,9 +237,9 @@ class Responses:
         self.energy = self.weight.new_zeros(groups, m)
 
     def add(self, x: Tensor, float_x: Tensor) -> None:
-        """Count rows ``x [G, K, N]``, and the responses to the rows ``float_x``.
+        """Add rows ``x [G, K, N]`` and the float responses to the rows ``float_x``.
 
-        Both float32, as the products of these rows are; their sums are float64.
+        Both inputs and their products are float32; the sums are float64.
         """
         y = self.weight.to(float_x) @ float_x.transpose(1, 2)
         self.gram += x.transpose(1, 2) @ x
@@ -226,20 +247,20 @@ class Responses:
         self.energy += y.square().sum(2)
 
     def damp(self, share: float) -> None:
-        """Count every input alone, too, ``share`` times as strong as it is on average."""
+        """Apply `BitSplitConfig.damping`, given as ``share``."""
         strength = share * self.gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         self.gram.diagonal(dim1=1, dim2=2).add_(strength[:, 0])
         self.cross += strength * self.weight
         self.energy += strength[:, 0] * self.weight.square().sum(2)
 
     def error(self, planes: Planes) -> Tensor:
-        """|Y - alpha X v|^2 of every output, ``[G, m]``."""
+        """Return |Y - alpha X v|^2 of every output, ``[G, m]``."""
         v, alpha = planes.v, planes.alpha
         fitted = alpha * (v * (v @ self.gram.cpu())).sum(2) - 2 * (v * self.cross.cpu()).sum(2)
         return self.energy.cpu() + alpha * fitted
 
     def reconstruct(self, planes: Planes, rounds: int) -> None:
-        """Step C."""
+        """Run step C."""
         self.gram, self.cross = self.gram.cpu(), self.cross.cpu()
         products = planes.v @ self.gram
         for _ in range(rounds):
@@ -249,7 +270,7 @@ class Responses:
                 break
 
     def _improve(self, planes: Planes, i: int, products: Tensor) -> bool:
-        """Digits of plane ``i`` in turn; ``products``, v A, follow. Whether one changed."""
+        """Improve the digits of plane ``i`` and update ``products``, v A; return if one changed."""
         changed = False
         alpha = planes.alpha[..., None]
         for begin in range(0, self.gram.shape[1], _BLOCK):
@@ -265,12 +286,12 @@ class Responses:
 
 
 def _improve_block(digits: Tensor, slack: Tensor, gram: Tensor) -> Tensor:
-    """How the digits of a block of T inputs change, in turn: the loop of step C.
+    """Return the changes of the digits of a block of T inputs: the loop of step C.
 
-    On arrays of NumPy, whose operations on few values cost a fraction of torch's.
+    NumPy takes a fraction of torch's time for operations on so few values.
 
     Args:
-        digits: ``[G, m, T]``, CPU as all here.
+        digits: Digits ``[G, m, T]``, on the CPU like all arguments.
         slack: D / c, ``[G, m, T]``.
         gram: A of the block, ``[G, T, T]``.
     """
@@ -279,7 +300,7 @@ def _improve_block(digits: Tensor, slack: Tensor, gram: Tensor) -> Tensor:
     rows_of_gram = gram.permute(1, 2, 0)[..., None].contiguous().numpy()  # [T, T, G, 1]
     moved = np.zeros_like(old)
     for n in range(len(old)):
-        # An input that is always 0 keeps its digit, as though it were of no slack and any size.
+        # An input that is always 0 has no slack: any divisor but 0 keeps its digit.
         size = rows_of_gram[n, n]
         target = old[n] + rest[n] / np.where(size > 0, size, 1.0)
         moved[n] = np.sign(target) * (np.abs(target) >= 0.5) - old[n]
@@ -289,9 +310,9 @@ def _improve_block(digits: Tensor, slack: Tensor, gram: Tensor) -> Tensor:
 
 
 class BitSplit(Method):
-    """Integers of each layer for its responses, digit by digit; scales for activations."""
+    """Integer weights for each layer's responses, digit by digit, then activation scales."""
 
-    summary = "weights as integers of least response error, digit by digit"
+    summary = "integer weights with the smallest response error, found digit by digit"
     presets = "bitsplit"
     learns_ranges = False
     sections = ("bitsplit",)
@@ -299,7 +320,7 @@ class BitSplit(Method):
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         self.config = settings.bitsplit
         self.problem = problem
-        #: In the paper's grid, min-max ranges would move away from what is found here.
+        #: Not min-max, which on the paper grid follows the weights and would change the codes.
         self.quantization = problem.quantization
         if self.quantization.weight_range == "minmax":
             self.quantization = replace(self.quantization, weight_range="mse")
@@ -311,13 +332,13 @@ class BitSplit(Method):
                 folded = fold_channel_scales_(self.teacher, problem.images, bits)
             if not folded:
                 raise UsageError(
-                    "bitsplit: expected channel_scales false with a network in which no layer is "
-                    "alone in reading a normalisation and a ReLU (ReLU6 will not do), got true"
+                    "bitsplit: expected channel_scales false, because no layer of this network is "
+                    "the only reader of a batch normalisation and a ReLU (not ReLU6), got true"
                 )
         own = replace(problem, teacher=self.teacher, quantization=self.quantization)
         self.student = own.student().requires_grad_(False)
         modules = dict(self.student.named_modules())
-        #: Where convolutions and linear layers are called, in order.
+        #: Nodes that call convolutions and linear layers, in order.
         self.layers: list[Node] = [
             node
             for node in self.student.graph.nodes
@@ -326,7 +347,7 @@ class BitSplit(Method):
         ]
         self.iterations = len(self.layers) + 1
         with must_fit(settings__bitsplit__views=self.config.views):
-            # Drawn from the seed, so that a run that is resumed has the same ones.
+            # From a new generator, so that a resumed run has the same views.
             views = torch.cat(list(self._views(self.config.views, problem.random())))
         units = partition(self.student, "layer", views[:1], quantize="input")
         stops = [
@@ -334,15 +355,15 @@ class BitSplit(Method):
             for layer, unit in zip(self.layers, units, strict=True)
         ]
         limit = self.config.cache_megabytes * 2**20
-        #: What enters every layer in the float network, and in the student when its turn comes.
+        #: Inputs of every layer in the float network, and in the student quantized so far.
         self.float_inputs = Frontier(float_copy(self.student), stops, views, limit)
         self.inputs = Frontier(self.student, stops, views, limit)
 
     def _views(self, count: int, random: torch.Generator) -> Iterator[Tensor]:
-        """Batches of ``count`` augmented views of every calibration image; of 0, of itself.
+        """Yield batches of ``count`` augmented views of every calibration image; for 0, the images.
 
-        Views are shuffled: images come class by class, and a batch of few classes has statistics of
-        its own.
+        Views are shuffled, because images are sorted by class, and a batch of few classes has other
+        BN statistics.
         """
         images = self.problem.images
         batches = -(-len(images) // self.config.batch)
@@ -365,9 +386,9 @@ class BitSplit(Method):
             return {"error": self._quantize_activations()}
 
     def _quantize_weights(self, iteration: int) -> Tensor:
-        """Steps A to C on one layer; returns the relative squared error of its responses.
+        """Run steps A to C on one layer; return the relative squared error of its responses.
 
-        Of a classifier, that of its weights.
+        For a classifier, run A and B; return that of its weights.
         """
         layer = self.student.get_submodule(str(self.layers[iteration].target))
         assert isinstance(layer, (QuantizedConv2d, QuantizedLinear))
@@ -400,7 +421,7 @@ class BitSplit(Method):
         return responses
 
     def _quantize_activations(self) -> Tensor:
-        """Scales and statistics; returns the relative squared error of the logits."""
+        """Set scales and BN statistics; return the relative squared error of the logits."""
         self._renew_statistics()
         quantizers = activation_quantizers(self.student)
         for quantizer in quantizers:
@@ -415,7 +436,7 @@ class BitSplit(Method):
         return (logits - expected).square().sum() / expected.square().sum()
 
     def _renew_statistics(self) -> None:
-        """Means and variances of batches, by which each is normalised; their averages stay."""
+        """Normalise each batch by its own mean and variance; keep the averages as BN statistics."""
         if not self.config.statistics_views:
             return
         count = self.config.statistics_views * len(self.problem.images)
@@ -439,7 +460,7 @@ class BitSplit(Method):
             if isinstance(module, _BatchNorm)
         ]
         try:
-            with stage("statistics"), torch.enable_grad():  # else layers fold their normalisation
+            with stage("statistics"), torch.enable_grad():  # without gradients, layers fold BN
                 for images in self._views(self.config.statistics_views, self.random):
                     self.student(images)
         finally:
@@ -463,7 +484,7 @@ class BitSplit(Method):
 
 
 def _bake(layer: QuantizedConv2d | QuantizedLinear, planes: Planes) -> None:
-    """Make ``layer`` round its weight to the integers of ``planes``: they become the weight."""
+    """Set weight and range of ``layer`` so that its codes are the integers of ``planes``."""
     quantizer = layer.weight_quantizer
     scale = planes.scale.flatten().to(layer.weight.device, torch.float32)
     quantizer.set_range(scale * quantizer.grid.quant_min, scale * quantizer.grid.quant_max)

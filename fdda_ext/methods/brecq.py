@@ -1,21 +1,28 @@
 """BRECQ: block reconstruction (Li et al., ICLR 2021).
 
-For each block, all before it quantized, the rounding of its weights is learned together (AdaRound,
-see `fdda_ext.reconstruction.rounding`), activations in float; then, block by block, on the float
-network's activations, the step sizes of activations, their zero points fixed::
+For one block after another, with quantized weights in all earlier ones and float activations, the
+rounding of all its weights is learned (AdaRound, see `fdda_ext.reconstruction.rounding`). Then the
+activation scales are learned block by block on the float network's activations, with fixed zero
+points::
 
     L_rounding = mean_{n,h,w} sum_c g^2 (Y' - Y)^2 + lambda sum (1 - |2 h - 1|^beta)      (eq. 10)
     L_scales   = mean_{n,h,w} sum_c |Y' - Y|^2.4
 
-Y is the block's output in float, its activation function included, Y' the quantized block's. g is 1
-with objective "mse", which the authors' code uses; with "fisher", the paper's, the gradient of the
-Kullback-Leibler divergence of the predictions at the block's output, here scaled to a mean square
-of 1, for which the code has ``|g| + 1``.
+Y is the output of the float block, with its activation function, Y' that of the quantized block. g
+weighs the errors::
 
-Blocks are found in the graph, see `fdda_ext.reconstruction.units`; what is in none is a unit of its
-own. Further departures: weights are symmetric in the deploy grid; the paper's grid has no step
-sizes to learn, so there ranges are only measured, in the end; and those of
-`fdda_ext.methods.reconstructing`.
+       | paper                              | authors' code   | here
+    ---+------------------------------------+-----------------+---------------------------------
+    g  | gradient of the KL divergence of   | 1, or           | objective "mse": 1; "fisher":
+       | the predictions at the block's     | |gradient| + 1  | the gradient, scaled to a mean
+       | output                             |                 | square of 1
+
+Further differences, besides those of `fdda_ext.methods.reconstructing`:
+
+* Blocks are found in the graph, see `fdda_ext.reconstruction.units`. A layer outside all blocks is
+  its own unit.
+* Weights are symmetric on the deploy grid.
+* The paper grid has no scales to learn. Its ranges are only measured, at the end.
 """
 
 from __future__ import annotations
@@ -52,12 +59,12 @@ __all__ = ["BRECQ", "BRECQConfig", "BlockConfig"]
 
 @dataclass(frozen=True)
 class BlockConfig(ReconstructionConfig):
-    """What BRECQ and QDrop share.
+    """Settings that BRECQ and QDrop share.
 
     Attributes:
-        granularity: What is reconstructed together.
-        rounding: How rounding is learned.
-        scale_lr: Of Adam, on the step sizes of activations; a cosine takes it to 0.
+        granularity: Size of a unit: "layer", "block" or "network".
+        rounding: Settings of learned rounding.
+        scale_lr: Learning rate of activation scales (Adam); a cosine takes it to 0.
     """
 
     granularity: Granularity = "block"
@@ -75,13 +82,13 @@ class BlockConfig(ReconstructionConfig):
 
 @dataclass(frozen=True)
 class BRECQConfig(BlockConfig):
-    """BRECQ; the defaults are those of the paper.
+    """Settings of BRECQ. The defaults are those of the paper, except the objective.
 
     Attributes:
-        objective: What errors of a block's output weigh: "mse" all the same, "fisher" by the
-            prediction's gradients.
-        scale_steps: Of each unit in the second stage; 0 for none.
-        scale_exponent: Of its loss.
+        objective: Weights of output errors: "mse" for equal weights, "fisher" for gradients of the
+            predictions.
+        scale_steps: Steps per unit in the second phase; 0 to skip it.
+        scale_exponent: Exponent of the loss in the second phase.
     """
 
     name = "brecq"
@@ -103,9 +110,9 @@ class BRECQConfig(BlockConfig):
 
 
 class BRECQ(ReconstructionMethod):
-    """First the rounding of all blocks, then their activations."""
+    """Learned rounding for all blocks, then learned activation scales."""
 
-    summary = "block by block: learned rounding of weights, then activation step sizes"
+    summary = "block by block: learned rounding of weights, then activation scales"
     presets = "brecq"
     sections = ("brecq",)
 
@@ -152,7 +159,7 @@ class BRECQ(ReconstructionMethod):
 
     @override
     def end(self) -> None:
-        """Set the ranges that the second stage has not: of the weights as they are now."""
+        """Set the ranges that the second phase has not set, from the current weights."""
         staged = [unit for phase, unit, _ in self.tasks if phase == "scales"]
         for unit in self.units:
             if unit not in staged and unit.quantizers:

@@ -1,4 +1,4 @@
-"""The baselines that every table needs: what the calibration images do on their own."""
+"""Baselines without synthetic images: calibration alone, and distillation on real images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["MSE", "CalibrationDistillation", "MinMax", "Noise", "Ranges"]
 
 
 class Ranges(Method):
-    """Ranges of weights and activations set once, from the calibration images."""
+    """Ranges of weights and activations, set once from images."""
 
     rule: ClassVar[Literal["minmax", "mse"]]
     distributed = True
@@ -38,7 +38,7 @@ class Ranges(Method):
         calibrate(self.student, self.images(problem))
 
     def images(self, problem: Problem) -> Tensor:
-        """Those that ranges are found on, ``[n, C, H, W]``."""
+        """Return the images for calibration, ``[n, C, H, W]``."""
         return problem.images
 
     @override
@@ -51,16 +51,16 @@ class Ranges(Method):
 
 
 class MinMax(Ranges):
-    """Every range reaches from the least to the largest value seen."""
+    """Ranges from the smallest to the largest value of each tensor."""
 
     summary = "min-max ranges, no training"
     rule = "minmax"
 
 
 class Noise(MinMax):
-    """Min-max ranges over as many images of Gaussian noise: what no data at all gives."""
+    """Min-max ranges from as many images of Gaussian noise: a baseline without data."""
 
-    summary = "min-max ranges of Gaussian noise, no data, no training"
+    summary = "min-max ranges from Gaussian noise, no data, no training"
     real_images = False
 
     @override
@@ -70,16 +70,16 @@ class Noise(MinMax):
 
 
 class MSE(Ranges):
-    """Every range minimises the mean squared quantization error of its tensor."""
+    """Ranges that minimise the mean squared quantization error of each tensor."""
 
-    summary = "ranges of least squared error, no training"
+    summary = "ranges with the smallest squared error, no training"
     rule = "mse"
 
 
 class CalibrationDistillation(Method):
-    """The student step of FDDA on as many images, all of them real: FDDA without its generator."""
+    """FDDA without its generator: the same student step on as many images, all of them real."""
 
-    summary = "distillation on the calibration images alone"
+    summary = "distillation on calibration images only"
     distils = True
     distributed = True
     sections = ("distillation",)

@@ -1,9 +1,9 @@
 """A scale for every channel of an activation, folded into the layers around it (Bit-Split's ECAQ).
 
-Where a normalisation, a ReLU and one layer follow each other, the quantizer before the layer may
-give every channel a step r_c s of its own: the normalisation is divided by r_c and the layer's
-weights on that channel multiplied by it, so that codes still share one step s, and the float
-network computes what it did.
+Where a BN, a ReLU and one layer follow each other, the quantizer before the layer can give channel
+c its own scale r_c s. The BN is divided by r_c, and the layer's weights for channel c are
+multiplied by r_c. So all codes share the scale s, and the float network computes the same
+function.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Reached(Exception):  # noqa: N818  (not an error)
 
 @torch.no_grad()
 def input_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
-    """What enters the layer called ``name`` on ``images [n, C, H, W]``; nothing after it runs."""
+    """Return the input of layer ``name`` for ``images [n, C, H, W]``; run nothing after it."""
     found: list[Tensor] = []
 
     def keep(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -44,15 +44,15 @@ def input_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
 
 
 def channel_steps(x: Tensor, bits: int) -> Tensor:
-    """Of least squared error near the full range, for every channel, by Lloyd's iterations.
+    """Minimise the squared error of every channel over its scale, by Lloyd's iterations.
 
     Args:
-        x: ``[n, C, *]``, not negative.
-        bits: Of the codes.
+        x: Values ``[n, C, *]``, not negative.
+        bits: Bits of the codes, b.
 
     Returns:
-        s ``[C]``, from ``max / (2^b - 1)`` by ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>``;
-        0 of a channel that is always 0.
+        s ``[C]``, from ``q = clip(round(x / s))``, ``s = <x, q> / <q, q>``, started at the full
+        range, ``max / (2^b - 1)``; 0 for a channel that is always 0.
     """
     rows = x.transpose(0, 1).flatten(1).double()
     largest = 2**bits - 1
@@ -69,7 +69,7 @@ def channel_steps(x: Tensor, bits: int) -> Tensor:
 
 
 def _chains(network: GraphModule) -> Iterator[tuple[_BatchNorm, str]]:
-    """Normalisations, and by name the layers that alone read them, through a ReLU."""
+    """Yield every BN that only one layer reads, through a ReLU, and that layer's name."""
     modules = dict(network.named_modules())
     for node in network.graph.nodes:
         if node.op != "call_module" or not isinstance(
@@ -87,16 +87,16 @@ def _chains(network: GraphModule) -> Iterator[tuple[_BatchNorm, str]]:
 
 @torch.no_grad()
 def fold_channel_scales_(network: GraphModule, images: Tensor, bits: int) -> dict[str, Tensor]:
-    """Fold r of every layer after a normalisation and a ReLU, in place.
+    """Fold scales r of channels into every layer after a BN and a ReLU, in place.
 
     Args:
-        network: In float, from `fdda_ext.quantization.tracing.trace`.
+        network: Float network from `fdda_ext.quantization.tracing.trace`.
         images: Calibration images ``[n, C, H, W]``.
-        bits: Of activations.
+        bits: Bits of activations.
 
     Returns:
-        By layer r ``[C]``: `channel_steps` over their mean, at least a hundredth of it; 1 of a
-        channel that is always 0.
+        r ``[C]`` by layer: `channel_steps` over their mean, at least 0.01; 1 for a channel that is
+        always 0.
     """
     found: dict[str, Tensor] = {}
     for norm, name in _chains(network):

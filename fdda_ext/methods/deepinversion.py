@@ -1,24 +1,29 @@
 """DeepInversion and Adaptive DeepInversion: dreaming to distill (Yin et al., CVPR 2020).
 
-Images of wanted classes, from the teacher alone: it must assign them, its batch normalisations must
-find the statistics of their training in the batch, and the images must be smooth::
+Images of given classes are optimised with the teacher alone. The teacher must assign these classes,
+the BN statistics of a batch must match the running statistics, and the images must be smooth::
 
     L = CE(T(x), y) + 0.01 R_feat + 1e-4 TV(x) + 1e-5 mean |x| (+ 0.2 R_compete)
 
-The adaptive version looks for images that the student has not mastered yet::
+The adaptive version looks for images on which the student still differs from the teacher::
 
     R_compete = 1 - JS(p, q),  p = softmax(S(x) / 3),  q = softmax(T(x) / 3)
     JS(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m),        m = (p + q) / 2
 
-The published code takes KL(m || p) and KL(m || q) of probabilities clamped to [0.01, 0.99], which
-is no Jensen-Shannon divergence; the formula is followed. The norms of its first two regularisers
-have no gradient at 0; here they have. The best images are those of the last resolution.
+Differences::
 
-The paper quantizes nothing. This project lets its images, as many of each class as can be, set the
-activation ranges, and the student then learns from the teacher on them. The rounds of the adaptive
-version are this project's, too: in each, a share of the images is made against the student of the
-rounds before (in the first there is none to compete with), then a share of the student's steps
-sees all images so far.
+                           | authors' code                                      | here
+    -----------------------+----------------------------------------------------+-------------------
+    JS in R_compete        | KL(m || p) and KL(m || q) of probabilities clamped | the formula
+                           | to [0.01, 0.99], not a Jensen-Shannon divergence   |
+    -----------------------+----------------------------------------------------+-------------------
+    norms in R_feat and TV | without gradient at 0                              | with gradient at 0
+
+* The best images are those of the last resolution.
+* The paper does not quantize. Here the images, with balanced classes, set the activation ranges,
+  and the student is then distilled on them.
+* The adaptive version has rounds. Each optimises a share of the images, except in the first round
+  with the current student in R_compete. Then a share of the student steps uses all images so far.
 """
 
 from __future__ import annotations
@@ -53,13 +58,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DeepInversionConfig(OptimisedImagesConfig):
-    """DeepInversion's images; the defaults are the run that its code's page gives.
+    """Settings of DeepInversion. The defaults are those of the run on its code's page.
 
     Attributes:
-        feature_weight: Of R_feat.
-        first_layer_weight: c_0, of the first layer within it.
-        variation_weight: Of the total variation.
-        length_weight: Of the mean length of an image.
+        feature_weight: Weight of R_feat.
+        first_layer_weight: Weight of the first layer in R_feat, c_0.
+        variation_weight: Weight of the total variation.
+        length_weight: Weight of the mean length of an image.
     """
 
     name = "di"
@@ -94,11 +99,11 @@ class DeepInversionConfig(OptimisedImagesConfig):
 
 @dataclass(frozen=True)
 class AdaptiveDeepInversionConfig(DeepInversionConfig):
-    """DeepInversion's settings, and those of the competition.
+    """Settings of DeepInversion and of the competition.
 
     Attributes:
-        competition_weight: Of R_compete.
-        rounds: Parts that images and student steps come in.
+        competition_weight: Weight of R_compete.
+        rounds: Number of rounds, with equal shares of the images and the student steps.
     """
 
     name = "adi"
@@ -114,7 +119,7 @@ class AdaptiveDeepInversionConfig(DeepInversionConfig):
 
 
 def jensen_shannon(logits: Tensor, other_logits: Tensor, temperature: float = 3.0) -> Tensor:
-    """JS of the softened distributions of logits ``[N, K]``, the mean over N, from 0 to ln 2."""
+    """Return JS of the softened distributions of logits ``[N, K]``: a mean over N, 0 to ln 2."""
     p, q = (F.log_softmax(x / temperature, dim=1) for x in (logits, other_logits))
     middle = torch.logaddexp(p, q) - math.log(2)
     from_p, from_q = (F.kl_div(middle, x, reduction="batchmean", log_target=True) for x in (p, q))
@@ -122,9 +127,9 @@ def jensen_shannon(logits: Tensor, other_logits: Tensor, temperature: float = 3.
 
 
 class DeepInversion(OptimisedImages):
-    """Images of wanted classes whose batches have the stored BN statistics."""
+    """Images of given classes whose batches match the running statistics."""
 
-    summary = "no data: images of wanted classes out of the network itself, distillation"
+    summary = "no data: images of given classes from the network itself, distillation"
     presets = "di"
     sections = ("di", "distillation")
 
@@ -143,7 +148,7 @@ class DeepInversion(OptimisedImages):
     def terms(
         self, images: Tensor, labels: Tensor, seen: BatchNormCapture
     ) -> dict[str, tuple[float, Tensor]]:
-        """Weight and value of every term of the loss, of what the teacher has ``seen``."""
+        """Return weight and value of every term of the loss, given the teacher's pass ``seen``."""
         config = self.config
         features = feature_distance(seen.inputs, self.running, config.first_layer_weight)
         return {
@@ -155,9 +160,9 @@ class DeepInversion(OptimisedImages):
 
 
 class AdaptiveDeepInversion(DeepInversion):
-    """DeepInversion against the student, in turn with its distillation."""
+    """DeepInversion against the student, alternating with distillation."""
 
-    summary = "no data: DeepInversion, in rounds, on what the student has not mastered"
+    summary = "no data: DeepInversion in rounds, on images where student and float network differ"
     presets = "adi"
     sections = ("adi", "distillation")
 

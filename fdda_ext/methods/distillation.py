@@ -1,4 +1,4 @@
-"""The student step that the methods share: distillation of the teacher into the student."""
+"""The student step that many methods share: distillation of the teacher into the student."""
 
 from __future__ import annotations
 
@@ -38,30 +38,31 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """The student step (FDDA, ECCV 2022, section 3.4; constants of the authors' code).
+    """Settings of the student step (FDDA, ECCV 2022, section 3.4; constants of the authors' code).
 
     Attributes:
-        steps: Student steps of the whole run.
-        real_batch: Calibration images in each; of methods that see none, more generated ones.
-        generated_batch: Generated images in each; without a generator, more calibration images.
-        objective: What the student learns from: the "divergence" below; or the "discrepancy" of
-            ZAQ, which the constants of the divergence do not concern.
-        temperature: T of the softened distributions.
-        weight: alpha, of the divergence.
-        reduction: Of the divergence over a batch: "batch" sums over classes and averages over
-            images (FDDA); "batch_and_classes" averages over both (GDFQ), which is K times less.
-        cross_entropy_weight: Of the cross entropy with the labels.
-        optimizer: "sgd" is with Nesterov momentum 0.9.
+        steps: Student steps in the whole run.
+        real_batch: Calibration images per step; synthetic ones if the method uses no real images.
+        generated_batch: Generated images per step; calibration or optimised images if the method
+            has no generator.
+        objective: Loss of the student: "divergence", see `distillation_loss`, or "discrepancy",
+            ZAQ's loss, which ignores the settings of the divergence.
+        temperature: Temperature T of the softened distributions.
+        weight: Weight alpha of the divergence.
+        reduction: Reduction of the divergence: "batch" sums over classes and averages over images
+            (FDDA); "batch_and_classes" averages over both (GDFQ), which is K times less.
+        cross_entropy_weight: Weight of the cross entropy with the labels.
+        optimizer: "adam", or "sgd" with Nesterov momentum 0.9.
         lr: Learning rate of weights, biases and BN's affine parameters.
-        scale_lr: Of the quantizers' scales and zero points.
-        weight_decay: On everything but scales and zero points.
-        lr_milestones: Steps after which the rates are a tenth of what they were.
-        cosine_half_period: Steps from the full rate to zero, after which it rises again (the
-            authors' 20 000 steps do not divide their 70 000); None for the whole run, 0 for no
-            cosine.
-        frozen_scales: Leave the quantizers' ranges as they are.
-        rounding: Learn how weights are rounded, instead of the weights: AdaRound's rate, and weight
-            and course of its regulariser; None for straight-through gradients of the weights.
+        scale_lr: Learning rate of scales and zero points.
+        weight_decay: Weight decay of everything except scales and zero points.
+        lr_milestones: Steps after which the learning rates are divided by ten.
+        cosine_half_period: Steps in which a cosine takes the learning rates to zero; then they rise
+            again (the authors' 20 000 steps do not divide their 70 000). None for the whole run, 0
+            for no cosine.
+        frozen_scales: Whether the quantizers' ranges stay fixed.
+        rounding: Settings of learned rounding (AdaRound), which replaces the training of weights.
+            None to train the weights with straight-through gradients.
     """
 
     steps: int = 70_000
@@ -101,17 +102,17 @@ class DistillationConfig:
 
     @property
     def unused(self) -> dict[str, str]:
-        """Fields that change nothing beside the others as they are, each with the reason."""
+        """Fields without effect because of other fields, each with the reason."""
         found: dict[str, str] = {}
         if self.objective == "discrepancy":
             names = ("temperature", "weight", "reduction", "cross_entropy_weight")
             found |= dict.fromkeys(names, "the objective is discrepancy")
         if self.frozen_scales:
-            found["scale_lr"] = "frozen_scales leaves the scales as they are"
+            found["scale_lr"] = "frozen_scales keeps the scales fixed"
         return found
 
     def scaled(self, share: float) -> DistillationConfig:
-        """The same schedule in ``share`` of its steps."""
+        """Return the same schedule with ``share`` of its steps."""
         period = self.cosine_half_period
         return replace(
             self,
@@ -124,17 +125,17 @@ class DistillationConfig:
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, config: DistillationConfig
 ) -> Tensor:
-    """``CE(S, y) + alpha T^2 KL(softmax(t / T) || softmax(S / T))`` (FDDA, ECCV 2022, eq. 11).
+    """Return ``CE(S, y) + alpha T^2 KL(softmax(t / T) || softmax(S / T))`` (FDDA, eq. 11).
 
     Args:
-        student_logits: ``[N, K]``.
-        teacher_logits: ``[N, K]``, without gradient.
-        labels: int64 ``[N]``, or shares of the classes, float ``[N, K]``.
+        student_logits: S, ``[N, K]``.
+        teacher_logits: t, ``[N, K]``, without gradient.
+        labels: Classes, int64 ``[N]``, or shares of the classes, float ``[N, K]``.
         config: Weights, temperature and reduction.
 
     Returns:
-        A scalar. As T is large, ``T^2 KL`` is close to half the mean over classes of the squared
-        difference of the centred logits.
+        A scalar. For large T, ``T^2 KL`` is about half the mean over classes of the squared
+        difference of centred logits.
     """
     t = config.temperature
     divergence = F.kl_div(
@@ -152,7 +153,7 @@ def distillation_loss(
 
 
 class ImageSampler:
-    """Shuffled batches of the calibration images, augmented; the last partial batch is dropped."""
+    """Shuffled batches of augmented calibration images; the last partial batch is dropped."""
 
     def __init__(self, problem: Problem, batch_size: int, random: torch.Generator) -> None:
         self.problem = problem
@@ -161,7 +162,7 @@ class ImageSampler:
         self.order = torch.empty(0, dtype=torch.int64, device=problem.device)
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Images ``[B, C, H, W]`` and labels ``[B]``."""
+        """Return images ``[B, C, H, W]`` and labels ``[B]``."""
         if self.order.numel() < self.batch_size:
             self.order = torch.randperm(
                 self.problem.images.shape[0], generator=self.random, device=self.problem.device
@@ -172,16 +173,16 @@ class ImageSampler:
 
 
 class Student:
-    """The fake-quantized network with its optimizer: one distillation step at a time."""
+    """The student with its optimizers, trained by one distillation step at a time."""
 
     def __init__(self, network: GraphModule, problem: Problem, config: DistillationConfig) -> None:
         self.network = network.eval()
         self.problem = problem
         self.config = config
         self.steps_done = 0
-        #: Of a batch of images and labels, a scalar; a method may put its own in place.
+        #: A method's own loss of a batch of images and labels, a scalar; None for `divergence`.
         self.loss: Callable[[Tensor, Tensor], Tensor] | None = None
-        #: The network as it is trained: with weights rounded softly where rounding is learned.
+        #: The network as trained: with softly rounded weights if rounding is learned.
         self.function, self.soft = network, list[SoftlyRounded]()
         if config.rounding is not None:
             check_ranges_stay(problem.quantization, "distillation.rounding")
@@ -229,7 +230,10 @@ class Student:
         self.replayed = Replayed(self.parameters)
 
     def rate_factor(self) -> float:
-        """Cosine annealing: 1 at the start, 0 after a half period, 1 again; and the milestones."""
+        """Return the factor of the learning rates: milestones times cosine annealing.
+
+        The cosine is 1 at the start, 0 after a half period, then 1 again.
+        """
         factor = 0.1 ** sum(self.steps_done >= m for m in self.config.lr_milestones)
         half_period = self.config.cosine_half_period
         if half_period == 0:
@@ -241,8 +245,8 @@ class Student:
         """Refuse an objective that the method does not define.
 
         Raises:
-            UsageError: If it is "discrepancy" and no loss was put in place of `divergence`, or
-                rounding is learned, which that loss does not see.
+            UsageError: If it is "discrepancy" and the method has no loss of its own, or if it is
+                "discrepancy" and rounding is learned.
         """
         if self.config.objective == "discrepancy" and self.loss is None:
             raise UsageError(
@@ -255,18 +259,18 @@ class Student:
             )
 
     def divergence(self, images: Tensor, labels: Tensor) -> Tensor:
-        """`distillation_loss` on ``images [N, C, H, W]``."""
+        """Return `distillation_loss` for ``images [N, C, H, W]``."""
         with torch.no_grad(), self.problem.autocast(), stage("student: teacher"):
             teacher_logits = self.problem.teacher(images).float()
         with stage("student: forward"):
             return distillation_loss(self.function(images), teacher_logits, labels, self.config)
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Distil the teacher into the student on ``images [N, C, H, W]``; name scalar metrics.
+        """Distil the teacher into the student on ``images [N, C, H, W]``; return scalar metrics.
 
-        They are ``student``, the loss, and, where rounding is learned, ``decided``, the share of
-        roundings that are, and ``regulariser``, once it has set in. Of several processes, which all
-        pass the whole batch, each computes on its share.
+        ``student`` is the loss. If rounding is learned, ``decided`` is the share of decided
+        roundings; ``regulariser`` follows after the warm-up. Each rank passes the whole batch and
+        computes on its share.
         """
         share = share_of(len(labels))
         images, labels = shard(images), shard(labels)
@@ -275,7 +279,7 @@ class Student:
         regulariser = self.regulariser()
         with must_fit(**self.sizes(len(images))):
             gradients = partial(self.gradients, share=share, regulariser=regulariser)
-            # What a method put in place, and AdaRound's course, may change with the step.
+            # A method's own loss and AdaRound's schedule may change with the step.
             if self.problem.replays and self.loss is None and not self.soft:
                 found = self.replayed(gradients, images, labels)
             else:
@@ -285,7 +289,7 @@ class Student:
                 for optimizer in self.optimizers:
                     optimizer.step()
                 project_scales_(self.network)
-                # `network` itself has hard roundings at any time: it is tested between steps.
+                # `network` always has hard roundings, because it is evaluated between steps.
                 for layer in self.soft:
                     layer.bake()
         self.steps_done += 1
@@ -297,23 +301,24 @@ class Student:
         return metrics | total(found)
 
     def sizes(self, images: int) -> dict[str, int]:
-        """Settings that the memory of a step on ``images`` grows with, for `must_fit`."""
+        """Return the settings that determine the memory of a step on ``images``, for `must_fit`."""
         batches = {
             f"settings__distillation__{name}": getattr(self.config, name)
             for name in ("real_batch", "generated_batch")
         }
         largest = dict(sorted(batches.items(), key=lambda item: -item[1]))
-        if self.loss is not None:  # which looks at the whole batch
+        if self.loss is not None:  # it needs the whole batch
             return largest
         return {"images_at_once": -(-images // self.problem.parts(images)), **largest}
 
     def gradients(
         self, images: Tensor, labels: Tensor, *, share: float, regulariser: Tensor | None
     ) -> dict[str, Tensor]:
-        """Forward and backward pass of ``share`` of the loss; its value as ``student``.
+        """Run the forward and backward pass of ``share`` of the loss; return it as ``student``.
 
-        Large images come in parts, whose gradients are added up: the divergence is a mean over
-        images, and no layer of the student looks at several of them.
+        Batches of large images are processed in parts, and the gradients are added up. This is
+        possible because the divergence is a mean over images, and the student treats each image by
+        itself.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -333,7 +338,7 @@ class Student:
         return {"student": torch.stack(losses).sum() if parts > 1 else losses[0]}
 
     def regulariser(self) -> Tensor | None:
-        """AdaRound's; None where no rounding is learned, and before it sets in."""
+        """Return AdaRound's regulariser; None during the warm-up or without learned rounding."""
         rounding = self.config.rounding
         beta = None if rounding is None else rounding.beta(self.steps_done / self.config.steps)
         if beta is None:
@@ -341,7 +346,7 @@ class Student:
         return torch.stack([layer.regulariser(beta) for layer in self.soft]).sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, ranges, roundings, optimizer and position in the schedule."""
+        """Return weights, ranges, roundings, optimizers and the position in the schedule."""
         return {
             "network": self.network.state_dict(),
             "alphas": [layer.alpha.detach() for layer in self.soft],
@@ -350,7 +355,7 @@ class Student:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         self.network.load_state_dict(state["network"])
         with torch.no_grad():
             for layer, alpha in zip(self.soft, state["alphas"], strict=True):

@@ -1,27 +1,36 @@
 """DSG: diversifying sample generation (Zhang et al., CVPR 2021; journal: Qin et al., TPAMI 2023).
 
-ZeroQ's images all have the same statistics and all fit all layers alike. DSG gives them room: the
-alignment with the statistics of layer l counts beyond a margin only, and that of image n counts
-twice in a layer of its own::
+ZeroQ's images all have the same statistics, and all match all layers equally well. DSG makes them
+more diverse: the distance from the running statistics of layer l counts only beyond a margin, and
+for image n it counts twice in one layer of its own::
 
     L = 1/N sum_n sum_l (1 + [l = n mod L]) l_nl
     l_nl = |max(|m_nl - mu_l| - delta_l, 0)|^2 + |max(|s_nl - sigma_l| - gamma_l, 0)|^2
 
 delta and gamma are quantiles, over images and channels, of the same deviations in images of
-Gaussian noise. The image's own mean and deviation are ZeroQ's terms, without a margin.
+Gaussian noise. The mean and standard deviation of the image itself count as in ZeroQ, without a
+margin.
 
-The journal version adds, as options here:
+The journal version adds two terms, which are options here:
 
-* ``priors``: ``2 CE(T(x), y) + 0.01 TV(x) + 0.01 mean |x|`` with random labels;
-* ``spatial``: let G be the Gram matrix of the images, each of length 1, with eigenvalues a and
-  eigenvectors u, and H, b, v the same of fresh Gaussian noise; then, over L::
+* ``priors``: ``2 CE(T(x), y) + 0.01 TV(x) + 0.01 mean |x|`` with random labels.
+* ``spatial``: Let G be the Gram matrix of the images, each scaled to length 1, with eigenvalues a
+  and eigenvectors u. H, b and v are the same for new Gaussian noise. The term, divided by L, is::
 
       1e-4 mean_k (a_k - b_k)^2 + sum_k w_k (1 - |<u_k, v_k>|),   w: b between 0 and 1
 
-Departures from the published code: an image's own layer counts twice, as in the paper, not four
-times and in the first 20 layers alone; eigenvectors, whose sign is arbitrary, are compared by
-magnitude and drawn together, where the code's absolute value of the sum pushes them apart. Its
-margins were never published; they are measured here.
+Differences::
+
+                               | paper        | authors' code             | here
+    ---------------------------+--------------+---------------------------+---------------------
+    own layer                  | counts twice | counts four times, among  | counts twice
+                               |              | the first 20 layers only  |
+    ---------------------------+--------------+---------------------------+---------------------
+    u and v, of arbitrary sign |              | the absolute value of the | magnitudes of the
+                               |              | sum pushes them apart     | cosines pull them
+                               |              |                           | together
+    ---------------------------+--------------+---------------------------+---------------------
+    margins                    | quantiles    | not published             | measured
 """
 
 from __future__ import annotations
@@ -50,14 +59,14 @@ __all__ = ["DSG", "DSGConfig", "gram_distance"]
 
 @dataclass(frozen=True)
 class DSGConfig(OptimisedImagesConfig):
-    """DSG's images. The rate is that of its code.
+    """Settings of DSG. The default learning rate is that of its code.
 
     Attributes:
-        quantile: Which one of the noise images' deviations is the margin.
-        noise_images: Images of Gaussian noise that the margins are measured on.
-        own_layer_weight: What an image's own layer counts on top; 0 for no enhancement.
-        priors: Class, smoothness and length of the images (journal version).
-        spatial: Eigen-structure of the batch's Gram matrix (journal version).
+        quantile: Quantile of the noise images' deviations that serves as margin.
+        noise_images: Images of Gaussian noise for the margins.
+        own_layer_weight: Additional weight of an image's own layer; 0 for none.
+        priors: Whether to add class, smoothness and length of the images (journal version).
+        spatial: Whether to add eigenvalues and eigenvectors of the Gram matrix (journal version).
     """
 
     name = "dsg"
@@ -80,9 +89,9 @@ class DSGConfig(OptimisedImagesConfig):
 
 
 class DSG(OptimisedImages):
-    """Images with room around the stored BN statistics."""
+    """Images that match the running statistics up to a margin."""
 
-    summary = "no data: ZeroQ with margins around the statistics and a layer of each image's own"
+    summary = "no data: ZeroQ with margins around the statistics and a preferred layer per image"
     presets = "dsg"
     sections = ("dsg", "distillation")
 
@@ -91,12 +100,12 @@ class DSG(OptimisedImages):
         super().__init__(problem, self.config, settings.distillation)
         self.labelled = self.config.priors
         self.targets = with_images(self.running, problem.channels)
-        #: delta_l and gamma_l, ``[1 + L, 2]``; those of the image are 0.
+        #: delta_l and gamma_l, ``[1 + L, 2]``; 0 for the image itself.
         self.margins = self.noise_margins()
 
     @torch.no_grad()
     def noise_margins(self) -> Tensor:
-        """Quantiles of the deviations in images of noise."""
+        """Return quantiles of the deviations in images of noise."""
         found: list[list[Tensor]] = [[] for _ in self.running.means]
         random, left = self.problem.random(), self.config.noise_images
         while left > 0:
@@ -112,7 +121,7 @@ class DSG(OptimisedImages):
         return torch.stack(margins)
 
     def noise(self, count: int, random: torch.Generator) -> Tensor:
-        """Standard normal images ``[count, C, H, W]``."""
+        """Draw standard normal images ``[count, C, H, W]``."""
         shape = (count, *self.images.shape[1:])
         noise = torch.randn(shape, generator=random, device=self.problem.device)
         return noise.contiguous(memory_format=torch.channels_last)
@@ -148,7 +157,7 @@ class DSG(OptimisedImages):
 
 
 def gram_distance(images: Tensor, noise: Tensor) -> Tensor:
-    """The spatial term of ``images`` against ``noise``, both ``[N, C, H, W]``; a scalar."""
+    """Return the spatial term, a scalar, of ``images`` and ``noise``, both ``[N, C, H, W]``."""
     values, vectors = _gram_eigen(images)
     noise_values, noise_vectors = _gram_eigen(noise)
     reach = (noise_values[-1] - noise_values[0]).clamp(min=1e-12)
@@ -158,7 +167,7 @@ def gram_distance(images: Tensor, noise: Tensor) -> Tensor:
 
 
 def _gram_eigen(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ``[N]``, rising, and eigenvectors ``[N, N]`` in columns."""
+    """Return ascending eigenvalues ``[N]`` and eigenvectors ``[N, N]`` in columns."""
     rows = F.normalize(images.float().flatten(1))
     values, vectors = torch.linalg.eigh(rows @ rows.T)
     return values, vectors

@@ -1,17 +1,17 @@
 """FDDA: fine-grained data distribution alignment (Zhong et al., ECCV 2022).
 
-One labelled image per class gives every class a centre in the batch-normalisation statistics of
-the deep layers. A label-conditional generator is trained to hit those centres (eq. 6), noisy copies
-of them (eq. 7), the teacher's running statistics and the right class; the quantized network is
-distilled on its images and the real ones together.
+One labelled image per class gives each class a BNS centre: the BN statistics of this image in the
+deep layers. A label-conditional generator learns to match these centres (eq. 6), noisy copies of
+them (eq. 7), the teacher's running statistics and the right class. The student is distilled on
+generated and real images together.
 
-One iteration, ``AlternatingTraining.step``:
+One iteration, `AlternatingTraining.step`, has two parts:
 
-1. the generator makes batch A (mixed labels) and batch B (few classes) and takes a step on
+1. The generator makes batch A (mixed labels) and batch B (few classes) and takes a step on
 
        L_G = 1/2 CE(T(A), y) + 1/2 CE(T(B), c) + 0.2 L_BNS(A) + 0.9 L_D(B) + 0.01 L_C(B)
 
-2. after the warm-up, the student takes a step on calibration images and on batch A.
+2. After the warm-up, the student takes a step on calibration images and batch A.
 """
 
 from __future__ import annotations
@@ -55,24 +55,25 @@ __all__ = ["FDDA", "FDDAConfig"]
 
 @dataclass(frozen=True)
 class FDDAConfig(AlternatingConfig):
-    """FDDA's generator, its losses and their schedule (one iteration is one generator step).
+    """Settings of FDDA's generator, losses and schedule. An iteration has one generator step.
 
-    The defaults are those of the paper and its code: epochs of 200 iterations, 400 in all.
-    ``batch`` is the size of each of the generator's two: A of mixed labels, B for the class BNS.
+    The defaults are those of the paper and its code: 400 epochs of 200 iterations. ``batch`` is the
+    size of batch A, with mixed labels, and of batch B, for the class losses.
 
     Attributes:
-        classes_per_batch: Classes in batch B, sharing its images evenly; the paper has 1.
-        bns_weight: Of L_BNS over all layers, on batch A.
-        centralised_weight: Of L_C; 0.01 in the authors' code, 0.05 in notes on the paper.
-        distorted_weight: Of L_D.
-        classification_weight: Of the cross entropy of the teacher on A and on B together.
+        classes_per_batch: Classes in batch B, with equally many images each; 1 in the paper.
+        bns_weight: Weight of L_BNS, over all layers, on batch A.
+        centralised_weight: Weight of L_C; 0.01 in the authors' code, 0.05 in notes on the paper.
+        distorted_weight: Weight of L_D.
+        classification_weight: Weight of the teacher's cross entropy on A and B together.
         distortion: Noise on the centres for L_D.
-        misclassified_iterations: For so long, a class whose calibration images the teacher gets
-            wrong is pulled towards noise instead of its centre; then it is no longer drawn for B.
+        misclassified_iterations: Number of first iterations in which a class whose calibration
+            images the teacher misclassifies is pulled towards noise instead of its centre. Later,
+            batch B leaves it out.
         class_depth: Share of the BN layers, from the input on, that the class losses leave out;
             None for the paper's start layer, see `fdda_ext.statistics.first_class_layer`.
-        generated_crop: Least share of a generated image's area that the random crop before the
-            student step keeps (real images: as the data set says).
+        generated_crop: Smallest share of a generated image's area that the random crop before the
+            student step keeps; for real images, the data set defines it.
     """
 
     name = "fdda"
@@ -119,14 +120,14 @@ class FDDAConfig(AlternatingConfig):
 
 
 class _Drawn(NamedTuple):
-    """What batch A and batch B of a generator step are made from.
+    """Random inputs of batch A and batch B for a generator step.
 
     Attributes:
-        noise: Of this process's images of A, then of B, ``[2 N, latent_dim]``.
-        labels: Their classes, int64 ``[2 N]``.
-        labels_a: The classes of A's images in all processes, int64 ``[batch]``.
-        classes: The classes of B, int64 ``[P]``.
-        class_index: Which of them each of this process's images of B has, int64 ``[N]``.
+        noise: Noise for this rank's images of A, then of B, ``[2 N, latent_dim]``.
+        labels: Classes of these images, int64 ``[2 N]``.
+        labels_a: Classes of A's images on all ranks, int64 ``[batch]``.
+        classes: Classes of B, int64 ``[P]``.
+        class_index: Index into ``classes`` of this rank's images of B, int64 ``[N]``.
     """
 
     noise: Tensor
@@ -137,15 +138,17 @@ class _Drawn(NamedTuple):
 
 
 class FDDA(AlternatingTraining):
-    """The method of the paper; every constant is a setting, with the paper's as default.
+    """The method of the paper. Every constant is a setting, with the paper's value as default.
 
     Args:
-        problem: What to quantize.
-        settings: With the section ``fdda``.
-        centres: Of the teacher; None to compute them from the calibration images.
+        problem: Network and data.
+        settings: Settings with the section ``fdda``.
+        centres: BNS centres of the teacher; None to compute them from the calibration images.
     """
 
-    summary = "generator aligned with per-class BN statistics, distillation on real and generated"
+    summary = (
+        "generator aligned with per-class BN statistics, distillation on real and generated images"
+    )
     distributed = True
     needs_labels = True
     sections = ("fdda", "distillation")
@@ -161,12 +164,12 @@ class FDDA(AlternatingTraining):
             problem.num_classes,
             problem.parts(CLASSES_PER_PASS),
         )
-        release_freed_memory()  # the passes are over, whose pieces lie between those of the next
+        release_freed_memory()  # else the next passes find fragmented memory
         self.num_correct = int(self.centres.correct.sum())
         if self.num_correct == 0:
             raise UsageError(
-                "fdda: expected a teacher that classifies some calibration images rightly, got "
-                "none; check the weights, the class order and the normalisation of the data"
+                "fdda: expected a float network that classifies some calibration images correctly, "
+                "got none; check the weights, the class order and the normalisation of the data"
             )
         super().__init__(problem, settings.fdda, settings.distillation)
         self.student_batch = self.distillation.generated_batch
@@ -183,7 +186,7 @@ class FDDA(AlternatingTraining):
 
     @override
     def generator_loss(self, iteration: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """L_G; the images are batch A."""
+        """Compute L_G; the returned images are batch A."""
         drawn = self.draw_batches(iteration)
         with self.problem.autocast():
             with stage("generator: images"):
@@ -191,7 +194,7 @@ class FDDA(AlternatingTraining):
             with stage("generator: teacher"):
                 seen = capture(self.problem.teacher, images)
         with stage("generator: losses"):
-            own = images.shape[0] // 2  # of both batches, a process has the same share
+            own = images.shape[0] // 2  # a rank has equally many images of both batches
             inputs_a, inputs_b = zip(*(x.split(own) for x in seen.inputs), strict=True)
             distances = {
                 name: targets.distances((inputs_a if name == "bns" else inputs_b)[first:])
@@ -203,15 +206,15 @@ class FDDA(AlternatingTraining):
 
     @override
     def generator_gradients(self, iteration: int) -> dict[str, Tensor]:
-        """Those of L_G; where the images are large, of batch A and of batch B in turn.
+        """Compute the gradients of L_G; for large images, batch A and batch B separately.
 
-        Each batch then passes the generator and the teacher alone, and its statistics are taken
-        layer by layer, so that the gradient of one layer's input is in memory at a time. The
-        gradients are those of both batches together up to the order of summation.
+        Then each batch passes through generator and teacher alone, with statistics layer by layer,
+        so only the gradient of one layer's input is in memory at a time. The gradients are those of
+        both batches together, up to the order of summation.
         """
         if not self.in_turn:
             return super().generator_gradients(iteration)
-        release_freed_memory()  # of the student's step, whose pieces lie elsewhere
+        release_freed_memory()  # the student step has fragmented it
         self.generator_optimizer.zero_grad(set_to_none=True)
         drawn = self.draw_batches(iteration)
         terms_b = self.terms(iteration, drawn)
@@ -227,7 +230,7 @@ class FDDA(AlternatingTraining):
     def batch_gradients(
         self, noise: Tensor, labels: Tensor, terms: dict[str, tuple[StatisticsTargets, int]]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Add the gradients of one batch's part of L_G; its terms, and the images."""
+        """Add the gradients of one batch's part of L_G; return its terms and the images."""
         distances: dict[str, list[Tensor]] = {name: [] for name in terms}
 
         def measure(layer: int, x: Tensor) -> None:
@@ -249,24 +252,24 @@ class FDDA(AlternatingTraining):
             losses["generator"].backward()
         found = {name: loss.detach() for name, loss in losses.items()}, images.detach()
         del losses, logits, images
-        release_freed_memory()  # else the pieces of this pass lie between those of the next
+        release_freed_memory()  # else the next pass finds fragmented memory
         return found
 
     @property
     @override
     def generator_sizes(self) -> dict[str, int]:
-        # Both batches in turn take half the memory and change nothing but the order of sums.
+        # Separate batches need half the memory and change only the order of sums.
         whole = {} if self.in_turn else {"images_at_once": 2 * self.config.batch}
         return whole | super().generator_sizes
 
     @property
     def in_turn(self) -> bool:
-        """Whether batch A and batch B pass the generator and the teacher one after the other."""
-        # Statistics that processes exchange travel once for all layers.
+        """Whether batch A and batch B pass through the generator and the teacher separately."""
+        # Several ranks exchange the statistics of all layers at once, not layer by layer.
         return world_size() == 1 and self.problem.parts(2 * self.config.batch) > 1
 
     def draw_batches(self, iteration: int) -> _Drawn:
-        """What batch A and batch B are made from."""
+        """Draw the inputs of batch A and batch B."""
         batch = self.config.batch
         labels_a = self.draw_labels(batch)
         classes = self.draw_classes(iteration)
@@ -276,10 +279,11 @@ class FDDA(AlternatingTraining):
         return _Drawn(noise, labels, labels_a, classes, shard(index_b))
 
     def terms(self, iteration: int, drawn: _Drawn) -> dict[str, tuple[StatisticsTargets, int]]:
-        """The targets of each loss on statistics and the first layer that it looks at.
+        """Return the targets of each loss on statistics, and the first layer that it uses.
 
-        "bns" is for batch A, the others are for batch B: the class losses, means over its classes,
-        and, early on, noise for the classes of no good centre.
+        "bns" is for batch A. The others are for batch B: "class" has the targets of both class
+        losses, which are means over B's classes. In early iterations, "noise" has targets for
+        classes without a good centre.
         """
         classes, class_index = drawn.classes, drawn.class_index
         share = torch.full_like(classes, 1 / classes.shape[0], dtype=torch.float32)
@@ -303,11 +307,11 @@ class FDDA(AlternatingTraining):
         return terms
 
     def losses(self, distances: dict[str, Tensor], classification: Tensor) -> dict[str, Tensor]:
-        """The terms of L_G, or of one batch's part of it, and as "generator" their weighted sum.
+        """Return the terms of L_G, or of one batch's part, and their weighted sum as "generator".
 
         Args:
-            distances: Of the layers ``[T, L]``, under the names that `terms` gives.
-            classification: The cross entropy of the teacher.
+            distances: Distances of the layers, ``[T, L]``, under the names that `terms` gives.
+            classification: Cross entropy of the teacher.
         """
         config = self.config
         losses = {"classification": classification}
@@ -326,16 +330,16 @@ class FDDA(AlternatingTraining):
 
     @override
     def phase(self, iteration: int) -> bool:
-        """Whether classes of no good centre are still drawn."""
+        """Return whether classes without a good centre are still drawn."""
         return iteration < self.config.misclassified_iterations
 
     def draw_classes(self, iteration: int) -> Tensor:
-        """The P different classes of batch B; later on, only those the teacher gets right."""
+        """Draw the P different classes of batch B; later only those that the teacher gets right."""
         allowed, available = torch.ones_like(self.centres.correct), self.problem.num_classes
         if iteration >= self.config.misclassified_iterations:
             allowed, available = self.centres.correct, self.num_correct
         count = min(self.config.classes_per_batch, available)
-        # By lot; torch.multinomial would wait for the device to look at the weights.
+        # torch.multinomial would synchronize with the device to check the weights.
         lots = torch.rand(allowed.shape, generator=self.random, device=allowed.device)
         return lots.masked_fill(~allowed, -1.0).topk(count).indices
 
@@ -343,8 +347,8 @@ class FDDA(AlternatingTraining):
 
     @override
     def student_images(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Calibration images, and batch A under one random crop and flip."""
-        # The published code passes this tensor through NumPy, which fails; the tensor is meant.
+        """Return calibration images, then batch A under one random crop and flip."""
+        # The authors' code passes this tensor through NumPy, which fails.
         images = augment(images, self.generated_augmentation, self.random, same_for_batch=True)
         if self.distillation.real_batch == 0:
             return images, labels
@@ -364,6 +368,6 @@ class FDDA(AlternatingTraining):
 
     @override
     def save_artifacts(self, folder: Path) -> None:
-        """What every generator leaves, and the centres."""
+        """Write the generator, some images and the centres."""
         super().save_artifacts(folder)
         save_centres(self.centres, folder / "centres.safetensors")

@@ -1,8 +1,8 @@
 """GDFQ: generative low-bitwidth data-free quantization (Xu et al., ECCV 2020).
 
-Without any data: a generator learns to make images that the teacher assigns to the wanted class and
-whose batch-normalisation statistics are the teacher's own; the student, its BN statistics fixed,
-learns from the teacher on these images (eq. 3, 4 and 8)::
+GDFQ uses no data. A generator learns to make images that the teacher assigns to the given class,
+with the teacher's running statistics. The student learns from the teacher on these images, with
+fixed BN statistics (eq. 3, 4 and 8)::
 
     L_G = CE(T(G(z, y)), y) + 0.1 L_BNS
     L_S = CE(S(x), y) + alpha T^2 KL(softmax(t / T) || softmax(S / T)) / K
@@ -30,11 +30,11 @@ __all__ = ["GDFQ", "GDFQConfig"]
 
 @dataclass(frozen=True)
 class GDFQConfig(AlternatingConfig):
-    """GDFQ's generator, its losses and their schedule.
+    """Settings of GDFQ's generator, losses and schedule.
 
     Attributes:
-        bns_weight: Of L_BNS.
-        classification_weight: Of the cross entropy of the teacher.
+        bns_weight: Weight of L_BNS.
+        classification_weight: Weight of the teacher's cross entropy.
     """
 
     name = "gdfq"

@@ -1,34 +1,51 @@
 """LAPQ: loss aware post-training quantization (Nahshan et al., Machine Learning 2021).
 
-Weights are neither trained nor rounded anew; the ranges of all tensors are searched together, for
-the cross entropy L of the quantized network on the calibration images and their labels:
+LAPQ neither trains weights nor learns their rounding. It searches the ranges of all tensors
+together, to minimise the cross entropy L of the quantized network on the labelled calibration
+images, in three phases:
 
-1. For ten exponents p from 2 to 4, every range is the one of least ``E |x - Q(x)|^p`` of its own
-   tensor; L(p) is measured.
-2. A parabola through the ten ``(p, L(p))`` has its vertex at p*, whose ranges are the start.
+1. For ten exponents p from 2 to 4, every tensor gets the range with the smallest
+   ``E |x - Q(x)|^p``, and L(p) is measured.
+2. A parabola through the ten points ``(p, L(p))`` has its vertex at p*. The search starts from the
+   ranges for p*.
 3. Powell's direction-set method (Powell 1964; Press et al., Numerical Recipes, 10.7) minimises L
-   over the multipliers m of these ranges, one line search after the other. A sweep goes along each
-   direction d_i in turn; then, with x_0 and x_N the points where it began and ended, L_0 and L_N
-   the losses there, L_E the loss at 2 x_N - x_0, and D the largest fall along one direction d_k,
+   over the multipliers m of these ranges by one line search after another. A sweep searches along
+   each direction d_i. It begins at x_0 with the loss L_0 and ends at x_N with L_N. L_E is the loss
+   at 2 x_N - x_0, and D is the largest decrease along one direction, d_k. Then
 
        d_k <- d_N,  d_N <- x_N - x_0, and a search along it,   if L_E < L_0 and
            2 (L_0 - 2 L_N + L_E) (L_0 - L_N - D)^2 < D (L_0 - L_E)^2
 
-Weight quantization shifts a layer's mean output by ``e_c = sum_j (Q(w) - w)_cj E[x_j]``, which is
-taken out again, in the mean of the batch normalisation that follows or in the layer's bias.
+Weight quantization shifts a layer's mean output by ``e_c = sum_j (Q(w) - w)_cj E[x_j]``. This shift
+is subtracted again, in the running mean of the batch normalisation that follows or in the layer's
+bias.
 
-Other than in the paper and the authors' code: weights have a range for every channel, which all
-channels of a layer multiply by one m; the zero is on the grid, as `Grid` has it; every tensor that
-the configuration quantizes takes part, ends included, where the code leaves first and last layer,
-classifier and residual sums in float; activation ranges of phase 1 are of what one pass sees with
-activations in float and weights at the first exponent, where the code's see earlier layers
-quantized; calibration images are training images, where the code takes validation images; a
-parabola that opens downwards or has its vertex outside the exponents gives way to the best exponent
-measured; a line search is Brent's bounded one within a reach around the current point, since L is a
-step function far from convex, and is only taken if L falls. The code takes the mean error of a
-channel's weights from each of them, which puts them off the grid: a product with the sum of the
-inputs for every pixel. An integer program has e_c, what all errors amount to on average, for
-nothing.
+Differences::
+
+                                 | authors' code                       | here
+    -----------------------------+-------------------------------------+----------------------------
+    tensors                      | first and last layer, classifier    | all that the configuration
+                                 | and residual sums stay in float     | quantizes
+    -----------------------------+-------------------------------------+----------------------------
+    activation ranges in phase 1 | from a pass with earlier layers     | from one pass with float
+                                 | quantized                           | activations and with
+                                 |                                     | weights at the first
+                                 |                                     | exponent
+    -----------------------------+-------------------------------------+----------------------------
+    calibration images           | validation images                   | training images
+    -----------------------------+-------------------------------------+----------------------------
+    correction of mean outputs   | subtracts the mean error of a       | subtracts e_c, the mean
+                                 | channel's weights from each of      | effect of all errors; costs
+                                 | them; they leave the grid, which    | nothing in an integer
+                                 | costs a product with the sum of the | program
+                                 | inputs for every pixel              |
+
+* Every channel of a weight has its own range. All channels of a layer share one m.
+* The zero is on the grid, see `Grid`.
+* If the parabola opens downwards, or its vertex is outside the exponents, phase 3 starts from the
+  best measured exponent.
+* A line search is Brent's bounded method within a reach around the current point, because L is a
+  step function far from convex. Its result counts only if L falls.
 """
 
 from __future__ import annotations
@@ -60,28 +77,29 @@ if TYPE_CHECKING:
 
 __all__ = ["LAPQ", "LAPQConfig", "Powell", "vertex"]
 
-#: Least multiplier of a range.
+#: Smallest multiplier of a range.
 _LEAST = 0.05
 
-#: Of a point and a direction: the loss at so many times the direction away from the point.
+#: From a point and a direction: the loss at ``point + t * direction`` as a function of t.
 Along = Callable[[Tensor, Tensor], Callable[[float], float]]
 
 
 @dataclass(frozen=True)
 class LAPQConfig:
-    """The search of LAPQ.
+    """Settings of LAPQ's search.
 
     Attributes:
-        exponents: How many values of p phase 1 measures.
-        least_exponent: The first.
-        largest_exponent: The last.
-        sweeps: Of Powell's method; a share of one ends within it.
-        reach: How far a line search goes to either side, in multiples of the ranges of phase 2.
-        tolerance: To which it finds the minimum, likewise.
-        bias_correction: Take the shift of mean outputs out.
+        exponents: Number of exponents p in phase 1.
+        least_exponent: Smallest exponent.
+        largest_exponent: Largest exponent.
+        sweeps: Number of sweeps of Powell's method; a fraction ends within a sweep.
+        reach: Distance that a line search covers on both sides, in multiples of the ranges of phase
+            2.
+        tolerance: Accuracy of a line search, in the same unit.
+        bias_correction: Whether the shift of mean outputs is subtracted.
         batch: Images evaluated together.
-        cache_megabytes: What a line search does not change is computed once, if it takes no more
-            memory than this.
+        cache_megabytes: Memory for results that a line search reuses, in MiB. If they need more,
+            they are computed again each time.
     """
 
     exponents: int = 10
@@ -110,16 +128,17 @@ class LAPQConfig:
             )
 
     def scaled(self, share: float) -> LAPQConfig:
-        """The same schedule in ``share`` of its measurements."""
+        """Return the same schedule with ``share`` of its measurements."""
         return replace(
             self, exponents=max(round(self.exponents * share), 3), sweeps=self.sweeps * share
         )
 
 
 def vertex(exponents: Tensor, losses: Tensor) -> float:
-    """Where the least-squares parabola through ``(exponents, losses)``, float64 ``[n]``, is least.
+    """Return the minimum of the least-squares parabola through ``(exponents, losses)``.
 
-    The exponent of least loss, if the parabola has no minimum or has it beyond the exponents.
+    Both are float64 ``[n]``. Without a minimum between the exponents, return the exponent with the
+    smallest loss.
     """
     centre = exponents.mean()
     powers = torch.stack([(exponents - centre) ** k for k in range(3)], 1)
@@ -135,7 +154,7 @@ class Powell:
 
     Attributes:
         point: Best point found, float64 ``[N]``.
-        value: The loss there.
+        value: Loss at this point.
     """
 
     def __init__(self, point: Tensor, value: float, reach: float, tolerance: float) -> None:
@@ -150,7 +169,7 @@ class Powell:
         self.fall, self.steepest = 0.0, 0
 
     def step(self, along: Along) -> None:
-        """Search along the next direction, or, at the end of a sweep, choose a new one."""
+        """Search along the next direction, or, at the end of a sweep, choose a new direction."""
         i = self.next_direction
         if i < len(self.point):
             before = self.value
@@ -168,7 +187,7 @@ class Powell:
         self._begin_sweep()
 
     def _turns(self, along: Along, shift: Tensor) -> bool:
-        """Whether the way of the whole sweep is to replace its steepest direction."""
+        """Return whether the shift of the whole sweep replaces its steepest direction."""
         if not shift.any() or bool((self.point + shift < _LEAST).any()):
             return False
         beyond = along(self.point, shift)(1.0)
@@ -182,7 +201,7 @@ class Powell:
     def _search(self, along: Along, direction: Tensor) -> None:
         largest = float(direction.abs().max())
         low, high = -self.reach / largest, self.reach / largest
-        # The point stays at _LEAST or above.
+        # Every multiplier stays at or above _LEAST.
         room = (self.point - _LEAST) / direction.abs()
         low = max(low, -float(room[direction > 0].min())) if (direction > 0).any() else low
         high = min(high, float(room[direction < 0].min())) if (direction < 0).any() else high
@@ -200,7 +219,7 @@ class Powell:
             self.point, self.value = self.point + float(found.x) * direction, float(found.fun)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is, and what it has seen in this sweep."""
+        """Return the current point and what the current sweep has measured."""
         return {
             "point": self.point,
             "value": self.value,
@@ -213,7 +232,7 @@ class Powell:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         for name in ("point", "directions", "start"):
             setattr(self, name, state[name].cpu())
         for name in ("value", "start_value", "fall"):
@@ -222,7 +241,7 @@ class Powell:
 
 
 class _Rest(Interpreter):
-    """What a network computes from ``changed`` nodes on, on all images, again and again."""
+    """The part of a network that depends on ``changed`` nodes, for repeated runs on all images."""
 
     def __init__(
         self, network: GraphModule, changed: Iterable[Node], batches: list[Tensor], bytes_: int
@@ -239,7 +258,7 @@ class _Rest(Interpreter):
             reached, border = set(self.graph.nodes), set()
         self.kept = border
         self.results: dict[Node, Any] = {}
-        #: For each batch, the images and the values that the changed nodes look at.
+        #: Images of each batch, and the values that the changed nodes read.
         self.begun: list[tuple[Tensor, dict[Node, Any]]] = []
         others = [n for n in self.graph.nodes if n not in reached]
         for batch in batches:
@@ -256,16 +275,15 @@ class _Rest(Interpreter):
         return result
 
     def logits(self) -> Tensor:
-        """The network's output for all images."""
         return torch.cat([self.run(x, initial_env=dict(known)) for x, known in self.begun])
 
 
 class _Range:
-    """Ranges that one multiplier moves: those of a layer's channels, or that of an activation.
+    """Ranges with one multiplier: those of a layer's channels, or that of an activation.
 
     Attributes:
-        node: Where the graph calls the layer or the quantizer.
-        low: Lower ends that phase 1 or 2 found.
+        node: Node that calls the layer or the quantizer.
+        low: Lower ends from phase 1 or 2.
         high: Upper ends.
     """
 
@@ -278,27 +296,27 @@ class _Range:
         raise NotImplementedError
 
     def set(self, multiplier: float) -> None:
-        """Multiply the ends."""
+        """Multiply the ends by ``multiplier``."""
         raise NotImplementedError
 
 
 class _WeightRanges(_Range):
-    """Those of a layer's channels, ``[C]``, and the mean outputs that come with them."""
+    """Ranges of a layer's channels, ``[C]``, and the correction of its mean outputs."""
 
     def __init__(self, node: Node, layer: QuantizedConv2d | QuantizedLinear) -> None:
         super().__init__(node)
         self.layer = layer
-        #: Where the outputs' means are corrected, in which direction, and what was there before.
+        #: Tensor that takes the correction, its sign there, and the tensor's original values.
         self.shift: Tensor | None = None
         self.sign, self.unshifted = 1, torch.empty(0)
         self.mean_input = torch.empty(0)
 
     def correct(self, norm: nn.Module | None, mean_input: Tensor) -> None:
-        """From now on, take out what the errors of the weights add to the outputs' means.
+        """From now on, subtract the shift of mean outputs that weight errors cause.
 
         Args:
-            norm: The batch normalisation that alone reads the result, if there is one.
-            mean_input: ``[G, N]``, see `patches`.
+            norm: Batch normalisation that alone reads the layer's output, if any.
+            mean_input: Mean inputs, ``[G, N]``, see `patches`.
         """
         if isinstance(norm, _BatchNorm):
             self.shift, self.sign = norm.running_mean, 1
@@ -325,10 +343,10 @@ class _WeightRanges(_Range):
 
 
 class _ActivationRange(_Range):
-    """That of an activation.
+    """Range of an activation.
 
     Attributes:
-        histogram: Of its values on all images.
+        histogram: Histogram of its values on all images.
     """
 
     def __init__(self, node: Node, quantizer: ActivationQuantizer) -> None:
@@ -351,9 +369,9 @@ class _ActivationRange(_Range):
 
 
 class LAPQ(Method):
-    """All ranges searched together for the loss of the network."""
+    """All ranges, searched together to minimise the loss of the network."""
 
-    summary = "ranges searched together for the least cross entropy (Powell's method)"
+    summary = "ranges searched together for the smallest cross entropy (Powell's method)"
     presets = "lapq"
     learns_ranges = False
     sections = ("lapq",)
@@ -394,7 +412,7 @@ class LAPQ(Method):
 
     @torch.no_grad()
     def _correct(self, modules: dict[str, nn.Module]) -> None:
-        """See what every layer reads on average in the float network."""
+        """Prepare the correction: measure each layer's mean inputs in the float network."""
         network = float_copy(self.student)
         sums: dict[nn.Module, Tensor] = {}
 
@@ -415,7 +433,7 @@ class LAPQ(Method):
 
     @torch.no_grad()
     def _see_activations(self) -> None:
-        """Count the values of activations that nothing but weights have changed."""
+        """Collect histograms of all activations, with quantized weights and float activations."""
         for weights in self.weights:
             weights.find(RangeRule("lp", exponent=self.config.least_exponent))
         with collecting([a.quantizer for a in self.activations]) as histograms:
@@ -426,16 +444,16 @@ class LAPQ(Method):
 
     @torch.no_grad()
     def _set_exponent(self, p: float) -> None:
-        """Every tensor's own range of least error to the power ``p``."""
+        """Give every tensor the range with the smallest error to the power ``p``."""
         for ranges in self.ranges:
             ranges.find(RangeRule("lp", exponent=p))
 
     def loss(self, logits: Tensor) -> float:
-        """L of logits ``[n, K]`` of all images."""
+        """Return L for logits ``[n, K]`` of all images."""
         return float(F.cross_entropy(logits.double(), self.problem.labels))
 
     def along(self, point: Tensor, direction: Tensor) -> Callable[[float], float]:
-        """L of the ranges' multipliers on the line through ``point``."""
+        """Return L as a function of the position on a line through ``point``."""
         moved = direction.nonzero().flatten().tolist()
         changed = [self.ranges[i].node for i in moved]
         rest = _Rest(self.student, changed, self.batches, self.config.cache_megabytes * 2**20)

@@ -1,4 +1,4 @@
-"""How much memory a method will need, measured on a few images before it runs."""
+"""Estimate of a method's memory, measured on a few images before the run."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from .settings import MethodSettings
 
 __all__ = ["MemoryEstimate", "Phase", "check_memory", "estimate_memory"]
 
-#: What allocators keep and libraries use beside the tensors, as a share of the tensors' bytes.
+#: Memory of allocators and libraries, as a share of the tensors' bytes.
 _BESIDE = 0.1
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What one part of a run needs: ``fixed + per_image * images`` bytes.
+    """Memory for one part of a run: ``fixed + per_image * images`` bytes.
 
     Attributes:
-        name: What runs.
+        name: Name of the part.
         fixed: Bytes that do not depend on the number of images.
-        per_image: Bytes of each image.
-        images: How many there are at a time.
-        setting: The option that says how many.
-        value: Its value.
+        per_image: Bytes per image.
+        images: Images at a time.
+        setting: Option that determines this number.
+        value: Value of this option.
     """
 
     name: str
@@ -52,18 +52,18 @@ class Phase:
 
     @property
     def bytes(self) -> float:
-        """All together."""
+        """Total number of bytes."""
         return self.fixed + self.per_image * self.images
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What a run will need.
+    """Memory that a run needs.
 
     Attributes:
-        present: Bytes that the process has already: the network, the images, torch itself.
-        kept: Bytes of what stays from step to step: student, generator, optimizers' state.
-        phases: What the parts of the run need besides, one after another.
+        present: Bytes already in use, for the network, the images and torch itself.
+        kept: Bytes that stay between steps, for student, generator and optimizers.
+        phases: Further memory for each part of the run, one part after another.
     """
 
     present: int
@@ -72,12 +72,12 @@ class MemoryEstimate:
 
     @property
     def largest(self) -> Phase:
-        """The phase that decides."""
+        """The part that needs most."""
         return max(self.phases, key=lambda phase: phase.bytes)
 
     @property
     def added(self) -> int:
-        """Bytes that the process does not have yet."""
+        """Bytes that the process does not use yet."""
         return int((1 + _BESIDE) * (self.kept + self.largest.bytes))
 
     @property
@@ -86,27 +86,27 @@ class MemoryEstimate:
         return self.present + self.added
 
     def describe(self, free: int | None) -> str:
-        """One line for people; ``free`` is what the process can still get, in bytes."""
+        """Return one line for the user; ``free`` is what the process can still get, in bytes."""
         text = f"memory: needs about {_gigabytes(self.total)}"
         if free is not None:
-            text += f"; {_gigabytes(free + self.present)} can be had"
+            text += f"; {_gigabytes(free + self.present)} are available"
         return text
 
     def check(self, free: int | None) -> None:
-        """Refuse a run that will not fit, and name the setting that helps most.
+        """Refuse a run that does not fit, and name the setting that helps most.
 
         Args:
-            free: What the process can still get, in bytes; None if that is not known.
+            free: Bytes that the process can still get; None if unknown.
 
         Raises:
-            UsageError: If less is free than will be added.
+            UsageError: If the run adds more than ``free``.
         """
         if free is None or self.added <= free:
             return
         largest = self.largest
         room = free / (1 + _BESIDE) - self.kept - largest.fixed
         fitting = math.floor(largest.value * room / (largest.per_image * largest.images))
-        advice = "take a smaller model or smaller images"
+        advice = "use a smaller model or smaller images"
         if 1 <= fitting < largest.value:
             advice = f"lower {largest.setting} from {largest.value} to {fitting}"
         raise UsageError(
@@ -122,21 +122,21 @@ def _gigabytes(count: float) -> str:
 def estimate_memory(
     name: str, problem: Problem, settings: MethodSettings, *, test_batch: int = 0
 ) -> MemoryEstimate | None:
-    """Estimate the memory of a run by its parts, each run on a few images, and bytes counted.
+    """Estimate a run's memory: run each part on a few images, and count bytes.
 
-    The number of images changes the bytes linearly, so two small numbers tell the rest. Neither
-    ``problem`` nor the global random numbers are changed.
+    The bytes are linear in the number of images, so two numbers are enough. ``problem`` and the
+    global random numbers do not change.
 
     Args:
-        name: The method.
-        problem: What it is given.
-        settings: Of the methods.
-        test_batch: Images evaluated together; 0 to leave evaluation out.
+        name: Name of the method.
+        problem: Input of the method.
+        settings: Settings of all methods.
+        test_batch: Images evaluated together; 0 to leave out evaluation.
 
     Returns:
         The estimate; None for methods whose memory depends on more than batches of images.
     """
-    from . import method_class  # the package, which is complete by now
+    from . import method_class  # not at the top, because the package imports this module
 
     kind = method_class(name)
     if not (kind.distils or issubclass(kind, Ranges)):
@@ -155,7 +155,7 @@ def estimate_memory(
         phases.append(probe.image_step())
     found = MemoryEstimate(present, probe.kept, phases)
     del probe
-    release_freed_memory()  # else its pieces lie between the larger ones of the run
+    release_freed_memory()  # else the run finds fragmented memory
     return found
 
 
@@ -167,17 +167,17 @@ def check_memory(
     *,
     test_batch: int = 0,
 ) -> None:
-    """Print what memory a run will need, and refuse one that needs more than there is.
+    """Print how much memory a run needs; refuse it if there is less.
 
     Args:
-        name: The method.
-        problem: What it is given.
-        settings: Of the methods.
-        console: Where to print; None for nowhere.
-        test_batch: Images evaluated together; 0 to leave evaluation out.
+        name: Name of the method.
+        problem: Input of the method.
+        settings: Settings of all methods.
+        console: Console to print to; None for no output.
+        test_batch: Images evaluated together; 0 to leave out evaluation.
 
     Raises:
-        UsageError: Names the setting that helps most.
+        UsageError: If the run does not fit; names the setting that helps most.
     """
     found = estimate_memory(name, problem, settings, test_batch=test_batch)
     if found is None:
@@ -192,7 +192,7 @@ class _Probe:
     """The parts of a run, on a few images.
 
     Attributes:
-        kept: Bytes of all that stays from step to step, as far as parts were measured.
+        kept: Bytes that stay between steps, for the parts measured so far.
     """
 
     def __init__(
@@ -203,34 +203,31 @@ class _Probe:
         self.pixels = problem.images[0, 0].numel()
         with LiveTensors() as live:
             self.student = problem.student()
-            gc.collect()  # what tracing left in cycles
+            gc.collect()  # reference cycles from tracing
         self.kept = self.student_bytes = live.now
         calibrate(self.student, self.images(1))
 
     def images(self, count: int) -> Tensor:
-        """``count`` images, of which several may be the same."""
+        """Return ``count`` images, with repetitions if there are fewer."""
         return self.problem.images[torch.arange(count) % len(self.problem.images)]
 
     def inference(self, count: int) -> int:
-        """Bytes of the student's pass over ``count`` images."""
+        """Return the peak bytes of the student on ``count`` images."""
         images = self.images(count)
         with torch.no_grad(), LiveTensors() as live:
             self.student(images)
         return live.peak
 
     def ranges(self) -> Phase:
-        """Calibration, in batches."""
         count = min(len(self.problem.images), IMAGES_AT_ONCE)
         line = _line(self.inference, count)
-        return Phase("the ranges", *line, count, "images_per_class", count)
+        return Phase("calibration", *line, count, "images_per_class", count)
 
     def evaluation(self, batch: int) -> Phase:
-        """The student on a batch of test images."""
         count = -(-batch // parts_of(batch, self.pixels, self.problem.device))
-        return Phase("the evaluation", *_line(self.inference, count), count, "test_batch", batch)
+        return Phase("evaluation", *_line(self.inference, count), count, "test_batch", batch)
 
     def student_step(self) -> Phase:
-        """A step of distillation."""
         config = self.settings.distillation
         kept = 0
 
@@ -255,7 +252,6 @@ class _Probe:
         return Phase("a student step", *line, -(-batch // parts), setting, value)
 
     def generator_step(self) -> Phase:
-        """A step of the generator."""
         batch = getattr(self.settings, self.name).batch
         in_turn = self.problem.parts(2 * batch) > 1
         kept = 0
@@ -278,7 +274,7 @@ class _Probe:
         return Phase("a generator step", *line, batch, f"settings.{self.name}.batch", batch)
 
     def image_step(self) -> Phase:
-        """A step on the pixels of images."""
+        """Measure a step on the pixels of images."""
         config = getattr(self.settings, self.name).synthesis
         batch = min(config.batch, config.images)
 
@@ -292,7 +288,7 @@ class _Probe:
         return Phase("a step on images", *_line(step, batch), batch, setting, batch)
 
     def small(self, count: int, at_once: int, **changes: Any) -> Method:
-        """The method with other settings and with the calibration images that it needs least."""
+        """Build the method with ``changes`` to its settings and ``count`` calibration images."""
         config = getattr(self.settings, self.name)
         settings = replace(self.settings, **{self.name: replace(config, **changes)})
         problem = replace(
@@ -303,7 +299,7 @@ class _Probe:
         )
         if self.kind is not FDDA:
             return self.kind(problem, settings)
-        # Centres of the right shapes: those of the images would take a pass over all of them.
+        # Centres only need the right shapes: the real ones take a pass over all images.
         with torch.no_grad():
             means, variances = running_statistics(
                 capture(problem.teacher, problem.images[:1]).layers
@@ -318,9 +314,9 @@ class _Probe:
 
 
 def _line(measured: Callable[[int], int], images: int) -> tuple[float, float]:
-    """Fixed part and slope of what is ``measured`` at about an eighth and a quarter of ``images``.
+    """Return constant and slope of ``measured``, from about an eighth and a quarter of ``images``.
 
-    With fewer, weights would decide where the peak is.
+    With fewer images, the weights would determine the peak.
     """
     few = max(images // 8, 2)
     first, second = measured(few), measured(2 * few)

@@ -1,7 +1,7 @@
-"""What the methods share that optimise images: synthesis first, then ranges, then distillation.
+"""Methods that optimise images: synthesis first, then activation ranges, then distillation.
 
-An iteration is one step on the pixels of a batch or, once a round's images are made, one step of
-the student on all images so far. The activation ranges are set from the first round's images.
+An iteration is one step on the pixels of a batch or, once the images of a round are made, one
+student step on all images so far. The images of the first round set the activation ranges.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ __all__ = ["OptimisedImages", "OptimisedImagesConfig"]
 
 @dataclass(frozen=True)
 class OptimisedImagesConfig(MethodConfig):
-    """How images are made.
+    """Settings of image synthesis.
 
     Attributes:
-        synthesis: Number of images, steps and rate.
+        synthesis: Number of images, steps and learning rate.
     """
 
     synthesis: ImageOptimisationConfig = field(default_factory=ImageOptimisationConfig)
 
     def scaled(self, share: float) -> Self:
-        """The same schedule in ``share`` of its iterations."""
+        """Return the same schedule with ``share`` of its iterations."""
         return replace(self, synthesis=self.synthesis.scaled(share))
 
 
 class OptimisedImages(Method):
-    """Images batch by batch, ranges, distillation; a method says what the images' loss is.
+    """Synthesis batch by batch, ranges, distillation. A method defines the loss of the images.
 
     Args:
-        problem: The network and the shape of its images.
-        config: The method's own constants.
-        distillation: Of the student step; with 0 steps, images set the ranges alone.
-        rounds: Parts that images and student steps come in, one after the other.
+        problem: Network and shape of its images.
+        config: Settings of the method.
+        distillation: Settings of the student step; with 0 steps, the images only set the ranges.
+        rounds: Number of rounds, with equal shares of the images and the student steps.
     """
 
     real_images = False
     distils = True
     needs_statistics = True
 
-    #: Whether images are made for a class; if not, they are of the class the teacher sees in them.
+    #: Whether images are made for given classes; if not, the teacher's prediction is the label.
     labelled: bool = True
 
     def __init__(
@@ -84,14 +84,14 @@ class OptimisedImages(Method):
         with torch.no_grad():
             layers = capture(problem.teacher, problem.images[:1]).layers
         self.running = running_statistics(layers)
-        #: Classes of the images, made or not, as many of each as can be: ``[images]``.
+        #: Class of every image of the run, balanced, ``[images]``.
         self.labels = self._balanced_labels(synthesis.images)
         parts = [
             part.split(math.ceil(len(part) / math.ceil(len(part) / synthesis.batch)))
             for part in self.labels.tensor_split(rounds)
         ]
         self.batch_sizes = [len(batch) for part in parts for batch in part]
-        #: Batches made when each round's images are complete.
+        #: Number of finished batches at the end of each round.
         self.round_ends = list(accumulate(len(part) for part in parts))
         self.iterations = len(self.batch_sizes) * synthesis.steps + distillation.steps
         #: Images made so far, ``[n, C, H, W]``.
@@ -102,7 +102,7 @@ class OptimisedImages(Method):
         self.build_student(problem.quantization)
 
     def _balanced_labels(self, count: int) -> Tensor:
-        """Every class once, in random order, and again until there are ``count``."""
+        """Return ``count`` labels: all classes in random order, repeated."""
         classes = self.problem.num_classes
         orders = [
             torch.randperm(classes, generator=self.random, device=self.problem.device)
@@ -111,7 +111,7 @@ class OptimisedImages(Method):
         return torch.cat(orders)[:count]
 
     def build_student(self, quantization: QuantizationConfig) -> None:
-        """A student without ranges, and its optimizer."""
+        """Build a student without ranges, and its optimizer."""
         self.quantization = quantization
         self.student = replace(self.problem, quantization=quantization).student()
         self.trainer = Student(self.student, self.problem, self.distillation)
@@ -120,20 +120,20 @@ class OptimisedImages(Method):
 
     @abstractmethod
     def image_loss(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Terms of the loss and, as "images", what the step is taken on.
+        """Return the terms of the loss, with their sum as "images".
 
         Args:
-            images: A batch as the network is to see it, ``[N, C, H, W]``, with gradient; number
-                ``len(self.images)`` and following of the run.
-            labels: Classes they are made for, ``[N]``.
+            images: Batch as the network sees it, ``[N, C, H, W]``, with gradient. Its first image
+                has the number ``len(self.images)`` in the run.
+            labels: Classes of these images, ``[N]``.
         """
 
     def set_ranges(self) -> None:
-        """Set the ranges of the student from the images made so far."""
+        """Set the student's ranges from the images made so far."""
         calibrate(self.student, self.images)
 
     def teach(self, images: Tensor) -> BatchNormCapture:
-        """What the teacher makes of ``images [N, C, H, W]``."""
+        """Run the teacher on ``images [N, C, H, W]``; return its BN inputs and float32 logits."""
         with self.problem.autocast(), stage("images: teacher"):
             seen = capture(self.problem.teacher, images)
         return seen._replace(logits=seen.logits.float())
@@ -142,7 +142,7 @@ class OptimisedImages(Method):
 
     @property
     def rounds_made(self) -> int:
-        """Rounds whose images are complete."""
+        """Number of rounds whose images are complete."""
         return sum(self.batches_made >= end for end in self.round_ends)
 
     @override
@@ -156,7 +156,7 @@ class OptimisedImages(Method):
             return self.image_step()
 
     def image_step(self) -> Mapping[str, Tensor]:
-        """One step on the pixels of a batch; after its last, the batch joins the images."""
+        """Take one step on the pixels of a batch; after the last, keep the batch."""
         first, count = self.images.shape[0], self.batch_sizes[self.batches_made]
         self.batch = self.batch or self.begin_batch(count)
         losses = self.image_loss(self.batch.show(), self.labels[first : first + count])
@@ -167,7 +167,7 @@ class OptimisedImages(Method):
         return {name: loss.detach() for name, loss in losses.items()}
 
     def begin_batch(self, count: int) -> ImageOptimisation:
-        """``count`` images of noise."""
+        """Begin a batch of ``count`` images with noise."""
         problem = self.problem
         return ImageOptimisation(
             self.synthesis,
@@ -180,7 +180,7 @@ class OptimisedImages(Method):
 
     @torch.no_grad()
     def end_batch(self, images: Tensor) -> None:
-        """Add a batch; at the end of a round, set the ranges once, and let the student see it."""
+        """Add a batch. At the end of a round, show its images to the student."""
         first = self.images.shape[0]
         if not self.labelled:
             answers = self.teach(images.contiguous(memory_format=torch.channels_last)).logits
@@ -194,7 +194,7 @@ class OptimisedImages(Method):
             self.sampler = self.build_sampler()
 
     def build_sampler(self) -> ImageSampler:
-        """Shuffled batches of the images made so far."""
+        """Build a sampler of the images made so far."""
         images = self.images.contiguous(memory_format=torch.channels_last)
         shown = replace(self.problem, images=images, labels=self.labels[: images.shape[0]])
         batch = self.distillation.real_batch + self.distillation.generated_batch
@@ -235,5 +235,5 @@ class OptimisedImages(Method):
 
     @override
     def save_artifacts(self, folder: Path) -> None:
-        """The images with their labels, as safetensors."""
+        """Write the images with their labels as safetensors."""
         save_images(folder / "images.safetensors", self.images, self.labels[: len(self.images)])

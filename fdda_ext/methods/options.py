@@ -1,4 +1,4 @@
-"""Which options change what a method computes: one that changes nothing is a user's mistake."""
+"""Find options without effect on a method. Setting one is an error of the user."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["why_unused"]
 
-#: Options of the command line that only a method with iterations uses.
+#: Options of the command line that only methods with iterations use.
 _OF_TRAINING = ("schedule_share", "max_time", "evaluate_every", "evaluate_limit", "keep_best")
-#: Options of the float network and the generator while the student is distilled.
+#: Options for the float network and the generator during distillation.
 _OF_DISTILLATION = ("precision", "cuda_graphs")
 
 
@@ -26,13 +26,13 @@ def why_unused(
     settings: MethodSettings,
     quantization: QuantizationConfig,
 ) -> str | None:
-    """Why ``option`` changes nothing in what ``method`` computes; None if it does.
+    """Return why ``option`` changes nothing in what ``method`` computes; None if it has an effect.
 
     Args:
         option: Dotted name, such as "quantization.weight_range" or "settings.fdda.lr".
-        name: The method's name on the command line.
-        method: Its class.
-        settings: The constants of all methods.
+        name: Name of the method on the command line.
+        method: Class of the method.
+        settings: Settings of all methods.
         quantization: Bits, grid and ranges.
     """
     section, _, rest = option.partition(".")
@@ -41,7 +41,7 @@ def why_unused(
     if section in _OF_DISTILLATION and not method.distils:
         return f"{name} runs the float network in float32, without CUDA graphs"
     if section == "images_per_class" and not method.real_images:
-        return f"{name} sees no real image"
+        return f"{name} uses no real images"
     if section == "quantization" and rest:
         return _unused_quantization(rest, name, method, settings, quantization)
     if section == "settings" and rest:
@@ -58,7 +58,7 @@ def _unused_quantization(
 ) -> str | None:
     ranges = {str(quantization.weight_range), str(quantization.activation_range)}
     if field in method.fixed_ranges:
-        return f"{name} always takes {method.fixed_ranges[field]}"
+        return f"{name} always uses {method.fixed_ranges[field]}"
     if method.fixed_ranges:
         ranges = set(method.fixed_ranges.values())
     if field == "percentile" and "percentile" not in ranges:
@@ -82,7 +82,7 @@ def _unused_setting(
     known = {f.name for f in fields(settings)}
     if section in known and section not in method.sections:
         own = " and ".join(f"settings.{s}" for s in method.sections)
-        return f"{name} reads {own} alone" if own else f"{name} has no constants"
+        return f"{name} reads only {own}" if own else f"{name} has no settings"
     step = settings.distillation
     if section == "distillation" and step.steps == 0 and field not in ("", "steps"):
         return "no student step is taken with settings.distillation.steps 0"

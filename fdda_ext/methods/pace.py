@@ -1,4 +1,4 @@
-"""How long a method's schedule takes, told by short trials."""
+"""Time that a method's schedule takes, measured in short trials."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 __all__ = ["TRIAL_SHARE", "Pace", "fitting_share", "measure_pace"]
 
-#: The part of the available time that the trials of one method may take, all together.
+#: Share of the available time that all trials of a method together may take.
 TRIAL_SHARE = 0.1
-#: Iterations of the first trial. Every other trial has four times as many as the one before.
+#: Iterations of the first trial. Each further trial has four times as many.
 _FIRST_TRIAL = 8
-#: The share of the schedule that shows how many iterations a schedule has.
+#: Schedule share with which iterations are counted.
 _FIRST_SHARE = 1 / 64
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What trials tell about a method on a network.
+    """Result of the trials of a method on a network.
 
     Attributes:
-        fixed: Seconds that a run takes whatever its schedule.
-        whole: Seconds that the whole schedule takes besides.
+        fixed: Seconds of a run that do not depend on the schedule.
+        whole: Further seconds for the whole schedule.
         iterations: Iterations of the longest trial; 0 if the method does not train.
     """
 
@@ -41,9 +41,9 @@ class Pace:
     iterations: int
 
     def share_in(self, seconds: float, most: float) -> float:
-        """The share of the schedule that fits into ``seconds``, at most ``most``; 3 digits.
+        """Return the schedule share that fits into ``seconds``, at most ``most``, to 3 digits.
 
-        ``most`` for a method that does not train, and where the clock did not move.
+        Return ``most`` if the method does not train or the clock did not advance.
         """
         if self.iterations == 0 or self.whole <= 0:
             return most
@@ -56,29 +56,30 @@ def measure_pace(
     most: float,
     now: Callable[[], float],
 ) -> Pace:
-    """Judge how long a schedule takes by shortened ones.
+    """Measure with short trials how long a schedule takes.
 
-    Each trial is longer than the one before, until one takes half as long again as the first, so
-    that two tell what any schedule takes from what an iteration takes; or until there is no time
-    for the next. A trial ends with the step in which the time is up, so the first may be cut short.
+    Each trial is longer than the one before. Trials end when the last took at least 1.5 times as
+    long as the first, which separates the fixed time from the time per iteration. They also end
+    after the whole schedule, or if there is no time for another. When the time runs out, a trial
+    stops after the current step, even the first trial.
 
     Args:
-        build: Builds the method with the settings of a schedule.
+        build: Function that builds the method with given settings.
         settings: Settings of the whole schedule.
-        most: Seconds that all trials together may take. The first step is always taken.
-        now: The clock, in seconds.
+        most: Seconds for all trials together. The first step is always taken.
+        now: Clock, in seconds.
     """
     begin = now()
     share = _FIRST_SHARE
     method = build(settings.scaled(share))
     fixed = now() - begin
-    while method.iterations == 0 and share < 1:  # a share of few steps is rounded to none
+    while method.iterations == 0 and share < 1:  # a small share rounds to no iterations
         share = min(8 * share, 1.0)
         method = build(settings.scaled(share))
     if method.iterations == 0:
         return Pace(fixed, 0.0, 0)
     shares, took, done = list[float](), list[float](), 0
-    if method.iterations > 2 * _FIRST_TRIAL:  # a long schedule: less of it
+    if method.iterations > 2 * _FIRST_TRIAL:  # shorten a long schedule
         share *= _FIRST_TRIAL / method.iterations
         method = build(settings.scaled(share))
     while True:
@@ -111,14 +112,14 @@ def fitting_share(
     *,
     now: Callable[[], float] | None = None,
 ) -> float:
-    """Find the share of its schedule that a method can run in ``seconds``, trials included.
+    """Find the schedule share that a method can run in ``seconds``, trials included.
 
     Args:
-        build: Builds the method with the settings of a schedule.
+        build: Function that builds the method with given settings.
         settings: Settings of the whole schedule.
-        seconds: Time for everything.
-        device: Where the method runs.
-        now: The clock, in seconds; None for that of the machine.
+        seconds: Time for trials and run.
+        device: Device of the method.
+        now: Clock, in seconds; None for the system's clock.
 
     Returns:
         A share above 0 and at most 1.
@@ -138,7 +139,7 @@ def fitting_share(
     share = pace.share_in(seconds - spent, 1.0)
     if share <= 0:
         raise UsageError(
-            f"quantize: expected minutes for more than the {format_duration(spent)} of a trial and "
+            f"quantize: expected minutes for more than the {format_duration(spent)} of trials and "
             f"the {format_duration(pace.fixed)} before the first iteration, "
             f"got {format_duration(seconds)}"
         )

@@ -1,4 +1,4 @@
-"""A convolution as a matrix: what its weights are multiplied with."""
+"""A convolution as a matrix product: the vectors that its weights multiply."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["patches", "rows"]
 
 
 def patches(layer: nn.Conv2d | nn.Linear, x: Tensor, positions: Tensor | None = None) -> Tensor:
-    """The vectors that the weights of an output are multiplied with, for each of G groups.
+    """Return the vectors that the weights of an output multiply, for each of G groups.
 
     Args:
-        layer: Of G groups; a linear layer has one.
-        x: Its input, ``[n, C, H, W]`` or ``[n, C]``.
-        positions: Output positions (row by row) to take of each image, int64 ``[n, p]``; None for
-            all. A linear layer has one position.
+        layer: Layer with G groups; a linear layer has one.
+        x: Input of the layer, ``[n, C, H, W]`` or ``[n, C]``.
+        positions: Output positions to use, counted row by row, int64 ``[n, p]``; None for all. A
+            linear layer has one position.
 
     Returns:
-        ``[G, n * p, N]``, ``N = C / G * kH * kW`` in the order of the weight.
+        Vectors ``[G, n * p, N]``, ``N = C / G * kH * kW`` in the order of the weight.
     """
     if isinstance(layer, nn.Linear):
         return x[None]
@@ -30,7 +30,7 @@ def patches(layer: nn.Conv2d | nn.Linear, x: Tensor, positions: Tensor | None = 
         step * torch.arange(size, device=x.device)
         for step, size in zip(layer.dilation, layer.kernel_size, strict=True)
     )
-    offsets = (down[:, None] * width + right).flatten()  # of a patch, from its corner
+    offsets = (down[:, None] * width + right).flatten()  # of a patch, relative to its corner
     across = (width - 1 - int(right[-1])) // layer.stride[1] + 1
     if positions is None:
         high = (height - 1 - int(down[-1])) // layer.stride[0] + 1
@@ -43,6 +43,6 @@ def patches(layer: nn.Conv2d | nn.Linear, x: Tensor, positions: Tensor | None = 
 
 
 def rows(layer: nn.Conv2d | nn.Linear, weight: Tensor) -> Tensor:
-    """``weight [M, *]`` of ``layer`` as ``[G, M / G, N]``, to be multiplied with `patches`."""
+    """Return ``weight [M, *]`` of ``layer`` as ``[G, M / G, N]``, to multiply with `patches`."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     return weight.flatten(1).unflatten(0, (groups, -1))

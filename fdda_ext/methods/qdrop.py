@@ -1,15 +1,15 @@
 """QDrop: block reconstruction with randomly dropped quantization (Wei et al., ICLR 2022).
 
-As BRECQ, but rounding and the step sizes of activations are learned together, while every element
-of the block's input, and of every activation in it, is quantized only with probability p::
+QDrop changes BRECQ in two points. Rounding and activation scales are learned together, and every
+element of the block's input and of its activations is quantized only with probability p::
 
     x' = Q(x) with probability p, else x
 
-The input that is not quantized is the float network's. At inference everything is quantized. A
-block's ranges are found just before it is learned, from weights not yet rounded.
+The unquantized input comes from the float network. At inference everything is quantized. A block's
+ranges are set just before it is trained, from weights not yet rounded.
 
-Departures: those of `fdda_ext.methods.reconstructing`; weights are symmetric in the deploy grid;
-the paper's grid has no step sizes to learn.
+Differences, besides those of `fdda_ext.methods.reconstructing`: weights are symmetric on the deploy
+grid, and the paper grid has no scales to learn.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ __all__ = ["QDrop", "QDropConfig"]
 
 @dataclass(frozen=True)
 class QDropConfig(BlockConfig):
-    """QDrop; the defaults are those of the paper.
+    """Settings of QDrop. The defaults are those of the paper.
 
     Attributes:
-        probability: p, that an element is quantized.
+        probability: Probability p that an element is quantized.
     """
 
     name = "qdrop"
@@ -56,7 +56,7 @@ class QDropConfig(BlockConfig):
 
 
 class QDrop(ReconstructionMethod):
-    """One joint stage for each block."""
+    """Rounding and activation scales, learned together block by block."""
 
     summary = "block by block: learned rounding while activations are quantized at random"
     presets = "qdrop"

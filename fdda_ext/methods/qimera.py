@@ -1,18 +1,25 @@
 """Qimera: synthetic boundary supporting samples (Choi et al., NeurIPS 2021).
 
-GDFQ with images near the borders between classes. The generator's input is a superposition of the
-embeddings of several classes, and the label is the same mixture (eq. 4 to 6)::
+Qimera is GDFQ with images near the borders between classes. The generator's input is a
+superposition of the embeddings of several classes, and the label is the same mixture (eq. 4 to 6)::
 
     g = sum_s lambda_s A norm(E[y_s] + z_s),   lambda = softmax(n),  n ~ N(0, I_S)
     q = sum_s lambda_s onehot(y_s)
     L_G = CE(T(G(g)), q) + 0.1 L_BNS
 
-A is the disentanglement mapping; E begins with the rows of the teacher's classifier, whose geometry
-knows which classes are alike. With probability p a batch is mixed, else it has single classes.
+A is the disentanglement mapping. E starts from the rows of the teacher's classifier, in which
+similar classes are close together. With probability p a batch is mixed; otherwise each image has a
+single class.
 
-The published code averages conditional scales over the S classes although lambda already sums to
-one, which leaves images without contrast for large S; here they are summed. It also switches the
-disentanglement mapping off, against the paper, which is followed.
+Differences::
+
+                       | paper | authors' code                                       | here
+    -------------------+-------+-----------------------------------------------------+-------
+    conditional scales |       | averaged over the S classes, although lambda        | summed
+                       |       | already sums to 1; for large S, images lose         |
+                       |       | contrast                                            |
+    -------------------+-------+-----------------------------------------------------+-------
+    A                  | on    | off                                                 | on
 """
 
 from __future__ import annotations
@@ -38,13 +45,13 @@ __all__ = ["Qimera", "QimeraConfig"]
 
 @dataclass(frozen=True)
 class QimeraConfig(GDFQConfig):
-    """GDFQ's settings, and those of the superposition.
+    """Settings of GDFQ and of the superposition.
 
     Attributes:
-        mixed_probability: p, that a batch is of superposed classes.
-        mixed_classes: S, classes in a superposition, drawn with replacement.
-        embeddings: What the class embeddings begin with: the "teacher"'s classifier, or "random".
-        embedding_dim: D of random embeddings.
+        mixed_probability: Probability p that a batch has superposed classes.
+        mixed_classes: Number S of classes in a superposition, drawn with replacement.
+        embeddings: Initial class embeddings: weights of the "teacher"'s classifier, or "random".
+        embedding_dim: Dimension D of random embeddings.
     """
 
     name = "qimera"
@@ -95,7 +102,7 @@ class Qimera(GDFQ):
 
     @override
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Images and soft labels ``[count, K]``, superposed or of single classes."""
+        """Generate images with soft labels ``[count, K]``, superposed or of single classes."""
         slots, device = self.config.mixed_classes, self.problem.device
         classes = self.draw_labels(count * slots).view(count, slots)
         weights = torch.randn((count, slots), generator=self.random, device=device).softmax(1)
@@ -111,16 +118,16 @@ class Qimera(GDFQ):
 
 
 def classifier_weight(network: nn.Module, num_classes: int) -> Tensor:
-    """The rows ``[K, D]`` of the last layer that has an output for every class.
+    """Return the weight ``[K, D]`` of the last layer that has an output for every class.
 
     Raises:
-        UsageError: If there is none.
+        UsageError: If there is no such layer.
     """
     layers = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     for layer in reversed(layers):
         if layer.weight.shape[0] == num_classes:
             return layer.weight.detach().flatten(1)
     raise UsageError(
-        "qimera: expected a network with a layer of one output for every class, whose weight the "
-        f"embeddings begin with, got {type(network).__name__} without; take embeddings random"
+        "qimera: expected a network with a layer that has one output for every class, for the "
+        f"initial embeddings, got {type(network).__name__} without it; set embeddings to random"
     )

@@ -1,13 +1,24 @@
-"""What BRECQ, QDrop and AdaQuant share: one unit of the student after the other is reconstructed.
+"""Reconstruction of one unit of the student after another, for BRECQ, QDrop and AdaQuant.
 
-It learns to compute in integers what it computed in float, on calibration images without labels.
+Each unit learns to compute with quantized values what it computed in float. The calibration images
+need no labels.
 
-Where they all differ from their papers: BN stays separate and fixed, where the papers fold it into
-the layer before, which is the same function and, with a scale for every channel, the same grid.
-Calibration images are not augmented. Biases stay in float, as the integer program folds them into
-its epilogue. The first and the last layer are reconstructed like all others, whatever their bits.
-Mixed precision (`average_bits`) is an integer program as in AdaQuant, where BRECQ has a genetic
-search, on what the rounding of one layer alone does to predictions.
+Common differences::
+
+                             | papers                         | here
+    -------------------------+--------------------------------+-------------------------------------
+    batch normalisation (BN) | folded into the layer before   | separate, with fixed statistics: the
+                             |                                | same function and, with a scale per
+                             |                                | channel, the same grid
+    -------------------------+--------------------------------+-------------------------------------
+    calibration images       | augmented                      | not augmented
+    -------------------------+--------------------------------+-------------------------------------
+    `average_bits`           | AdaQuant: integer programming; | integer programming; the cost is the
+                             | BRECQ: a genetic search        | change of predictions when one layer
+                             |                                | alone is rounded
+
+* Biases stay in float, because the integer program folds them into its epilogue.
+* The first and the last layer are reconstructed like all others, with any number of bits.
 """
 
 from __future__ import annotations
@@ -50,17 +61,18 @@ __all__ = ["ReconstructionConfig", "ReconstructionMethod", "drawn"]
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """What every reconstruction has.
+    """Settings that all reconstruction methods share.
 
     Attributes:
-        steps: Of each unit.
+        steps: Steps per unit.
         batch: Calibration images in a step.
-        cache_megabytes: Inputs or targets of a unit that are larger are kept in a file.
-        average_bits: Of weights, over all layers: each gets 2, 4 or 8 bits, those whose rounding
-            changes predictions least the fewest; None for the bits of the quantization.
+        cache_megabytes: Largest inputs or targets of a unit kept in memory, in MiB; larger ones go
+            to a file.
+        average_bits: Average bits of all weights. Each layer gets 2, 4 or 8 bits, fewest where
+            rounding changes predictions least. None for the bits of the quantization.
     """
 
-    #: The method's name in messages.
+    #: Name of the method in messages.
     name: ClassVar[str]
 
     steps: int = 20_000
@@ -76,33 +88,34 @@ class ReconstructionConfig:
         )
 
     def check(self, rule: str, **allowed: bool) -> None:
-        """Refuse settings, by name, that are not ``allowed``: that do not obey ``rule``."""
+        """Refuse the settings that are False in ``allowed``. ``rule`` says what they must be."""
         for name, good in allowed.items():
             if not good:
                 raise UsageError(f"{self.name}: expected {name} {rule}, got {getattr(self, name)}")
 
     def scaled(self, share: float) -> Self:
-        """The same schedule in ``share`` of its steps."""
+        """Return the same schedule with ``share`` of its steps."""
         return replace(self, steps=max(round(self.steps * share), 1))
 
 
-#: Bits that a layer may have, and images on which that is decided.
+#: Bits that a layer can get, and number of images for the choice.
 _CHOICES, _LOOKED_AT = (2, 4, 8), 256
-#: Images on which predictions are compared after each unit.
+#: Number of images on which predictions are compared after each unit.
 _WATCHED = 64
 
 
 def drawn(problem: Problem, count: int) -> Tensor:
-    """Indices of at most ``count`` images at random: they come class by class."""
+    """Return at most ``count`` random indices of the images, which are sorted by class."""
     images = len(problem.images)
     order = torch.randperm(images, generator=problem.random(), device=problem.device)
     return order[:count]
 
 
 def _with_average_bits(problem: Problem, average_bits: float) -> Problem:
-    """Bits of layers by integer programming (AdaQuant), from the costs of each alone.
+    """Choose the bits of layers by integer programming (AdaQuant).
 
-    Layers that have bits of their own already, by name or as first and last, keep them.
+    Each layer's cost is measured with only this layer quantized. Layers keep bits that are set by
+    name or for the first and last layer.
     """
     config, student = problem.quantization, problem.student()
     rows = bits_table(student)
@@ -119,7 +132,7 @@ def _with_average_bits(problem: Problem, average_bits: float) -> Problem:
 
 
 class ReconstructionMethod(Method):
-    """Units in turn; a method says what is learned of each, and for how long."""
+    """Reconstruction unit by unit. A method defines what each unit learns, in how many steps."""
 
     def __init__(self, problem: Problem, config: ReconstructionConfig) -> None:
         check_ranges_stay(problem.quantization, config.name)
@@ -130,70 +143,70 @@ class ReconstructionMethod(Method):
         self.schedule = config
         self.quantization = problem.quantization
         self.random = problem.random()
-        #: Some of the images, which come class by class, to watch the student with.
+        #: Random images for `divergence`.
         self.watched = problem.images[drawn(problem, _WATCHED)]
         self.student = problem.student().requires_grad_(False)
         calibrate(self.student, problem.images)
         self.reference = float_copy(self.student)
         self.units = self.partition()
-        #: Inputs of every unit as the student has them when its turn comes.
+        #: Inputs of every unit in the student when its reconstruction begins.
         self.inputs = self.frontier(self.student, [unit.inputs for unit in self.units])
         #: Output and inputs of every unit in the float network.
         self.float_values = self.frontier(
             self.reference, [(unit.output, *unit.inputs) for unit in self.units]
         )
-        #: What to do, in order: phase, unit, steps.
+        #: Phase, unit and number of steps of every task, in order.
         self.tasks = self.plan()
         self.iterations = sum(steps for _, _, steps in self.tasks)
         self.task = -1
         self.current: Reconstruction | None = None
-        #: Of each task so far, what `save_artifacts` writes.
+        #: Results of each task so far, for `save_artifacts`.
         self.progress: list[dict[str, Any]] = []
 
     @abstractmethod
     def partition(self) -> list[Unit]:
-        """The units of the student."""
+        """Return the units of the student."""
 
     def plan(self) -> list[tuple[str, Unit, int]]:
-        """Phase, unit and number of steps of everything to be done."""
+        """Return phase, unit and number of steps of every task."""
         return [("", unit, self.schedule.steps) for unit in self.units]
 
     @abstractmethod
     def begin(self, phase: str, unit: Unit) -> Reconstruction:
-        """Look at the images and build what the steps are taken with."""
+        """Collect the data of ``unit`` and build its reconstruction."""
 
     def end(self) -> None:
-        """Do what comes after the last unit."""
+        """Do what follows the last unit."""
 
-    # ---- what a method builds a reconstruction from ------------------------------------------
+    # ---- what a method needs for a reconstruction ---------------------------------------------
 
     def frontier(self, network: GraphModule, stops: Sequence[Sequence[str]]) -> Frontier:
-        """Values of nodes of the student or the reference on all images."""
+        """Build a frontier for nodes of student or reference, on all images."""
         limit = self.schedule.cache_megabytes * 2**20
         return Frontier(network, stops, self.problem.images, limit)
 
     def float_data(self, unit: Unit) -> Data:
-        """Inputs and targets of the float network."""
+        """Return inputs and targets of the float network."""
         targets, *inputs = self.float_values.at(self.units.index(unit))
         return Data(inputs, targets)
 
     def data(self, unit: Unit) -> Data:
-        """Inputs of the student as it is, targets of the float network."""
+        """Return inputs of the current student and targets of the float network."""
         inputs = self.inputs.at(self.units.index(unit))
         return replace(self.float_data(unit), inputs=inputs)
 
     def softened(self, unit: Unit) -> tuple[GraphModule, list[SoftlyRounded]]:
-        """The unit as a function with soft weights, and these."""
+        """Return the unit as a function with soft weights, and its softly rounded layers."""
         function = unit.of(self.student)
         return function, soften_(function, unit.layers)
 
     def quantizers(self, unit: Unit) -> list[ActivationQuantizer]:
-        """The unit's own activation quantizers."""
+        """Return the activation quantizers that belong to the unit."""
         found = [self.student.get_submodule(name) for name in unit.quantizers]
         return [q for q in found if isinstance(q, ActivationQuantizer)]
 
     def scales(self, unit: Unit) -> list[torch.nn.Parameter]:
-        """Their scales; the paper's grid has none to learn."""
+        """Return their learned scales; the paper grid has none."""
         return [q.scale for q in self.quantizers(unit) if isinstance(q, LearnedActivationQuantizer)]
 
     # ---- schedule and state -------------------------------------------------------------------
@@ -214,9 +227,9 @@ class ReconstructionMethod(Method):
 
     @torch.no_grad()
     def divergence(self) -> float:
-        """The task's loss: the divergence of the student's predictions from the float network's.
+        """Return the Kullback-Leibler divergence of the student's predictions from the teacher's.
 
-        Of Kullback and Leibler, as it is now, the mean over at most 64 calibration images.
+        It is a mean over at most 64 calibration images.
         """
         expected = F.log_softmax(self.reference(self.watched), dim=1)
         found = F.log_softmax(self.student(self.watched), dim=1)
@@ -270,17 +283,17 @@ class ReconstructionMethod(Method):
         self.progress = [dict(unit) for unit in state["progress"]]
         if state["current"] is not None:
             self.current = self._start(self.task)
-            # Building it has set ranges, which training has moved since.
+            # `_start` has reset ranges that training had moved.
             self.student.load_state_dict(state["student"])
             self.current.load_state_dict(state["current"])
         restore_random(self.random, state["random"])
 
     @override
     def save_artifacts(self, folder: Path) -> None:
-        """``units.json``: what every unit's loss was on its first batch and on its last.
+        """Write ``units.json``: the loss of every unit on its first and last batch.
 
-        A list of objects: ``phase``, ``layers`` by name, ``steps``, ``first``; once it is finished
-        ``last``, ``divergence``, see `divergence`, and, where rounding was learned, ``decided``,
-        the share of roundings within 0.01 of 0 or 1 at the end.
+        It is a list of objects with ``phase``, ``layers`` by name, ``steps`` and ``first``.
+        Finished units also have ``last``, ``divergence``, see `divergence`, and, if rounding was
+        learned, ``decided``: the share of roundings within 0.01 of 0 or 1.
         """
         atomic_write_text(folder / "units.json", json.dumps(self.progress, indent=1) + "\n")

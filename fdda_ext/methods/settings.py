@@ -1,4 +1,4 @@
-"""All settings of the methods, one section each; a preset is a file of them."""
+"""Settings of all methods, one section each. A preset is a file with such settings."""
 
 from __future__ import annotations
 
@@ -23,24 +23,7 @@ __all__ = ["MethodSettings"]
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """One section for each mechanism.
-
-    Attributes:
-        distillation: The student step.
-        fdda: The generator of FDDA.
-        gdfq: The generator of GDFQ.
-        qimera: The generator of Qimera.
-        zaq: The generator of ZAQ.
-        zeroq: The images of ZeroQ.
-        dsg: The images of DSG.
-        di: The images of DeepInversion.
-        adi: The images of Adaptive DeepInversion.
-        lapq: The search of LAPQ.
-        bitsplit: Data and rounds of Bit-Split.
-        brecq: The reconstruction of BRECQ.
-        qdrop: The reconstruction of QDrop.
-        adaquant: The calibration of AdaQuant.
-    """
+    """Settings of the student step (`distillation`) and of every method."""
 
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     fdda: FDDAConfig = field(default_factory=FDDAConfig)
@@ -58,5 +41,5 @@ class MethodSettings:
     adaquant: AdaQuantConfig = field(default_factory=AdaQuantConfig)
 
     def scaled(self, share: float) -> MethodSettings:
-        """Every schedule in ``share`` of its iterations, milestones and phases with it."""
+        """Return all schedules with ``share`` of their iterations, milestones and phases."""
         return MethodSettings(**{f.name: getattr(self, f.name).scaled(share) for f in fields(self)})

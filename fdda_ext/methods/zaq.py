@@ -1,18 +1,18 @@
 """ZAQ: zero-shot adversarial quantization (Liu et al., CVPR 2021).
 
-A game without data and without BN statistics. The generator looks for images on which teacher P
-and student Q disagree, in their logits and in how their channels relate to each other; the student
-learns to agree on them (eq. 2 to 8)::
+ZAQ uses neither data nor BN statistics. The generator looks for images on which teacher P and
+student Q differ, in their logits and in the relations between their channels. The student learns to
+agree on these images (eq. 2 to 8)::
 
     R_l = X X^T,  X the channels of layer l, each of length 1      channel relation map
     D_f = sum_l w_l |R_l^P - R_l^Q|_1 / C_l^2                      w_l: a layer's share of all
     D_o = |p - q|_1 / K
     L_Q = D_o + alpha D_f,       L_G = -D_o - alpha D_f - beta L_a,      L_a = mean |last features|
 
-The layers are the last of each image size, where their values enter a batch normalisation; what
-enters one as ``[N, C]``, after a linear layer, has no channels to relate. As in the other methods
-the student's BN statistics stay the teacher's: those of generated images drift.
-With the settings' distillation.objective "divergence" the student takes the common step instead.
+The features are the BN inputs in the last layer of each image size, except ``[N, C]`` after a
+linear layer, which have no channel relations. As in the other methods, the student keeps the
+teacher's BN statistics, because those of generated images drift. With the setting
+distillation.objective "divergence", the student takes the common student step.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ __all__ = ["ZAQ", "ZAQConfig", "feature_discrepancy"]
 
 @dataclass(frozen=True)
 class ZAQConfig(AlternatingConfig):
-    """ZAQ's generator, its losses and their schedule.
+    """Settings of ZAQ's generator, losses and schedule.
 
     Attributes:
-        feature_weight: alpha, of D_f.
-        activation_weight: beta, of L_a.
+        feature_weight: Weight alpha of D_f.
+        activation_weight: Weight beta of L_a.
     """
 
     name = "zaq"
@@ -65,17 +65,17 @@ class ZAQConfig(AlternatingConfig):
         super().__post_init__()
         self.check_not_negative("feature_weight", "activation_weight")
         if self.generator.class_maps:
-            raise UsageError("zaq: expected class_maps off, as images have no label, got true")
+            raise UsageError("zaq: expected class_maps false, as images have no labels, got true")
 
 
 def channel_relations(features: Tensor) -> Tensor:
-    """R: cosines between the channels of ``features [N, C, H, W]``, ``[N, C, C]``."""
+    """Return R ``[N, C, C]``, the cosines between the channels of ``features [N, C, H, W]``."""
     channels = F.normalize(features.flatten(2).float(), dim=2)
     return channels @ channels.transpose(1, 2)
 
 
 def feature_discrepancy(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
-    """D_f of features ``[N, C_l, H_l, W_l]`` of L layers, a scalar; 0 without layers."""
+    """Return D_f, a scalar, of features ``[N, C_l, H_l, W_l]`` of L layers; 0 without layers."""
     if not teacher:
         return torch.zeros(())
     distances = torch.stack(
@@ -89,7 +89,7 @@ def feature_discrepancy(teacher: Sequence[Tensor], student: Sequence[Tensor]) ->
 
 
 class ZAQ(AlternatingTraining):
-    """Generator and student play against each other."""
+    """Adversarial training of generator and student."""
 
     summary = "no data: adversarial generator against the student, on logits and features"
     presets = "zaq"
@@ -102,7 +102,7 @@ class ZAQ(AlternatingTraining):
         with torch.no_grad():
             inputs = capture(problem.teacher, problem.images[:1]).inputs
         sizes = {i: x.shape[2:] for i, x in enumerate(inputs) if x.dim() > 2}
-        #: The last layer of each image size.
+        #: Index of the last layer of each image size.
         self.layers = [i for i, size in sizes.items() if sizes.get(i + 1) != size]
         if settings.distillation.objective == "discrepancy":
             self.trainer.loss = self.student_loss
@@ -114,14 +114,14 @@ class ZAQ(AlternatingTraining):
 
     @override
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Images, and what the teacher takes them for."""
+        """Generate images with the teacher's predictions as labels."""
         one = torch.zeros(count, dtype=torch.int64, device=self.problem.device)
         images = self.generator.sample(one, self.random)
         with torch.no_grad():
             return images, self.problem.teacher(images).argmax(1)
 
     def discrepancy(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """D_o, D_f and L_a on ``images [N, C, H, W]``."""
+        """Return D_o, D_f and L_a on ``images [N, C, H, W]``."""
         with self.problem.autocast():
             teacher = capture(self.problem.teacher, images)
         student = capture(self.student, images)
@@ -146,6 +146,6 @@ class ZAQ(AlternatingTraining):
         return {"generator": loss, **losses}, images, labels
 
     def student_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """L_Q, which has no use for labels."""
+        """Return L_Q, which does not depend on the labels."""
         output, features, _ = self.discrepancy(images)
         return output + self.config.feature_weight * features

@@ -1,23 +1,27 @@
 """ZeroQ: a novel zero shot quantization framework (Cai et al., CVPR 2020).
 
-Without any data and without training: images are optimised until each of them, by itself, causes
-the means and standard deviations that the teacher's batch normalisations have stored, and has mean
-0 and deviation 1 itself::
+ZeroQ uses no data and no training. It optimises images until each by itself has the means and
+standard deviations that the teacher's batch normalisations (BN) have stored. The image itself gets
+mean 0 and standard deviation 1::
 
     L = 1/N sum_n sum_l |m_nl - mu_l|^2 + |s_nl - sigma_l|^2  +  |m_n - 0|^2 + |s_n - 1|^2
 
-They then set the activation ranges. With ``average_bits`` they also choose the bits of every
-layer's weights: the sensitivity of layer i at k bits is the divergence of the outputs when its
-weights alone are quantized, and the sum over layers is to be least within the size::
+The images then set the activation ranges. With ``average_bits`` they also choose the weight bits of
+every layer. The sensitivity of layer i at k bits is the divergence of the outputs when only its
+weights are quantized. Its sum over layers is minimised within the allowed size::
 
     Omega_i(k) = 1/N sum_n KL(softmax(T(x_n)) || softmax(T_i,k(x_n)))
 
-With the settings' distillation.steps above 0 the student then learns on the images, labelled by the
-teacher ("ZeroQ + fine-tuning" of later papers).
+If the setting distillation.steps is above 0, the student then learns from the teacher on these
+images, labelled by the teacher ("ZeroQ + fine-tuning" in later papers).
 
-The published code starts from uniform noise, here it is Gaussian of the same deviation; it takes
-convolution outputs in module order where batch normalisations' inputs are meant, which are taken.
-Mixed precision was never published as code; it is written from the paper.
+Differences::
+
+                       | authors' code                          | here
+    -------------------+----------------------------------------+-----------------------------------
+    initial pixels     | uniform noise                          | Gaussian noise, same deviation
+    matched statistics | of convolution outputs in module order | of BN inputs, as intended
+    mixed precision    | not published                          | written from the paper
 """
 
 from __future__ import annotations
@@ -47,12 +51,13 @@ __all__ = ["ZeroQ", "ZeroQConfig", "with_images"]
 
 @dataclass(frozen=True)
 class ZeroQConfig(OptimisedImagesConfig):
-    """ZeroQ's images, and its mixed precision.
+    """Settings of ZeroQ's images and of mixed precision.
 
     Attributes:
-        average_bits: Of a weight, at most; layers then get `candidate_bits` by their sensitivity.
-            None for the quantization's own bits. A run's bits.txt says what each layer got.
-        candidate_bits: What a layer may get.
+        average_bits: Largest average number of bits of a weight. Layers get `candidate_bits` by
+            their sensitivity. None for the bits of the quantization. bits.txt in the run folder
+            lists the result.
+        candidate_bits: Bits that a layer can get.
     """
 
     name = "zeroq"
@@ -68,21 +73,21 @@ class ZeroQConfig(OptimisedImagesConfig):
         least = min(self.candidate_bits)
         if self.average_bits is not None and not least <= self.average_bits < math.inf:
             raise UsageError(
-                "zeroq: expected average_bits at least the fewest of candidate_bits "
+                "zeroq: expected average_bits at least the smallest of candidate_bits "
                 f"({self.candidate_bits}), got {self.average_bits}"
             )
 
 
 def with_images(running: LayerStatistics, channels: int) -> LayerStatistics:
-    """``running [1, C_l]`` with the image in front, as a layer of mean 0 and variance 1."""
+    """Return ``running [1, C_l]`` with the image as first layer, of mean 0 and variance 1."""
     zeros = running.means[0].new_zeros((1, channels))
     return LayerStatistics([zeros, *running.means], [zeros + 1, *running.variances])
 
 
 class ZeroQ(OptimisedImages):
-    """Images that match the stored BN statistics one by one."""
+    """Images that each match the running statistics."""
 
-    summary = "no data: images optimised to the network's BN statistics set the ranges"
+    summary = "no data: ranges from images that match the network's BN statistics"
     presets = "zeroq"
     sections = ("zeroq", "distillation")
     labelled = False
@@ -107,7 +112,7 @@ class ZeroQ(OptimisedImages):
 
     @torch.no_grad()
     def sensitivity(self) -> dict[str, dict[int, float]]:
-        """Omega of every layer, by name, at every number of candidate bits."""
+        """Return Omega by layer and number of bits."""
         images = self.images.contiguous(memory_format=torch.channels_last)
         batches = images.split(self.synthesis.batch)
         expected = [self.teach(batch).logits.log_softmax(1) for batch in batches]
@@ -132,7 +137,7 @@ class ZeroQ(OptimisedImages):
         return found
 
     def set_bits(self, layer_bits: dict[str, int]) -> None:
-        """Begin anew with a student whose layers have these bits."""
+        """Build a new student if ``layer_bits`` differ from the current bits."""
         if layer_bits != self.quantization.layer_bits:
             self.build_student(replace(self.quantization, layer_bits=layer_bits))
 
