@@ -243,7 +243,7 @@ def _share(
         build = partial(build_method, name, problem)
         share = fitting_share(build, settings, 60 * minutes, problem.device)
     if share < 1:
-        _log.info("quantize: schedule shortened to %.3g of its length to fit %g min", share, minutes)
+        _log.info("quantize: schedule shortened to %.3g of itself to fit %g min", share, minutes)
     if path is not None:
         atomic_write_text(path, json.dumps(share) + "\n")
     return share
@@ -490,7 +490,7 @@ def evaluate(network: nn.Module, images: Images, labels: Tensor | None = None) -
     correct1 = correct5 = count = 0
     for batch, classes in batches_of(pairs, "evaluate"):
         if classes is None:
-            raise UsageError("evaluate: expected a label for every image, got images without labels")
+            raise UsageError("evaluate: expected a label for every image, got none for some images")
         logits = network(batch.to(device)).cpu()
         among = count_correct(logits, classes.cpu())
         correct1, correct5, count = correct1 + among[0], correct5 + among[1], count + len(batch)

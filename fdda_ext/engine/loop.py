@@ -134,7 +134,7 @@ def train(
             iteration that ends later, and stores the state so that a later call can continue.
         checkpoint_seconds: Shortest time between two checkpoints, in seconds; 0 for one after every
             iteration. It grows up to half an hour if writing takes more than a fiftieth of it.
-        log_every: Metrics are kept for one in so many iterations. Reading them waits for a GPU.
+        log_every: Interval of the iterations whose metrics are kept. Reading them waits for a GPU.
         evaluation: Measurement during training. It must not change what is trained. Its time does
             not count as training.
         evaluate_every: Iterations between two evaluations; None for never.

@@ -1,4 +1,4 @@
-"""A quantized student on disk: its state as safetensors, and what is needed to build it again."""
+"""A student on disk: its state dict as safetensors, and a recipe to build it again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FORMAT = "fdda_ext.student.1"
 
 
 def write_student(path: Path, student: nn.Module, recipe: dict[str, Any]) -> None:
-    """Write ``student``'s state and its ``recipe`` (JSON: model, classes, image size, bits)."""
+    """Write the state of ``student`` and its ``recipe`` (JSON: model, classes, image size, bits)."""
     tensors = cpu_state(student)
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(recipe)
@@ -31,10 +31,10 @@ def write_student(path: Path, student: nn.Module, recipe: dict[str, Any]) -> Non
 
 
 def read_student(path: Path, command: str = "evaluate") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_student` wrote; errors name ``command``.
+    """Read what `write_student` wrote. Errors begin with ``command``.
 
     Raises:
-        UsageError: If the file is missing, damaged, or no student.
+        UsageError: If the file is missing, damaged, or not a student.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -56,25 +56,25 @@ def read_student(path: Path, command: str = "evaluate") -> tuple[dict[str, Tenso
 
 
 def image_shape_of(recipe: dict[str, Any], command: str = "evaluate") -> tuple[int, int, int]:
-    """Channels, height and width of the images that a student's ``recipe`` names.
+    """Return channels, height and width of the images that a student's ``recipe`` names.
 
     Raises:
-        UsageError: If they are not sizes.
+        UsageError: If they are not valid.
     """
-    channels = recipe.get("channels", 3)  # older files lack it
+    channels = recipe.get("channels", 3)  # files of older versions lack it
     if channels not in CHANNELS:
         raise UsageError(f"{command}: expected a recipe of 1, 3 or 4 channels, got {channels}")
     return (channels, *height_and_width(parse_image_size(recipe["image_size"], command)))
 
 
 def preprocessing_of(recipe: dict[str, Any], command: str = "evaluate") -> Preprocessing:
-    """How a student's ``recipe`` prepares images from files.
+    """Return the preprocessing of image files that a student's ``recipe`` names.
 
     Raises:
-        UsageError: If what it says of that cannot be understood.
+        UsageError: If it is not valid.
     """
     given = recipe.get("preprocessing")
-    if given is None:  # embedded data, or a student from before this was stored
+    if given is None:  # embedded data, or a file of an older version
         return Preprocessing().for_size(parse_image_size(recipe["image_size"], command))
     try:
         return Preprocessing.from_dict(given)
