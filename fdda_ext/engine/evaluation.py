@@ -66,7 +66,7 @@ class Accuracy:
 
     Attributes:
         top1: Share of images whose label has the highest logit.
-        top5: Share of images whose label is among the five highest logits.
+        top5: Share of images whose label is among the five highest logits (all if there are fewer).
         count: Number of images.
         of: Number of images that these are a sample of; 0 if they are no sample.
     """
@@ -141,7 +141,7 @@ def _collate(items: list[Any]) -> tuple[list[Tensor], list[str]]:
 
 
 class BatchSource:
-    """Batches ``(pixels [B, C, H, W], labels [B])`` of a data set, which can be iterated repeatedly.
+    """Batches ``(pixels [B, C, H, W], labels [B])`` of a data set, for any number of passes.
 
     Pixels are the stored values, mostly uint8. They take a quarter of the memory and transfer time
     of normalised images, so `normalise` is for use on the GPU. Small data sets are decoded once and

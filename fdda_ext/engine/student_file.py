@@ -21,7 +21,7 @@ _FORMAT = "fdda_ext.student.1"
 
 
 def write_student(path: Path, student: nn.Module, recipe: dict[str, Any]) -> None:
-    """Write the state of ``student`` and its ``recipe`` (JSON: model, classes, image size, bits)."""
+    """Write a student's state and ``recipe`` (JSON: model, classes, image size, bits)."""
     tensors = cpu_state(student)
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(recipe)
@@ -51,7 +51,7 @@ def read_student(path: Path, command: str = "evaluate") -> tuple[dict[str, Tenso
             return state, recipe
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise UsageError(
-            f"{command}: expected a whole student file, got {path} ({error})"
+            f"{command}: expected a complete student file, got {path} ({error})"
         ) from None
 
 
