@@ -152,7 +152,7 @@ def diagnose(
         return _predict(network, images, device)
 
     def share_right(predictions: Tensor) -> float:
-        """Return the accuracy without images of the most predicted class, right by chance."""
+        """Return the accuracy outside the class predicted most, where it is right by chance."""
         others = labels != predictions.mode().values
         return float((predictions == labels)[others].float().mean()) if others.any() else 1.0
 

@@ -93,7 +93,7 @@ def release_freed_memory() -> None:
 
 
 def parts_of(images: int, pixels: int, device: torch.device) -> int:
-    """Return the number of parts for a batch, where division changes only the order of sums.
+    """Return into how many parts to divide a batch. This changes only the order of sums.
 
     On a CPU, a part has as many pixels as 16 images of 224x224, because larger parts are not
     faster. On a GPU they are, and the batch stays whole.
