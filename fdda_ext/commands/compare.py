@@ -82,14 +82,14 @@ _PUBLISHED: list[Mode] = ["published"]
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What to compare. Lists are separated by commas.
+    """What to compare.
 
     Attributes:
-        methods: Methods as in ``fdda_ext.train --method``, separated by commas. A variant adds
-            settings: gdfq+bns_weight=0 sets settings.gdfq.bns_weight to 0, and a name with a dot
-            includes the section (settings.NAME). All variants have their method's schedule share.
-        models: Networks, separated by commas.
-        bits: Bits such as W4A4, separated by commas.
+        methods: Methods as in fdda_ext.train --method. A variant adds settings:
+            gdfq+bns_weight=0 sets settings.gdfq.bns_weight to 0, and a name with a dot includes the
+            section (settings.NAME). A variant has the schedule share of its method.
+        models: Networks as in fdda_ext.train --model.
+        bits: Bits of weights and activations, such as W4A4.
         ends: Bits of the first and last layer; "same" for those of the other layers.
         images_per_class: Numbers of calibration images per class.
         seeds: Seeds for all random numbers, including the choice of calibration images.

@@ -161,8 +161,8 @@ class TrainConfig:
             graphs. This needs fewer launches for the same arithmetic, but the memory of both steps
             at once.
         images_at_once: Largest number of images that pass through a network together in training.
-            It changes the memory use, and the result only by the order of sums. None means all on a
-            GPU, and as many pixels as 16 images of 224x224 have on a CPU.
+            It changes only the memory use and the order of sums. None means all images on a GPU,
+            and as many pixels as 16 images of 224x224 have on a CPU.
         profile: Number of iterations to measure instead of training. The whole schedule is
             shortened to them and a few unmeasured ones. Their time by stage goes to profile.txt,
             and a trace for chrome://tracing or Perfetto to trace.json.
@@ -925,7 +925,9 @@ def _run_in(
                 reason = escape(" ".join(f"{type(error).__name__}: {error}".split())[:200])
                 console.print(f"[yellow]warning:[/] no report.html ({reason})", soft_wrap=True)
     if not all(row.finished for row in rows):
-        console.print(f"stopped by --max-time; continue with --out {path} --resume", highlight=False)
+        console.print(
+            f"stopped by --max-time; continue with --out {path} --resume", highlight=False
+        )
     return rows
 
 
