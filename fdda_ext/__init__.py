@@ -36,7 +36,7 @@ __all__ = [
     "save",
 ]
 
-#: Names from `fdda_ext.api`. Importing it takes seconds, so it is imported at their first use.
+#: Names from `fdda_ext.api`, which is imported at their first use because it takes seconds.
 _OF_API = ("Report", "evaluate", "export", "quantize", "report", "restore", "save")
 
 
@@ -70,6 +70,6 @@ def load(path: str | Path) -> torch.nn.Module:
     Raises:
         UsageError: If the file is missing, damaged, or holds no valid program.
     """
-    # Imported late, because it also imports networks and data.
+    # Importing it takes seconds.
     program: torch.nn.Module = importlib.import_module("fdda_ext.deploy").load_program(Path(path))
     return program

@@ -1,8 +1,7 @@
 """Import of torchvision with a torch that its wheel was not built for.
 
 Package indexes serve torchvision with CUDA operators that a CPU build of torch cannot load. Models
-and transforms need none of them, but the import registers fake kernels for two of them and fails.
-It succeeds once these two are declared.
+and transforms need none of them, but the import fails until two of them are declared.
 """
 
 from __future__ import annotations

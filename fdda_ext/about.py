@@ -1,4 +1,4 @@
-"""Facts about this installation: versions, CUDA support and CPU instruction sets."""
+"""Versions, CUDA support and CPU instruction sets of this installation."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ __all__ = ["BuildInfo", "build_info"]
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """Facts for bug reports and for choosing a device.
+    """Facts for bug reports and the choice of a device.
 
     Attributes:
         version: Version of fdda_ext.
         torch: Version of the running torch.
-        built_with_torch: Version of the torch whose headers the build used.
+        built_with_torch: Version of torch at build time.
         stable_abi: Oldest torch that this build runs with, e.g. "2.11".
         cuda_archs: CUDA architectures of this build, e.g. ("8.0", "9.0+PTX"); empty without CUDA.
         cuda_usable: Whether the CUDA kernels can run now.
@@ -57,7 +57,7 @@ def _why_cuda_is_unusable() -> str:
 
 
 def build_info() -> BuildInfo:
-    """Return versions, CUDA support and CPU instruction sets of this installation.
+    """Return facts about this installation.
 
     Raises:
         UsageError: If this build or processor lacks the instruction set that FDDA_ISA names.

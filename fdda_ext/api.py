@@ -67,12 +67,12 @@ __all__ = [
 
 _log = logging.getLogger("fdda_ext")
 
-#: Images ``[n, C, H, W]``, or a Dataset, DataLoader or other iterable of batches or single images,
-#: with or without labels.
+#: Images ``[n, C, H, W]``, or a Dataset, DataLoader or iterable of batches or single images, with
+#: or without labels.
 Images: TypeAlias = "Tensor | Dataset[Any] | Iterable[Any]"
 
-#: Name under which a student stores how it was made. It is stored in ``meta``, which copies keep,
-#: and as an attribute, which pickling keeps.
+#: Name under which a student stores how it was made: in ``meta``, which copies keep, and as an
+#: attribute, which pickling keeps.
 _KEY = "made_by_fdda_ext"
 _BATCH = 64
 
@@ -105,38 +105,35 @@ def quantize(
 
     Args:
         network: The trained network. It is neither changed nor moved.
-        images: Calibration images, normalised as the network expects: a float tensor
-            ``[n, C, H, W]``, or a Dataset, DataLoader or iterable of batches ``[b, C, H, W]`` or of
-            pairs ``(images, labels)``. All images of a tensor are used. From the others, at most
-            ``max_images`` are taken, equally many of each class if labels are known.
-        labels: Classes of a tensor's images, int64 ``[n]``. FDDA needs labels. The other methods
-            use the network's predictions if there are none.
+        images: Normalised calibration images: a float tensor ``[n, C, H, W]``, or a Dataset,
+            DataLoader or iterable of batches ``[b, C, H, W]`` or of pairs ``(images, labels)``. A
+            tensor is used whole. From the others, at most ``max_images`` are taken, equally many
+            per class if labels are known.
+        labels: Classes of a tensor's images, int64 ``[n]``. FDDA needs labels. Other methods can
+            use the network's predictions.
         bits: Bits of weights and activations.
         method: Name of the method, as for ``python -m fdda_ext.train --method``.
-        minutes: Limit for the training time. The schedule is shortened if it would take longer on
-            this machine. The result then depends on the machine's speed. None runs the whole
-            schedule of the preset.
+        minutes: Time limit of the training. The schedule is shortened to it, so the result depends
+            on the machine's speed. None runs the whole schedule.
         seed: Seed for all random numbers.
         device: Device to compute on; None for the network's device.
         preset: Preset with the method's settings, "short" or "paper".
-        options: Other options by their names on the command line, such as
-            ``{"settings.distillation.lr": 1e-4, "quantization.first_last_bits": 8}``.
-        max_images: Largest number of images taken from ``images`` if it is not a tensor.
+        options: Other options of the command line, such as ``{"settings.distillation.lr": 1e-4,
+            "quantization.first_last_bits": 8}``.
+        max_images: Largest number of images taken. See ``images``.
         augmentation: Random variations of images; None for random crops and flips.
-        mean: Mean of the images' normalisation, one value per channel, for pixels from 0 to 1. With
-            it, methods that optimise images keep them in the range of real ones.
-        std: Standard deviation of the normalisation, like ``mean``.
-        exportable: Whether to refuse, before training, a network that cannot be exported as an
-            integer program.
+        mean: Mean that normalised the images, per channel, for pixels from 0 to 1. With it, methods
+            that optimise images keep them in the range of real ones.
+        std: Standard deviation, like ``mean``.
+        exportable: Whether to refuse, before training, a network that cannot be exported.
         progress: Whether to show a progress bar.
         out: Folder for checkpoints, metrics and the student; None writes nothing.
-        resume: Whether to continue the run in ``out``. The other arguments must be those of the
-            first call.
+        resume: Whether to continue the run in ``out``, with the same arguments.
 
     Returns:
-        The student, a module in evaluation mode on ``device``. It maps images ``[N, C, H, W]`` to
-        logits ``[N, K]``. Under ``torch.no_grad()`` its logits are bit-identical to those of the
-        exported program. With gradients, it can be trained further.
+        The student, in evaluation mode on ``device``. It maps images ``[N, C, H, W]`` to logits
+        ``[N, K]``, which are bit-identical to those of the exported program under
+        ``torch.no_grad()``. With gradients, it can be trained further.
 
     Raises:
         UsageError: If an argument is wrong, or the network cannot be quantized as asked.
@@ -234,7 +231,7 @@ def _share(
     minutes: float | None,
     folder: RunFolder | None,
 ) -> float:
-    """Return the schedule share of the run. The folder stores it for a resumed run."""
+    """Return the schedule share, which the folder stores for a resumed run."""
     path = folder.path / "schedule_share.json" if folder else None
     if path is not None and path.exists():
         return float(json.loads(path.read_text()))
@@ -286,7 +283,7 @@ def restore(network: nn.Module, path: str | Path) -> GraphModule:
 
 
 def _place(network: nn.Module, device: str | torch.device | None) -> torch.device:
-    """Return the device to compute on, after checking that ``network`` is a network."""
+    """Return the device to compute on. Refuse what is not a network."""
     if not isinstance(network, nn.Module) or not any(True for _ in network.parameters()):
         raise UsageError(
             "quantize: expected network to be a torch.nn.Module with parameters, "
@@ -305,7 +302,6 @@ def _arguments(
     device: str,
     options: Mapping[str, Any] | None,
 ) -> list[str]:
-    """Return the command line that gives the same settings."""
     given = {"method": method, "bits": bits, "preset": preset, "seed": seed, "device": device}
     twice = sorted(given.keys() & (options or {}).keys())
     if twice:
@@ -444,7 +440,6 @@ def _must_quantize(student: GraphModule) -> None:
 
 
 def _note(student: GraphModule, made: dict[str, Any]) -> None:
-    """Store in ``student`` how it was made."""
     student.meta[_KEY] = made
     setattr(student, _KEY, made)
 
@@ -472,14 +467,13 @@ def evaluate(network: nn.Module, images: Images, labels: Tensor | None = None) -
     """Measure the accuracy of a network, a student or an integer program.
 
     Args:
-        network: Module that maps images ``[N, C, H, W]`` to logits ``[N, K]``. It is put in
-            evaluation mode.
-        images: A float tensor ``[n, C, H, W]``, or a Dataset, DataLoader or iterable of pairs
+        network: Maps images ``[N, C, H, W]`` to logits ``[N, K]``. It is put in evaluation mode.
+        images: Float tensor ``[n, C, H, W]``, or a Dataset, DataLoader or iterable of pairs
             ``(images, labels)``.
         labels: Classes of a tensor's images, int64 ``[n]``.
 
     Returns:
-        Top-1 and top-5 accuracy in per cent, and the number of images. It prints as one line.
+        Top-1 and top-5 accuracy in per cent, and the number of images.
 
     Raises:
         UsageError: If there is no image, or a label is missing or outside 0 to K - 1.
@@ -508,13 +502,13 @@ def export(
 ) -> IntegerProgram:
     """Write the integer program of a student to one file that `fdda_ext.load` reads.
 
-    Program and student first run on a few images. If their logits differ, no file is written.
+    If program and student differ on a few images, no file is written.
 
     Args:
         student: Student from `quantize`.
         path: The file, such as "network.int4.safetensors".
-        mean: Mean of the images' normalisation, one value per channel, for pixels from 0 to 1. With
-            it, the program also accepts uint8 images. None for the one given to `quantize`.
+        mean: Mean that normalised the images, per channel, for pixels from 0 to 1. With it, the
+            program also accepts uint8 images. None for the one given to `quantize`.
         std: Standard deviation of the normalisation, like ``mean``.
 
     Returns:
@@ -533,7 +527,7 @@ def export(
 
 @dataclass(frozen=True)
 class Report:
-    """Facts about a student. ``str`` gives them as text.
+    """Facts about a student, which print as text.
 
     Attributes:
         method: Name of the method.
@@ -541,10 +535,10 @@ class Report:
         iterations: Iterations done.
         planned: Iterations of the run's schedule.
         seconds: Training time in seconds.
-        images: Number of calibration images that the method used.
+        images: Calibration images used.
         weights: Number of weights in all convolutions and linear layers.
-        weight_bytes: Bytes of these weights at their bits.
-        float_bytes: Bytes of these weights in float32.
+        weight_bytes: Their bytes at their bits.
+        float_bytes: Their bytes in float32.
         layers: One row for each layer.
         obstacles: Operations that prevent the export; empty if the student can be exported.
     """
@@ -578,7 +572,7 @@ class Report:
 
 
 def report(student: GraphModule) -> Report:
-    """Describe a student from `quantize`: its training, its size, and the bits of every layer.
+    """Describe a student from `quantize`: training, size, and bits of every layer.
 
     Raises:
         UsageError: If ``student`` is not from `quantize`.

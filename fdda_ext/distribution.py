@@ -1,20 +1,20 @@
 """Training of one network in several processes, with the result of a single process.
 
-Every process (rank) holds the same weights and draws the same random numbers, those of the global
-batch. It computes on its share of the images:
+Every process (rank) holds the same weights, draws the random numbers of the global batch, and
+computes on its share of the images:
 
-* A loss is the sum of the ranks' *shares* of it. A mean over images is weighted by `share_of`. A
-  loss that all ranks compute alike from global statistics is divided by `world_size`.
-* Losses are not linear in the statistics of the batch. So the statistics of all ranks are pooled
-  before they are used: `pooled_moments`, with gradients, and `extremes`.
-* `sum_gradients_` sums gradients in one flat all-reduce per optimizer step.
-  DistributedDataParallel would overlap this with the backward pass. But it expects one forward pass
-  per backward pass, while the generator has two, and it changes the names in checkpoints.
-* Only the first rank writes files. It also decides what must be equal on all ranks, such as time
-  limits and folder names (`from_first`).
+* A loss is the sum of the ranks' *shares*. A mean over images is weighted by `share_of`, and a loss
+  of global statistics is divided by `world_size`.
+* Losses are not linear in batch statistics. So these are pooled before they are used:
+  `pooled_moments`, with gradients, and `extremes`.
+* `sum_gradients_` sums gradients in one flat all-reduce per optimizer step. DistributedDataParallel
+  would overlap it with the backward pass, but expects one forward pass for it, and the generator
+  has two. It also changes the names in checkpoints.
+* Only the first rank writes files. It also decides what must be equal on all ranks, such as folder
+  names (`from_first`).
 
-Thus a checkpoint holds nothing of a single rank, and any number of processes can continue from it.
-In a single process, these functions return their inputs unchanged.
+Any number of processes can continue from a checkpoint. In a single process, these functions return
+their inputs unchanged.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ __all__ = [
 T = TypeVar("T")
 Batch = TypeVar("Batch", Tensor, Sequence[Any])
 
-#: How long a process waits for another one. A process that ended is noticed at once, so this limit
-#: is for one that hangs or is disconnected. Listing files or writing a report can take minutes.
+#: How long a process waits for one that hangs. One that ended is noticed at once. Listing files
+#: or writing a report can take minutes.
 _TIMEOUT = timedelta(minutes=30)
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
@@ -82,7 +82,7 @@ class LostProcessError(UsageError):
 
 
 def is_launched() -> bool:
-    """Return whether torchrun or a similar launcher started this process as one of several."""
+    """Return whether torchrun or the like started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
@@ -145,11 +145,11 @@ def local_device(device: str) -> str:
 def joined(device: str = "cpu") -> Iterator[None]:
     """Join the other processes that torchrun started, and leave them at the end.
 
-    NCCL carries tensors on GPUs, and gloo those on CPUs. After an error inside, this process does
-    not wait for the others, because it is about to exit.
+    NCCL carries tensors on GPUs, and gloo those on CPUs. After an error, this process exits without
+    waiting for the others.
 
     Args:
-        device: Kind of device that tensors will be on, "cpu" or "cuda".
+        device: Kind of device of the tensors, "cpu" or "cuda".
 
     Raises:
         LostProcessError: If the processes cannot be joined.
@@ -175,8 +175,8 @@ def joined(device: str = "cpu") -> Iterator[None]:
 def _explained_sigterm() -> Iterator[None]:
     """On SIGTERM, which torchrun sends after another process was lost, print the reason and exit.
 
-    A Python handler would run only after the operation that waits for the lost process returns. The
-    number of a signal is written to a pipe at once, and a thread reads it there.
+    A Python handler would run only after the operation that waits for the lost process. A thread
+    reads the number of the signal from a pipe at once.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -369,7 +369,7 @@ class _Everyones(torch.autograd.Function):
 def pooled_moments(
     count: Tensor, means: Sequence[Tensor], variances: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Compute statistics of the global batch from those of the ranks' parts, in one exchange.
+    """Compute statistics of the global batch from those of the ranks, in one exchange.
 
     Chan, Golub and LeVeque (The American Statistician 37, 1983), for any number of parts::
 
@@ -377,8 +377,7 @@ def pooled_moments(
         variance = sum_r (n_r / n) (variance_r + (mean_r - mean)^2)
 
     Args:
-        count: Number of values per class on this rank, ``[K]``. A layer may have a constant
-            multiple of it.
+        count: Values per class on this rank, ``[K]``, up to a constant factor per layer.
         means: Means of L layers, ``[K, C_l]`` each; 0 where the count is 0.
         variances: Biased variances, in the same form.
 

@@ -1,4 +1,4 @@
-"""Exceptions for mistakes of the user. The command lines show them without a traceback."""
+"""Exceptions for mistakes of the user. Commands show them without a traceback."""
 
 __all__ = ["UnreadableImageError", "UsageError"]
 
@@ -6,8 +6,8 @@ __all__ = ["UnreadableImageError", "UsageError"]
 class UsageError(ValueError):
     """A value from the user breaks a rule.
 
-    The message has the form ``"<where>: expected <argument> <rule>, got <value>[; hint]"``. The
-    command lines print only the message and exit with status 2.
+    The message has the form ``"<where>: expected <argument> <rule>, got <value>[; hint]"``.
+    Commands print only this and exit with status 2.
     """
 
 

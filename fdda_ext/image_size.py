@@ -1,4 +1,4 @@
-"""Height and width of images: parsing, conversion and display."""
+"""Height and width of images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parse_image_size(value: Any, command: str = "data") -> ImageSize:
         command: Name at the beginning of errors.
 
     Returns:
-        One number for a square, so that equal sizes compare equal; otherwise (height, width).
+        One number for a square, otherwise (height, width). Equal sizes compare equal.
 
     Raises:
         UsageError: If ``value`` has another form.

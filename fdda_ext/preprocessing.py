@@ -28,21 +28,19 @@ class Preprocessing:
     """Resize, crop the centre, subtract the mean, divide by the standard deviation.
 
     Resizing keeps the image's proportions and makes its short side `resize`. If height and width of
-    `image_size` differ, the image is resized until it just covers a frame with the proportions of
-    `image_size` and the short side `resize`. The crop removes the margin, which is the difference
-    between `resize` and `image_size`.
+    `image_size` differ, the image just covers a frame with these proportions and the short side
+    `resize`. The crop removes the margin, the difference between `resize` and `image_size`.
 
     The defaults are the usual ones for ImageNet.
 
     Attributes:
-        mean, std: One value per channel, for pixels from 0 to 1. There are 1 (gray), 3 (RGB) or
-            4 (RGBA) channels.
+        mean, std: One value for each of 1 (gray), 3 (RGB) or 4 (RGBA) channels, for pixels from 0
+            to 1.
         image_size: Size of the crop.
         resize: Short side before the crop.
         interpolation: Method of resizing, antialiased.
-        keep_small: Whether to avoid enlarging an image only for the margin. An image of
-            `image_size` then stays unchanged, and a smaller one is enlarged to `image_size`. False
-            if the publisher of the weights prescribes `resize` for every image.
+        keep_small: Whether to enlarge images at most to `image_size`, without a margin. False if
+            the publisher of the weights prescribes `resize` for every image.
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -105,9 +103,7 @@ class Preprocessing:
         return (height, width) if without[0] <= height else without
 
     def for_size(self, image_size: ImageSize | str | None) -> Preprocessing:
-        """Return the same preprocessing for another image size.
-
-        The crop removes the same share of images that are large enough.
+        """Return the same preprocessing for another image size, with a margin in proportion.
 
         Args:
             image_size: The new size; None for no change.
@@ -140,11 +136,11 @@ class Preprocessing:
 
     @property
     def without_margin(self) -> Preprocessing:
-        """The same preprocessing, but images are resized directly to the size of the crop."""
+        """The same preprocessing, but with images resized to the size of the crop."""
         return replace(self, resize=self.short_side, keep_small=True)
 
     def describe(self, stored_size: ImageSize | None = None) -> str:
-        """Return one line for people. ``stored_size`` is the size of all images if they agree."""
+        """Return one line of text. ``stored_size`` is the common size of all images, if any."""
         how = f"resize {self.resize} {self.interpolation}, crop {_written(self.image_size)}"
         if stored_size is not None:
             stored = height_and_width(stored_size)
@@ -172,7 +168,7 @@ class Preprocessing:
             TypeError: If there are other keys or types.
         """
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        # Files of older versions lack this key. Their networks resized every image.
+        # Files of older versions, which lack this key, resized every image.
         return Preprocessing(**{"keep_small": False, **values})
 
 
@@ -201,8 +197,8 @@ class PreprocessingConfig:
         """Return ``default`` for images of ``image_size``, with the changes given here.
 
         Raises:
-            UsageError: If the result breaks a rule of `Preprocessing`, or its number of channels
-                differs from that of ``default``.
+            UsageError: If the result breaks a rule of `Preprocessing`, or has other channels than
+                ``default``.
         """
         scaled = default.for_size(image_size)
         for name in ("mean", "std"):

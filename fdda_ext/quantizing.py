@@ -39,7 +39,7 @@ def build_problem(
     cuda_graphs: bool = True,
     images_at_once: int | None = None,
 ) -> Problem:
-    """Put a trained network and its calibration images on a device.
+    """Put a network and its calibration images on a device.
 
     Args:
         network: The trained network. It is moved to ``device``, and its parameters are frozen.
@@ -52,9 +52,8 @@ def build_problem(
         precision: "float32" or "bfloat16" for the float network and the generator. None means
             bfloat16 on a GPU and float32 on a CPU.
         augmentation: Random variations of images; None for random crops and flips.
-        mean: Mean of the images' normalisation, one value per channel, for pixels from 0 to 1;
-            None if unknown.
-        std: Standard deviation of the normalisation, like ``mean``.
+        mean: Mean that normalised the images, per channel, for pixels from 0 to 1; None if unknown.
+        std: Standard deviation, like ``mean``.
         cuda_graphs: Whether to replay steps as CUDA graphs on a GPU.
         images_at_once: See `Problem`.
     """
@@ -83,18 +82,17 @@ def build_problem(
 
 
 def check_problem(problem: Problem, methods: Sequence[str], *, exportable: bool) -> None:
-    """Refuse a network that cannot be quantized as asked, before the run spends time on it.
+    """Refuse a network that cannot be quantized as asked.
 
     Args:
         problem: The network and its images.
         methods: Names of all methods that will run on it.
-        exportable: Whether the student must be exportable as an integer program. Ignored for the
-            paper grid, which has no integer programs.
+        exportable: Whether the student must be exportable. Ignored for the paper grid, which has no
+            integer programs.
 
     Raises:
-        UsageError: If the network's structure cannot be quantized, a method needs something that
-            the network lacks, or an operation has no integer counterpart. The message names every
-            such operation.
+        UsageError: If the network's structure cannot be quantized, it lacks what a method needs, or
+            operations have no integer counterpart. The message names all of these.
     """
     for name in methods:
         check_method(name, problem.teacher)
@@ -125,16 +123,15 @@ def run_method(
         name: Name of the method.
         problem: The network and its images.
         settings: Settings of all methods.
-        folder: Run folder for metrics and checkpoints. A stopped run continues from its
-            checkpoint. None writes nothing.
-        max_seconds: Time limit for the training, in seconds.
-        evaluation: Function that measures the method's student during training.
+        folder: Run folder, from whose checkpoint a stopped run continues; None writes nothing.
+        max_seconds: Time limit of the training, in seconds.
+        evaluation: Measures the method's student during training.
         evaluate_every: Iterations between two evaluations.
         show: Whether to show a progress bar.
 
     Returns:
-        The method with its student, and the progress of its training. After a time-out or Ctrl-C,
-        this has fewer iterations than ``method.iterations``.
+        The method with its student, and its progress, which ends before ``method.iterations`` after
+        a time-out or Ctrl-C.
     """
     with must_fit(images_per_class=max(len(problem.images) // problem.num_classes, 1)):
         method = build_method(name, problem, settings)

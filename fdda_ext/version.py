@@ -1,4 +1,4 @@
-"""The version, in its own file so that the build can read it without importing torch."""
+"""The version, which the build reads without importing torch."""
 
 __all__ = ["__version__"]
 

@@ -1,7 +1,7 @@
 """Nested state in one safetensors file, written atomically and read without unpickling.
 
-Tensors are stored as tensors. The dictionaries, lists, numbers and strings around them are JSON in
-the file's metadata, with a reference in the place of each tensor.
+The dictionaries, lists, numbers and strings around the tensors are JSON in the file's metadata,
+with a reference to each tensor.
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
 
 
 def restore_random(random: torch.Generator, state: Tensor) -> None:
-    """Continue ``random`` from ``state``, which comes from this or another kind of device.
+    """Continue ``random`` from ``state``.
 
-    CPUs and GPUs have different random numbers. On another kind of device, a new sequence begins.
-    Its seed comes from ``state``, so the same checkpoint always continues in the same way.
+    If one belongs to a CPU and the other to a GPU, this is impossible. Then a new sequence begins,
+    whose seed comes from ``state``.
     """
     state = state.cpu()
     if state.numel() == random.get_state().numel():

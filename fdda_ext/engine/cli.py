@@ -1,4 +1,4 @@
-"""Parsing and exit of command lines. A user's mistake gives one line and status 2."""
+"""Parsing and exit of commands. A user's mistake gives one line and status 2."""
 
 from __future__ import annotations
 
@@ -137,9 +137,9 @@ def check_machine(
 
 
 def decode_workers(workers: int | None, device: str, from_files: bool) -> int:
-    """Return ``workers``, or a default number of processes that decode images if it is None.
+    """Return ``workers``, the number of processes that decode images, or a default if it is None.
 
-    On a CPU the default is 0, because they would compete with the network for cores.
+    On a CPU the default is 0, so that they do not compete with the network for cores.
     """
     if workers is not None:
         return workers
@@ -147,7 +147,7 @@ def decode_workers(workers: int | None, device: str, from_files: bool) -> int:
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may use. ``taskset`` and containers limit it."""
+    """Return the number of cores that ``taskset`` or a container leaves to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -160,7 +160,7 @@ def run_command(main: Callable[[], None]) -> None:
     except UsageError as error:
         _leave(f"error{signature()}: {error}", 2)
     except (OSError, SafetensorError) as error:
-        # Other numbers would be bugs of fdda_ext. safetensors reports a full disk without a number.
+        # Other errors would be bugs. safetensors reports a full disk without a number.
         if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
             raise
         _leave(f"error{signature()}: expected to write and read files, got: {error}", 2)

@@ -1,4 +1,4 @@
-"""Quick checks of a float network before a long run, with the likely cause of a problem."""
+"""Quick checks of a float network before a long run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _sample(source: ImageSource) -> tuple[Tensor, Tensor]:
 
 
 def _normalisations(source: ImageSource, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield other ways to prepare ``values`` from 0 to 1, each with the problem that it solves."""
+    """Yield the problem that another preparation of ``values`` (0 to 1) solves, and its images."""
     usual = Preprocessing().for_channels(values.shape[1])
     channels = usual.channels
     for mean, std in (
@@ -81,17 +81,16 @@ class MarginSource(ImageSource, Protocol):
 def doubt_margin(
     network: nn.Module, source: ImageSource, device: torch.device | str = "cpu"
 ) -> str | None:
-    """Check whether enlarging images and cropping their margin changes the network's predictions.
+    """Check whether enlarging and cropping images changes the network's predictions.
 
     Args:
-        network: Module that maps images ``[B, C, H, W]`` to logits.
-        source: The images. At most 100, spread evenly, are classified in both ways.
+        network: Maps images ``[B, C, H, W]`` to logits.
+        source: The images, of which at most 100 are classified in both ways.
         device: Device of the network.
 
     Returns:
         None if images are not enlarged, or at most 5 % of the predictions change. Otherwise a
-        sentence with the number of correct predictions in both ways, and the option to choose the
-        other way.
+        sentence with the correct predictions of both ways, and the option for the other way.
     """
     if not isinstance(source, MarginSource):
         return None
@@ -134,15 +133,15 @@ def diagnose(
     """Check whether ``network`` classifies some images of ``source`` better than chance.
 
     Args:
-        network: Module that maps images ``[B, C, H, W]`` to logits ``[B, num_classes]``.
-        source: The images. At most 16 of each of 16 classes are classified.
+        network: Maps images ``[B, C, H, W]`` to logits ``[B, num_classes]``.
+        source: The images, of which at most 16 of each of 16 classes are classified.
         num_classes: Number of classes, K.
         device: Device of the network.
 
     Returns:
         None if it does. Otherwise a sentence with the most likely cause: another normalisation or
         colour order (these are tried), another order of classes (images of one class agree on a
-        wrong one), or weights that do not belong to the network or the data.
+        wrong one), or wrong weights.
     """
     pixels, labels = _sample(source)
     if not len(labels):

@@ -1,4 +1,4 @@
-"""Formatting of durations, and a stopwatch that can be paused."""
+"""Formatting of durations, and a stopwatch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def format_significant(value: float, digits: int = 3) -> str:
 
     Args:
         value: Any number.
-        digits: Significant digits of a number below 10 to the power of ``digits``. A larger number
-            is rounded to an integer.
+        digits: Number of digits. Numbers from 10 to the power of ``digits`` are rounded to
+            integers.
 
     Returns:
         "0.00400" for 0.004, "12.3" for 12.34, "1234" for 1234.5 and "0" for 0.

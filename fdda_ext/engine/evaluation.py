@@ -87,7 +87,7 @@ class Accuracy:
         return standard_error(self.top1, self.count, self.of)
 
     def __str__(self) -> str:
-        """Format both percentages, with their standard errors if the images are a sample."""
+        """Format both percentages, with standard errors for a sample."""
         top1, top5 = (render_percent(x, self.count, self.of) for x in (self.top1, self.top5))
         text = f"top-1 {top1} %, top-5 {top5} %"
         if self.is_sample:
@@ -115,7 +115,7 @@ class ImageSource(Protocol):
 
 
 class _Pixels:
-    """The images of a source for a data loader. A damaged image gives its error message instead.
+    """The images of a source, with error messages in the place of damaged images.
 
     An exception from a worker process would arrive as a traceback.
     """
@@ -134,7 +134,7 @@ class _Pixels:
 
 
 def _collate(items: list[Any]) -> tuple[list[Tensor], list[str]]:
-    """Return pixels and labels of the readable images, and the error messages of the others."""
+    """Return pixels and labels of readable images, and error messages of the others."""
     readable = [item for item in items if not isinstance(item, str)]
     batch = list(default_collate(readable)) if readable else []
     return batch, [item for item in items if isinstance(item, str)]
@@ -143,18 +143,16 @@ def _collate(items: list[Any]) -> tuple[list[Tensor], list[str]]:
 class BatchSource:
     """Batches ``(pixels [B, C, H, W], labels [B])`` of a data set, for any number of passes.
 
-    Pixels are the stored values, mostly uint8. They take a quarter of the memory and transfer time
-    of normalised images, so `normalise` is for use on the GPU. Small data sets are decoded once and
-    kept.
-
-    Each of several ranks gets its own batches.
+    Pixels are the stored values, mostly uint8, which take a quarter of the memory and transfer time
+    of normalised images. `normalise` is for use on the GPU. Small data sets are decoded once and
+    kept. Each rank gets its own batches.
 
     Args:
         dataset: The images.
-        batch_size: Batch size B. The last batch, and batches with damaged images, are smaller.
+        batch_size: B. The last batch and batches with damaged images are smaller.
         workers: Number of processes that decode images; 0 for this process.
-        max_unreadable: Number of damaged files that are skipped, each with a warning of the logger
-            ``fdda_ext``. One more raises an error.
+        max_unreadable: Number of damaged files to skip, each with a warning of the logger
+            ``fdda_ext``. One more is an error.
 
     Raises:
         UsageError: If the data set is empty.
@@ -221,7 +219,7 @@ class BatchSource:
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
-    """Count the labels with the highest logit, and the labels among the five highest logits.
+    """Count the labels with the highest logit, and those among the five highest.
 
     Args:
         logits: Logits ``[N, K]``.
@@ -252,10 +250,10 @@ def evaluate(
     """Measure the accuracy of ``network`` in evaluation mode over ``batches`` of all ranks.
 
     Args:
-        network: Module that maps images ``[B, C, H, W]`` to logits ``[B, K]``.
+        network: Maps images ``[B, C, H, W]`` to logits ``[B, K]``.
         batches: The data.
         device: Device of the network.
-        label: Text beside the progress bar. If it is empty, no new bar appears.
+        label: Text beside the progress bar; empty for no new bar.
         bar: Existing bar to use; None for a new one.
 
     Raises:

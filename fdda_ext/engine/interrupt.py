@@ -15,8 +15,8 @@ __all__ = ["held_interrupt"]
 def held_interrupt() -> Iterator[Callable[[], bool]]:
     """Hold back the first Ctrl-C, so that the loop inside can end after a whole iteration.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Nothing is held back outside the main thread,
-    which alone receives signals, or if the program has its own handler.
+    A second Ctrl-C raises KeyboardInterrupt. Nothing is held back outside the main thread, which
+    alone receives signals, or if the program has its own handler.
 
     Yields:
         A function that tells whether Ctrl-C was pressed.

@@ -25,13 +25,13 @@ from .run_folder import RunFolder
 
 __all__ = ["Evaluation", "Progress", "Trainable", "train"]
 
-#: Measures what is being trained, shows its progress in the bar, and returns named results.
+#: Measures what is being trained, shows its progress, and returns named results.
 Evaluation = Callable[[ProgressBar], Mapping[str, float]]
 
 #: The share of the time that checkpoints may take. Some have half a gigabyte.
 _SAVING_SHARE = 0.02
-#: The longest time between two checkpoints, in seconds. If one write takes very long, because the
-#: disk hangs or the machine sleeps, it must not delay the next checkpoint by days.
+#: The longest time between two checkpoints, in seconds. A write during which the disk hangs or the
+#: machine sleeps must not delay the next one by days.
 _LONGEST_INTERVAL = 1800.0
 
 
@@ -123,27 +123,27 @@ def train(
 
     All ranks read the checkpoint and take the steps. Only the first rank writes.
 
-    The first Ctrl-C ends the loop after the current iteration and stores the state, like a
-    time-out. A second Ctrl-C raises KeyboardInterrupt at once.
+    The first Ctrl-C ends the loop after the current iteration, like a time-out. A second one raises
+    KeyboardInterrupt.
 
     Args:
         trainable: Method to train, freshly built. A checkpoint replaces its state.
         folder: Folder for metrics and checkpoints; None writes nothing.
         description: Text beside the progress bar.
         max_seconds: Time limit in seconds, over all resumptions. Training stops after the first
-            iteration that ends later, and stores the state so that a later call can continue.
+            iteration that ends later, and stores its state.
         checkpoint_seconds: Shortest time between two checkpoints, in seconds; 0 for one after every
             iteration. It grows up to half an hour if writing takes more than a fiftieth of it.
         log_every: Interval of the iterations whose metrics are kept. Reading them waits for a GPU.
-        evaluation: Measurement during training. It must not change what is trained. Its time does
-            not count as training.
+        evaluation: Measurement during training, which must not change what is trained. Its time
+            does not count.
         evaluate_every: Iterations between two evaluations; None for never.
         device: Device for the tensors of a checkpoint.
         show: Whether to show a progress bar.
 
     Returns:
-        Iterations and seconds. There are fewer iterations than ``trainable.iterations`` after a
-        time-out or an interruption.
+        Iterations and seconds. After a time-out or Ctrl-C, these are fewer than
+        ``trainable.iterations``.
 
     Raises:
         UsageError: If the checkpoint is of another run, or a metric is not finite.
@@ -219,7 +219,7 @@ def _train(
 
         task = bar.add_task(description, total=trainable.iterations, completed=done, shown="")
         while done < trainable.iterations:
-            # This also notices a lost process, before this one would wait for it forever on a GPU.
+            # This also notices a lost process, for which a GPU would wait forever.
             if from_first(
                 lambda: interrupted() or (max_seconds is not None and watch.seconds >= max_seconds)
             ):

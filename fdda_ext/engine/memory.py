@@ -1,4 +1,4 @@
-"""Memory of a process: measurement, allocator settings, and errors that say what to lower."""
+"""Measurement and limits of memory, and settings of its allocator."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def keep_freed_memory() -> None:
     """Keep freed memory in the process for later use.
 
     By default, glibc returns the memory of every large tensor to Linux, which clears each page for
-    the next one. This takes over a third of a training iteration at 224x224 on a CPU.
+    the next one. This takes over a third of a training iteration at 224x224.
     """
     global _kept
     _kept = True
@@ -64,8 +64,8 @@ def keep_freed_memory() -> None:
 def large_blocks_returned() -> Iterator[None]:
     """Inside, return the memory of freed large tensors to Linux, as glibc does by default.
 
-    Kept blocks fragment the heap, so a step with many large tensors takes more memory than their
-    bytes. Afterwards freed memory is kept again. See `keep_freed_memory`.
+    Kept blocks fragment the heap, which costs memory in a step with many large tensors. Afterwards
+    freed memory is kept again. See `keep_freed_memory`.
     """
     if not _kept:
         yield
@@ -95,8 +95,8 @@ def release_freed_memory() -> None:
 def parts_of(images: int, pixels: int, device: torch.device) -> int:
     """Return into how many parts to divide a batch. This changes only the order of sums.
 
-    On a CPU, a part has as many pixels as 16 images of 224x224, because larger parts are not
-    faster. On a GPU they are, and the batch stays whole.
+    On a CPU, a part has the pixels of 16 images of 224x224, because larger parts are not faster. On
+    a GPU they are, and the batch stays whole.
 
     Args:
         images: Number of images in the batch.
@@ -121,9 +121,8 @@ def process_memory(device: torch.device) -> int:
 def peak_memory(device: torch.device) -> int:
     """Return the peak memory so far, in MiB: on a GPU that of torch, else that of the process.
 
-    On a GPU, memory that torch reserves counts, because it holds the memory of CUDA graphs.
-
-    On Linux the value is from /proc, because a child process inherits the peak of getrusage.
+    On a GPU, all reserved memory counts, because that of CUDA graphs is part of it. On Linux the
+    value is from /proc, because child processes inherit the peak of getrusage.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) >> 20
@@ -137,7 +136,7 @@ def peak_memory(device: torch.device) -> int:
 class LiveTensors(TorchDispatchMode):
     """Counts the bytes of all live tensors that were created inside the context.
 
-    Temporary memory within operators, and memory that the allocator keeps, are not counted.
+    Temporary memory within operators and freed memory do not count.
 
     Attributes:
         now: Bytes of live tensors.
@@ -181,9 +180,9 @@ class LiveTensors(TorchDispatchMode):
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that this process can still get, on a GPU or on the machine.
+    """Return the bytes that this process can still get, on the GPU or the machine.
 
-    The limit of its control group counts, as in a container. None if the number is unknown.
+    The limit of a container counts. None if the number is unknown.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -209,15 +208,15 @@ def free_memory(device: torch.device) -> int | None:
 def must_fit(**settings: int) -> Iterator[None]:
     """Say which of ``settings`` to lower, and to what, if the memory inside does not suffice.
 
-    The message names the first setting above 1, so callers begin with the most helpful or cheapest
-    one. It proposes half of the value, because the failed request does not tell how much memory
-    later requests would need.
+    The error names the first setting above 1, so callers begin with the best one to lower. It
+    proposes half of the value, because the failed request does not tell what later requests would
+    need.
 
     Args:
         settings: Sizes that the memory use grows with. Two underscores stand for a dot.
 
     Raises:
-        UsageError: Instead of the out-of-memory error of torch or Python.
+        UsageError: Instead of torch's or Python's error.
     """
     try:
         yield

@@ -60,7 +60,7 @@ def input_channels(network: nn.Module, image_size: ImageSize, command: str) -> i
     """Return the number of image channels that ``network`` takes, from its first convolution.
 
     Args:
-        network: Network to check. It runs on black RGB images up to its first convolution.
+        network: The network, which runs on black RGB images up to its first convolution.
         image_size: Size of these images.
         command: Name at the beginning of errors.
 

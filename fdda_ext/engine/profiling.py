@@ -17,10 +17,10 @@ __all__ = ["Profile", "is_profiling", "profile", "stage"]
 
 
 class Profile:
-    """Seconds spent in each stage and in each iteration.
+    """Seconds of stages and iterations.
 
     Attributes:
-        seconds: Seconds of each stage over all iterations, in order of first appearance.
+        seconds: Seconds of each stage over all iterations, in order of appearance.
         iterations: Seconds of each iteration.
     """
 
@@ -36,7 +36,7 @@ class Profile:
         return time.perf_counter()
 
     def table(self) -> Table:
-        """Return a table of the milliseconds and the share of every stage in the mean iteration."""
+        """Return a table of the time and share of every stage in the mean iteration."""
         count, total = len(self.iterations), sum(self.iterations)
         table = Table(title=f"mean of {count} iterations: {format_duration(total / count)}")
         table.add_column("stage")
@@ -73,8 +73,7 @@ def stage(name: str) -> Iterator[None]:
 def profile(device: torch.device, trace: Path | None = None) -> Iterator[Profile]:
     """Measure the stages that run inside. The caller adds to `Profile.iterations`.
 
-    On a GPU every stage waits for its work, so that it is not counted in the next stage. Without a
-    profile, stages would overlap a little.
+    On a GPU every stage waits for its work, so that it is not counted in the next stage.
 
     Args:
         device: Device of the work.

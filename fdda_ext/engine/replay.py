@@ -20,10 +20,9 @@ _ORDINARY = 3
 class Replayed:
     """Forward and backward pass of a step, captured once as a CUDA graph and then replayed.
 
-    A replay runs the kernels of the captured call on the same memory. So everything that the step
-    reads besides its inputs (weights, running statistics) may only change in place, and the host
-    must not make decisions that depend on values. Random numbers from ``random`` are the same as
-    without a graph.
+    A replay runs the captured kernels on the same memory. So everything that the step reads besides
+    its inputs (weights, running statistics) may only change in place, and decisions of the host
+    must not depend on values. Random numbers from ``random`` are the same as without a graph.
 
     Args:
         parameters: Parameters for which the step computes gradients.
@@ -49,8 +48,7 @@ class Replayed:
         Args:
             step: Function that returns named tensors without gradients.
             inputs: Arguments of ``step``, on the GPU.
-            key: Everything that the host decides in the step. Another key, or inputs of other
-                shapes or dtypes, cause a new capture.
+            key: Everything that the host decides. Another key, shape or dtype causes a new capture.
 
         Raises:
             UsageError: If the step cannot be captured.

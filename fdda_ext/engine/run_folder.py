@@ -1,8 +1,8 @@
 """The folder of one run.
 
 It holds ``config.yaml`` (resolved), ``origin.json`` (when and where the run began),
-``metrics.jsonl``, ``tensorboard/``, ``checkpoint.safetensors`` and ``summary.json``. The summary is
-written last, so a run without it is not finished.
+``metrics.jsonl``, ``tensorboard/``, ``checkpoint.safetensors``, and ``summary.json`` once the run
+is finished.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class RunFolder:
 
     Args:
         path: The folder. It is created if absent.
-        config: Resolved configuration as YAML text. A resumed run must have the same text, except
-            for the line ``device: ...``.
+        config: Resolved configuration as YAML. A resumed run must have the same, except for the
+            line ``device: ...``.
         resume: Whether to continue the run in the folder.
         inputs: Digest of the weights and images that the run starts from.
 
     Raises:
-        UsageError: If the folder holds other files, a run while ``resume`` is off, or a run with
-            another configuration.
+        UsageError: If the folder holds other files, a run of another configuration, or a run while
+            ``resume`` is off.
     """
 
     def __init__(self, path: Path, config: str, *, resume: bool, inputs: str = "") -> None:
@@ -84,9 +84,9 @@ class RunFolder:
 
     @contextmanager
     def removed_if_unused(self) -> Iterator[None]:
-        """Remove the folder if an error inside leaves it without results.
+        """Remove the folder if an error inside leaves it without results, unless it was resumed.
 
-        The same command can then be given again. Only the object that began the run does this.
+        The same command can then be given again.
         """
         try:
             yield
@@ -121,16 +121,16 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """The file of the training state."""
+        """File of the training state."""
         return self.path / "checkpoint.safetensors"
 
     @property
     def metrics(self) -> Path:
-        """The file of metrics, with one JSON object per line."""
+        """File with one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     def check_fingerprint(self, found: object) -> None:
-        """Refuse a result that was made with another configuration or other inputs.
+        """Refuse a result of another configuration or other inputs.
 
         Raises:
             UsageError: If ``found`` is not this run's fingerprint.
@@ -145,7 +145,7 @@ class RunFolder:
         """Return the summary of a finished run, or None.
 
         Raises:
-            UsageError: If the file is damaged, or was made with another configuration or inputs.
+            UsageError: If the file is damaged, or of another configuration or inputs.
         """
         path = self.path / "summary.json"
         if not path.exists():
@@ -184,7 +184,7 @@ def _origin() -> dict[str, str]:
 
 
 def _essence(config: str) -> str:
-    """Return the configuration without the device, because a run may continue on another one."""
+    """Return the configuration without the device, which may change in a resumed run."""
     return "".join(x for x in config.splitlines(keepends=True) if not x.startswith("device:"))
 
 

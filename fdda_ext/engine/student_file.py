@@ -1,4 +1,4 @@
-"""A student on disk: its state dict as safetensors, and a recipe to build it again."""
+"""Files of students: state dict, and a recipe to build the student again."""
 
 from __future__ import annotations
 
