@@ -100,8 +100,8 @@ def quantize(
 ) -> GraphModule:
     """Quantize a trained convolutional network.
 
-    Ctrl-C ends training after the current iteration and returns the student as it is then. A second
-    Ctrl-C raises KeyboardInterrupt.
+    Ctrl-C ends training after the current iteration and returns the student so far. A second Ctrl-C
+    raises KeyboardInterrupt.
 
     Args:
         network: The trained network. It is neither changed nor moved.
@@ -320,7 +320,7 @@ def _collect(
     device: torch.device,
     most: int,
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Return calibration images ``[n, C, H, W]``, their labels ``[n]`` if known, and K."""
+    """Return images ``[n, C, H, W]``, labels ``[n]`` if known, and K."""
     if isinstance(images, Tensor):
         if images.dim() != 4 or not len(images):
             raise UsageError(
@@ -445,7 +445,7 @@ def _note(student: GraphModule, made: dict[str, Any]) -> None:
 
 
 def _made(student: GraphModule, command: str) -> dict[str, Any]:
-    """Return how `quantize` made ``student``."""
+    """Return what `_note` stored."""
     made = None
     if isinstance(student, GraphModule):
         made = student.meta.get(_KEY) or getattr(student, _KEY, None)
@@ -467,7 +467,8 @@ def evaluate(network: nn.Module, images: Images, labels: Tensor | None = None) -
     """Measure the accuracy of a network, a student or an integer program.
 
     Args:
-        network: Maps images ``[N, C, H, W]`` to logits ``[N, K]``. It is put in evaluation mode.
+        network: Module from images ``[N, C, H, W]`` to logits ``[N, K]``. It is put in evaluation
+            mode.
         images: Float tensor ``[n, C, H, W]``, or a Dataset, DataLoader or iterable of pairs
             ``(images, labels)``.
         labels: Classes of a tensor's images, int64 ``[n]``.

@@ -104,7 +104,7 @@ def is_first() -> bool:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Treat this process as a single one inside, for work that only the first rank does."""
+    """Treat this process as a single one, for work of the first rank only."""
     token = _alone.set(True)
     try:
         yield
@@ -113,7 +113,7 @@ def alone() -> Iterator[None]:
 
 
 def signature() -> str:
-    """Return " (rank R of W)" for messages, or an empty text for a single process."""
+    """Return " (rank R of W)" for messages; empty for a single process."""
     if not is_launched():
         return ""
     return f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})"
@@ -173,7 +173,7 @@ def joined(device: str = "cpu") -> Iterator[None]:
 
 @contextmanager
 def _explained_sigterm() -> Iterator[None]:
-    """On SIGTERM, which torchrun sends after another process was lost, print the reason and exit.
+    """Print the reason and exit on SIGTERM, which torchrun sends after a process was lost.
 
     A Python handler would run only after the operation that waits for the lost process. A thread
     reads the number of the signal from a pipe at once.
@@ -265,7 +265,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 @contextmanager
 def first_on_machine() -> Iterator[None]:
-    """Let the first process of each machine run the block before the others, to fill caches."""
+    """Let the first process of each machine go ahead, to fill caches."""
     ahead = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not ahead:
         _barrier()
@@ -354,7 +354,7 @@ def _add_up_(x: Tensor) -> Tensor:
 
 
 class _Everyones(torch.autograd.Function):
-    """`_all` with gradients, which are summed over the shares of the loss of all ranks."""
+    """`_all` with gradients, which are summed over the ranks."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def run_method(
         settings: Settings of all methods.
         folder: Run folder, from whose checkpoint a stopped run continues; None writes nothing.
         max_seconds: Time limit of the training, in seconds.
-        evaluation: Measures the method's student during training.
+        evaluation: Measurement of the method's student during training.
         evaluate_every: Iterations between two evaluations.
         show: Whether to show a progress bar.
 

@@ -1,7 +1,7 @@
-"""``python -m fdda_ext.compare``: compare methods, networks, bits and seeds at equal budgets.
+"""``python -m fdda_ext.compare``: compare methods at equal budgets.
 
-Every cell is a run of `fdda_ext.train` in its own process and folder. A comparison can be stopped
-and started again at any time. Finished runs are kept.
+Every cell is a run of `fdda_ext.train` in its own process and folder, so a comparison can be
+stopped and continued at any time.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ examples:
   python -m fdda_ext.compare --methods fdda,brecq --preset paper -- --model torchvision:resnet18 \\
       --data imagenet:PATH --device cuda
 
-Arguments after -- go to every run of fdda_ext.train. To continue a stopped comparison, give the
-same command again.
+Arguments after -- go to every run of fdda_ext.train. The same command continues a stopped
+comparison.
 """
 
 Mode = Literal["published", "common"]
@@ -94,12 +94,12 @@ class CompareConfig:
         images_per_class: Numbers of calibration images per class.
         seeds: Seeds for all random numbers, including the choice of calibration images.
         mode: "published" for each method's own student step; "common" for FDDA's in all methods, so
-            that only the images differ. Methods without a student step are the same in both.
+            that only the images differ.
         preset: Preset of all methods.
-        budget: Training time of every run, in seconds. Schedules are shortened or stretched to it,
-            based on trials of at most a tenth of it per method. None leaves schedules unchanged.
-        student_images: Number of images that every student sees in training, instead of a time.
-        share: Schedule share of every run, instead of budget or student_images.
+        budget: Training time of every run, in seconds. Trials, which take at most a tenth of it per
+            method, determine the schedule shares. None leaves schedules unchanged.
+        student_images: Number of images that every student sees in training, instead of budget.
+        share: Schedule share of every run, instead of both.
         jobs: Number of runs at a time.
         threads: CPU threads of each run.
         out: Folder of all runs and results.
@@ -149,13 +149,13 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """One table, by what all its rows have in common.
+    """What all rows of one table have in common.
 
     Attributes:
-        model: Name of the network.
-        bits: Bits of weights and activations, such as W4A4.
+        model: Network.
+        bits: Bits, such as W4A4.
         ends: Bits of the first and last layer, or "same".
-        images_per_class: Number of calibration images per class.
+        images_per_class: Calibration images per class.
     """
 
     model: str
@@ -232,7 +232,7 @@ class Cell:
 
     @property
     def pace(self) -> str:
-        """Key of the schedule share, which bits, seed and variant do not change."""
+        """Key of the schedule share, without bits, seed and variant."""
         shared = replace(self, method=_method_of(self.method))
         return f"{replace(self.setting, bits='', ends='same').name}/{shared.row}"
 
@@ -243,7 +243,7 @@ class Cell:
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[CompareConfig, list[str]]:
-    """Return the configuration, and the arguments for ``fdda_ext.train``."""
+    """Return the configuration and the arguments for ``fdda_ext.train``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     here = given.index("--") if "--" in given else len(given)
     own, rest = with_underscores(given[:here]), given[here + 1 :]
@@ -277,7 +277,7 @@ def settings_of(config: CompareConfig) -> list[Setting]:
 
 
 def cells_of(config: CompareConfig, setting: Setting) -> Iterator[Cell]:
-    """Yield the runs of one table. Methods with FDDA's student step, or none, have one mode."""
+    """Yield the runs of one table. Methods with FDDA's or no student step have one mode."""
     for method in config.methods:
         kind = METHODS[_method_of(method)]
         modes = config.mode if kind.distils and kind.presets != "fdda" else _PUBLISHED
@@ -294,7 +294,7 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in step.items()}
         common = [f"--settings.distillation.{name}={text}" for name, text in texts.items()]
     own = [f"--method={_method_of(cell.method)}", f"--preset={config.preset}", "--baselines=[]"]
-    # Arguments for all runs may concern only some methods. Those of a variant must be used.
+    # Common arguments may concern only some methods. Those of a variant must be used.
     shared = [f"--seed={cell.seed}", f"--threads={config.threads}", *cell.setting.arguments()]
     used = without_unused([*own, *shared, *common, *rest])
     return [*used, *_constants_of(cell.method)]
@@ -311,7 +311,7 @@ _prepared: dict[str, Problem] = {}
 
 
 def _shared_problem(config: TrainConfig) -> Problem:
-    """Return the problem of ``config``. It is prepared only once for all methods."""
+    """Return the problem of ``config``, prepared once for all methods."""
     shared = replace(config, method="minmax", baselines=[], settings=MethodSettings())
     key = repr(replace(shared, quantization=QuantizationConfig()))
     if key not in _prepared:
@@ -323,8 +323,7 @@ def _shared_problem(config: TrainConfig) -> Problem:
 def trial(config: TrainConfig, most: float) -> Pace:
     """Measure the pace of the method in ``config``. See `measure_pace`.
 
-    On a CPU with one thread, the clock counts processor time, which excludes waiting for the
-    processor.
+    On a CPU with one thread, the clock counts processor time, which excludes waiting.
 
     Args:
         config: Configuration of the run.
@@ -344,7 +343,6 @@ def trial(config: TrainConfig, most: float) -> Pace:
 
 
 def _timed(arguments: list[str], most: float) -> Pace:
-    """Call `trial` for the run that ``arguments`` describe."""
     return trial(parse_arguments(arguments)[0], most)
 
 
@@ -429,7 +427,7 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
 def _measured(
     config: CompareConfig, cells: dict[str, Cell], rest: Sequence[str], console: Console
 ) -> Iterator[tuple[str, Pace]]:
-    """Measure the paces of ``cells`` in trials, with as many at a time as later runs."""
+    """Measure the paces of ``cells`` by trials, as many at a time as runs."""
     if not cells:
         return
     assert config.budget is not None
@@ -445,7 +443,7 @@ def _measured(
         for pace, given in arguments.items():
             yield pace, _timed(given, most)
         return
-    # Processes, like the runs, because threads would share torch's number of CPU threads.
+    # Not threads, because they would share torch's number of CPU threads.
     with ProcessPoolExecutor(config.jobs, get_context("spawn")) as pool:
         ends = {pool.submit(_timed, given, most): pace for pace, given in arguments.items()}
         try:
@@ -476,7 +474,6 @@ def run_cell(config: CompareConfig, cell: Cell, share: float, rest: Sequence[str
     log = folder.with_suffix(".log")
     with log.open("a") as file:
         done = subprocess.run(
-            # Reports can be made later for selected runs.
             [sys.executable, "-m", "fdda_ext.train", *arguments, "--no-report", f"--out={folder}"],
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -500,11 +497,11 @@ class Result:
     """A row of a table.
 
     Attributes:
-        row: Name of the row, method and mode.
-        top1: Top-1 accuracy of every finished seed, in per cent.
-        float_top1: Top-1 accuracy of the float network, in per cent.
+        row: Method and mode.
+        top1: Accuracy of every finished seed, in per cent.
+        float_top1: Accuracy of the float network, in per cent.
         seconds: Mean training time.
-        real_images: Number of real images that the method used.
+        real_images: Number of real images.
         made_images: Mean number of synthetic images.
         peak_memory: Largest peak memory, in MiB.
         share: Schedule share.
@@ -587,7 +584,7 @@ def render(setting: Setting, results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-#: Number of real images to compare statistics with, and of images to show for every method.
+#: Number of real images for statistics, and of images to show per method.
 _REAL_IMAGES, _SHOWN_IMAGES = 512, 16
 
 
@@ -627,8 +624,7 @@ def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
 def write_images(config: CompareConfig, rest: Sequence[str]) -> None:
     """Write ``NAME-images.png`` and ``NAME-distances.png``, on the images of the first seed.
 
-    There is one pair for each network and number of calibration images, because the images hardly
-    depend on the bits.
+    Each pair serves for all bits, on which the images hardly depend.
     """
     out = Path(config.out)
     shown: dict[str, dict[str, Cell]] = {}

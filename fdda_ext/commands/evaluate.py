@@ -1,4 +1,4 @@
-"""``python -m fdda_ext.evaluate``: top-1 and top-5 of a run's student or of a float network."""
+"""``python -m fdda_ext.evaluate``: accuracy of a student, program or float network."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class EvaluateConfig:
         default: Preprocessing,
         channels: int | None = None,
     ) -> ImageDataset:
-        """Load ``data`` (None: glyphs). Image files are prepared by ``default`` and the changes."""
+        """Load ``data`` (None: glyphs). The preprocessing is ``default`` with changes."""
         spec = data or "glyphs"
         how = None
         if takes_preprocessing(spec):

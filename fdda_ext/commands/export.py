@@ -1,4 +1,4 @@
-"""``python -m fdda_ext.export``: write a run's student as an integer program in one small file."""
+"""``python -m fdda_ext.export``: write the integer program of a run's student."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ExportConfig:
 
 
 def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
-    """Export a student, after checking that its program gives the same logits on a few images.
+    """Export a student whose program gives the same logits on a few images.
 
     Raises:
         UsageError: If there is no student, it has no integer program, or the file cannot be
@@ -107,7 +107,7 @@ def render_sizes(program: IntegerProgram, file_bytes: int) -> Table:
 
 
 def render_times(program: IntegerProgram, images: int) -> Table:
-    """Return a table of the time of every step of the program on this CPU."""
+    """Return a table of the time of every step on this CPU."""
     rows = program.native.profile(torch.zeros(images, *program.image.shape))
     table = Table("step", "by", "microseconds", "GOP/s", title=f"{images} images")
     for row in rows:

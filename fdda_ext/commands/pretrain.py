@@ -124,7 +124,7 @@ def _images_in_memory(config: PretrainConfig, how: Preprocessing) -> tuple[Tenso
 
 
 def _command(config: PretrainConfig) -> str:
-    """Return the command line that trains the same weights, without defaults and the folder."""
+    """Return the command that trains the same weights, without defaults and folder."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     if isinstance(config.image_size, tuple):
         values["image_size"] = show_image_size(config.image_size)

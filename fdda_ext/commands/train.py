@@ -1,8 +1,7 @@
 """``python -m fdda_ext.train``: quantize a trained network to a few bits.
 
 Without arguments, it quantizes a small residual network for the embedded glyphs to W4A4 by FDDA,
-including the first and last layer. A table compares the student with the float network and three
-baselines.
+and compares it with the float network and three baselines.
 """
 
 from __future__ import annotations
@@ -144,11 +143,10 @@ class TrainConfig:
         images_per_class: Number of calibration images per class.
         quantization: Bits, grid and ranges of every tensor.
         settings: Settings of the methods.
-        schedule_share: Factor for the number of iterations of every schedule, including its phases
-            and milestones.
+        schedule_share: Factor for the iterations of every schedule, its phases and milestones.
         baselines: Methods to run first, for the table. None means minmax, mse and, if the method
             has a student step, distill, which takes this step on the calibration images.
-        seed: Seed for all random numbers. The same seed gives the same result on the same machine.
+        seed: Seed for all random numbers. Equal seeds give equal results on one machine.
         out: Run folder; None for a new one in runs/.
         resume: Continue the run in `out`.
         max_time: Time limit of the training, in minutes. --resume continues later.
@@ -158,24 +156,23 @@ class TrainConfig:
             bfloat16 (autocast; statistics, losses and the student stay in float32). None means
             bfloat16 on a GPU and float32 on a CPU.
         cuda_graphs: Whether a GPU replays the steps of fdda's generator and of the student as CUDA
-            graphs. This needs fewer launches for the same arithmetic, but the memory of both steps
-            at once.
+            graphs. They need fewer launches, but the memory of both steps at once.
         images_at_once: Largest number of images that pass through a network together in training.
             It changes only the memory use and the order of sums. None means all images on a GPU,
             and as many pixels as 16 images of 224x224 have on a CPU.
-        profile: Number of iterations to measure instead of training. The whole schedule is
-            shortened to them and a few unmeasured ones. Their time by stage goes to profile.txt,
-            and a trace for chrome://tracing or Perfetto to trace.json.
+        profile: Number of iterations to measure instead of training. The schedule is shortened to
+            them and a few unmeasured ones. Times by stage go to profile.txt, and a trace for
+            chrome://tracing or Perfetto to trace.json.
         split: Split for measuring accuracy: "test", or "validation" while you choose settings.
-        test_limit: Number of images to test, a sample with every class in its share, which is the
-            same for every seed; None for all.
+        test_limit: Number of images to test, a sample with every class in its share, equal for all
+            seeds; None for all.
         test_batch: Images per batch of the evaluation.
         evaluate_every: Iterations between two measurements of accuracy, for metrics.jsonl (the
             paper's epoch has 200); None measures only at the end.
-        evaluate_limit: Number of images for these measurements, a sample like that of `test_limit`;
-            None for the same images as at the end.
-        keep_best: Keep the best student of these measurements as best.safetensors. The table still
-            shows the last student, because choosing on the test split overestimates accuracy.
+        evaluate_limit: Number of images for these measurements, like `test_limit`; None for the
+            same images as at the end.
+        keep_best: Keep the best student of these measurements as best.safetensors. The table shows
+            the last student, because a choice on the test split overestimates accuracy.
         exportable: Refuse, before training, a network that cannot be exported as an integer
             program. False trains it anyway.
         report: Write report.html at the end. See fdda_ext.visualize.
@@ -277,7 +274,7 @@ _NOT_STORED = (
 _EXPANDED = ("preset", "config", "bits")
 #: Options without a value.
 _FLAGS = ("resume", "keep_best", "report", "download", "no_report", "print_config", "help")
-#: Number of images on which a report compares the student with the float network.
+#: Number of images in a report's comparison.
 REPORT_IMAGES = 1000
 #: Configuration files of the package.
 _PRESETS = Path(str(files("fdda_ext") / "presets"))
@@ -338,8 +335,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
         The configuration, and the part of it that decides the result, as YAML.
 
     Raises:
-        UsageError: If an argument is wrong, or no method of the run uses it. An unused option in a
-            configuration file, which may serve several methods, only causes a warning.
+        UsageError: If an argument is wrong, or no method of the run uses it. In a configuration
+            file, which may serve several methods, an unused option only causes a warning.
     """
     arguments = _expand(with_underscores(arguments))
     config, text = _parse(arguments)
@@ -375,7 +372,7 @@ def without_unused(arguments: Sequence[str]) -> list[str]:
 
 
 def _why_unused(option: str, config: TrainConfig) -> str | None:
-    """Return why neither the method nor a baseline uses ``option``; None if one does."""
+    """Return why no method of the run uses ``option``; None if one does."""
     kinds = {name: METHODS[name] for name in config.rows if name in METHODS}
     field = option.removeprefix("quantization.")
     own = kinds[config.method].fixed_ranges.get(field) if config.method in kinds else None
@@ -389,7 +386,7 @@ def _why_unused(option: str, config: TrainConfig) -> str | None:
 
 
 def _given(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Return options and values of the command line, without those of configuration files."""
+    """Return the options and values of the command line."""
     found = []
     rest = iter(arguments)
     for argument in rest:
@@ -420,7 +417,7 @@ def _given_in_files(arguments: Sequence[str]) -> list[str]:
 
 
 def _parse(arguments: list[str]) -> tuple[TrainConfig, str]:
-    """Do the work of `parse_arguments` for arguments from `_expand`, but accept unused options."""
+    """Parse arguments from `_expand`, and accept unused options."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", nargs="?")  # the second parser reports a missing value
     first.add_argument("--method", nargs="?")
@@ -481,10 +478,10 @@ class Row:
         iterations: Iterations done.
         planned: Iterations of the schedule. Fewer were done if time ran out.
         real_images: Number of real images that the method used.
-        made_images: Number of synthetic images that the method showed to the student.
+        made_images: Number of synthetic images that the student saw.
         peak_memory: Peak memory of the process or, on a GPU, of torch there, in MiB.
         float_top1: Top-1 accuracy of the float network, in per cent.
-        of: Number of images that the tested ones are a sample of; 0 if they are no sample.
+        of: Number of images that these are a sample of; 0 if they are no sample.
     """
 
     name: str
@@ -554,7 +551,7 @@ class _Session:
 
 
 def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: float | None) -> Row:
-    """Train and evaluate one method in ``folder``, or read its earlier result there."""
+    """Train and evaluate one method in ``folder``, or read its result there."""
     config, problem = session.config, session.problem
     summary = from_first(folder.summary)
     if summary is not None:
@@ -655,7 +652,7 @@ def measure_stages(
 
 
 def _best_top1(folder: RunFolder) -> float:
-    """Return the best accuracy in metrics.jsonl, or a negative number if there is none."""
+    """Return the best accuracy in metrics.jsonl; -1 if there is none."""
     lines = folder.metrics.read_text().splitlines()
     return max((json.loads(line).get("top1", -1.0) for line in lines), default=-1.0)
 
@@ -703,7 +700,7 @@ def _open_folder(path: Path, config: str, resume: bool, inputs: str) -> RunFolde
 
 
 def _new_folder(config: TrainConfig) -> Path:
-    """Return the first unused path of runs/NAME, runs/NAME-2, and so on."""
+    """Return the first unused path: runs/NAME, runs/NAME-2, ..."""
     q = config.quantization
     model = config.model.replace(":", "-")
     base = f"{config.method}-{model}-w{q.weight_bits}a{q.activation_bits}-seed{config.seed}"
@@ -718,7 +715,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
     """Load the network and the calibration images.
 
     Returns:
-        The problem, and the loaded network with its origin and the preprocessing of image files.
+        The problem, and the loaded network with its origin and preprocessing.
 
     Raises:
         UsageError: If network and data do not fit each other.
@@ -804,7 +801,7 @@ def report(
 def test_batches(
     config: TrainConfig, preprocessing: Preprocessing | None, limit: int | None, channels: int
 ) -> BatchSource:
-    """Return at most ``limit`` images with ``channels`` channels from the split to test."""
+    """Return at most ``limit`` images of the split to test."""
     dataset = load_dataset(
         config.data,
         config.split,
@@ -860,7 +857,6 @@ def _run_in(
     preprocessing: Preprocessing | None,
     console: Console,
 ) -> list[Row]:
-    """Do the part of `run` that needs the folder."""
     path = folder.path
     q = config.quantization
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (

@@ -16,9 +16,8 @@ from .train import REPORT_IMAGES, build_problem, inputs_digest, parse_arguments,
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Write RUN/report.html anew: settings, accuracies, losses, generated images, errors by layer,
-predictions, size. fdda_ext.train writes it at the end of a run. After an export, it also shows the
-size on disk and the speed.
+Write RUN/report.html again: settings, accuracies, losses, generated images, errors by layer,
+predictions, size and, after an export, the size on disk and the speed.
 
 examples:
   python -m fdda_ext.visualize runs/a

@@ -62,7 +62,7 @@ def _put_together(form: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def cpu_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of ``network``, contiguous and on the CPU, as safetensors needs it."""
+    """Return the state dict of ``network``, contiguous and on the CPU."""
     return {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
 
 
@@ -83,7 +83,7 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` always holds either the old content or all of the new."""
+    """Write ``text``. ``path`` holds either the old content or all of the new."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     _replace(temporary, path)

@@ -84,7 +84,7 @@ def doubt_margin(
     """Check whether enlarging and cropping images changes the network's predictions.
 
     Args:
-        network: Maps images ``[B, C, H, W]`` to logits.
+        network: Module from images ``[B, C, H, W]`` to logits.
         source: The images, of which at most 100 are classified in both ways.
         device: Device of the network.
 
@@ -133,7 +133,7 @@ def diagnose(
     """Check whether ``network`` classifies some images of ``source`` better than chance.
 
     Args:
-        network: Maps images ``[B, C, H, W]`` to logits ``[B, num_classes]``.
+        network: Module from images ``[B, C, H, W]`` to logits ``[B, num_classes]``.
         source: The images, of which at most 16 of each of 16 classes are classified.
         num_classes: Number of classes, K.
         device: Device of the network.

@@ -37,8 +37,8 @@ def standard_error(percent: float, count: int, of: int) -> float:
     """Return the standard error of a sample's accuracy, in percentage points.
 
     It is ``100 * sqrt(p * (1 - p) / count * (of - count) / (of - 1))`` with ``p = percent / 100``:
-    the binomial error, corrected for sampling from ``of`` images without replacement. It ignores
-    that samples are stratified by class, which makes the error a little smaller.
+    the binomial error, corrected for sampling from ``of`` images without replacement.
+    Stratification by class, which makes the error a little smaller, is ignored.
 
     Args:
         percent: Accuracy on the sample, in per cent.
@@ -250,7 +250,7 @@ def evaluate(
     """Measure the accuracy of ``network`` in evaluation mode over ``batches`` of all ranks.
 
     Args:
-        network: Maps images ``[B, C, H, W]`` to logits ``[B, K]``.
+        network: Module from images ``[B, C, H, W]`` to logits ``[B, K]``.
         batches: The data.
         device: Device of the network.
         label: Text beside the progress bar; empty for no new bar.

@@ -36,13 +36,13 @@ _LONGEST_INTERVAL = 1800.0
 
 
 class Trainable(Protocol):
-    """What the loop requires of a method. Its state holds everything that decides the next step."""
+    """What the loop requires of a method."""
 
     iterations: int
 
     @property
     def part(self) -> str:
-        """The current part of the work, in a word or two for the progress bar. May be empty."""
+        """The current part of the work in a word, for the progress bar. May be empty."""
         ...
 
     def step(self, iteration: int) -> Mapping[str, Tensor]:

@@ -25,7 +25,7 @@ from .checkpoint import atomic_write_text
 
 __all__ = ["RunFolder"]
 
-#: Files that a run writes before it computes anything, and the folder of TensorBoard events.
+#: Files that exist before any result, and the folder of TensorBoard events.
 _AT_THE_BEGINNING = ("config.yaml", "origin.json")
 _EVENTS = "tensorboard"
 
@@ -173,7 +173,7 @@ class RunFolder:
 
 
 def _origin() -> dict[str, str]:
-    """Return date, versions and machine at the start of a run, for its report."""
+    """Return date, versions and machine of a run's start."""
     info, python = build_info(), platform.python_version()
     cores = f"{os.cpu_count()} cores, threads: {info.threads}"
     return {

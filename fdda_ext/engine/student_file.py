@@ -56,7 +56,7 @@ def read_student(path: Path, command: str = "evaluate") -> tuple[dict[str, Tenso
 
 
 def image_shape_of(recipe: dict[str, Any], command: str = "evaluate") -> tuple[int, int, int]:
-    """Return channels, height and width of the images that a student's ``recipe`` names.
+    """Return channels, height and width of the images in a student's ``recipe``.
 
     Raises:
         UsageError: If they are not valid.
@@ -68,7 +68,7 @@ def image_shape_of(recipe: dict[str, Any], command: str = "evaluate") -> tuple[i
 
 
 def preprocessing_of(recipe: dict[str, Any], command: str = "evaluate") -> Preprocessing:
-    """Return the preprocessing of image files that a student's ``recipe`` names.
+    """Return the preprocessing of image files in a student's ``recipe``.
 
     Raises:
         UsageError: If it is not valid.
