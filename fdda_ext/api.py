@@ -240,7 +240,7 @@ def _share(
         build = partial(build_method, name, problem)
         share = fitting_share(build, settings, 60 * minutes, problem.device)
     if share < 1:
-        _log.info("quantize: schedule shortened to %.3g of itself to fit %g min", share, minutes)
+        _log.info("quantize: runs %.3g of the schedule to fit into %g min", share, minutes)
     if path is not None:
         atomic_write_text(path, json.dumps(share) + "\n")
     return share
@@ -528,7 +528,7 @@ def export(
 
 @dataclass(frozen=True)
 class Report:
-    """Facts about a student, which print as text.
+    """Facts about a student. ``str`` gives them as text.
 
     Attributes:
         method: Name of the method.

@@ -306,7 +306,7 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
 _SHARES = (1 / 64, 64.0)
 
 
-#: The problem that was prepared last, under its configuration without the method.
+#: The problem that was prepared last, by its configuration without the method.
 _prepared: dict[str, Problem] = {}
 
 
@@ -427,7 +427,7 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
 def _measured(
     config: CompareConfig, cells: dict[str, Cell], rest: Sequence[str], console: Console
 ) -> Iterator[tuple[str, Pace]]:
-    """Measure the paces of ``cells`` by trials, as many at a time as runs."""
+    """Measure the paces of ``cells`` by trials, ``config.jobs`` at a time."""
     if not cells:
         return
     assert config.budget is not None
@@ -624,7 +624,7 @@ def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
 def write_images(config: CompareConfig, rest: Sequence[str]) -> None:
     """Write ``NAME-images.png`` and ``NAME-distances.png``, on the images of the first seed.
 
-    Each pair serves for all bits, on which the images hardly depend.
+    One pair serves all bits, because the images hardly depend on them.
     """
     out = Path(config.out)
     shown: dict[str, dict[str, Cell]] = {}

@@ -67,7 +67,7 @@ class EvaluateConfig:
         device: cpu or cuda.
         threads: CPU threads; None for torch's default.
         split: "test" or "validation".
-        test_limit: Number of images to test, a sample with every class in its share; None for all.
+        test_limit: Number of images to test, a sample with all classes in proportion; None for all.
         test_batch: Images per batch of the evaluation.
         workers: Number of processes that decode images. None means one per core, at most 8, for
             image files on a GPU, and otherwise the main process alone.

@@ -64,7 +64,7 @@ class PretrainConfig:
         download: Download a torchvision data set to PATH if it is missing.
         out: Folder for MODEL.safetensors.
         epochs: Passes over the training images.
-        images: Number of training images, a sample with every class in its share; None for all.
+        images: Number of training images, a sample with all classes in proportion; None for all.
             They stay in memory, 6 KB each for RGB at 32x32.
         image_size: A number, or HEIGHTxWIDTH; None for the data set's own size.
         batch: Images per step.

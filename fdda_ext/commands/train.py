@@ -164,8 +164,8 @@ class TrainConfig:
             them and a few unmeasured ones. Times by stage go to profile.txt, and a trace for
             chrome://tracing or Perfetto to trace.json.
         split: Split for measuring accuracy: "test", or "validation" while you choose settings.
-        test_limit: Number of images to test, a sample with every class in its share, equal for all
-            seeds; None for all.
+        test_limit: Number of images to test, a sample with all classes in proportion, equal for
+            all seeds; None for all.
         test_batch: Images per batch of the evaluation.
         evaluate_every: Iterations between two measurements of accuracy, for metrics.jsonl (the
             paper's epoch has 200); None measures only at the end.

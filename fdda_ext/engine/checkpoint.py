@@ -142,7 +142,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
 def restore_random(random: torch.Generator, state: Tensor) -> None:
     """Continue ``random`` from ``state``.
 
-    If one belongs to a CPU and the other to a GPU, this is impossible. Then a new sequence begins,
+    If one is from a CPU and the other from a GPU, this is impossible. Then a new sequence begins,
     whose seed comes from ``state``.
     """
     state = state.cpu()

@@ -33,7 +33,7 @@ __all__ = [
 
 #: Parameters of mallopt, as in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-#: glibc's default limit of blocks outside its heap, and the bytes of the smallest such block.
+#: glibc's default limit of blocks outside its heap, and the smallest size of these, in bytes.
 _MMAP_MAX, _LARGE = 65536, 32 << 20
 #: Whether `keep_freed_memory` was called.
 _kept = False

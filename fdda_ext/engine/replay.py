@@ -13,7 +13,7 @@ from .profiling import is_profiling
 
 __all__ = ["Replayed"]
 
-#: Ordinary calls before the capture, so that it does not contain what libraries do at first use.
+#: Ordinary calls before the capture, so that the graph lacks what libraries do at first use.
 _ORDINARY = 3
 
 
@@ -53,7 +53,7 @@ class Replayed:
         Raises:
             UsageError: If the step cannot be captured.
         """
-        if is_profiling():  # it waits for the device after every stage
+        if is_profiling():  # profiling waits for the device after every stage
             return step(*inputs)
         key = (key, *((x.shape, x.dtype) for x in inputs))
         if key != self._key:
