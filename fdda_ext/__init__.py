@@ -1,7 +1,7 @@
 """FDDA: four-bit post-training quantization of CNNs from one labelled image per class.
 
-Importing the package loads its native part and registers ``torch.ops.fdda.*``. Quantization in
-three lines::
+Importing the package loads its native extension and registers ``torch.ops.fdda.*``. Quantization
+in three lines::
 
     student = fdda_ext.quantize(network, images, labels, bits="W4A4")
     print(fdda_ext.report(student), fdda_ext.evaluate(student, loader))
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch  # the native part links against libtorch, which this loads
+import torch  # loads libtorch, which the native extension links against
 
 from fdda_ext.about import BuildInfo, build_info
 from fdda_ext.version import __version__
@@ -36,7 +36,7 @@ __all__ = [
     "save",
 ]
 
-#: Names of `fdda_ext.api`. Its import takes seconds, so it waits for their first use.
+#: Names from `fdda_ext.api`, which is imported at their first use because it takes seconds.
 _OF_API = ("Report", "evaluate", "export", "quantize", "report", "restore", "save")
 
 
@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps `evaluate` and `export` functions where the commands of these names are imported."""
+    """Keeps `evaluate` and `export` functions when submodules of the same names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _OF_API and isinstance(value, ModuleType)):
@@ -58,17 +58,18 @@ sys.modules[__name__].__class__ = _Package
 
 
 def load(path: str | Path) -> torch.nn.Module:
-    """The `fdda_ext.deploy.IntegerProgram` in a file that ``fdda_ext.export`` wrote.
+    """Load the `fdda_ext.deploy.IntegerProgram` that ``fdda_ext.export`` wrote to a file.
 
     Args:
-        path: The file, ``model.int4.safetensors`` in a run folder.
+        path: The file, such as ``model.int4.safetensors`` in a run folder.
 
     Returns:
-        A module from images ``[N, C, H, W]``, normalised float32 or uint8, to logits ``[N, K]``.
+        A module that maps images ``[N, C, H, W]``, normalised float32 or uint8, to logits
+        ``[N, K]``.
 
     Raises:
-        UsageError: If the file is missing, damaged, or describes no program that could run.
+        UsageError: If the file is missing, damaged, or holds no valid program.
     """
-    # Late, as networks and data come with it.
+    # Importing it takes seconds.
     program: torch.nn.Module = importlib.import_module("fdda_ext.deploy").load_program(Path(path))
     return program

@@ -1,8 +1,7 @@
-"""torchvision beside a torch its wheel was not built with.
+"""Import of torchvision with a torch that its wheel was not built for.
 
-Registries serve torchvision with CUDA ops that a CPU build of torch cannot load. Models and
-transforms need none of them; only the registration of fake kernels for two missing operators
-would fail at import, so those are declared first.
+Package indexes serve torchvision with CUDA operators that a CPU build of torch cannot load. Models
+and transforms need none of them, but the import fails until two of them are declared.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ _kept_libraries: list[library.Library] = []
 
 @cache
 def import_torchvision() -> ModuleType:
-    """torchvision, with ``datasets``, ``models`` and ``transforms``.
+    """Import torchvision with ``datasets``, ``models`` and ``transforms``.
 
     Raises:
-        UsageError: If it is not installed.
+        UsageError: If torchvision is not installed.
     """
     from importlib.util import find_spec
 
     if find_spec("torchvision") is None:
         raise UsageError(
             "torchvision: expected the package to be installed, got none; "
-            "pip install --no-deps torchvision"
+            "install it with pip install --no-deps torchvision"
         )
     try:
         import torchvision

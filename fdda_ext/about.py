@@ -1,4 +1,4 @@
-"""What the native part of this installation is made of, and what of it runs here."""
+"""Versions, CUDA support and CPU instruction sets of this installation."""
 
 from dataclasses import dataclass
 
@@ -13,18 +13,18 @@ __all__ = ["BuildInfo", "build_info"]
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """Facts for bug reports and for choosing a device.
+    """Facts for bug reports and the choice of a device.
 
     Attributes:
-        version: of fdda_ext.
-        torch: the version that is running.
-        built_with_torch: the version whose headers were used.
-        stable_abi: the oldest torch this build runs with, e.g. "2.11".
-        cuda_archs: CUDA architectures compiled in, e.g. ("8.0", "9.0+PTX"); empty without CUDA.
-        cuda_usable: whether the CUDA kernels can run now.
-        cuda_reason: why they cannot; empty if they can.
-        isas: CPU instruction sets compiled in, worst to best.
-        isa: the one that runs. FDDA_ISA in the environment chooses another.
+        version: Version of fdda_ext.
+        torch: Version of the running torch.
+        built_with_torch: Version of torch at build time.
+        stable_abi: Oldest torch that this build runs with, e.g. "2.11".
+        cuda_archs: CUDA architectures of this build, e.g. ("8.0", "9.0+PTX"); empty without CUDA.
+        cuda_usable: Whether the CUDA kernels can run now.
+        cuda_reason: Reason why they cannot run; empty if they can.
+        isas: CPU instruction sets of this build, worst to best.
+        isa: Instruction set in use. The environment variable FDDA_ISA selects another.
         threads: CPU threads, as set by torch.set_num_threads.
     """
 
@@ -57,10 +57,10 @@ def _why_cuda_is_unusable() -> str:
 
 
 def build_info() -> BuildInfo:
-    """Reports the version, the torch and CUDA it was built for, and what runs on this machine.
+    """Return facts about this installation.
 
     Raises:
-        UsageError: FDDA_ISA names an instruction set that this processor lacks.
+        UsageError: If this build or processor lacks the instruction set that FDDA_ISA names.
     """
     reason = _why_cuda_is_unusable()
     try:

@@ -1,4 +1,4 @@
-"""Quantization in a script: `quantize`, `report`, `evaluate` and `export`."""
+"""Quantization from Python: `quantize`, `report`, `evaluate` and `export`."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ __all__ = [
 
 _log = logging.getLogger("fdda_ext")
 
-#: Images ``[n, C, H, W]``; or a Dataset, DataLoader or other iterable of batches or of single
-#: images, each with or without labels.
+#: Images ``[n, C, H, W]``, or a Dataset, DataLoader or iterable of batches or single images, with
+#: or without labels.
 Images: TypeAlias = "Tensor | Dataset[Any] | Iterable[Any]"
 
-#: Where a student keeps how it was made: in ``meta``, which copies of it have, and in an attribute,
-#: which survives pickling.
+#: Name under which a student stores how it was made: in ``meta``, which copies keep, and as an
+#: attribute, which pickling keeps.
 _KEY = "made_by_fdda_ext"
 _BATCH = 64
 
@@ -100,41 +100,40 @@ def quantize(
 ) -> GraphModule:
     """Quantize a trained convolutional network.
 
-    Ctrl-C ends the training after the iteration under way; the student of that moment is returned.
-    A second Ctrl-C raises KeyboardInterrupt.
+    Ctrl-C ends training after the current iteration and returns the student so far. A second Ctrl-C
+    raises KeyboardInterrupt.
 
     Args:
         network: The trained network. It is neither changed nor moved.
-        images: Calibration images, normalised as the network wants them: a float tensor
-            ``[n, C, H, W]``, or a Dataset, DataLoader or iterable of batches ``[b, C, H, W]`` or of
-            pairs ``(images, labels)``. Of a tensor, every image is used. Of the others, at most
-            ``max_images`` are, equally many of each class where labels are known.
-        labels: Classes of the images of a tensor, int64 ``[n]``. FDDA needs labels; other methods
-            take the network's own answers in their place.
+        images: Normalised calibration images: a float tensor ``[n, C, H, W]``, or a Dataset,
+            DataLoader or iterable of batches ``[b, C, H, W]`` or of pairs ``(images, labels)``. A
+            tensor is used whole. From the others, at most ``max_images`` are taken, equally many
+            per class if labels are known.
+        labels: Classes of a tensor's images, int64 ``[n]``. FDDA needs labels. Other methods can
+            use the network's predictions.
         bits: Bits of weights and activations.
         method: Name of the method, as for ``python -m fdda_ext.train --method``.
-        minutes: The schedule is shortened if it would take longer than this on this machine. The
-            result then depends on the machine's speed. None for the whole schedule of the preset.
-        seed: Seed of every random number.
-        device: Where to compute; None for the network's device.
-        preset: Whose constants the method takes, "short" or "paper".
-        options: Other options by their names on the command line, such as
-            ``{"settings.distillation.lr": 1e-4, "quantization.first_last_bits": 8}``.
-        max_images: See ``images``.
-        augmentation: How images may be varied; None for random crops and flips.
-        mean: Normalisation of the images, one value for each channel. With it, methods that
-            optimise images keep them in the range of real ones.
-        std: The deviation that belongs to ``mean``.
-        exportable: Refuse a network that could not be exported to an integer program before any
-            time is spent.
+        minutes: Time limit of the training. The schedule is shortened to it, so the result depends
+            on the machine's speed. None runs the whole schedule.
+        seed: Seed for all random numbers.
+        device: Device to compute on; None for the network's device.
+        preset: Preset with the method's settings, "short" or "paper".
+        options: Other options of the command line, such as ``{"settings.distillation.lr": 1e-4,
+            "quantization.first_last_bits": 8}``.
+        max_images: Largest number of images taken. See ``images``.
+        augmentation: Random variations of images; None for random crops and flips.
+        mean: Mean that normalised the images, per channel, for pixels from 0 to 1. With it, methods
+            that optimise images keep them in the range of real ones.
+        std: Standard deviation, like ``mean``.
+        exportable: Whether to refuse, before training, a network that cannot be exported.
         progress: Whether to show a progress bar.
-        out: Folder for checkpoints, metrics and the student; None to write nothing.
-        resume: Go on with the run in ``out``, which must have been given the same arguments.
+        out: Folder for checkpoints, metrics and the student; None writes nothing.
+        resume: Whether to continue the run in ``out``, with the same arguments.
 
     Returns:
-        The student: a module in evaluation mode, on ``device``, from images ``[N, C, H, W]`` to
-        logits ``[N, K]``. Under ``torch.no_grad()`` its logits are those of the exported program,
-        bit for bit; with gradients it can be trained further.
+        The student, in evaluation mode on ``device``. It maps images ``[N, C, H, W]`` to logits
+        ``[N, K]``, which are bit-identical to those of the exported program under
+        ``torch.no_grad()``. With gradients, it can be trained further.
 
     Raises:
         UsageError: If an argument is wrong, or the network cannot be quantized as asked.
@@ -157,14 +156,14 @@ def quantize(
     if resume and out is None:
         raise UsageError("quantize: expected out with resume, got none")
     if (mean is None) != (std is None):
-        raise UsageError("quantize: expected mean and std together, got one of them")
+        raise UsageError("quantize: expected mean and std together, got only one of them")
     own = next(network.parameters()).device
     found, found_labels, num_classes = _collect(images, labels, network, own, max_images)
     if found_labels is None:
         if kind.needs_labels:
             raise UsageError(
-                f"quantize: expected labels with method {method}, got none; give them, or take a "
-                f"method without: {', '.join(n for n, m in METHODS.items() if not m.needs_labels)}"
+                f"quantize: expected labels with method {method}, got none; methods without labels "
+                f"are {', '.join(n for n, m in METHODS.items() if not m.needs_labels)}"
             )
         found_labels = _answers(network, found, own)
     problem = build_problem(
@@ -199,7 +198,7 @@ def quantize(
         student = trained.student.eval()
         _must_quantize(student)
         if done.iterations < trained.iterations:
-            where = f"; resume=True goes on in {out}" if out is not None else ""
+            where = f"; resume=True continues the run in {out}" if out is not None else ""
             _log.warning(
                 "quantize: %s after %d of %d iterations%s",
                 *("interrupted" if done.interrupted else "stopped", done.iterations),
@@ -232,7 +231,7 @@ def _share(
     minutes: float | None,
     folder: RunFolder | None,
 ) -> float:
-    """The share of its schedule that the method runs; the folder keeps it for a resumption."""
+    """Return the schedule share, which the folder stores for a resumed run."""
     path = folder.path / "schedule_share.json" if folder else None
     if path is not None and path.exists():
         return float(json.loads(path.read_text()))
@@ -241,14 +240,14 @@ def _share(
         build = partial(build_method, name, problem)
         share = fitting_share(build, settings, 60 * minutes, problem.device)
     if share < 1:
-        _log.info("quantize: %.3g of the schedule fits %g minutes", share, minutes)
+        _log.info("quantize: runs %.3g of the schedule to fit into %g min", share, minutes)
     if path is not None:
         atomic_write_text(path, json.dumps(share) + "\n")
     return share
 
 
 def save(student: GraphModule, path: str | Path) -> None:
-    """Write a student of `quantize` to a safetensors file, which `restore` reads.
+    """Write a student from `quantize` to a safetensors file that `restore` reads.
 
     Raises:
         UsageError: If ``student`` is not from `quantize`.
@@ -257,17 +256,17 @@ def save(student: GraphModule, path: str | Path) -> None:
 
 
 def restore(network: nn.Module, path: str | Path) -> GraphModule:
-    """Build the student again that `save` wrote.
+    """Rebuild the student that `save` wrote.
 
     Args:
-        network: The float network that was quantized, or one of the same class.
+        network: The float network that was quantized, or one of the same architecture.
         path: The file.
 
     Returns:
         The student, in evaluation mode, on the network's device.
 
     Raises:
-        UsageError: If the file is damaged, or is of another network.
+        UsageError: If the file is damaged or holds a student of another network.
     """
     state, made = read_student(Path(path), "restore")
     try:
@@ -284,7 +283,7 @@ def restore(network: nn.Module, path: str | Path) -> GraphModule:
 
 
 def _place(network: nn.Module, device: str | torch.device | None) -> torch.device:
-    """The device to compute on, once it is known that ``network`` is a network."""
+    """Return the device to compute on. Refuse what is not a network."""
     if not isinstance(network, nn.Module) or not any(True for _ in network.parameters()):
         raise UsageError(
             "quantize: expected network to be a torch.nn.Module with parameters, "
@@ -303,11 +302,10 @@ def _arguments(
     device: str,
     options: Mapping[str, Any] | None,
 ) -> list[str]:
-    """The command line that has the same settings."""
     given = {"method": method, "bits": bits, "preset": preset, "seed": seed, "device": device}
     twice = sorted(given.keys() & (options or {}).keys())
     if twice:
-        raise UsageError(f"quantize: expected options without {twice[0]}, an argument of its own")
+        raise UsageError(f"quantize: expected {twice[0]} as an argument only, got it in options")
     texts = {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in {**given, **(options or {})}.items()
@@ -322,7 +320,7 @@ def _collect(
     device: torch.device,
     most: int,
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Calibration images ``[n, C, H, W]``, their labels ``[n]`` if known, and K."""
+    """Return images ``[n, C, H, W]``, labels ``[n]`` if known, and K."""
     if isinstance(images, Tensor):
         if images.dim() != 4 or not len(images):
             raise UsageError(
@@ -333,8 +331,8 @@ def _collect(
     else:
         if labels is not None:
             raise UsageError(
-                "quantize: expected labels only with a tensor of images, got labels beside "
-                f"{type(images).__name__}; let it give pairs (images, labels)"
+                "quantize: expected labels only with a tensor of images, got labels and a "
+                f"{type(images).__name__}; let it yield pairs (images, labels)"
             )
         found, parts, num_classes = _drawn(images, network, device, most)
     if parts is None:
@@ -348,7 +346,7 @@ def _collect(
     found_labels = found_labels.long()
     if not (int(found_labels.min()) >= 0 and int(found_labels.max()) < num_classes):
         raise UsageError(
-            f"quantize: expected labels between 0 and {num_classes - 1}, as the network gives "
+            f"quantize: expected labels between 0 and {num_classes - 1}, because the network gives "
             f"{num_classes} logits, got {int(found_labels.min())} to {int(found_labels.max())}"
         )
     return found, found_labels, num_classes
@@ -357,7 +355,7 @@ def _collect(
 def _drawn(
     images: Any, network: nn.Module, device: torch.device, most: int
 ) -> tuple[Tensor, Tensor | None, int]:
-    """At most ``most`` images of an iterable, equally many of each class where it has labels."""
+    """Take at most ``most`` images from an iterable, equally many per class if it has labels."""
     chosen: list[Tensor] = []
     chosen_labels: list[int] = []
     num_classes, taken = 0, Counter[int]()
@@ -386,10 +384,10 @@ def _drawn(
 
 
 def batches_of(images: Any, command: str) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches ``[b, C, H, W]`` and labels ``[b]``, or None, of whatever holds images.
+    """Yield batches ``[b, C, H, W]`` with labels ``[b]`` or None, from any source of images.
 
     Raises:
-        UsageError: If it gives anything else.
+        UsageError: If ``images`` is or yields anything else.
     """
     if isinstance(images, Dataset):
         images = DataLoader(images, batch_size=_BATCH)
@@ -411,8 +409,8 @@ def batches_of(images: Any, command: str) -> Iterator[tuple[Tensor, Tensor | Non
         if not isinstance(batch, Tensor) or batch.dim() not in (3, 4):
             got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise UsageError(
-                f"{command}: expected batches of images [b, C, H, W], or pairs of them with labels "
-                f"[b], got {got}"
+                f"{command}: expected batches of images [b, C, H, W], or pairs of images and "
+                f"labels [b], got {got}"
             )
         if labels is not None:
             labels = torch.as_tensor(labels)
@@ -423,16 +421,16 @@ def batches_of(images: Any, command: str) -> Iterator[tuple[Tensor, Tensor | Non
 
 @torch.no_grad()
 def _answers(network: nn.Module, images: Tensor, device: torch.device) -> Tensor:
-    """The classes that the network itself sees, ``[n]``."""
+    """Return the classes that the network predicts, ``[n]``."""
     batches = images.split(_BATCH)
     return torch.cat([network(batch.to(device)).argmax(1).cpu() for batch in batches])
 
 
 def _must_quantize(student: GraphModule) -> None:
-    """Let every range found so far count.
+    """Quantize activations with the ranges found so far.
 
     Raises:
-        KeyboardInterrupt: If an interruption came before there were any.
+        KeyboardInterrupt: If the run was interrupted before any range was found.
     """
     modes = {quantizer.mode for quantizer in activation_quantizers(student)}
     if "observe" in modes:
@@ -442,20 +440,19 @@ def _must_quantize(student: GraphModule) -> None:
 
 
 def _note(student: GraphModule, made: dict[str, Any]) -> None:
-    """Keep how ``student`` was made with it."""
     student.meta[_KEY] = made
     setattr(student, _KEY, made)
 
 
 def _made(student: GraphModule, command: str) -> dict[str, Any]:
-    """How `quantize` made ``student``."""
+    """Return what `_note` stored."""
     made = None
     if isinstance(student, GraphModule):
         made = student.meta.get(_KEY) or getattr(student, _KEY, None)
         if made and not all("shape" in n.meta for n in student.graph.find_nodes(op="placeholder")):
             raise UsageError(
-                f"{command}: expected student as quantize or restore gives it, got one that was "
-                "pickled, which loses the shapes of its tensors; use fdda_ext.save and restore"
+                f"{command}: expected student to be from quantize or restore, got a pickled one, "
+                "which has lost the shapes of its tensors; use fdda_ext.save and fdda_ext.restore"
             )
     if made is None:
         raise UsageError(
@@ -470,16 +467,17 @@ def evaluate(network: nn.Module, images: Images, labels: Tensor | None = None) -
     """Measure the accuracy of a network, a student or an integer program.
 
     Args:
-        network: From images ``[N, C, H, W]`` to logits ``[N, K]``. It is put in evaluation mode.
-        images: A float tensor ``[n, C, H, W]``, or a Dataset, DataLoader or iterable of pairs
+        network: Module from images ``[N, C, H, W]`` to logits ``[N, K]``. It is put in evaluation
+            mode.
+        images: Float tensor ``[n, C, H, W]``, or a Dataset, DataLoader or iterable of pairs
             ``(images, labels)``.
-        labels: Classes of the images of a tensor, int64 ``[n]``.
+        labels: Classes of a tensor's images, int64 ``[n]``.
 
     Returns:
-        Top-1 and top-5 accuracy in per cent, and the number of images. It prints as a sentence.
+        Top-1 and top-5 accuracy in per cent, and the number of images.
 
     Raises:
-        UsageError: If there is no image, a label is missing or not below K.
+        UsageError: If there is no image, or a label is missing or outside 0 to K - 1.
     """
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     pairs = (images, labels) if isinstance(images, Tensor) and labels is not None else images
@@ -487,7 +485,7 @@ def evaluate(network: nn.Module, images: Images, labels: Tensor | None = None) -
     correct1 = correct5 = count = 0
     for batch, classes in batches_of(pairs, "evaluate"):
         if classes is None:
-            raise UsageError("evaluate: expected a label for every image, got images alone")
+            raise UsageError("evaluate: expected a label for every image, got none for some images")
         logits = network(batch.to(device)).cpu()
         among = count_correct(logits, classes.cpu())
         correct1, correct5, count = correct1 + among[0], correct5 + among[1], count + len(batch)
@@ -503,16 +501,16 @@ def export(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> IntegerProgram:
-    """Write the integer program of a student to one file, which `fdda_ext.load` reads.
+    """Write the integer program of a student to one file that `fdda_ext.load` reads.
 
-    Program and student run on a few images first. A program that differs is not written.
+    If program and student differ on a few images, no file is written.
 
     Args:
-        student: From `quantize`.
+        student: Student from `quantize`.
         path: The file, such as "network.int4.safetensors".
-        mean: Normalisation of the images, one value for each channel, so that the program also
-            takes uint8 images; None for the one that `quantize` was given.
-        std: The deviation that belongs to ``mean``.
+        mean: Mean that normalised the images, per channel, for pixels from 0 to 1. With it, the
+            program also accepts uint8 images. None for the one given to `quantize`.
+        std: Standard deviation of the normalisation, like ``mean``.
 
     Returns:
         The program, on the CPU.
@@ -523,27 +521,27 @@ def export(
     made = _made(student, "export")
     mean, std = (given or made[name] for given, name in ((mean, "mean"), (std, "std")))
     if (mean is None) != (std is None):
-        raise UsageError("export: expected mean and std together, got one of them")
+        raise UsageError("export: expected mean and std together, got only one of them")
     normalisation = (None, None) if mean is None or std is None else (tuple(mean), tuple(std))
     return export_student(student, path, *normalisation)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a student is, as numbers and, by ``str``, as text.
+    """Facts about a student. ``str`` gives them as text.
 
     Attributes:
         method: Name of the method.
-        bits: Such as "W4A4".
+        bits: Bits of weights and activations, such as "W4A4".
         iterations: Iterations done.
-        planned: Iterations of the whole schedule.
-        seconds: Time of the training.
-        images: Calibration images that the method has seen.
-        weights: Weights of all convolutions and linear layers.
-        weight_bytes: Bytes that these take in their bits.
-        float_bytes: Bytes that they take in float32.
+        planned: Iterations of the run's schedule.
+        seconds: Training time in seconds.
+        images: Calibration images used.
+        weights: Number of weights in all convolutions and linear layers.
+        weight_bytes: Their bytes at their bits.
+        float_bytes: Their bytes in float32.
         layers: One row for each layer.
-        obstacles: Operations that keep the student from being exported; empty if it can be.
+        obstacles: Operations that prevent the export; empty if the student can be exported.
     """
 
     method: str
@@ -575,7 +573,7 @@ class Report:
 
 
 def report(student: GraphModule) -> Report:
-    """Say what a student of `quantize` is: its training, its size, and the bits of every layer.
+    """Describe a student from `quantize`: training, size, and bits of every layer.
 
     Raises:
         UsageError: If ``student`` is not from `quantize`.

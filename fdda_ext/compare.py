@@ -1,4 +1,4 @@
-"""``python -m fdda_ext.compare``: the command line of `fdda_ext.commands.compare`."""
+"""Entry point of ``python -m fdda_ext.compare``."""
 
 from .commands.compare import main
 from .engine import run_command

@@ -1,20 +1,20 @@
-"""Several processes that train one network, with the result of one process.
+"""Training of one network in several processes, with the result of a single process.
 
-Every process (rank) holds the same weights and draws the same random numbers, those of the whole
-batch, and computes on its share of the images:
+Every process (rank) holds the same weights, draws the random numbers of the global batch, and
+computes on its share of the images:
 
-* A loss is the sum of the ranks' *shares* of it. A mean over images is weighted by `share_of`; what
-  is computed from statistics of the whole batch, on all ranks alike, is divided by `world_size`.
-* Statistics of the whole batch, in which the losses are not linear, are pooled before they are
-  used: `pooled_moments`, with gradients, and `extremes`.
-* Gradients are added up in one flat all-reduce for each step of an optimizer, `sum_gradients_`.
-  DistributedDataParallel would overlap it with the backward pass, but expects one forward pass for
-  each backward pass; the generator has two. Wrapped networks have other names in checkpoints, too.
-* What must not depend on a rank (time limits, names of folders) is decided by the first,
-  `from_first`, which alone writes files.
+* A loss is the sum of the ranks' *shares*. A mean over images is weighted by `share_of`, and a loss
+  of global statistics is divided by `world_size`.
+* Losses are not linear in batch statistics. So these are pooled before they are used:
+  `pooled_moments`, with gradients, and `extremes`.
+* `sum_gradients_` sums gradients in one flat all-reduce per optimizer step. DistributedDataParallel
+  would overlap it with the backward pass, but expects one forward pass for it, and the generator
+  has two. It also changes the names in checkpoints.
+* Only the first rank writes files. It also decides what must be equal on all ranks, such as folder
+  names (`from_first`).
 
-So state holds nothing of a single rank, and any number of them may go on with it. In a single
-process every function here is the identity.
+Any number of processes can continue from a checkpoint. In a single process, these functions return
+their inputs unchanged.
 """
 
 from __future__ import annotations
@@ -65,46 +65,46 @@ __all__ = [
 T = TypeVar("T")
 Batch = TypeVar("Batch", Tensor, Sequence[Any])
 
-#: How long a process waits for another. One that ended is noticed at once, so this is for one that
-#: hangs or is cut off; a slow one may list millions of files, or write a report, for minutes.
+#: How long a process waits for one that hangs. One that ended is noticed at once. Listing files
+#: or writing a report can take minutes.
 _TIMEOUT = timedelta(minutes=30)
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
-_GO_ON = "go on with the last checkpoint by --out and --resume, on any number of processes"
+_GO_ON = "continue from the last checkpoint with --out and --resume, on any number of processes"
 
 
 class LostProcessError(UsageError):
-    """Another process of the run has ended, or does not answer."""
+    """Another process of the run has ended or does not answer."""
 
 
-# ---- who there is -------------------------------------------------------------------------------
+# ---- processes ----------------------------------------------------------------------------------
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or its like, started this process as one of several."""
+    """Return whether torchrun or the like started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def world_size() -> int:
-    """How many processes have joined, 1 if none."""
+    """Return the number of processes that have joined, 1 if none."""
     together = dist.is_available() and dist.is_initialized() and not _alone.get()
     return dist.get_world_size() if together else 1
 
 
 def rank() -> int:
-    """Which of them this one is."""
+    """Return the rank of this process, 0 for a single process."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this process shows progress and writes files."""
+    """Return whether this process shows progress and writes files."""
     return rank() == 0
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process is a single one: what the first does after all others went on."""
+    """Treat this process as a single one, for work of the first rank only."""
     token = _alone.set(True)
     try:
         yield
@@ -113,17 +113,17 @@ def alone() -> Iterator[None]:
 
 
 def signature() -> str:
-    """Which process speaks, for messages; nothing for a single process."""
+    """Return " (rank R of W)" for messages; empty for a single process."""
     if not is_launched():
         return ""
     return f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})"
 
 
 def local_device(device: str) -> str:
-    """This process's own device of the kind ``device``.
+    """Return this process's own device of the kind ``device``.
 
     Raises:
-        UsageError: If there is no GPU for each process of this machine, or one was chosen.
+        UsageError: If this machine has fewer GPUs than processes, or ``device`` names one GPU.
     """
     kind = torch.device(device)
     if not is_launched() or kind.type != "cuda":
@@ -135,7 +135,7 @@ def local_device(device: str) -> str:
     here, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if here >= gpus:
         raise UsageError(
-            f"distributed: expected a GPU for every process of a machine, got {gpus} and a "
+            f"distributed: expected a GPU for every process of a machine, got {gpus} GPUs and "
             f"process number {here + 1}; lower --nproc-per-node"
         )
     return f"cuda:{here}"
@@ -143,16 +143,16 @@ def local_device(device: str) -> str:
 
 @contextmanager
 def joined(device: str = "cpu") -> Iterator[None]:
-    """Meet the other processes that torchrun started; part from them at the end.
+    """Join the other processes that torchrun started, and leave them at the end.
 
-    NCCL carries what is on GPUs, gloo what is on CPUs. When this is left by an error nobody is
-    waited for: the process is to end.
+    NCCL carries tensors on GPUs, and gloo those on CPUs. After an error, this process exits without
+    waiting for the others.
 
     Args:
-        device: Kind of device that tensors will be on, "cpu" or "cuda".
+        device: Kind of device of the tensors, "cpu" or "cuda".
 
     Raises:
-        LostProcessError: If they cannot be met.
+        LostProcessError: If the processes cannot be joined.
         UsageError: See `local_device`.
     """
     if not is_launched():
@@ -173,10 +173,10 @@ def joined(device: str = "cpu") -> Iterator[None]:
 
 @contextmanager
 def _explained_sigterm() -> Iterator[None]:
-    """Say why, and leave, on the SIGTERM by which torchrun ends the others once one was lost.
+    """Print the reason and exit on SIGTERM, which torchrun sends after a process was lost.
 
-    A handler in Python would have to wait until the operation that waits for the lost process
-    returns. The number of a signal is written to the pipe at once; a thread waits there.
+    A Python handler would run only after the operation that waits for the lost process. A thread
+    reads the number of the signal from a pipe at once.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -203,10 +203,10 @@ def _explained_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _collective() -> Iterator[None]:
-    """Say in one sentence that another process does not answer.
+    """Replace torch's error about a lost process by one sentence.
 
     Raises:
-        LostProcessError: In place of torch's error.
+        LostProcessError: If another process does not answer.
     """
     try:
         yield
@@ -216,27 +216,27 @@ def _collective() -> Iterator[None]:
         reason = " ".join(str(error).split()).rpartition("] ")[2].split(". ")[0][:200]
         raise LostProcessError(
             f"distributed: expected all {os.environ.get('WORLD_SIZE', world_size())} processes to "
-            f"stay to the end, got one that does not answer ({reason}); {_GO_ON}"
+            f"run to the end, got one that does not answer ({reason}); {_GO_ON}"
         ) from None
 
 
-# ---- what one does for all ----------------------------------------------------------------------
+# ---- work of one rank for all -------------------------------------------------------------------
 
 
 def _barrier() -> None:
     if world_size() > 1:
-        with _collective():  # a barrier of NCCL's would take a GPU
+        with _collective():  # NCCL's barrier would need a GPU
             dist.all_reduce(torch.zeros(1))
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` returns on the first rank, the only one to call it.
+    """Call ``make`` on the first rank only, and return its result on every rank.
 
     Args:
-        make: Returns what JSON can hold.
+        make: Function whose result JSON can hold.
 
     Returns:
-        The same on every rank.
+        The result, equal on every rank.
 
     Raises:
         UsageError: On every rank, if ``make`` raises it.
@@ -265,7 +265,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 @contextmanager
 def first_on_machine() -> Iterator[None]:
-    """The first process of each machine goes through this before the others: it fills caches."""
+    """Let the first process of each machine go ahead, to fill caches."""
     ahead = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not ahead:
         _barrier()
@@ -275,7 +275,7 @@ def first_on_machine() -> Iterator[None]:
 
 
 def begin_alike(state: Any) -> None:
-    """Give all tensors in nested dictionaries and lists the values they have on the first rank."""
+    """Copy the first rank's values to all tensors in nested dictionaries and lists."""
     if isinstance(state, Tensor):
         if state.numel() and world_size() > 1:
             values = state.detach().contiguous()
@@ -294,23 +294,23 @@ def begin_alike(state: Any) -> None:
 
 
 def shares(count: int) -> list[int]:
-    """How many of ``count`` things each rank gets: as alike as can be, the first ones more."""
+    """Return the part of ``count`` that each rank gets. The first ranks may get one more."""
     ranks = world_size()
     return [count // ranks + (r < count % ranks) for r in range(ranks)]
 
 
 def own_slice(count: int) -> slice:
-    """Which of ``count`` things this rank gets, possibly none."""
+    """Return the slice of ``count`` items that this rank gets. It may be empty."""
     sizes = shares(count)
     begin = sum(sizes[: rank()])
     return slice(begin, begin + sizes[rank()])
 
 
 def shard(batch: Batch) -> Batch:
-    """This rank's part of ``batch [N, *]``.
+    """Return this rank's part of ``batch [N, *]``.
 
     Raises:
-        UsageError: If there is not one item for every rank.
+        UsageError: If there are fewer items than ranks.
     """
     if len(batch) < world_size():
         raise UsageError(
@@ -321,12 +321,12 @@ def shard(batch: Batch) -> Batch:
 
 
 def share_of(count: int) -> float:
-    """What a mean over this rank's part of ``count`` images counts in the mean over all."""
+    """Return the weight of this rank's mean in the mean over all ``count`` images."""
     return shares(count)[rank()] / count
 
 
 def gather(part: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The parts ``[sizes[r], *]`` of all ranks r, one after the other; without gradients."""
+    """Concatenate the parts ``[sizes[r], *]`` of all ranks r, without gradients."""
     if world_size() == 1:
         return part
     kind = part.dtype
@@ -340,7 +340,7 @@ def gather(part: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _all(x: Tensor) -> Tensor:
-    """``[W, *]``: x of every rank."""
+    """Return ``x`` of every rank, ``[W, *]``."""
     result = x.new_empty((world_size(), *x.shape))
     with _collective():
         dist.all_gather(list(result.unbind()), x.contiguous())
@@ -354,7 +354,7 @@ def _add_up_(x: Tensor) -> Tensor:
 
 
 class _Everyones(torch.autograd.Function):
-    """`_all` with gradients: a rank's x counts in the shares of the loss that all ranks hold."""
+    """`_all` with gradients, which are summed over the ranks."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
@@ -369,7 +369,7 @@ class _Everyones(torch.autograd.Function):
 def pooled_moments(
     count: Tensor, means: Sequence[Tensor], variances: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Statistics of the whole batch from those of the ranks' parts, in one exchange.
+    """Compute statistics of the global batch from those of the ranks, in one exchange.
 
     Chan, Golub and LeVeque (The American Statistician 37, 1983), for any number of parts::
 
@@ -377,13 +377,12 @@ def pooled_moments(
         variance = sum_r (n_r / n) (variance_r + (mean_r - mean)^2)
 
     Args:
-        count: Values of each class on this rank, ``[K]``; in other layers they may be a constant
-            times as many.
-        means: ``[K, C_l]`` for L layers; 0 where the count is.
-        variances: Biased, likewise.
+        count: Values per class on this rank, ``[K]``, up to a constant factor per layer.
+        means: Means of L layers, ``[K, C_l]`` each; 0 where the count is 0.
+        variances: Biased variances, in the same form.
 
     Returns:
-        The same of the whole batch, with gradients.
+        Count, means and variances of the global batch, with gradients.
     """
     if world_size() == 1:
         return count, list(means), list(variances)
@@ -405,7 +404,7 @@ def pooled_moments(
 
 @torch.no_grad()
 def extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Least ``low`` and largest ``high`` of all ranks."""
+    """Return the least ``low`` and the largest ``high`` of all ranks."""
     if world_size() == 1:
         return low, high
     ends = torch.stack([-low, high])
@@ -416,7 +415,7 @@ def extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def sum_gradients_(parameters: Iterable[Tensor]) -> None:
-    """Add up, over the ranks, the gradients of ``parameters``, which have them alike."""
+    """Sum gradients over the ranks. The same ``parameters`` must have one on every rank."""
     if world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -426,13 +425,13 @@ def sum_gradients_(parameters: Iterable[Tensor]) -> None:
 
 
 def total_counts(*counts: int) -> list[int]:
-    """Sums over the ranks of numbers that stand on the CPU."""
+    """Sum integers over the ranks, on the CPU."""
     return [int(n) for n in _add_up_(torch.tensor(counts))] if world_size() > 1 else list(counts)
 
 
 @torch.no_grad()
 def total(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over the ranks of scalars, without gradients."""
+    """Sum scalar tensors over the ranks, without gradients."""
     values = {name: part.detach() for name, part in parts.items()}
     if world_size() == 1:
         return values

@@ -1,4 +1,4 @@
-"""``python -m fdda_ext.evaluate``: the command line of `fdda_ext.commands.evaluate`."""
+"""Entry point of ``python -m fdda_ext.evaluate``."""
 
 from .commands.evaluate import main
 from .engine import run_command

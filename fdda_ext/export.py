@@ -1,4 +1,4 @@
-"""``python -m fdda_ext.export``: the command line of `fdda_ext.commands.export`."""
+"""Entry point of ``python -m fdda_ext.export``."""
 
 from .commands.export import main
 from .engine import run_command

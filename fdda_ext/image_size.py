@@ -1,4 +1,4 @@
-"""Height and width of images, as users write them, as code takes them and as files store them."""
+"""Height and width of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .errors import UsageError
 
 __all__ = ["ImageSize", "height_and_width", "parse_image_size", "show_image_size", "to_image_size"]
 
-#: One number for a square, otherwise height and width.
+#: One number for a square, otherwise (height, width).
 ImageSize = int | tuple[int, int]
 
 _WRITTEN = re.compile(r"(\d+)\s*[xX×]\s*(\d+)")
@@ -20,14 +20,14 @@ def parse_image_size(value: Any, command: str = "data") -> ImageSize:
     """Read a size: ``32``, ``"32"``, ``"32x64"`` (height x width), ``[32, 64]`` or ``(32, 64)``.
 
     Args:
-        value: What the user, or a stored file, gives.
-        command: Named in errors.
+        value: Size from the user or from a stored file.
+        command: Name at the beginning of errors.
 
     Returns:
-        A number for a square, so that equal sizes are equal; otherwise (height, width).
+        One number for a square, otherwise (height, width). Equal sizes compare equal.
 
     Raises:
-        UsageError: If it is anything else.
+        UsageError: If ``value`` has another form.
     """
     numbers: Sequence[Any] = ()
     if isinstance(value, str):
@@ -50,15 +50,15 @@ def parse_image_size(value: Any, command: str = "data") -> ImageSize:
 
 
 def to_image_size(height: int, width: int) -> ImageSize:
-    """The size of images ``[..., height, width]``."""
+    """Return the size of images ``[..., height, width]``."""
     return height if height == width else (height, width)
 
 
 def height_and_width(size: ImageSize) -> tuple[int, int]:
-    """Both, also of a square."""
+    """Return (height, width), also for a square."""
     return (size, size) if isinstance(size, int) else size
 
 
 def show_image_size(size: ImageSize) -> str:
-    """For people: ``32x64``."""
+    """Format a size for people, such as ``32x64``."""
     return "{}x{}".format(*height_and_width(size))

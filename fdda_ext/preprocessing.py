@@ -1,4 +1,4 @@
-"""How image files become a network's input, as its weights want it."""
+"""Conversion of image files to the input that a network's weights expect."""
 
 from __future__ import annotations
 
@@ -19,30 +19,28 @@ __all__ = ["CHANNELS", "Interpolation", "Preprocessing", "PreprocessingConfig"]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
-#: Pillow's name of images with so many channels: gray, colours, and colours with opacity.
+#: Pillow's mode for each number of channels: gray, colours, and colours with opacity.
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, cut from the middle, subtract the mean, divide by the standard deviation.
+    """Resize, crop the centre, subtract the mean, divide by the standard deviation.
 
-    An image is resized, with its proportions kept, until its short side is `resize`. Where height
-    and width of `image_size` differ, it is resized until it just covers a frame of the proportions
-    of `image_size` whose short side is `resize`. The difference between `resize` and `image_size`
-    is a margin that is cut off.
+    Resizing keeps the image's proportions and makes its short side `resize`. If height and width of
+    `image_size` differ, the image just covers a frame with these proportions and the short side
+    `resize`. The crop removes the margin, the difference between `resize` and `image_size`.
 
     The defaults are the usual ones for ImageNet.
 
     Attributes:
-        mean, std: One of each channel, of values from 0 to 1. Their number is that of the channels:
-            1 (gray), 3 (RGB) or 4 (RGBA).
-        image_size: Size of what is cut out.
-        resize: Short side before that.
-        interpolation: Of the resizing, antialiased.
-        keep_small: Do not enlarge an image for the sake of the margin: one that has `image_size`
-            stays as it is, and a smaller one is enlarged to `image_size`. False where the publisher
-            of the weights prescribes `resize` for every image.
+        mean, std: One value for each of 1 (gray), 3 (RGB) or 4 (RGBA) channels, for pixels from 0
+            to 1.
+        image_size: Size of the crop.
+        resize: Short side before the crop.
+        interpolation: Method of resizing, antialiased.
+        keep_small: Whether to enlarge images at most to `image_size`, without a margin. False if
+            the publisher of the weights prescribes `resize` for every image.
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -63,8 +61,8 @@ class Preprocessing:
                 )
         if len(self.mean) != len(self.std):
             raise UsageError(
-                f"preprocessing: expected as many numbers in mean ({len(self.mean)}) as in std, "
-                f"got {len(self.std)}"
+                "preprocessing: expected as many values in mean as in std, got "
+                f"{len(self.mean)} and {len(self.std)}"
             )
         if min(self.std) <= 0:
             raise UsageError(f"preprocessing: expected std above 0, got {self.std}")
@@ -85,16 +83,16 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """Channels of the images."""
+        """Number of channels of the images."""
         return len(self.mean)
 
     @property
     def short_side(self) -> int:
-        """The lesser of height and width of `image_size`."""
+        """The smaller of height and width of `image_size`."""
         return min(height_and_width(self.image_size))
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """The size that an image of ``height`` and ``width`` gets before the crop."""
+        """Return the size of an image of ``height`` and ``width`` before the crop."""
         crop_height, crop_width = height_and_width(self.image_size)
         scale = self.resize / self.short_side
         frame = (round(crop_height * scale), round(crop_width * scale))
@@ -105,12 +103,10 @@ class Preprocessing:
         return (height, width) if without[0] <= height else without
 
     def for_size(self, image_size: ImageSize | str | None) -> Preprocessing:
-        """The same for images of another size.
-
-        The same share is cut away, of images that are large enough.
+        """Return the same preprocessing for another image size, with a margin in proportion.
 
         Args:
-            image_size: None for no change.
+            image_size: The new size; None for no change.
         """
         if image_size is None:
             return self
@@ -122,12 +118,12 @@ class Preprocessing:
         return replace(self, image_size=size, resize=resize, keep_small=True)
 
     def for_channels(self, channels: int) -> Preprocessing:
-        """The same for images of so many channels.
+        """Return the same preprocessing for another number of channels.
 
-        Gray, and the opacity beside three colours, get the mean of the values of the colours.
+        A gray or opacity channel gets the mean of the colours' values.
 
         Raises:
-            UsageError: If it is none of 1, 3 and 4.
+            UsageError: If ``channels`` is not 1, 3 or 4.
         """
         if channels not in CHANNELS:
             raise UsageError(
@@ -140,11 +136,11 @@ class Preprocessing:
 
     @property
     def without_margin(self) -> Preprocessing:
-        """The same, but images are resized to the size of the crop at once, if at all."""
+        """The same preprocessing, but with images resized to the size of the crop."""
         return replace(self, resize=self.short_side, keep_small=True)
 
     def describe(self, stored_size: ImageSize | None = None) -> str:
-        """One line for the console; ``stored_size`` is that of all images, if they have one."""
+        """Return one line of text. ``stored_size`` is the common size of all images, if any."""
         how = f"resize {self.resize} {self.interpolation}, crop {_written(self.image_size)}"
         if stored_size is not None:
             stored = height_and_width(stored_size)
@@ -160,31 +156,31 @@ class Preprocessing:
         return f"{how}, mean {_short(self.mean)}, std {_short(self.std)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the attributes in a form for JSON."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Preprocessing:
-        """Take back what `to_dict` gave.
+        """Rebuild what `to_dict` returned.
 
         Raises:
             UsageError: If a value breaks a rule.
             TypeError: If there are other keys or types.
         """
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        # Older files lack it, and their networks had every image resized.
+        # Files of older versions, which lack this key, resized every image.
         return Preprocessing(**{"keep_small": False, **values})
 
 
 @dataclass(frozen=True)
 class PreprocessingConfig:
-    """What to do differently from what the weights' own metadata say; None leaves it to them.
+    """Changes to the preprocessing that the weights' metadata prescribe. None changes nothing.
 
     Attributes:
-        mean: One for each channel, of values from 0 to 1.
-        std: Likewise.
-        resize: Short side before the middle is cut out; every image is resized to it.
-        interpolation: Of the resizing.
+        mean: Mean of each channel, for pixels from 0 to 1.
+        std: Standard deviation of each channel, for pixels from 0 to 1.
+        resize: Short side to which every image is resized before its centre is cropped.
+        interpolation: Method of resizing.
     """
 
     mean: list[float] | None = None
@@ -194,11 +190,11 @@ class PreprocessingConfig:
 
     @property
     def given(self) -> bool:
-        """Whether anything is to be different."""
+        """Whether any change is given."""
         return any(value is not None for value in asdict(self).values())
 
     def apply(self, default: Preprocessing, image_size: ImageSize | str | None) -> Preprocessing:
-        """``default`` for images of ``image_size``, with what is given here in its place.
+        """Return ``default`` for images of ``image_size``, with the changes given here.
 
         Raises:
             UsageError: If the result breaks a rule of `Preprocessing`, or has other channels than
@@ -231,15 +227,15 @@ def _of_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 def _covering(frame: tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    """The least size of the proportions ``height`` to ``width`` that covers ``frame``."""
-    # As torchvision.transforms.Resize rounds: the side that fits exactly, the other one down.
+    """Return the smallest size with the proportions of (height, width) that covers ``frame``."""
+    # This rounds like torchvision.transforms.Resize: one side fits exactly, the other rounds down.
     if frame[0] * width <= frame[1] * height:
         return max(frame[1] * height // width, frame[0]), frame[1]
     return frame[0], max(frame[0] * width // height, frame[1])
 
 
 def _written(size: ImageSize) -> str:
-    """As for an option."""
+    """Format a size like the value of an option."""
     return str(size) if isinstance(size, int) else show_image_size(size)
 
 

@@ -1,4 +1,4 @@
-"""``python -m fdda_ext.pretrain``: the command line of `fdda_ext.commands.pretrain`."""
+"""Entry point of ``python -m fdda_ext.pretrain``."""
 
 from .commands.pretrain import main
 from .engine import run_command

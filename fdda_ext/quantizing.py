@@ -1,7 +1,7 @@
-"""From a network and images to a quantized student: what `fdda_ext.quantize` and the command share.
+"""The steps from a network and images to a student, for `fdda_ext.quantize` and `fdda_ext.train`.
 
 1. `build_problem` puts the network and the images on a device.
-2. `check_problem` refuses, before time is spent, what a method or the export cannot take.
+2. `check_problem` refuses a network that a method or the export cannot handle.
 3. `run_method` builds the method and trains its student.
 """
 
@@ -39,7 +39,7 @@ def build_problem(
     cuda_graphs: bool = True,
     images_at_once: int | None = None,
 ) -> Problem:
-    """Put a trained network and its calibration images on a device.
+    """Put a network and its calibration images on a device.
 
     Args:
         network: The trained network. It is moved to ``device``, and its parameters are frozen.
@@ -47,19 +47,19 @@ def build_problem(
         labels: Their classes, int64 ``[n]``.
         num_classes: K.
         quantization: Bits, grid and ranges of the student.
-        seed: Seed of every random number.
+        seed: Seed for all random numbers.
         device: "cpu" or "cuda".
-        precision: "float32" or "bfloat16" for the float network and the generator; None for
+        precision: "float32" or "bfloat16" for the float network and the generator. None means
             bfloat16 on a GPU and float32 on a CPU.
-        augmentation: How images may be varied; None for random crops and flips.
-        mean: Normalisation of the images, one value for each channel; None if unknown.
-        std: The deviation that belongs to ``mean``.
+        augmentation: Random variations of images; None for random crops and flips.
+        mean: Mean that normalised the images, per channel, for pixels from 0 to 1; None if unknown.
+        std: Standard deviation, like ``mean``.
         cuda_graphs: Whether to replay steps as CUDA graphs on a GPU.
         images_at_once: See `Problem`.
     """
     place = torch.device(local_device(device))
     teacher = network.to(place).eval().requires_grad_(False)
-    # CPUs and GPUs run convolutions fastest in this memory format. All that follows keeps it.
+    # CPUs and GPUs run convolutions fastest in this memory format. All later code keeps it.
     teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = any_memory_format(teacher, images[:1].to(place))
     pixel_range = None
@@ -82,17 +82,17 @@ def build_problem(
 
 
 def check_problem(problem: Problem, methods: Sequence[str], *, exportable: bool) -> None:
-    """Refuse, before time is spent, a network that cannot be quantized as asked.
+    """Refuse a network that cannot be quantized as asked.
 
     Args:
         problem: The network and its images.
-        methods: Names of all methods that are to run on it.
-        exportable: Whether the student must become an integer program. The paper's grid has none,
-            so it is not asked for there.
+        methods: Names of all methods that will run on it.
+        exportable: Whether the student must be exportable. Ignored for the paper grid, which has no
+            integer programs.
 
     Raises:
-        UsageError: If the network has a structure that cannot be quantized, a method needs what it
-            lacks, or an operation has no integer counterpart; names every such operation.
+        UsageError: If the network's structure cannot be quantized, it lacks what a method needs, or
+            operations have no integer counterpart. The message names all of these.
     """
     for name in methods:
         check_method(name, problem.teacher)
@@ -117,22 +117,21 @@ def run_method(
     evaluate_every: int | None = None,
     show: bool = True,
 ) -> tuple[Method, Progress]:
-    """Build a method, which calibrates its student, and train it to its end.
+    """Build a method, which calibrates its student, and train the student.
 
     Args:
-        name: The method.
+        name: Name of the method.
         problem: The network and its images.
-        settings: Constants of all methods.
-        folder: Where metrics and checkpoints go, and what a stopped run goes on from; None to
-            write nothing.
-        max_seconds: Stop after so many seconds of training.
-        evaluation: Measures the method's student during training.
+        settings: Settings of all methods.
+        folder: Run folder, from whose checkpoint a stopped run continues; None writes nothing.
+        max_seconds: Time limit of the training, in seconds.
+        evaluation: Measurement of the method's student during training.
         evaluate_every: Iterations between two evaluations.
         show: Whether to show a progress bar.
 
     Returns:
-        The method with its student, and how far its training came: fewer iterations than
-        ``method.iterations`` after a time-out or Ctrl-C.
+        The method with its student, and its progress, which ends before ``method.iterations`` after
+        a time-out or Ctrl-C.
     """
     with must_fit(images_per_class=max(len(problem.images) // problem.num_classes, 1)):
         method = build_method(name, problem, settings)

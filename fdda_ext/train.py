@@ -1,4 +1,4 @@
-"""``python -m fdda_ext.train``: the command line of `fdda_ext.commands.train`."""
+"""Entry point of ``python -m fdda_ext.train``."""
 
 from .commands.train import main
 from .engine import run_command

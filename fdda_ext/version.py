@@ -1,4 +1,4 @@
-"""The version, alone in a file so that building reads it without importing torch."""
+"""The version, which the build reads without importing torch."""
 
 __all__ = ["__version__"]
 

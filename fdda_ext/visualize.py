@@ -1,4 +1,4 @@
-"""``python -m fdda_ext.visualize``: the command line of `fdda_ext.commands.visualize`."""
+"""Entry point of ``python -m fdda_ext.visualize``."""
 
 from .commands.visualize import main
 from .engine import run_command

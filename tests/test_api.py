@@ -265,7 +265,7 @@ def test_a_network_without_export_is_refused_unless_exportable_is_false(network)
 
 def test_evaluate_needs_valid_labels(network):
     images, labels = some_images(20)
-    with pytest.raises(UsageError, match="a label for every image, got images alone"):
+    with pytest.raises(UsageError, match="a label for every image, got none"):
         fdda_ext.evaluate(network, images)
     with pytest.raises(UsageError, match="labels between 0 and 4.*got 7"):
         fdda_ext.evaluate(network, images, labels.clone().fill_(7))

@@ -383,10 +383,10 @@ def test_evaluate_refuses_mistakes_before_it_runs(user, tmp_path, monkeypatch):
         (["--model=resnet18"], "got resnet18; did you mean torchvision:resnet18"),
         (["--model=glyphs_resne"], "did you mean glyphs_resnet"),
         (["--model=torchvison:resnet50"], "did you mean torchvision:resnet50"),
-        ([f"--run={tmp_path / 'nothing'}"], "nothing, and there is no such file or folder"),
+        ([f"--run={tmp_path / 'nothing'}"], "nothing, which does not exist"),
         ([f"--run={tmp_path / 'empty'}"], "folder with a trained student, got .*empty"),
-        ([f"--run={tmp_path / 'seven.pt'}"], "whole student file, got .*seven.pt"),
-        ([f"--run={tmp_path / 'empty'}", "--weights=none"], "weights with --model only, got none"),
+        ([f"--run={tmp_path / 'seven.pt'}"], "complete student file, got .*seven.pt"),
+        ([f"--run={tmp_path / 'empty'}", "--weights=none"], "weights only with --model, got none"),
         (["--model=glyphs_resnet", "--threads=0"], "threads between 1 and .* got 0"),
         ([], "one of --run and --model, got neither"),
     ):

@@ -314,7 +314,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
     train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
     path = Path(out / "checkpoint.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UsageError, match="whole state file"):
+    with pytest.raises(UsageError, match="complete state file"):
         train.main(["--resume", f"--out={out}", "--threads=1"])
     assert not (out / "summary.json").exists()
 
@@ -324,7 +324,7 @@ def test_evaluate_refuses_bad_options_and_students(tmp_path):
     quick = ["--threads=1", "--test_limit=71", "--no-report"]
     train.main([*quick, "--method=minmax", "--baselines=[]", f"--out={out}"])
     for arguments, message in (
-        ([f"--run={out}", "--data=digits"], "data of the network's 71 classes, got 10"),
+        ([f"--run={out}", "--data=digits"], "data with the network's 71 classes, got 10"),
         (["--model=glyphs_resnet", "--weights=none", "--data="], "data not to be empty"),
         (["--model=glyphs_resnet", "--image_size=0"], "image_size not to be empty or 0"),
         (["--model=glyphs_resnet", "--test_limit=0"], "test_limit at least 1, got 0"),

@@ -515,7 +515,7 @@ def test_export_refuses_bad_options(tmp_path):
         export.main([f"--run={tmp_path}"])
     with pytest.raises(UsageError, match="export: expected profile to be 0 to 4096 images"):
         export.main([f"--run={tmp_path}", "--profile=-1"])
-    with pytest.raises(UsageError, match="export: expected a whole student file"):
+    with pytest.raises(UsageError, match="export: expected a complete student file"):
         export.main([f"--run={tmp_path}/none"])
 
 
@@ -524,7 +524,7 @@ def test_commands_refuse_files_that_do_not_fit(file, tmp_path, images):
         export.main([f"--run={file}"])
     with pytest.raises(UsageError, match="image_size to be the program's 16, got 32"):
         evaluate.main([f"--run={file}", "--image_size=32"])
-    with pytest.raises(UsageError, match="data of the network's 5 classes, got 71"):
+    with pytest.raises(UsageError, match="data with the network's 5 classes, got 71"):
         evaluate.main([f"--run={file}"])
     student = student_of(small_network(), images)
     recipe = {

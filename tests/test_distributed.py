@@ -114,7 +114,7 @@ def test_a_lost_process_ends_the_others_with_a_message(stages):
     assert killed == -signal.SIGKILL
     assert status == 2
     assert message.startswith(
-        "error (rank 0 of 2): distributed: expected all 2 processes to stay to the end, got one"
+        "error (rank 0 of 2): distributed: expected all 2 processes to run to the end, got one"
     )
     assert "--resume, on any number of processes" in message
     assert len(message.splitlines()) == 1
@@ -228,7 +228,7 @@ def test_damaged_images_are_counted_over_all_processes(monkeypatch):
     monkeypatch.setattr(
         "fdda_ext.engine.evaluation.total_counts", lambda *counts: [*counts[:3], counts[3] + 2]
     )
-    with pytest.raises(UsageError, match="at most 1 damaged images, got 2; --max_unreadable"):
+    with pytest.raises(UsageError, match="at most 1 damaged images, got 2; raise --max"):
         worker.evaluate(worker.nn.Identity(), source)
 
 
@@ -237,5 +237,5 @@ def test_a_process_with_other_weights_is_refused(monkeypatch, tmp_path):
 
     other = RunFolder(tmp_path / "a", "", resume=False, inputs="x").fingerprint
     monkeypatch.setattr(train, "from_first", lambda make: other)
-    with pytest.raises(UsageError, match="weights and images of the first process on all, got oth"):
+    with pytest.raises(UsageError, match="weights and images of the first process on all proc"):
         train._open_folder(tmp_path / "a", "", True, "y")

@@ -77,7 +77,7 @@ def test_truncated_state_is_refused_in_one_line(tmp_path, keep):
     save_state(path, {"a": torch.randn(100)})
     data = path.read_bytes()
     path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
-    with pytest.raises(UsageError, match="whole state file") as caught:
+    with pytest.raises(UsageError, match="complete state file") as caught:
         load_state(path)
     assert "\n" not in str(caught.value)
 
@@ -233,13 +233,13 @@ def test_damaged_images_are_named_and_skipped_up_to_the_limit(workers, caplog):
     accuracy = evaluate(nn.Identity(), batches)
     assert (accuracy.count, accuracy.top1) == (2, 100.0)
     assert [r.message for r in caplog.records] == [
-        f"image {i} cannot be read; it is left out" for i in (1, 2, 4)
+        f"image {i} cannot be read; it is skipped" for i in (1, 2, 4)
     ]
-    with pytest.raises(UsageError, match="^image 2 cannot be read, after 1 others; --max_unread"):
+    with pytest.raises(UsageError, match="^image 2 cannot be read, after 1 others; raise --max"):
         evaluate(nn.Identity(), BatchSource(source, 2, workers, max_unreadable=1))
-    with pytest.raises(UsageError, match="^image 1 cannot be read; --max_unreadable lets"):
+    with pytest.raises(UsageError, match="^image 1 cannot be read; raise --max_unreadable"):
         evaluate(nn.Identity(), BatchSource(source, 2, workers))
-    with pytest.raises(UsageError, match="some image that can be read, got 1 that cannot"):
+    with pytest.raises(UsageError, match="one readable image, got 1 damaged ones"):
         evaluate(nn.Identity(), BatchSource(Images([(None, 0)]), max_unreadable=1))
 
 
@@ -273,7 +273,7 @@ def test_the_error_for_too_little_memory_names_the_setting_to_lower():
     with (
         pytest.raises(
             UsageError,
-            match=r"expected a.b 16 to fit the memory, got .*; "
+            match=r"expected a.b 16 to fit in memory, got .*; "
             "lower a.b from 16 to 8$",
         ),
         must_fit(a__b=16, c=9, d=1),
@@ -337,7 +337,7 @@ def test_a_float_network_that_guesses_is_diagnosed():
     offset = Templates(source.normalise(source.templates.roll(1, 0)))
     assert "the order of the classes" in diagnose(offset, source, 20)
     flipped = diagnose(Templates(right.flip(1)), source, 20)
-    assert "the order of colours" in flipped
+    assert "the colour order" in flipped
     raw = diagnose(Templates(source.templates * 255), source, 20)
     assert "--preprocessing.mean=[0,0,0] --preprocessing.std=[0.003922," in raw
     constant = nn.Sequential(nn.Flatten(), nn.Linear(192, 20))

@@ -324,7 +324,7 @@ def test_channels_are_those_of_the_first_convolution_that_runs(channels):
         ("TwoOutputs", r"one tensor of logits \[N, classes\], got 2 outputs \(tuple\)"),
         ("Named", r"one tensor of logits .*, got 2 outputs \(dict: out, aux\)"),
         ("Map", r"one tensor of logits .*, got one of shape \[\d, 3, 32, 32\] for \d images?;"),
-        ("Two", r"1 \(gray\), 3 \(RGB\) or 4 \(RGBA\) channels, got a first convolution of 2"),
+        ("Two", r"1 \(gray\), 3 \(RGB\) or 4 \(RGBA\) channels, got a first convolution with 2"),
     ],
 )
 def test_networks_with_other_inputs_or_outputs_are_refused(networks, tmp_path, model, message):

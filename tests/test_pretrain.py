@@ -62,7 +62,7 @@ def test_pretraining_learns_and_writes_a_teacher(tmp_path):
         ({"seed": -1}, "seed between 0 and"),
         ({"model": "torchvision:inception_v3"}, "image_size that torchvision:inception_v3 can tak"),
         ({"images": 256, "lr": 1e30, "image_size": 8}, "loss to stay finite, got .*; lower lr"),
-        ({"out": __file__}, "out to be a folder that can be made, got .*exists"),
+        ({"out": __file__}, "out to be a folder that can be created, got .*exists"),
     ],
 )
 def test_bad_settings_are_refused(settings, message, tmp_path):

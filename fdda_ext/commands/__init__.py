@@ -1,1 +1,1 @@
-"""The command lines: ``python -m fdda_ext.train`` runs `fdda_ext.commands.train`, and so on."""
+"""The command lines. For example, ``python -m fdda_ext.train`` runs `fdda_ext.commands.train`."""

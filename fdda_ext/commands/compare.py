@@ -1,7 +1,7 @@
-"""``python -m fdda_ext.compare``: many methods, networks, bits and seeds under equal budgets.
+"""``python -m fdda_ext.compare``: compare methods at equal budgets.
 
-Every cell is a run of `fdda_ext.train` in a process and a folder of its own, so the whole can be
-stopped and started again at any time; what is finished stays.
+Every cell is a run of `fdda_ext.train` in its own process and folder, so a comparison can be
+stopped and continued at any time.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from .train import (
 __all__ = ["CompareConfig", "Setting", "main"]
 
 _DESCRIPTION = """\
-Run methods on the same networks, bits, calibration images and seeds; one table, CSV and plot.
+Run methods on the same networks, bits, calibration images and seeds. Write one table, CSV and plot.
 
 examples:
   python -m fdda_ext.compare --methods fdda,gdfq,zaq --bits W4A4,W3A3 --budget 60
@@ -72,7 +72,8 @@ examples:
   python -m fdda_ext.compare --methods fdda,brecq --preset paper -- --model torchvision:resnet18 \\
       --data imagenet:PATH --device cuda
 
-What follows -- goes to every run of fdda_ext.train. The same command goes on after it was stopped.
+Arguments after -- go to every run of fdda_ext.train. The same command continues a stopped
+comparison.
 """
 
 Mode = Literal["published", "common"]
@@ -81,26 +82,26 @@ _PUBLISHED: list[Mode] = ["published"]
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What is compared.
+    """What to compare.
 
     Attributes:
-        methods: Names that ``fdda_ext.train --method`` takes, with commas. A variant adds
-            constants: gdfq+bns_weight=0 has settings.gdfq.bns_weight 0, and a name with a dot in it
-            is one of another section; the schedule is the method's own.
-        models: Networks, likewise.
-        bits: W4A4 and the like.
-        ends: Bits of first and last layer, "same" for those of all others.
-        images_per_class: Calibration images of each class.
-        seeds: Each chooses calibration images, too.
-        mode: "published", every method with its own student step; "common", all with FDDA's, so
-            that only the images differ. Methods that have no student step are the same in both.
-        preset: Whose constants, of each method.
-        budget: Seconds of training of every run: schedules are stretched or shortened to it by what
-            short trials take, a tenth of it at most for each method. None leaves them as they are.
-        student_images: Instead of a time, how many images every student sees in its training.
-        share: Instead of both, the share of its schedule that every run has.
-        jobs: Runs at a time.
-        threads: CPU threads of each.
+        methods: Methods as in fdda_ext.train --method. A variant adds settings:
+            gdfq+bns_weight=0 sets settings.gdfq.bns_weight to 0, and a name with a dot includes the
+            section (settings.NAME). A variant has the schedule share of its method.
+        models: Networks as in fdda_ext.train --model.
+        bits: Bits of weights and activations, such as W4A4.
+        ends: Bits of the first and last layer; "same" for those of the other layers.
+        images_per_class: Numbers of calibration images per class.
+        seeds: Seeds for all random numbers, including the choice of calibration images.
+        mode: "published" for each method's own student step; "common" for FDDA's in all methods, so
+            that only the images differ.
+        preset: Preset of all methods.
+        budget: Training time of every run, in seconds. Trials, which take at most a tenth of it per
+            method, determine the schedule shares. None leaves schedules unchanged.
+        student_images: Number of images that every student sees in training, instead of budget.
+        share: Schedule share of every run, instead of both.
+        jobs: Number of runs at a time.
+        threads: CPU threads of each run.
         out: Folder of all runs and results.
     """
 
@@ -148,13 +149,13 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """One table: what all its methods have in common.
+    """What all rows of one table have in common.
 
     Attributes:
         model: Network.
-        bits: W4A4 and the like.
-        ends: Bits of first and last layer, or "same".
-        images_per_class: Calibration images.
+        bits: Bits, such as W4A4.
+        ends: Bits of the first and last layer, or "same".
+        images_per_class: Calibration images per class.
     """
 
     model: str
@@ -164,7 +165,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """For folders."""
+        """Name of the table's folder."""
         ends = "" if self.ends == "same" else f"ends{self.ends}"
         images = "" if self.images_per_class == 1 else f"{self.images_per_class}images"
         model = self.model.replace(":", "-").replace("/", "-")
@@ -172,7 +173,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Title of the table."""
         ends = "first and last layer included"
         if self.ends != "same":
             ends = f"first and last layer at {self.ends} bits"
@@ -180,7 +181,7 @@ class Setting:
         return f"{self.model}, {self.bits}, {ends}, {self.images_per_class} image{plural} per class"
 
     def arguments(self) -> list[str]:
-        """For ``fdda_ext.train``."""
+        """Return the arguments for ``fdda_ext.train``."""
         ends = [] if self.ends == "same" else [f"--quantization.first_last_bits={self.ends}"]
         return [
             *(f"--model={self.model}", f"--bits={self.bits}"),
@@ -189,19 +190,19 @@ class Setting:
 
 
 def _method_of(spec: str) -> str:
-    """The method of a variant."""
+    """Return the method of a variant."""
     return spec.partition("+")[0]
 
 
 def _constants_of(spec: str) -> list[str]:
-    """What a variant adds to the arguments of ``fdda_ext.train``."""
+    """Return the arguments that a variant adds for ``fdda_ext.train``."""
     method, *changes = spec.split("+")
     arguments = []
     for change in changes:
         name, equals, value = change.partition("=")
         if not (name and equals and value) or "/" in value:
             raise UsageError(
-                f"compare: expected a variant to be of the form METHOD+NAME=VALUE, got {spec}"
+                f"compare: expected a variant of the form METHOD+NAME=VALUE, got {spec}"
             )
         section = "settings" if "." in name else f"settings.{method}"
         arguments.append(f"--{section}.{name}={value}")
@@ -213,10 +214,10 @@ class Cell:
     """One run.
 
     Attributes:
-        setting: The table it is in.
-        method: With the constants of a variant.
-        mode: Whose student step.
-        seed: Of everything random.
+        setting: Table of the run.
+        method: Method or variant.
+        mode: Origin of the student step.
+        seed: Seed for all random numbers.
     """
 
     setting: Setting
@@ -226,23 +227,23 @@ class Cell:
 
     @property
     def row(self) -> str:
-        """The row's name."""
+        """Name of the row."""
         return self.method if self.mode == "published" else f"{self.method} (common step)"
 
     @property
     def pace(self) -> str:
-        """What gives its schedule: neither bits nor seed, nor the constants of a variant."""
+        """Key of the schedule share, without bits, seed and variant."""
         shared = replace(self, method=_method_of(self.method))
         return f"{replace(self.setting, bits='', ends='same').name}/{shared.row}"
 
     def folder(self, out: Path) -> Path:
-        """Where its run is."""
+        """Return the run folder."""
         mode = "" if self.mode == "published" else "-common"
         return out / self.setting.name / f"{self.method}{mode}-seed{self.seed}"
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[CompareConfig, list[str]]:
-    """The configuration, and what is meant for ``fdda_ext.train``."""
+    """Return the configuration and the arguments for ``fdda_ext.train``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     here = given.index("--") if "--" in given else len(given)
     own, rest = with_underscores(given[:here]), given[here + 1 :]
@@ -266,7 +267,7 @@ def _as_list(text: str) -> str:
 
 
 def settings_of(config: CompareConfig) -> list[Setting]:
-    """The tables, in order."""
+    """Return the tables, in order."""
     return [
         Setting(*values)
         for values in itertools.product(
@@ -276,7 +277,7 @@ def settings_of(config: CompareConfig) -> list[Setting]:
 
 
 def cells_of(config: CompareConfig, setting: Setting) -> Iterator[Cell]:
-    """The runs of one table; what has FDDA's student step anyway, or none, has one mode."""
+    """Yield the runs of one table. Methods with FDDA's or no student step have one mode."""
     for method in config.methods:
         kind = METHODS[_method_of(method)]
         modes = config.mode if kind.distils and kind.presets != "fdda" else _PUBLISHED
@@ -285,7 +286,7 @@ def cells_of(config: CompareConfig, setting: Setting) -> Iterator[Cell]:
 
 
 def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> list[str]:
-    """Of ``fdda_ext.train``, but for the folder and the length of the schedule."""
+    """Return the arguments for ``fdda_ext.train``, without the folder and the schedule share."""
     common = []
     if cell.mode == "common":
         preset = yaml.safe_load(preset_path(config.preset, "fdda").read_text())
@@ -293,7 +294,7 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in step.items()}
         common = [f"--settings.distillation.{name}={text}" for name, text in texts.items()]
     own = [f"--method={_method_of(cell.method)}", f"--preset={config.preset}", "--baselines=[]"]
-    # What is meant for all runs need not concern every method; what a variant adds must.
+    # Common arguments may concern only some methods. Those of a variant must be used.
     shared = [f"--seed={cell.seed}", f"--threads={config.threads}", *cell.setting.arguments()]
     used = without_unused([*own, *shared, *common, *rest])
     return [*used, *_constants_of(cell.method)]
@@ -301,16 +302,16 @@ def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> lis
 
 # ---- equal budgets ------------------------------------------------------------------------------
 
-#: No schedule is stretched or shortened further.
+#: Smallest and largest schedule share.
 _SHARES = (1 / 64, 64.0)
 
 
-#: The problem that was prepared last, by the configuration without its method.
+#: The problem that was prepared last, by its configuration without the method.
 _prepared: dict[str, Problem] = {}
 
 
 def _shared_problem(config: TrainConfig) -> Problem:
-    """Network and calibration images of ``config``, prepared once for all methods on them."""
+    """Return the problem of ``config``, prepared once for all methods."""
     shared = replace(config, method="minmax", baselines=[], settings=MethodSettings())
     key = repr(replace(shared, quantization=QuantizationConfig()))
     if key not in _prepared:
@@ -320,14 +321,13 @@ def _shared_problem(config: TrainConfig) -> Problem:
 
 
 def trial(config: TrainConfig, most: float) -> Pace:
-    """The pace of the method of ``config``, see `measure_pace`.
+    """Measure the pace of the method in ``config``. See `measure_pace`.
 
-    On a CPU with one thread the clock counts processor time, which does not grow while the process
-    waits for the processor.
+    On a CPU with one thread, the clock counts processor time, which excludes waiting.
 
     Args:
-        config: Of the run.
-        most: Seconds that all trials together may take.
+        config: Configuration of the run.
+        most: Time limit of all trials together, in seconds.
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
     problem = _shared_problem(config)
@@ -343,12 +343,11 @@ def trial(config: TrainConfig, most: float) -> Pace:
 
 
 def _timed(arguments: list[str], most: float) -> Pace:
-    """`trial` of the run that ``arguments`` describe."""
     return trial(parse_arguments(arguments)[0], most)
 
 
 def schedule_share(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> float:
-    """The share of its schedule that a run has where the time is not what limits it."""
+    """Return the schedule share of a run without a time budget."""
     if config.student_images is None:
         return config.share or 1.0
     run, _ = parse_arguments(run_arguments(config, cell, rest))
@@ -359,7 +358,7 @@ def schedule_share(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> fl
 
 
 def share_in_budget(pace: Pace, budget: float, method: str) -> float:
-    """The share of its schedule that a run has in ``budget`` seconds.
+    """Return the schedule share that takes ``budget`` seconds.
 
     Raises:
         UsageError: If the budget ends before the first iteration.
@@ -369,14 +368,14 @@ def share_in_budget(pace: Pace, budget: float, method: str) -> float:
     if pace.fixed >= budget:
         raise UsageError(
             f"compare: expected budget to exceed the {format_duration(pace.fixed)} that {method} "
-            f"takes before it trains, got {budget:g} s"
+            f"needs before training, got {budget:g} s"
         )
     least, most = _SHARES
     return max(pace.share_in(budget, most), least)
 
 
 def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> dict[str, float]:
-    """By the pace of cells; kept in the folder, so that later runs have the same.
+    """Return the schedule share of every pace. The folder stores them for later calls.
 
     Raises:
         UsageError: If the folder's runs were made with another budget, preset or arguments.
@@ -397,7 +396,7 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
             changed = next(k for k in fixed if stored["fixed"].get(k) != fixed[k])
             raise UsageError(
                 f"compare: expected {changed} as in the runs that {config.out} holds, "
-                f"{stored['fixed'].get(changed)}, got {fixed[changed]}; take another --out"
+                f"{stored['fixed'].get(changed)}, got {fixed[changed]}; give another --out"
             )
     shares: dict[str, float] = stored["shares"]
 
@@ -418,8 +417,8 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
     for pace, found in _measured(config, missing, rest, console):
         keep(pace, share_in_budget(found, config.budget, missing[pace].method))
         console.print(
-            f"{pace}: {format_duration(found.fixed + found.whole)} for the whole schedule by "
-            f"{found.iterations} iterations; runs get {shares[pace]:g} of it",
+            f"{pace}: {format_duration(found.fixed + found.whole)} for the whole schedule, "
+            f"estimated from {found.iterations} iterations; runs get {shares[pace]:g} of it",
             highlight=False,
         )
     return shares
@@ -428,7 +427,7 @@ def all_shares(config: CompareConfig, rest: Sequence[str], console: Console) -> 
 def _measured(
     config: CompareConfig, cells: dict[str, Cell], rest: Sequence[str], console: Console
 ) -> Iterator[tuple[str, Pace]]:
-    """The paces of ``cells`` as trials tell them, as many at a time as there will be runs."""
+    """Measure the paces of ``cells`` by trials, ``config.jobs`` at a time."""
     if not cells:
         return
     assert config.budget is not None
@@ -436,7 +435,7 @@ def _measured(
     rounds = -(-len(cells) // config.jobs)
     console.print(
         f"trials of {len(cells)} schedules: at most {format_duration(most)} each, "
-        f"{format_duration(most * rounds)} in all, besides the loading of networks",
+        f"{format_duration(most * rounds)} in all, plus the time to load networks",
         highlight=False,
     )
     arguments = {pace: run_arguments(config, cell, rest) for pace, cell in cells.items()}
@@ -444,7 +443,7 @@ def _measured(
         for pace, given in arguments.items():
             yield pace, _timed(given, most)
         return
-    # Processes of their own, as the runs are: threads would share one number of threads.
+    # Not threads, because they would share torch's number of CPU threads.
     with ProcessPoolExecutor(config.jobs, get_context("spawn")) as pool:
         ends = {pool.submit(_timed, given, most): pace for pace, given in arguments.items()}
         try:
@@ -458,10 +457,10 @@ def _measured(
 
 
 def run_cell(config: CompareConfig, cell: Cell, share: float, rest: Sequence[str]) -> str | None:
-    """Begin a run, or go on with it; its output goes to a file beside its folder.
+    """Start or continue a run. Its output goes to a file beside its folder.
 
     Returns:
-        What went wrong, or None.
+        The error message, or None.
     """
     folder = cell.folder(Path(config.out))
     if RunFolder.is_finished(folder):
@@ -475,7 +474,6 @@ def run_cell(config: CompareConfig, cell: Cell, share: float, rest: Sequence[str
     log = folder.with_suffix(".log")
     with log.open("a") as file:
         done = subprocess.run(
-            # Reports can be made later, of the runs that are worth one.
             [sys.executable, "-m", "fdda_ext.train", *arguments, "--no-report", f"--out={folder}"],
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -488,7 +486,7 @@ def run_cell(config: CompareConfig, cell: Cell, share: float, rest: Sequence[str
 
 
 def summary_of(cell: Cell, out: Path) -> dict[str, Any] | None:
-    """What a finished run ended with."""
+    """Return the summary of a finished run, or None."""
     path = cell.folder(out) / "summary.json"
     result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
     return result
@@ -500,15 +498,15 @@ class Result:
 
     Attributes:
         row: Method and mode.
-        top1: Per cent, of every finished seed.
-        float_top1: Of the float network.
-        seconds: Of training, mean.
-        real_images: Looked at.
-        made_images: Made, mean.
-        peak_memory: MiB, the largest.
-        share: Of the preset's schedule.
-        images: Tested.
-        of: Images that those tested are a sample of; 0 if they are no sample.
+        top1: Accuracy of every finished seed, in per cent.
+        float_top1: Accuracy of the float network, in per cent.
+        seconds: Mean training time.
+        real_images: Number of real images.
+        made_images: Mean number of synthetic images.
+        peak_memory: Largest peak memory, in MiB.
+        share: Schedule share.
+        images: Number of tested images.
+        of: Number of images that these are a sample of; 0 if they are no sample.
     """
 
     row: str
@@ -524,17 +522,17 @@ class Result:
 
     @property
     def mean(self) -> float:
-        """Of `top1`."""
+        """Mean of `top1`."""
         return statistics.mean(self.top1)
 
     @property
     def spread(self) -> float:
-        """Standard deviation of `top1`, 0 for one seed."""
+        """Standard deviation of `top1`; 0 for one seed."""
         return statistics.stdev(self.top1) if len(self.top1) > 1 else 0.0
 
 
 def results_of(config: CompareConfig, setting: Setting, shares: dict[str, float]) -> list[Result]:
-    """The rows of one table that have a finished run."""
+    """Return the rows of one table that have a finished run."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for cell in cells_of(config, setting):
         if (found := summary_of(cell, Path(config.out))) is not None:
@@ -557,7 +555,7 @@ def results_of(config: CompareConfig, setting: Setting, shares: dict[str, float]
 
 
 def render(setting: Setting, results: Sequence[Result]) -> str:
-    """One table in Markdown; the best mean is bold."""
+    """Return one table in Markdown. The best mean is bold."""
     best = max(result.mean for result in results)
     first = results[0]
     note = f"Float network: {render_percent(first.float_top1, first.images, first.of)} % top-1."
@@ -565,8 +563,8 @@ def render(setting: Setting, results: Sequence[Result]) -> str:
         error = max(standard_error(result.mean, first.images, first.of) for result in results)
         note += (
             f" Tested on {first.images} of {first.of} images: one accuracy has a standard error of "
-            f"at most {error:.2f} points. All rows have the same images, so that differences "
-            "between them are known better. Behind ± in the table stands the spread of the seeds."
+            f"at most {error:.2f} points. All rows use the same images, so differences between "
+            "rows have a smaller error. In the table, ± is the spread over the seeds."
         )
     lines = [
         f"### {setting.title}",
@@ -586,12 +584,12 @@ def render(setting: Setting, results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-#: Real images that statistics are compared with, and images of every method that are shown.
+#: Number of real images for statistics, and of images to show per method.
 _REAL_IMAGES, _SHOWN_IMAGES = 512, 16
 
 
 def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
-    """``comparison.md``, ``comparison.csv`` and ``comparison.png``; the Markdown is returned."""
+    """Write ``comparison.md``, ``comparison.csv`` and ``comparison.png``. Return the Markdown."""
     out = Path(config.out)
     tables = [(s, found) for s in settings_of(config) if (found := results_of(config, s, shares))]
     text = "\n".join(render(setting, results) for setting, results in tables)
@@ -604,7 +602,7 @@ def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
             summary.pop("config")
             line = {**asdict(setting), "mode": cell.mode, "seed": cell.seed, **summary}
             lines.append({**line, "schedule_share": shares[cell.pace]})
-    # Runs of an earlier version lack columns.
+    # Runs of older versions lack columns.
     columns = list(dict.fromkeys(name for line in lines for name in line))
     with (out / "comparison.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -624,9 +622,9 @@ def write_results(config: CompareConfig, shares: dict[str, float]) -> str:
 
 
 def write_images(config: CompareConfig, rest: Sequence[str]) -> None:
-    """``NAME-images.png`` and ``NAME-distances.png``: what the first seed's images are like.
+    """Write ``NAME-images.png`` and ``NAME-distances.png``, on the images of the first seed.
 
-    Bits hardly matter to them: one pair for each network and number of calibration images.
+    One pair serves all bits, because the images hardly depend on them.
     """
     out = Path(config.out)
     shown: dict[str, dict[str, Cell]] = {}
@@ -660,12 +658,12 @@ def write_images(config: CompareConfig, rest: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     config, rest = parse(arguments)
     setting = settings_of(config)[0]
     for number, spec in enumerate(config.methods):
         method_class(_method_of(spec))
-        if number == 0 or spec not in METHODS:  # what every run is given, and what a variant adds
+        if number == 0 or spec not in METHODS:  # check common arguments, and those of variants
             cell = Cell(setting, spec, "published", config.seeds[0])
             parse_arguments(run_arguments(config, cell, rest))
     console = Console()
@@ -686,11 +684,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 failures.append(f"{name}: {failure}")
                 console.print(failures[-1], highlight=False, markup=False)
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, which the runs have got, too
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, which the runs also receive
     write_images(config, rest)
     console.print(write_results(config, shares), highlight=False, markup=False, soft_wrap=True)
     if failures:
         raise UsageError(
-            f"compare: expected every run to end, got {len(failures)} that did not; the first is "
-            f"{failures[0]}"
+            f"compare: expected every run to finish, got {len(failures)} that did not; the first "
+            f"is {failures[0]}"
         )

@@ -1,4 +1,4 @@
-"""``python -m fdda_ext.evaluate``: top-1 and top-5 of a run's student or of a float network."""
+"""``python -m fdda_ext.evaluate``: accuracy of a student, program or float network."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from ..preprocessing import Preprocessing, PreprocessingConfig
 __all__ = ["EvaluateConfig", "main", "run"]
 
 _DESCRIPTION = """\
-Measure a network on a whole test or validation split.
+Measure the accuracy of a network on a test or validation split.
 
 examples:
-  python -m fdda_ext.evaluate --run runs/a                      the student that a run ended with
+  python -m fdda_ext.evaluate --run runs/a                      the student of a run
   python -m fdda_ext.evaluate --run runs/a/baselines/mse
   python -m fdda_ext.evaluate --run some/where/student.safetensors --data folder:PATH
   python -m fdda_ext.evaluate --run runs/a/model.int4.safetensors
@@ -53,25 +53,26 @@ class EvaluateConfig:
     """What to measure, and on which data.
 
     Attributes:
-        run: A run folder, a student.safetensors, or a program that fdda_ext.export wrote.
-        model: A float network instead: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, ...
-        weights: Of the float network: "default", "none", or a file, FILE#NAME to take one of
-            several sets in it; see fdda_ext.train.
-        data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH, or a set of torchvision's by
-            name, such as cifar10:PATH; None for the data the run was made with, or glyphs.
-        download: Fetch a set of torchvision's to PATH if it is not there.
-        image_size: A number, or HEIGHTxWIDTH; None for the run's, or the data set's own.
-        preprocessing: How images from files are prepared, other than the weights want, or the run
-            did it. A program knows its normalisation only.
+        run: Run folder, student.safetensors, or a program that fdda_ext.export wrote.
+        model: Float network to measure instead: glyphs_resnet, glyphs_mobilenet, torchvision:NAME,
+            and so on.
+        weights: Weights of the float network: "default", "none", a file, or FILE#NAME for one of
+            several sets in a file. See fdda_ext.train.
+        data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH, or a torchvision data set by
+            name, such as cifar10:PATH; None for the data of the run, or glyphs.
+        download: Download a torchvision data set to PATH if it is missing.
+        image_size: A number, or HEIGHTxWIDTH; None for the size of the run or of the data set.
+        preprocessing: Changes to the preprocessing of image files, which otherwise comes from the
+            run or the weights. A program only stores its normalisation.
         device: cpu or cuda.
-        threads: CPU threads; None leaves torch's choice.
+        threads: CPU threads; None for torch's default.
         split: "test" or "validation".
-        test_limit: So many of its images only, a sample in which every class has its share; None
-            for all.
-        test_batch: Images evaluated together.
-        workers: Processes that decode images; None for one per core, at most 8, where a GPU waits
-            for images from files, and otherwise the main process alone.
-        max_unreadable: So many damaged image files are left out, each named; one more is an error.
+        test_limit: Number of images to test, a sample with all classes in proportion; None for all.
+        test_batch: Images per batch of the evaluation.
+        workers: Number of processes that decode images. None means one per core, at most 8, for
+            image files on a GPU, and otherwise the main process alone.
+        max_unreadable: Number of damaged image files that are skipped, each with a warning. One
+            more is an error.
     """
 
     run: str | None = None
@@ -113,14 +114,14 @@ class EvaluateConfig:
         default: Preprocessing,
         channels: int | None = None,
     ) -> ImageDataset:
-        """The images of ``data`` (None: glyphs), from files prepared as ``default`` unless told."""
+        """Load ``data`` (None: glyphs). The preprocessing is ``default`` with changes."""
         spec = data or "glyphs"
         how = None
         if takes_preprocessing(spec):
             how = self.preprocessing.apply(default, image_size)
         elif self.preprocessing.given:
             raise UsageError(
-                f"evaluate: expected preprocessing with images from files only, got data {spec}"
+                f"evaluate: expected preprocessing only with images from files, got data {spec}"
             )
         return load_dataset(
             spec,
@@ -140,13 +141,13 @@ def run(config: EvaluateConfig) -> Accuracy:
         raise UsageError(f"evaluate: expected one of --run and --model, got {given}")
     if config.run is not None and config.weights != "default":
         raise UsageError(
-            f"evaluate: expected weights with --model only, got {config.weights}; "
+            f"evaluate: expected weights only with --model, got {config.weights}; "
             "a run has its own weights"
         )
     if config.run is not None and not Path(config.run).exists():
         raise UsageError(
-            "evaluate: expected run to be a run folder, a student, or a program of "
-            f"fdda_ext.export, got {config.run}, and there is no such file or folder"
+            "evaluate: expected run to be a run folder, a student, or a program from "
+            f"fdda_ext.export, got {config.run}, which does not exist"
         )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -170,7 +171,7 @@ def run(config: EvaluateConfig) -> Accuracy:
         size = config.image_size or to_image_size(height, width)
         default = preprocessing_of(recipe)
         dataset = config.dataset(config.data or str(recipe["data"]), size, default, channels)
-        # Sizes that the network reads from its maps are those that it was prepared with.
+        # A student contains feature map sizes of its preparation, so another image size may fail.
         black = torch.zeros(1, channels, *height_and_width(dataset.image_size))
         classes = count_outputs(network, black, "evaluate")
     else:
@@ -196,7 +197,8 @@ def run(config: EvaluateConfig) -> Accuracy:
         classes = count_outputs(network, black, "evaluate")
     if classes != dataset.num_classes:
         raise UsageError(
-            f"evaluate: expected data of the network's {classes} classes, got {dataset.num_classes}"
+            f"evaluate: expected data with the network's {classes} classes, "
+            f"got {dataset.num_classes}"
         )
     note = dataset.absent_classes()
     if note is not None and is_first():
@@ -208,10 +210,10 @@ def run(config: EvaluateConfig) -> Accuracy:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = build_parser("fdda_ext.evaluate", _DESCRIPTION)
     parser.add_argument(
-        "--download", action="store_true", help="fetch a set of torchvision's to PATH"
+        "--download", action="store_true", help="download a torchvision data set to PATH"
     )
     parser.add_class_arguments(EvaluateConfig, as_group=False, skip={"download"})
     config = EvaluateConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments)))
@@ -225,7 +227,7 @@ def _print(config: EvaluateConfig, accuracy: Accuracy) -> None:
     console = Console()
     if config.run and Path(config.run).is_dir() and not RunFolder.is_finished(Path(config.run)):
         console.print(
-            f"[yellow]warning: {config.run} is unfinished; its student is that of the last stop"
+            f"[yellow]warning: {config.run} is unfinished; its student is from the last stop"
         )
     console.print(
         f"{config.run or config.model}: {accuracy}", highlight=False, markup=False, soft_wrap=True

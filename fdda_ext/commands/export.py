@@ -1,4 +1,4 @@
-"""``python -m fdda_ext.export``: a run's student as a program of integers, in one small file."""
+"""``python -m fdda_ext.export``: write the integer program of a run's student."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["ExportConfig", "main", "run"]
 
 _DESCRIPTION = """\
 Write the integer program of a run's student: packed weights, scales and instructions, no code.
-Before the file takes its place, the program runs on a few images and must give the student's logits
-to the last bit.
+The program first runs on a few images. The file is written only if the logits are bit-identical to
+the student's.
 
 examples:
   python -m fdda_ext.export --run runs/a                  writes runs/a/model.int4.safetensors
   python -m fdda_ext.export --run runs/a --out net.safetensors
-  python -m fdda_ext.export --run runs/a --profile 1      also where the time of one image goes
+  python -m fdda_ext.export --run runs/a --profile 1      also times every layer with one image
 """
 
 
@@ -43,10 +43,10 @@ class ExportConfig:
     """What to export, and where to.
 
     Attributes:
-        run: A run folder, or a student.safetensors.
-        out: The file to write; None for model.int4.safetensors beside the student.
-        profile: Also measure every layer, at so many images; 0 for not.
-        threads: CPU threads, for `profile` too; None leaves torch's choice.
+        run: Run folder, or a student.safetensors.
+        out: File to write; None for model.int4.safetensors beside the student.
+        profile: Number of images to time every layer with; 0 for no timing.
+        threads: CPU threads, also for `profile`; None for torch's default.
     """
 
     run: str
@@ -66,7 +66,8 @@ def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
     """Export a student whose program gives the same logits on a few images.
 
     Raises:
-        UsageError: If there is no student, it has no integer program, or no file can be written.
+        UsageError: If there is no student, it has no integer program, or the file cannot be
+            written.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -89,12 +90,12 @@ def run(config: ExportConfig) -> tuple[Path, IntegerProgram]:
         mean, std = dataset.mean, dataset.std
         images, _ = dataset.images(range(min(len(dataset), 3)))
     except UsageError:
-        pass  # the images are elsewhere: random ones serve to compare
+        pass  # without the data, random images are compared
     return path, export_student(student, path, mean, std, images)
 
 
 def render_sizes(program: IntegerProgram, file_bytes: int) -> Table:
-    """A table of what every layer takes in the file."""
+    """Return a table of the bytes that every layer takes in the file."""
     table = Table("layer", "bits", "parameters", "bytes")
     total = 0
     for name, bits, parameters, size in stored_bytes(program):
@@ -106,7 +107,7 @@ def render_sizes(program: IntegerProgram, file_bytes: int) -> Table:
 
 
 def render_times(program: IntegerProgram, images: int) -> Table:
-    """A table of the time of every step on this CPU."""
+    """Return a table of the time of every step on this CPU."""
     rows = program.native.profile(torch.zeros(images, *program.image.shape))
     table = Table("step", "by", "microseconds", "GOP/s", title=f"{images} images")
     for row in rows:
@@ -120,7 +121,7 @@ def render_times(program: IntegerProgram, images: int) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = build_parser("fdda_ext.export", _DESCRIPTION)
     parser.add_class_arguments(ExportConfig, as_group=False)
     config = ExportConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments)))

@@ -1,6 +1,6 @@
-"""``python -m fdda_ext.pretrain``: train a small network from the beginning.
+"""``python -m fdda_ext.pretrain``: train a small network from scratch.
 
-The weights in the package were made by::
+The weights in the package were made with::
 
     python -m fdda_ext.pretrain --model glyphs_resnet --out OUT --threads 1
     python -m fdda_ext.pretrain --model glyphs_mobilenet --out OUT --threads 1
@@ -42,7 +42,7 @@ from ..preprocessing import Preprocessing, PreprocessingConfig
 __all__ = ["PretrainConfig", "main", "run"]
 
 _DESCRIPTION = """\
-Train a small float network, the teacher of later quantization.
+Train a small float network, which can then be quantized.
 
 examples:
   python -m fdda_ext.pretrain --model glyphs_resnet --out runs/float
@@ -58,20 +58,20 @@ class PretrainConfig:
     """What to train.
 
     Attributes:
-        model: glyphs_resnet or glyphs_mobilenet (or a network of a library, from random
-            weights, that returns logits alone).
-        data: As for fdda_ext.train.
-        download: Fetch a set of torchvision's to PATH if it is not there.
+        model: glyphs_resnet or glyphs_mobilenet, or a library's network that returns only logits,
+            with random weights.
+        data: Data set, as in fdda_ext.train.
+        download: Download a torchvision data set to PATH if it is missing.
         out: Folder for MODEL.safetensors.
         epochs: Passes over the training images.
-        images: Training images, a sample in which every class has its share; None for all. They are
-            kept in memory, 3 KB each at 32x32.
-        image_size: A number, or HEIGHTxWIDTH; None for the data set's own.
-        batch: Images in a step.
-        lr: Highest learning rate of SGD with Nesterov momentum 0.9 and one cycle.
-        weight_decay: On all parameters.
-        seed: Of everything random.
-        threads: CPU threads; None leaves torch's choice.
+        images: Number of training images, a sample with all classes in proportion; None for all.
+            They stay in memory, 6 KB each for RGB at 32x32.
+        image_size: A number, or HEIGHTxWIDTH; None for the data set's own size.
+        batch: Images per step.
+        lr: Highest learning rate of a one-cycle schedule for SGD with Nesterov momentum 0.9.
+        weight_decay: Weight decay of all parameters.
+        seed: Seed for all random numbers.
+        threads: CPU threads; None for torch's default.
         device: cpu or cuda.
     """
 
@@ -104,7 +104,7 @@ class PretrainConfig:
 
 
 def _images_in_memory(config: PretrainConfig, how: Preprocessing) -> tuple[Tensor, Tensor]:
-    """All training images ``[n, C, H, W]``, as float16 to halve the memory, and their labels."""
+    """Return all training images ``[n, C, H, W]``, float16 to save memory, and their labels."""
     dataset = load_dataset(
         config.data,
         "train",
@@ -124,7 +124,7 @@ def _images_in_memory(config: PretrainConfig, how: Preprocessing) -> tuple[Tenso
 
 
 def _command(config: PretrainConfig) -> str:
-    """The command line that trains the same weights, without defaults and the folder."""
+    """Return the command that trains the same weights, without defaults and folder."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     if isinstance(config.image_size, tuple):
         values["image_size"] = show_image_size(config.image_size)
@@ -137,12 +137,13 @@ def _command(config: PretrainConfig) -> str:
 
 
 def _folder(out: str) -> Path:
-    """The folder, made before the training, so that a mistake shows at once."""
+    """Create the folder before training, so that a mistake shows at once."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"pretrain: expected out to be a folder that can be made, got {out} ({error.strerror})"
+            "pretrain: expected out to be a folder that can be created, "
+            f"got {out} ({error.strerror})"
         ) from None
     return Path(out)
 
@@ -150,7 +151,7 @@ def _folder(out: str) -> Path:
 def _check_fit(network: nn.Module, image: Tensor, model: str) -> None:
     """Refuse images that are too small for the network."""
     try:
-        with torch.no_grad():  # a copy: the pass moves running statistics
+        with torch.no_grad():  # a copy, because the pass changes running statistics
             logits = copy.deepcopy(network).train()(image.expand(2, -1, -1, -1))
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
@@ -162,10 +163,10 @@ def _check_fit(network: nn.Module, image: Tensor, model: str) -> None:
 
 
 def _memory_format(network: nn.Module, image: Tensor) -> torch.memory_format:
-    """The format in which convolutions are fastest, unless the network takes views of its maps."""
+    """Return the fastest memory format for convolutions that the network's views allow."""
     images = image.expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last)
     try:
-        with torch.no_grad():  # a copy: the pass moves running statistics
+        with torch.no_grad():  # a copy, because the pass changes running statistics
             copy.deepcopy(network).train()(images)
     except RuntimeError as error:
         if "view size is not compatible" in str(error):
@@ -178,7 +179,7 @@ def run(config: PretrainConfig) -> Accuracy:
     """Train, store the weights, and return their accuracy on the whole test split.
 
     Raises:
-        UsageError: If data, network and settings do not fit, or the loss grows beyond all bounds.
+        UsageError: If data, network and settings do not fit, or the loss is not finite.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -264,10 +265,10 @@ def run(config: PretrainConfig) -> Accuracy:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = build_parser("fdda_ext.pretrain", _DESCRIPTION)
     parser.add_argument(
-        "--download", action="store_true", help="fetch a set of torchvision's to PATH"
+        "--download", action="store_true", help="download a torchvision data set to PATH"
     )
     parser.add_class_arguments(PretrainConfig, as_group=False, skip={"download"})
     run(PretrainConfig(**instantiate_or_refuse(parser, parse_or_refuse(parser, arguments))))

@@ -1,7 +1,7 @@
-"""``python -m fdda_ext.train``: take a trained network to a few bits.
+"""``python -m fdda_ext.train``: quantize a trained network to a few bits.
 
-Without arguments: FDDA to W4A4, first and last layer included, on the embedded glyphs with a small
-residual network, and a table against the float network and three baselines.
+Without arguments, it quantizes a small residual network for the embedded glyphs to W4A4 by FDDA,
+and compares it with the float network and three baselines.
 """
 
 from __future__ import annotations
@@ -105,16 +105,16 @@ _DESCRIPTION = """\
 Quantize a trained network with almost no data.
 
 examples:
-  python -m fdda_ext.train                                      FDDA, W4A4, embedded data, minutes
+  python -m fdda_ext.train                                      FDDA, W4A4, embedded data: minutes
   python -m fdda_ext.train --bits W3A3 --model glyphs_mobilenet
-  python -m fdda_ext.train --method mse --baselines []          ranges only, nothing to compare with
+  python -m fdda_ext.train --method mse --baselines []          ranges only, no baselines
   python -m fdda_ext.train --config imagenet/resnet18-w4a4-f4l4 --data imagenet:PATH
-  python -m fdda_ext.train --out runs/a --resume                go on with a run that was stopped
-  torchrun --nproc-per-node 8 -m fdda_ext.train --device cuda ...    eight GPUs; batches are shared
+  python -m fdda_ext.train --out runs/a --resume                continue a stopped run
+  torchrun --nproc-per-node 8 -m fdda_ext.train --device cuda ...    eight GPUs share each batch
   python -m fdda_ext.train --bits W5A5 --print_config > my.yaml, then --config my.yaml
 
-A preset sets every constant of the method; --config FILE overrides it, and may name it (preset:
-paper); arguments override both. The settings of the paper are shipped as
+A preset sets all settings of the method. --config FILE overrides the preset, and may name it
+(preset: paper). Arguments override both. The settings of the paper are included as
 --config imagenet/NETWORK-BITS with NETWORK resnet18, mobilenetv1, mobilenetv2 or regnetx600mf,
 and BITS w4a4-f4l4, w4a4-f8l8, w5a5-f5l5 or w5a5-f8l8.
 """
@@ -125,62 +125,61 @@ class TrainConfig:
     """What to quantize, how, and where the result goes.
 
     Attributes:
-        method: fdda; distill (the same without generated images); minmax, mse (ranges only); lapq,
-            bitsplit, adaquant, brecq, qdrop; without real images gdfq, qimera, zaq, zeroq, dsg, di,
-            adi, noise.
+        method: fdda; distill (fdda without generated images); minmax, mse (ranges only); lapq,
+            bitsplit, adaquant, brecq, qdrop; without real images: gdfq, qimera, zaq, zeroq, dsg,
+            di, adi, noise.
         model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME, pytorchcv:NAME, or
-            module:NAME.CLASS for your own, which is called with num_classes.
-        weights: "default" for the trained weights that come with the model, torchvision's name of
-            others, a file (safetensors, or a torch file as training scripts write it) of this or
-            another library, FILE#NAME to take one of several sets in it (model.pt#state_dict_ema),
-            MODEL=FILE to say which network a file is of, order=FILE to go by the order of its
-            tensors, or "none" for random ones, drawn by `seed`.
+            module:NAME.CLASS for your own class, which is called with num_classes.
+        weights: "default" for the model's trained weights; the torchvision name of other weights; a
+            file of this or another library (safetensors, or a torch file from a training script);
+            FILE#NAME for one of several sets in a file (model.pt#state_dict_ema); MODEL=FILE to
+            name the network that a file belongs to; order=FILE to match tensors by their order; or
+            "none" for random weights from `seed`.
         data: glyphs, digits, folder:PATH, shards:PATH, imagenet:PATH, imagenet (PATH from the
-            environment variable IMAGENET), or a set of torchvision's by name, such as cifar10:PATH.
-        download: Fetch a set of torchvision's to PATH if it is not there.
-        image_size: A number, or HEIGHTxWIDTH; None for the data set's own, or what the weights
-            want.
-        preprocessing: How images from files are prepared, other than the weights want.
-        images_per_class: Calibration images of each class.
+            environment variable IMAGENET), or a torchvision data set by name, such as cifar10:PATH.
+        download: Download a torchvision data set to PATH if it is missing.
+        image_size: A number, or HEIGHTxWIDTH; None for the size of the data set or of the weights.
+        preprocessing: Changes to the preprocessing of image files that the weights prescribe.
+        images_per_class: Number of calibration images per class.
         quantization: Bits, grid and ranges of every tensor.
-        settings: Constants of the methods.
-        schedule_share: Run every schedule in this share of its iterations, phases and milestones
-            with it.
-        baselines: Methods to run first, for the table; None for minmax, mse and, if the method has
-            a student step, distill, which is this step on the calibration images.
-        seed: Of everything random: same seed and machine, same result.
-        out: Run folder; None for a new one below runs/.
-        resume: Go on with the run in `out`.
-        max_time: Stop after so many minutes of training; --resume goes on later.
+        settings: Settings of the methods.
+        schedule_share: Factor for the iterations of every schedule, its phases and milestones.
+        baselines: Methods to run first, for the table. None means minmax, mse and, if the method
+            has a student step, distill, which takes this step on the calibration images.
+        seed: Seed for all random numbers. Equal seeds give equal results on one machine.
+        out: Run folder; None for a new one in runs/.
+        resume: Continue the run in `out`.
+        max_time: Time limit of the training, in minutes. --resume continues later.
         device: cpu or cuda.
-        threads: CPU threads; None leaves torch's choice.
-        precision: Of the float network and the generator while training: float32, or bfloat16
-            (autocast; statistics, losses and the quantized network stay in float32). None for
+        threads: CPU threads; None for torch's default.
+        precision: Precision of the float network and the generator during training: float32, or
+            bfloat16 (autocast; statistics, losses and the student stay in float32). None means
             bfloat16 on a GPU and float32 on a CPU.
-        cuda_graphs: On a GPU, replay the steps of fdda's generator and of the student as CUDA
-            graphs: the same arithmetic in fewer launches, but the memory of both steps at once.
-        images_at_once: So many images at most pass a network together in training. It changes
-            memory, and of the result the order of sums. None for all on a GPU and, on a CPU, for
-            16 of 224x224 or as many as have their pixels.
-        profile: Instead of training, run the whole schedule in this many iterations of the method
-            after a few unmeasured ones, and write where their time goes: profile.txt, and
-            trace.json for chrome://tracing or Perfetto.
-        split: Where accuracy is measured: "test", or "validation" while settings are chosen.
-        test_limit: Evaluate on so many images of it only, a sample in which every class has its
-            share, the same for every seed; None for all.
-        test_batch: Images evaluated together.
-        evaluate_every: Measure accuracy every so many iterations of training, for metrics.jsonl
-            (the paper's epoch has 200); None for the end only.
-        evaluate_limit: On so many images, a sample like that of `test_limit`; None for those of the
-            end.
-        keep_best: Keep the student that was best in these measurements as best.safetensors. The
-            table still has the last one: a choice on the test split flatters.
-        exportable: Refuse a network that could not be exported to an integer program, before any
-            time is spent. False trains it nevertheless.
-        report: Write report.html at the end, see fdda_ext.visualize.
-        workers: Processes that decode images; None for one per core, at most 8, where a GPU waits
-            for images from files, and otherwise the main process alone.
-        max_unreadable: So many damaged image files are left out, each named; one more is an error.
+        cuda_graphs: Whether a GPU replays the steps of fdda's generator and of the student as CUDA
+            graphs. They need fewer launches, but the memory of both steps at once.
+        images_at_once: Largest number of images that pass through a network together in training.
+            It changes only the memory use and the order of sums. None means all images on a GPU,
+            and as many pixels as 16 images of 224x224 have on a CPU.
+        profile: Number of iterations to measure instead of training. The schedule is shortened to
+            them and a few unmeasured ones. Times by stage go to profile.txt, and a trace for
+            chrome://tracing or Perfetto to trace.json.
+        split: Split for measuring accuracy: "test", or "validation" while you choose settings.
+        test_limit: Number of images to test, a sample with all classes in proportion, equal for
+            all seeds; None for all.
+        test_batch: Images per batch of the evaluation.
+        evaluate_every: Iterations between two measurements of accuracy, for metrics.jsonl (the
+            paper's epoch has 200); None measures only at the end.
+        evaluate_limit: Number of images for these measurements, like `test_limit`; None for the
+            same images as at the end.
+        keep_best: Keep the best student of these measurements as best.safetensors. The table shows
+            the last student, because a choice on the test split overestimates accuracy.
+        exportable: Refuse, before training, a network that cannot be exported as an integer
+            program. False trains it anyway.
+        report: Write report.html at the end. See fdda_ext.visualize.
+        workers: Number of processes that decode images. None means one per core, at most 8, for
+            image files on a GPU, and otherwise the main process alone.
+        max_unreadable: Number of damaged image files that are skipped, each with a warning. One
+            more is an error.
     """
 
     method: str = "fdda"
@@ -243,7 +242,7 @@ class TrainConfig:
                 raise UsageError(f"train: expected evaluate_every with {name}, got none")
         if self.preprocessing.given and not takes_preprocessing(self.data):
             raise UsageError(
-                f"train: expected preprocessing with images from files only, got data {self.data}"
+                f"train: expected preprocessing only with images from files, got data {self.data}"
             )
         if self.out == "":
             raise UsageError("train: expected out to be a folder, got an empty name")
@@ -261,12 +260,12 @@ class TrainConfig:
 
     @property
     def scheduled(self) -> MethodSettings:
-        """`settings` with every schedule in its share."""
+        """`settings` with every schedule multiplied by `schedule_share`."""
         share = self.schedule_share
         return self.settings if share == 1 else self.settings.scaled(share)
 
 
-#: Where a run is, how long and whether it goes on, how fast: not part of what it computes.
+#: Options that do not change the result: folder, time limit, resumption and speed.
 _NOT_STORED = (
     *("out", "resume", "max_time", "threads", "profile", "workers", "test_batch"),
     *("max_unreadable", "report", "cuda_graphs", "exportable", "download"),
@@ -275,14 +274,14 @@ _NOT_STORED = (
 _EXPANDED = ("preset", "config", "bits")
 #: Options without a value.
 _FLAGS = ("resume", "keep_best", "report", "download", "no_report", "print_config", "help")
-#: Images that a report compares float and quantized network on.
+#: Number of images in a report's comparison.
 REPORT_IMAGES = 1000
-#: Shipped configuration files.
+#: Configuration files of the package.
 _PRESETS = Path(str(files("fdda_ext") / "presets"))
 
 
 def _expand(arguments: Sequence[str]) -> list[str]:
-    """Put --config first, as all others override it, and --bits in full."""
+    """Put --config first, because other options override it, and expand --bits."""
     files, others = [], []
     rest = iter(arguments)
     for argument in rest:
@@ -302,24 +301,24 @@ def _expand(arguments: Sequence[str]) -> list[str]:
 
 
 def _named(key: str, arguments: Sequence[str]) -> str | None:
-    """What the configuration files among ``arguments`` give for ``key``, if they do."""
+    """Return the value of ``key`` in the configuration files among ``arguments``, if any."""
     value = None
     for argument in arguments:
         path = Path(argument.removeprefix("--config="))
         if argument.startswith("--config=") and path.is_file():
             try:
                 content = yaml.safe_load(path.read_bytes())
-            except (OSError, yaml.YAMLError):  # the parser says what is wrong with it
+            except (OSError, yaml.YAMLError):  # the parser will report it
                 continue
             value = content.get(key, value) if isinstance(content, dict) else value
     return value
 
 
 def preset_path(name: str, method: str) -> Path:
-    """The file of a shipped preset: the constants that ``method`` has in it.
+    """Return the file of a preset for ``method``.
 
     Raises:
-        UsageError: If there is no such preset, or no such method.
+        UsageError: If there is no such preset or method.
     """
     folder = _PRESETS / method_class(method).presets
     path = folder / f"{name}.yaml"
@@ -336,8 +335,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
         The configuration, and the part of it that decides the result, as YAML.
 
     Raises:
-        UsageError: If an argument is wrong, or is an option that no method of the run uses. Such an
-            option in a configuration file, which may serve several methods, is a warning.
+        UsageError: If an argument is wrong, or no method of the run uses it. In a configuration
+            file, which may serve several methods, an unused option only causes a warning.
     """
     arguments = _expand(with_underscores(arguments))
     config, text = _parse(arguments)
@@ -356,7 +355,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[TrainConfig
 
 
 def without_unused(arguments: Sequence[str]) -> list[str]:
-    """The command line without the options that `parse_arguments` would refuse as unused."""
+    """Remove the options that `parse_arguments` would refuse as unused."""
     expanded = _expand(with_underscores(arguments))
     config, _ = _parse(expanded)
     unused = {option for option, _ in _given(expanded) if _why_unused(option, config)}
@@ -373,12 +372,12 @@ def without_unused(arguments: Sequence[str]) -> list[str]:
 
 
 def _why_unused(option: str, config: TrainConfig) -> str | None:
-    """Why neither the method nor a baseline uses ``option``; None if one does."""
+    """Return why no method of the run uses ``option``; None if one does."""
     kinds = {name: METHODS[name] for name in config.rows if name in METHODS}
     field = option.removeprefix("quantization.")
     own = kinds[config.method].fixed_ranges.get(field) if config.method in kinds else None
     if own is not None and getattr(config.quantization, field) == own:
-        return None  # it asks for what the method does anyway
+        return None  # it requests what the method does anyway
     reasons = [
         why_unused(option, name, kind, config.settings, config.quantization)
         for name, kind in kinds.items()
@@ -387,7 +386,7 @@ def _why_unused(option: str, config: TrainConfig) -> str | None:
 
 
 def _given(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Options of the command line and their values, without those of configuration files."""
+    """Return the options and values of the command line."""
     found = []
     rest = iter(arguments)
     for argument in rest:
@@ -400,7 +399,7 @@ def _given(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _given_in_files(arguments: Sequence[str]) -> list[str]:
-    """Dotted names of all options that configuration files set."""
+    """Return the dotted names of all options that configuration files set."""
     found: list[str] = []
 
     def walk(prefix: str, content: Any) -> None:
@@ -418,9 +417,9 @@ def _given_in_files(arguments: Sequence[str]) -> list[str]:
 
 
 def _parse(arguments: list[str]) -> tuple[TrainConfig, str]:
-    """What `parse_arguments` gives, for arguments from `_expand`; unused options are let pass."""
+    """Parse arguments from `_expand`, and accept unused options."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", nargs="?")  # the second parser complains
+    first.add_argument("--preset", nargs="?")  # the second parser reports a missing value
     first.add_argument("--method", nargs="?")
     first.add_argument("--out", nargs="?")
     first.add_argument("--resume", action="store_true")
@@ -431,10 +430,10 @@ def _parse(arguments: list[str]) -> tuple[TrainConfig, str]:
     )
     if chosen.resume:
         if chosen.out is None:
-            raise UsageError("train: expected --out with --resume, the run to go on with, got none")
+            raise UsageError("train: expected --out with --resume, the run to continue, got none")
         if chosen.preset is not None:
             raise UsageError(
-                "train: expected no --preset with --resume, a run keeps its settings, "
+                "train: expected no --preset with --resume, because a run keeps its settings, "
                 f"got {chosen.preset}"
             )
         defaults = Path(chosen.out) / "config.yaml"
@@ -444,14 +443,14 @@ def _parse(arguments: list[str]) -> tuple[TrainConfig, str]:
     parser = build_parser("fdda_ext.train", _DESCRIPTION, default_config_files=[str(defaults)])
     parser.add_argument("--preset", default="short", help="short (minutes, embedded data) or paper")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")
-    parser.add_argument("--bits", help="W4A4 and the like, short for the two quantization.*_bits")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--keep_best", action="store_true", help="keep best.safetensors, too")
+    parser.add_argument("--bits", help="such as W4A4, short for the two quantization.*_bits")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--keep_best", action="store_true", help="also keep best.safetensors")
     parser.add_argument(
         "--report", action=ActionYesNo, default=True, help="write report.html at the end"
     )
     parser.add_argument(
-        "--download", action="store_true", help="fetch a set of torchvision's to PATH"
+        "--download", action="store_true", help="download a torchvision data set to PATH"
     )
     flags = {"resume", "keep_best", "report", "download"}
     parser.add_class_arguments(TrainConfig, as_group=False, skip=flags)
@@ -472,17 +471,17 @@ class Row:
 
     Attributes:
         name: "float" or a method.
-        top1: Per cent of the images.
-        top5: Likewise.
-        images: How many were tested.
+        top1: Top-1 accuracy, in per cent.
+        top5: Top-5 accuracy, in per cent.
+        images: Number of tested images.
         seconds: Training time, over all resumptions.
-        iterations: Done.
-        planned: Iterations of the whole training; fewer were done if time ran out.
-        real_images: Images of the data that the method has looked at.
-        made_images: Images it has made and shown to the student.
-        peak_memory: Of the process or, on a GPU, of what torch asked for there, MiB.
-        float_top1: Of the network that was quantized.
-        of: Images that those tested are a sample of; 0 if they are no sample.
+        iterations: Iterations done.
+        planned: Iterations of the schedule. Fewer were done if time ran out.
+        real_images: Number of real images that the method used.
+        made_images: Number of synthetic images that the student saw.
+        peak_memory: Peak memory of the process or, on a GPU, of torch there, in MiB.
+        float_top1: Top-1 accuracy of the float network, in per cent.
+        of: Number of images that these are a sample of; 0 if they are no sample.
     """
 
     name: str
@@ -500,7 +499,7 @@ class Row:
 
     @property
     def finished(self) -> bool:
-        """Whether no training was cut short."""
+        """Whether the training was completed."""
         return self.iterations == self.planned
 
 
@@ -522,12 +521,12 @@ class _Session:
     """What all methods of one command have in common.
 
     Attributes:
-        config: What to do.
-        problem: Where every method starts from.
-        preprocessing: Of image files, None for embedded data.
-        test: What is tested in the end.
-        curve: What is tested in training.
-        float_top1: Of the float network on ``test``, per cent.
+        config: The configuration.
+        problem: Network and calibration images.
+        preprocessing: Preprocessing of image files; None for embedded data.
+        test: Images for the test at the end.
+        curve: Images for measurements during training.
+        float_top1: Top-1 accuracy of the float network on ``test``, in per cent.
     """
 
     config: TrainConfig
@@ -538,7 +537,7 @@ class _Session:
     float_top1: float
 
     def recipe(self, name: str, quantization: QuantizationConfig) -> dict[str, Any]:
-        """What a student of the method ``name`` is built from."""
+        """Return the recipe to rebuild a student of the method ``name``."""
         return {
             "model": self.config.model,
             "num_classes": self.problem.num_classes,
@@ -552,7 +551,7 @@ class _Session:
 
 
 def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: float | None) -> Row:
-    """Train and evaluate one method in ``folder``, or read there what it ended with before."""
+    """Train and evaluate one method in ``folder``, or read its result there."""
     config, problem = session.config, session.problem
     summary = from_first(folder.summary)
     if summary is not None:
@@ -560,7 +559,7 @@ def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: flo
             return Row(**summary)
         except TypeError as error:
             raise UsageError(
-                f"train: expected {folder.path / 'summary.json'} as a run writes it, got {error}"
+                f"train: expected {folder.path / 'summary.json'} to be from a run, got {error}"
             ) from None
 
     def measure(method: Method, bar: ProgressBar) -> dict[str, float]:
@@ -583,7 +582,7 @@ def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: flo
         evaluate_every=config.evaluate_every,
     )
     if progress.interrupted:
-        raise KeyboardInterrupt(f"go on with --out {config.out or folder.path} --resume")
+        raise KeyboardInterrupt(f"continue with --out {config.out or folder.path} --resume")
     memory = peak_memory(problem.device)
     accuracy = evaluate(
         method.student, session.test, device=problem.device, label=f"{name}: testing"
@@ -597,7 +596,7 @@ def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: flo
     )
     if not is_first():
         return row
-    # A method may choose bits while it trains.
+    # A method may choose bits during training.
     recipe = session.recipe(name, method.quantization)
     write_student(folder.path / "student.safetensors", method.student, recipe)
     (folder.path / "bits.txt").write_text(render_bits(bits_table(method.student)) + "\n")
@@ -608,14 +607,14 @@ def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: flo
     return row
 
 
-#: Iterations before a profile: memory is asked for, kernels are chosen.
+#: Iterations before a profile, in which memory is allocated and kernels are chosen.
 _UNMEASURED = 3
 
 
 def measure_stages(
     config: TrainConfig, problem: Problem, folder: Path, console: Console
 ) -> Profile:
-    """Run the method's schedule, shortened, and write where the time of its iterations goes.
+    """Run the method's schedule, shortened, and write the time of its iterations by stage.
 
     Raises:
         UsageError: If the method does not train.
@@ -640,7 +639,7 @@ def measure_stages(
     table = measured.table()
     console.print(table)
     mean = sum(measured.iterations) / len(measured.iterations)
-    bound = "at most" if problem.replays else "about"  # stages are launched, never replayed
+    bound = "at most" if problem.replays else "about"  # a profile never replays CUDA graphs
     console.print(
         f"{planned} iterations of the whole schedule: {bound} {format_duration(mean * planned)}; "
         f"trace in {folder / 'trace.json'}",
@@ -653,13 +652,13 @@ def measure_stages(
 
 
 def _best_top1(folder: RunFolder) -> float:
-    """Of the measurements that metrics.jsonl holds; below 0 if there is none."""
+    """Return the best accuracy in metrics.jsonl; -1 if there is none."""
     lines = folder.metrics.read_text().splitlines()
     return max((json.loads(line).get("top1", -1.0) for line in lines), default=-1.0)
 
 
 def render_rows(rows: list[Row], bits: str, split: str = "test") -> Table:
-    """The final table."""
+    """Return the final table."""
     images = f"{rows[0].images} {split} images"
     if rows[0].images < rows[0].of:
         images = f"{rows[0].images} of {rows[0].of} {split} images (± standard error)"
@@ -679,10 +678,10 @@ def render_rows(rows: list[Row], bits: str, split: str = "test") -> Table:
 
 
 def _open_folder(path: Path, config: str, resume: bool, inputs: str) -> RunFolder:
-    """The run folder, which the first of several processes makes.
+    """Open the run folder, which only the first rank creates.
 
     Raises:
-        UsageError: See `RunFolder`; or if another process has other weights or images.
+        UsageError: See `RunFolder`, or if another rank has other weights or images.
     """
     made: list[RunFolder] = []
 
@@ -695,13 +694,13 @@ def _open_folder(path: Path, config: str, resume: bool, inputs: str) -> RunFolde
     if folder.fingerprint != expected:
         raise UsageError(
             "distributed: expected the configuration, weights and images of the first process on "
-            f"all, got others{signature()}"
+            f"all processes, got others{signature()}"
         )
     return folder
 
 
 def _new_folder(config: TrainConfig) -> Path:
-    """The first free of runs/NAME, runs/NAME-2, ..."""
+    """Return the first unused path: runs/NAME, runs/NAME-2, ..."""
     q = config.quantization
     model = config.model.replace(":", "-")
     base = f"{config.method}-{model}-w{q.weight_bits}a{q.activation_bits}-seed{config.seed}"
@@ -716,10 +715,10 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
     """Load the network and the calibration images.
 
     Returns:
-        Both together, and where the network is from and how images from files are prepared for it.
+        The problem, and the loaded network with its origin and preprocessing.
 
     Raises:
-        UsageError: If they do not fit each other.
+        UsageError: If network and data do not fit each other.
     """
     dataset = load_dataset(
         config.data, "calibration", image_size=config.image_size, download=config.download
@@ -773,7 +772,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
 
 
 def inputs_digest(problem: Problem) -> str:
-    """Of the weights and images that a run starts from."""
+    """Return the digest of the weights and images that a run starts from."""
     return digest({"images": problem.images.cpu(), **cpu_state(problem.teacher)}, "")
 
 
@@ -784,14 +783,14 @@ def report(
     folder: Path,
     images: int = REPORT_IMAGES,
 ) -> Path:
-    """Write ``report.html`` of the run, or the baseline, in ``folder``; see `write_report`.
+    """Write ``report.html`` of the run or baseline in ``folder``. See `write_report`.
 
     Args:
-        config: Of the run.
-        problem: Of `build_problem`.
-        preprocessing: Of image files, None for embedded data.
-        folder: Where its student is.
-        images: At most so many of the split are compared.
+        config: Configuration of the run.
+        problem: Problem from `build_problem`.
+        preprocessing: Preprocessing of image files; None for embedded data.
+        folder: Folder of the student.
+        images: Largest number of images of the split to compare on.
     """
     with alone():
         limit = min(config.test_limit or images, images)
@@ -802,7 +801,7 @@ def report(
 def test_batches(
     config: TrainConfig, preprocessing: Preprocessing | None, limit: int | None, channels: int
 ) -> BatchSource:
-    """At most ``limit`` images of so many ``channels`` from the split that is measured."""
+    """Return at most ``limit`` images of the split to test."""
     dataset = load_dataset(
         config.data,
         config.split,
@@ -817,12 +816,12 @@ def test_batches(
 
 
 def run(config: TrainConfig, stored_config: str, console: Console | None = None) -> list[Row]:
-    """Train ``config.method`` and its baselines; print and store the table.
+    """Train ``config.method`` and its baselines. Print and store the table.
 
     Args:
-        config: What to do.
-        stored_config: What the run folder keeps of it, see `parse_arguments`.
-        console: Where to print.
+        config: The configuration.
+        stored_config: YAML text for the run folder, from `parse_arguments`.
+        console: Console to print on.
 
     Returns:
         The rows: float, the baselines, the method.
@@ -837,7 +836,7 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
         problem, opened = build_problem(config)
         if not config.resume:
             check_problem(problem, config.rows, exportable=config.exportable)
-        with alone():  # it takes steps, in which processes would exchange gradients
+        with alone():  # it takes steps, in which ranks would exchange gradients
             check_memory(
                 config.method, problem, config.scheduled, console, test_batch=config.test_batch
             )
@@ -858,7 +857,6 @@ def _run_in(
     preprocessing: Preprocessing | None,
     console: Console,
 ) -> list[Row]:
-    """What `run` does once the folder is there."""
     path = folder.path
     q = config.quantization
     bits = f"W{q.weight_bits}A{q.activation_bits}, first and last layer " + (
@@ -919,16 +917,18 @@ def _run_in(
         if config.report:
             try:
                 report(config, problem, preprocessing, path)
-            except Exception as error:  # the run is finished, whatever is wrong with its report
+            except Exception as error:  # the run is finished even without its report
                 reason = escape(" ".join(f"{type(error).__name__}: {error}".split())[:200])
                 console.print(f"[yellow]warning:[/] no report.html ({reason})", soft_wrap=True)
     if not all(row.finished for row in rows):
-        console.print(f"stopped by --max-time; go on with --out {path} --resume", highlight=False)
+        console.print(
+            f"stopped by --max-time; continue with --out {path} --resume", highlight=False
+        )
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     config, text = parse_arguments(arguments)
     with joined(config.device):
         run(config, text)

@@ -1,4 +1,4 @@
-"""``python -m fdda_ext.visualize RUN``: the report of a run, one HTML file."""
+"""``python -m fdda_ext.visualize RUN``: write the report of a run as one HTML file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from .train import REPORT_IMAGES, build_problem, inputs_digest, parse_arguments,
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Make or refresh RUN/report.html: what was done, accuracies, losses, generated images, errors by
-layer, predictions, size. fdda_ext.train writes it at the end; once the run was exported, the size
-on disk and the speed are in it, too.
+Write RUN/report.html again: settings, accuracies, losses, generated images, errors by layer,
+predictions, size and, after an export, the size on disk and the speed.
 
 examples:
   python -m fdda_ext.visualize runs/a
@@ -27,18 +26,16 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = build_parser("fdda_ext.visualize", _DESCRIPTION)
-    parser.add_argument("run", help="a run folder, or that of one of its baselines")
+    parser.add_argument("run", help="run folder, or the folder of one of its baselines")
     parser.add_argument(
-        "--images", type=int, default=REPORT_IMAGES, help="of the run's split, to compare on"
+        "--images", type=int, default=REPORT_IMAGES, help="number of images to compare on"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads, also for timing the program")
     parser.add_argument(
-        "--threads", type=int, help="CPU threads, for the times of the program, too"
-    )
-    parser.add_argument(
-        "--max_unreadable", type=int, default=0, help="damaged image files that are left out"
+        "--max_unreadable", type=int, default=0, help="number of damaged images to skip"
     )
     options = parse_or_refuse(parser, arguments)
     check_machine("visualize", threads=options.threads, device=options.device)
@@ -52,6 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problem, opened = build_problem(config)
     preprocessing = opened.preprocessing if takes_preprocessing(config.data) else None
     folder = RunFolder(Path(options.run), stored, resume=True, inputs=inputs_digest(problem))
-    folder.summary()  # which refuses a run of other weights or images
+    folder.summary()  # refuses a run with other weights or images
     path = report(config, problem, preprocessing, folder.path, options.images)
     Console().print(f"written to {path}", highlight=False)

@@ -1,4 +1,4 @@
-"""What a run needs whatever its method: a folder, checkpoints, a loop, an evaluation."""
+"""The parts of a run that all methods share: folder, checkpoints, training loop, evaluation."""
 
 from .checkpoint import cpu_state, digest, load_state, restore_random, save_state
 from .cli import (

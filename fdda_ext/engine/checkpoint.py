@@ -1,7 +1,7 @@
-"""Nested state in one safetensors file, written atomically and read without unpickling anything.
+"""Nested state in one safetensors file, written atomically and read without unpickling.
 
-Tensors are stored as such; what surrounds them (dictionaries, lists, numbers, strings) is JSON in
-the file's metadata, with a reference where each tensor stands.
+The dictionaries, lists, numbers and strings around the tensors are JSON in the file's metadata,
+with a reference to each tensor.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _FORMAT = "fdda_ext.state.1"
 
 
 def _take_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON form of ``value``; its tensors go into ``tensors`` under a running number."""
+    """Return the JSON form of ``value``. Its tensors go to ``tensors`` under running numbers."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        # A copy, since safetensors refuses tensors that share memory.
+        # A copy, because safetensors refuses tensors that share memory.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, dict):
@@ -62,12 +62,12 @@ def _put_together(form: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def cpu_state(network: nn.Module) -> dict[str, Tensor]:
-    """The state of ``network``, contiguous and on the CPU, as safetensors wants it."""
+    """Return the state dict of ``network``, contiguous and on the CPU."""
     return {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
 
 
 def digest(tensors: dict[str, Tensor], text: str) -> str:
-    """SHA-256 of contiguous CPU tensors, by name, and of what is stored beside them."""
+    """Return the SHA-256 of contiguous CPU tensors, with their names, and of ``text``."""
     checksum = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -83,7 +83,7 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds either the old content or all of the new."""
+    """Write ``text``. ``path`` holds either the old content or all of the new."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     _replace(temporary, path)
@@ -95,7 +95,7 @@ def save_state(path: Path, state: dict[str, Any], **metadata: str) -> None:
     Args:
         path: File to write or replace.
         state: What to store.
-        metadata: Strings a reader can see without the tensors.
+        metadata: Strings that can be read without the tensors.
     """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_take_apart(state, tensors))
@@ -132,7 +132,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         if isinstance(error, UsageError):
             raise
         raise UsageError(
-            f"load_state: expected path to be a whole state file, got {path} ({error})"
+            f"load_state: expected path to be a complete state file, got {path} ({error})"
         ) from None
     if not isinstance(state, dict):
         raise UsageError(f"load_state: expected path to hold a dictionary, got {path}")
@@ -140,10 +140,10 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
 
 
 def restore_random(random: torch.Generator, state: Tensor) -> None:
-    """Let ``random`` go on from ``state``, which its like had on this or another kind of device.
+    """Continue ``random`` from ``state``.
 
-    A CPU and a GPU have no random numbers in common: there, a new sequence begins whose seed comes
-    from ``state``, so that the same checkpoint still goes on in the same way.
+    If one is from a CPU and the other from a GPU, this is impossible. Then a new sequence begins,
+    whose seed comes from ``state``.
     """
     state = state.cpu()
     if state.numel() == random.get_state().numel():
@@ -152,5 +152,5 @@ def restore_random(random: torch.Generator, state: Tensor) -> None:
     seed = hashlib.sha256(state.numpy().tobytes()).digest()[:7]
     random.manual_seed(int.from_bytes(seed, "little"))
     _log.warning(
-        "run: the checkpoint is from another kind of device; from here on random numbers are others"
+        "run: the checkpoint is from another kind of device; random numbers will be different"
     )

@@ -1,4 +1,4 @@
-"""How a command line ends: a user's mistake is one line and status 2, never a traceback."""
+"""Parsing and exit of commands. A user's mistake gives one line and status 2."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _DISK_ERRORS = {
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the line breaks of a description's examples."""
+    """Shows defaults, and keeps the line breaks of descriptions."""
 
 
 def build_parser(command: str, description: str, **options: Any) -> ArgumentParser:
-    """A parser of typed options for ``python -m command``, see `parse_or_refuse`."""
+    """Build a parser of typed options for ``python -m command``. See `parse_or_refuse`."""
     return ArgumentParser(
         prog=f"python -m {command}",
         usage=f"python -m {command} [--option value ...]",
@@ -60,7 +60,7 @@ def build_parser(command: str, description: str, **options: Any) -> ArgumentPars
 
 
 def with_underscores(arguments: Sequence[str] | None) -> list[str]:
-    """The command line with options as they are declared: ``--max-time`` is ``--max_time``."""
+    """Write option names as they are declared: ``--max-time`` becomes ``--max_time``."""
 
     def declared(argument: str) -> str:
         name, equals, value = argument.partition("=")
@@ -70,7 +70,7 @@ def with_underscores(arguments: Sequence[str] | None) -> list[str]:
 
 
 def parse_or_refuse(parser: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
-    """Parse the command line; a mistake is a `UsageError` of one sentence."""
+    """Parse the command line. A mistake raises a `UsageError` of one sentence."""
     try:
         return parser.parse_args(with_underscores(arguments))
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
@@ -78,7 +78,7 @@ def parse_or_refuse(parser: ArgumentParser, arguments: Sequence[str] | None) -> 
 
 
 def instantiate_or_refuse(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
-    """The options with their dataclasses; a mistake is a `UsageError` of one sentence."""
+    """Build the options' dataclasses. A mistake raises a `UsageError` of one sentence."""
     try:
         return dict(parser.instantiate(namespace).as_dict())
     except ValueError as error:
@@ -90,7 +90,7 @@ def instantiate_or_refuse(parser: ArgumentParser, namespace: Namespace) -> dict[
 
 def _refusal(parser: ArgumentParser, error: Exception) -> UsageError:
     sentence = re.sub(r"<class '(.*?)'>", r"\1", " ".join(str(error).split()))
-    # Of a value that may also be null, what is wrong with it as itself.
+    # If an option may also be null, report only the error of its other type.
     union = re.fullmatch(
         r"(.*?)Does not validate against any of the Union subtypes .*? Errors: - (.*?)"
         r"(?: - .*)? Given value type: .*? Given value: (.*)",
@@ -104,7 +104,7 @@ def _refusal(parser: ArgumentParser, error: Exception) -> UsageError:
             sentence = f'Parser key "{outer[1]}.{nested[1]}": {nested[2]}'
         else:
             sentence = f"{key}{wrong}. Got value: {value}"
-    if len(sentence) > _LONGEST_ERROR:  # a wrong --config is quoted whole
+    if len(sentence) > _LONGEST_ERROR:  # a wrong --config is quoted in full
         sentence = sentence[:_LONGEST_ERROR] + " ..."
     return UsageError(f"{parser.prog.removeprefix('python -m ')}: {sentence}")
 
@@ -112,10 +112,10 @@ def _refusal(parser: ArgumentParser, error: Exception) -> UsageError:
 def check_machine(
     command: str, *, seed: int = 0, threads: int | None = None, device: str = "cpu"
 ) -> None:
-    """Refuse what torch would answer with a traceback, or a crash, much later.
+    """Refuse early what would make torch fail later.
 
     Raises:
-        UsageError: If torch cannot use ``seed``, so many ``threads`` or ``device``.
+        UsageError: If torch cannot use ``seed``, ``threads`` or ``device``.
     """
     if not 0 <= seed < 2**63:
         raise UsageError(f"{command}: expected seed between 0 and 2^63 - 1, got {seed}")
@@ -137,9 +137,9 @@ def check_machine(
 
 
 def decode_workers(workers: int | None, device: str, from_files: bool) -> int:
-    """How many processes decode images, if the user (``workers`` None) has no opinion.
+    """Return ``workers``, the number of processes that decode images, or a default if it is None.
 
-    On a CPU they would take the cores from the network.
+    On a CPU the default is 0, so that they do not compete with the network for cores.
     """
     if workers is not None:
         return workers
@@ -147,20 +147,20 @@ def decode_workers(workers: int | None, device: str, from_files: bool) -> int:
 
 
 def available_cores() -> int:
-    """Cores that this process may run on; ``taskset`` and containers give fewer than all."""
+    """Return the number of cores that ``taskset`` or a container leaves to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run ``main``; leave with 0 when it returns, 2 after a `UsageError`, 130 on Ctrl-C."""
+    """Run ``main``. Exit with 0 when it returns, 2 after a `UsageError`, 130 on Ctrl-C."""
     try:
         main()
     except UsageError as error:
         _leave(f"error{signature()}: {error}", 2)
     except (OSError, SafetensorError) as error:
-        # A bug of ours would be another error; a full disk comes from safetensors as a text.
+        # Other errors would be bugs. safetensors reports a full disk without a number.
         if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
             raise
         _leave(f"error{signature()}: expected to write and read files, got: {error}", 2)
@@ -168,14 +168,14 @@ def run_command(main: Callable[[], None]) -> None:
         if not is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        _leave(f"error{signature()}: expected sizes that fit the memory, got {reason}", 2)
+        _leave(f"error{signature()}: expected sizes that fit in memory, got {reason}", 2)
     except KeyboardInterrupt as interruption:
         _leave(f"interrupted; {interruption}" if interruption.args else "interrupted", 130)
 
 
 def _leave(message: str, status: int) -> NoReturn:
     print(message, file=sys.stderr)
-    if world_size() > 1:  # on its way out NCCL would wait for processes that no longer answer
+    if world_size() > 1:  # at a normal exit, NCCL would wait for processes that do not answer
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""A quick look at a float network before a long run: if it guesses, the likely reason."""
+"""Quick checks of a float network before a long run."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from .memory import must_fit
 
 __all__ = ["diagnose", "doubt_margin"]
 
-#: Images of so many classes, so many of each: several of one class show whether they agree.
+#: Number of classes, and images of each. Several images of a class show whether predictions agree.
 _CLASSES, _PER_CLASS = 16, 16
 _BATCH = 32
-#: Images that are classified with a margin and without, and how many answers of a hundred may
-#: differ.
+#: Images classified with and without margin, and the percentage of predictions that may differ.
 _COMPARED, _DIFFERING = 100, 5
 
 
 def _sample(source: ImageSource) -> tuple[Tensor, Tensor]:
-    """The first images of classes spread over the data, and their labels; damaged ones left out."""
+    """Return the first readable images of classes spread over the data, and their labels."""
     classes = source.labels.unique()
     spread = torch.linspace(0, len(classes) - 1, min(_CLASSES, len(classes))).round().long()
     pixels, labels = [], []
@@ -36,12 +35,12 @@ def _sample(source: ImageSource) -> tuple[Tensor, Tensor]:
                 pixels.append(source.pixels(index))
                 labels.append(label)
             except UnreadableImageError:
-                continue  # the evaluation counts and names it
+                continue  # the evaluation counts and reports it
     return (torch.stack(pixels) if pixels else torch.empty(0)), torch.tensor(labels)
 
 
 def _normalisations(source: ImageSource, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Other ways to prepare images of ``values`` from 0 to 1, and how to ask for them."""
+    """Yield the problem that another preparation of ``values`` (0 to 1) solves, and its images."""
     usual = Preprocessing().for_channels(values.shape[1])
     channels = usual.channels
     for mean, std in (
@@ -55,26 +54,26 @@ def _normalisations(source: ImageSource, values: Tensor) -> Iterator[tuple[str, 
         left, right = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (mean, std))
         yield f"the normalisation: give {advice}", (values - left) / right
     if channels == 3:
-        yield "the order of colours: the network takes blue first", source.normalise(values.flip(1))
+        yield "the colour order: the network takes blue first", source.normalise(values.flip(1))
 
 
 def _predict(network: nn.Module, images: Tensor, device: torch.device | str) -> Tensor:
-    """Classes ``[N]`` of normalised ``images [N, C, H, W]``."""
+    """Return the predicted classes ``[N]`` of normalised ``images [N, C, H, W]``."""
     with must_fit(image_size=images.shape[-1]):
         return torch.cat([network(b.to(device)).argmax(1).cpu() for b in images.split(_BATCH)])
 
 
 @runtime_checkable
 class MarginSource(ImageSource, Protocol):
-    """Images that may be enlarged beyond what is then cut from their middle."""
+    """Images that may be enlarged before the crop, so that the crop removes a margin."""
 
     @property
     def image_size(self) -> ImageSize:
-        """Height and width of what is cut out."""
+        """Height and width of the crop."""
         ...
 
     def pixels_without_margin(self, index: int, /) -> Tensor | None:
-        """As `pixels`, without that; None for an image that is not enlarged."""
+        """Return what `pixels` gives, without a margin; None for an image that is not enlarged."""
         ...
 
 
@@ -82,16 +81,16 @@ class MarginSource(ImageSource, Protocol):
 def doubt_margin(
     network: nn.Module, source: ImageSource, device: torch.device | str = "cpu"
 ) -> str | None:
-    """See whether enlarging images and cutting off their borders changes what ``network`` answers.
+    """Check whether enlarging and cropping images changes the network's predictions.
 
     Args:
-        network: From images ``[B, C, H, W]`` to logits.
-        source: At most 100 of its images, spread evenly, are classified in both ways.
-        device: Where the network is.
+        network: Module from images ``[B, C, H, W]`` to logits.
+        source: The images, of which at most 100 are classified in both ways.
+        device: Device of the network.
 
     Returns:
-        None if images are not enlarged, or at most 5 % of the answers change. Otherwise a sentence
-        with how many are right in both ways, and how to ask for the other one.
+        None if images are not enlarged, or at most 5 % of the predictions change. Otherwise a
+        sentence with the correct predictions of both ways, and the option for the other way.
     """
     if not isinstance(source, MarginSource):
         return None
@@ -104,7 +103,7 @@ def doubt_margin(
                 pairs.append((source.pixels(index), whole))
                 labels.append(int(source.labels[index]))
         except UnreadableImageError:
-            continue  # the evaluation counts and names it
+            continue  # the evaluation counts and reports it
     if not pairs:
         return None
     network.eval()
@@ -118,9 +117,9 @@ def doubt_margin(
     right = [int((found == torch.tensor(labels)).sum()) for found in (cut, whole)]
     short = min(height_and_width(source.image_size))
     return (
-        f"the images are enlarged and cut, which changes {differing} of {count} answers of the "
-        f"float network: {right[0]} are right, and {right[1]} without enlarging; "
-        f"--preprocessing.resize={short} leaves that out"
+        f"enlarging and cropping the images changes {differing} of {count} predictions of the "
+        f"float network: {right[0]} are correct, and {right[1]} without enlarging; "
+        f"--preprocessing.resize={short} turns enlarging off"
     )
 
 
@@ -131,18 +130,18 @@ def diagnose(
     num_classes: int,
     device: torch.device | str = "cpu",
 ) -> str | None:
-    """See whether ``network`` classifies some images of ``source`` better than by chance.
+    """Check whether ``network`` classifies some images of ``source`` better than chance.
 
     Args:
-        network: From images ``[B, C, H, W]`` to logits ``[B, num_classes]``.
-        source: Images to be classified, 16 of each of 16 classes at most are.
-        num_classes: K.
-        device: Where the network is.
+        network: Module from images ``[B, C, H, W]`` to logits ``[B, num_classes]``.
+        source: The images, of which at most 16 of each of 16 classes are classified.
+        num_classes: Number of classes, K.
+        device: Device of the network.
 
     Returns:
-        None if it does. Otherwise a sentence with the likeliest of: another normalisation or order
-        of colours (tried out), another order of classes (images of one class agree on another
-        one), a network that gives all images one class, weights of something else.
+        None if it does. Otherwise a sentence with the most likely cause: another normalisation or
+        colour order (these are tried), another order of classes (images of one class agree on a
+        wrong one), or wrong weights.
     """
     pixels, labels = _sample(source)
     if not len(labels):
@@ -152,7 +151,7 @@ def diagnose(
         return _predict(network, images, device)
 
     def share_right(predictions: Tensor) -> float:
-        """Of images that are not of the class that most get, which is right by itself."""
+        """Return the accuracy outside the class predicted most, where it is right by chance."""
         others = labels != predictions.mode().values
         return float((predictions == labels)[others].float().mean()) if others.any() else 1.0
 
@@ -163,17 +162,17 @@ def diagnose(
     if share_right(predictions) > guessing:
         return None
     right = int((predictions == labels).sum())
-    found = f"the float network is right on {right} of {len(labels)} images, no better than chance"
+    found = f"the float network gets {right} of {len(labels)} images right, no better than chance"
 
     values = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
     tried = [(share_right(predict(im)), what) for what, im in _normalisations(source, values)]
     best, what = max(tried)
     if best > 2 * guessing:
-        return f"{found}; the likely cause is {what}, and {100 * best:.0f} % are right"
+        return f"{found}; the likely cause is {what}; then {100 * best:.0f} % are right"
     if len(predictions.unique()) == 1:
         return (
             f"{found}: all get class {int(predictions[0])}; the likely cause is weights of another "
-            "network, or of another layout than their names say"
+            "network, or a layout of the weights that their names do not show"
         )
     answers = [predictions[labels == label] for label in labels.unique()]
     agreed = [answer.mode().values for answer in answers]
@@ -184,7 +183,7 @@ def diagnose(
     if several and agreement > 0.5 and len({int(most) for most in agreed}) > 0.7 * len(agreed):
         return (
             f"{found}, but images of one class agree ({100 * agreement:.0f} %); the likely cause "
-            "is the order of the classes: folders, sorted by name, are not in the weights' order"
+            "is the order of the classes: folders sorted by name are not in the weights' order"
         )
     return (
         f"{found}; the likely cause is the weights: random ones, those of another network, of "

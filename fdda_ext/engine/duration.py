@@ -1,4 +1,4 @@
-"""Durations in words and on a clock that can be paused."""
+"""Formatting of durations, and a stopwatch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 __all__ = ["Stopwatch", "format_duration", "format_significant"]
 
-#: Names of the units below an hour, their lengths in seconds, how many of one make the next.
+#: Units below an hour: name, length in seconds, and how many make the next unit.
 _UNITS = (
     ("ns", 1e-9, 1000.0),
     ("µs", 1e-6, 1000.0),
@@ -18,12 +18,12 @@ _UNITS = (
 
 
 def format_significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits and without an exponent, so that none vanishes.
+    """Format a number with ``digits`` significant digits and without an exponent.
 
     Args:
         value: Any number.
-        digits: How many digits are kept of a number below 10 to the power of ``digits``; a larger
-            number is rounded to an integer.
+        digits: Number of digits. Numbers from 10 to the power of ``digits`` are rounded to
+            integers.
 
     Returns:
         "0.00400" for 0.004, "12.3" for 12.34, "1234" for 1234.5 and "0" for 0.
@@ -36,12 +36,12 @@ def format_significant(value: float, digits: int = 3) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration in the unit that suits it, with three significant digits.
+    """Format a duration in a suitable unit, with three significant digits.
 
-    A duration that is not zero never reads as zero, however short it is.
+    A duration above zero is never printed as zero.
 
     Args:
-        seconds: The duration; at least 0.
+        seconds: The duration, at least 0.
 
     Returns:
         For example "0 s", "4.00 ms", "59.9 s", "1.50 h".
@@ -52,16 +52,16 @@ def format_duration(seconds: float) -> str:
         printed = float(f"{seconds / length:.3g}")
         if printed < most:
             return f"{format_significant(seconds / length)} {name}"
-        if printed == most:  # 59.99 s are one minute
+        if printed == most:  # 59.99 s become one minute
             seconds = most * length
     return f"{format_significant(seconds / 3600)} h"
 
 
 class Stopwatch:
-    """Seconds that never run backwards, even after rounding, and that a pause does not add to.
+    """Counts seconds, except during pauses. The count never decreases, even after rounding.
 
     Args:
-        seconds: What was measured before.
+        seconds: Seconds counted before.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -79,5 +79,5 @@ class Stopwatch:
         self._total, self._since = self.seconds, None
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Continue after `pause`."""
         self._since = time.monotonic()

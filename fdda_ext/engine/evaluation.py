@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy over a whole data set."""
+"""Top-1 and top-5 accuracy over a data set."""
 
 from __future__ import annotations
 
@@ -29,25 +29,24 @@ __all__ = [
 
 _log = logging.getLogger("fdda_ext")
 
-#: Data sets up to this many bytes of images stay in memory between evaluations.
+#: Data sets with up to this many bytes of images stay in memory between evaluations.
 KEEP_BYTES = 1 << 30
 
 
 def standard_error(percent: float, count: int, of: int) -> float:
-    """How far a sample's accuracy typically is from that of all images, in points.
+    """Return the standard error of a sample's accuracy, in percentage points.
 
     It is ``100 * sqrt(p * (1 - p) / count * (of - count) / (of - 1))`` with ``p = percent / 100``:
-    the binomial error of a share, and the correction for a sample that is drawn from ``of`` images
-    without putting any back. It ignores that samples are stratified by class, which makes the error
-    a little smaller.
+    the binomial error, corrected for sampling from ``of`` images without replacement.
+    Stratification by class, which makes the error a little smaller, is ignored.
 
     Args:
-        percent: Share of the sample's images.
-        count: Images of the sample.
-        of: All images that it was drawn from.
+        percent: Accuracy on the sample, in per cent.
+        count: Number of images in the sample.
+        of: Number of images that it was drawn from.
 
     Returns:
-        0 if all images were tested.
+        The standard error; 0 if all images were tested.
     """
     if not 0 < count < of:
         return 0.0
@@ -56,18 +55,18 @@ def standard_error(percent: float, count: int, of: int) -> float:
 
 
 def render_percent(percent: float, count: int, of: int) -> str:
-    """``81.20``, and for a sample ``81.20 ± 0.39`` with its standard error."""
+    """Format a percentage, with its standard error for a sample: ``81.20``, ``81.20 ± 0.39``."""
     text = f"{percent:.2f}"
     return f"{text} ± {standard_error(percent, count, of):.2f}" if 0 < count < of else text
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percentages over ``count`` images.
+    """Accuracy over ``count`` images, in per cent.
 
     Attributes:
-        top1: Share whose highest logit is the label's.
-        top5: Share whose label is among the five highest logits (all logits when fewer).
+        top1: Share of images whose label has the highest logit.
+        top5: Share of images whose label is among the five highest logits (all if there are fewer).
         count: Number of images.
         of: Number of images that these are a sample of; 0 if they are no sample.
     """
@@ -79,16 +78,16 @@ class Accuracy:
 
     @property
     def is_sample(self) -> bool:
-        """Whether there are more images than were tested."""
+        """Whether only a sample of the images was tested."""
         return self.count < self.of
 
     @property
     def standard_error(self) -> float:
-        """Of `top1`, in points; 0 where all images were tested. See `standard_error`."""
+        """Standard error of `top1`, in percentage points; 0 if all images were tested."""
         return standard_error(self.top1, self.count, self.of)
 
     def __str__(self) -> str:
-        """Both percentages, with their standard errors if the images are a sample."""
+        """Format both percentages, with standard errors for a sample."""
         top1, top5 = (render_percent(x, self.count, self.of) for x in (self.top1, self.top5))
         text = f"top-1 {top1} %, top-5 {top5} %"
         if self.is_sample:
@@ -97,28 +96,28 @@ class Accuracy:
 
 
 class ImageSource(Protocol):
-    """Images with labels, by number."""
+    """Labelled images, accessed by index."""
 
     @property
     def labels(self) -> Tensor:
-        """int64 ``[n]``."""
+        """Labels of all images, int64 ``[n]``."""
         ...
 
     def __len__(self) -> int: ...
 
     def pixels(self, index: int, /) -> Tensor:
-        """Image ``[C, H, W]``, uint8, or float32 from 0 to 1."""
+        """Return one image ``[C, H, W]``, uint8, or float32 from 0 to 1."""
         ...
 
     def normalise(self, pixels: Tensor, /) -> Tensor:
-        """float32 images for the network, on the device of ``pixels``."""
+        """Return float32 images for the network, on the device of ``pixels``."""
         ...
 
 
 class _Pixels:
-    """The images of a source for a loader; in place of a damaged one stands why it is damaged.
+    """The images of a source, with error messages in the place of damaged images.
 
-    An exception that crosses the border of a worker process comes back as a traceback.
+    An exception from a worker process would arrive as a traceback.
     """
 
     def __init__(self, source: ImageSource) -> None:
@@ -135,27 +134,25 @@ class _Pixels:
 
 
 def _collate(items: list[Any]) -> tuple[list[Tensor], list[str]]:
-    """Pixels and labels of the images that can be read, and what is wrong with the others."""
+    """Return pixels and labels of readable images, and error messages of the others."""
     readable = [item for item in items if not isinstance(item, str)]
     batch = list(default_collate(readable)) if readable else []
     return batch, [item for item in items if isinstance(item, str)]
 
 
 class BatchSource:
-    """Batches ``(pixels [B, C, H, W], labels [B])`` of a data set, any number of times.
+    """Batches ``(pixels [B, C, H, W], labels [B])`` of a data set, for any number of passes.
 
-    Pixels are what the data set stores, uint8 mostly: a quarter of what normalised images would
-    take in memory and on the way to a GPU. `normalise` is done there. Small data sets are produced
-    once and kept.
-
-    Several processes have turns at the batches: each gets its own.
+    Pixels are the stored values, mostly uint8, which take a quarter of the memory and transfer time
+    of normalised images. `normalise` is for use on the GPU. Small data sets are decoded once and
+    kept. Each rank gets its own batches.
 
     Args:
         dataset: The images.
-        batch_size: B, less for the last batch and where images were left out.
-        workers: Processes that decode images; 0 for this one.
-        max_unreadable: So many damaged files are left out, each named in a warning of the logger
-            ``fdda_ext``; one more is an error.
+        batch_size: B. The last batch and batches with damaged images are smaller.
+        workers: Number of processes that decode images; 0 for this process.
+        max_unreadable: Number of damaged files to skip, each with a warning of the logger
+            ``fdda_ext``. One more is an error.
 
     Raises:
         UsageError: If the data set is empty.
@@ -189,14 +186,14 @@ class BatchSource:
         return len(self._loader)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """float32 images for the network, on the device of ``pixels``."""
+        """Return float32 images for the network, on the device of ``pixels``."""
         return self.dataset.normalise(pixels)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches.
+        """Yield the batches.
 
         Raises:
-            UsageError: If more files are damaged than may be.
+            UsageError: If more files than ``max_unreadable`` are damaged.
         """
         if self._kept is not None:
             yield from self._kept
@@ -208,8 +205,8 @@ class BatchSource:
                 self.unreadable += 1
                 if self.unreadable > self.max_unreadable:
                     more = f", after {self.unreadable - 1} others" if self.unreadable > 1 else ""
-                    raise UsageError(f"{message}{more}; --max_unreadable lets some be left out")
-                _log.warning("%s; it is left out", message)
+                    raise UsageError(f"{message}{more}; raise --max_unreadable to skip it")
+                _log.warning("%s; it is skipped", message)
             if not batch:
                 continue
             pixels, labels = batch
@@ -222,11 +219,11 @@ class BatchSource:
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
-    """How many labels have the highest logit, and how many are among the five highest.
+    """Count the labels with the highest logit, and those among the five highest.
 
     Args:
-        logits: ``[N, K]``.
-        labels: int64 ``[N]``, on the same device.
+        logits: Logits ``[N, K]``.
+        labels: Labels, int64 ``[N]``, on the same device.
 
     Raises:
         UsageError: If a label is not between 0 and K - 1.
@@ -234,8 +231,8 @@ def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
     least, largest = int(labels.min()), int(labels.max())
     if least < 0 or largest >= logits.shape[1]:
         raise UsageError(
-            f"evaluate: expected labels between 0 and {logits.shape[1] - 1}, as the network gives "
-            f"{logits.shape[1]} logits, got {least if least < 0 else largest}"
+            f"evaluate: expected labels between 0 and {logits.shape[1] - 1}, because the network "
+            f"gives {logits.shape[1]} logits, got {least if least < 0 else largest}"
         )
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return int(best[:, 0].sum()), int(best.any(1).sum())
@@ -250,18 +247,18 @@ def evaluate(
     label: str = "",
     bar: ProgressBar | None = None,
 ) -> Accuracy:
-    """Accuracy of ``network`` in evaluation mode over all of ``batches``, those of all processes.
+    """Measure the accuracy of ``network`` in evaluation mode over ``batches`` of all ranks.
 
     Args:
-        network: From images ``[B, C, H, W]`` to logits ``[B, K]``.
+        network: Module from images ``[B, C, H, W]`` to logits ``[B, K]``.
         batches: The data.
-        device: Where the network is.
-        label: Shown beside the progress bar, which appears when this is not empty.
-        bar: Where to show it; None for a bar of its own.
+        device: Device of the network.
+        label: Text beside the progress bar; empty for no new bar.
+        bar: Existing bar to use; None for a new one.
 
     Raises:
-        UsageError: If a label is not below K, images cannot be read, or the memory does not
-            suffice for a batch.
+        UsageError: If a label is outside 0 to K - 1, images cannot be read, or a batch does not
+            fit in memory.
     """
     network.eval()
     correct1 = correct5 = count = 0
@@ -285,14 +282,14 @@ def evaluate(
     correct1, correct5, count, unreadable = total_counts(
         correct1, correct5, count, batches.unreadable
     )
-    if unreadable > batches.max_unreadable:  # which no process saw alone
+    if unreadable > batches.max_unreadable:  # no rank has seen so many alone
         raise UsageError(
             f"evaluate: expected at most {batches.max_unreadable} damaged images, "
-            f"got {unreadable}; --max_unreadable lets more be left out"
+            f"got {unreadable}; raise --max_unreadable to skip them"
         )
     if not count:
         raise UsageError(
-            f"evaluate: expected some image that can be read, got {unreadable} that cannot"
+            f"evaluate: expected at least one readable image, got {unreadable} damaged ones"
         )
     whole = int(getattr(batches.dataset, "whole", 0))
     of = whole if whole > count else 0

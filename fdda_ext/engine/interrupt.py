@@ -1,4 +1,4 @@
-"""Ctrl-C between two iterations instead of within one."""
+"""Ctrl-C that takes effect between two iterations."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["held_interrupt"]
 
 @contextmanager
 def held_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C, so that the loop inside ends after a whole iteration.
+    """Hold back the first Ctrl-C, so that the loop inside can end after a whole iteration.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Only the main thread receives signals; in any
-    other thread, and where the program has installed a handler of its own, nothing is held back.
+    A second Ctrl-C raises KeyboardInterrupt. Nothing is held back outside the main thread, which
+    alone receives signals, or if the program has its own handler.
 
     Yields:
         A function that tells whether Ctrl-C was pressed.

@@ -1,4 +1,4 @@
-"""The training loop: progress, metrics, checkpoints, a time limit."""
+"""The training loop, with progress, metrics, checkpoints and a time limit."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ from .run_folder import RunFolder
 
 __all__ = ["Evaluation", "Progress", "Trainable", "train"]
 
-#: Measures what is being trained, shows how far it is, and names what it found.
+#: Measures what is being trained, shows its progress, and returns named results.
 Evaluation = Callable[[ProgressBar], Mapping[str, float]]
 
-#: The share of the time that checkpoints may take: some have half a gigabyte.
+#: The share of the time that checkpoints may take. Some have half a gigabyte.
 _SAVING_SHARE = 0.02
-#: The longest time between two checkpoints, seconds: a disk that hangs once, or a machine that
-#: sleeps while it writes, must not put the next one off for days.
+#: The longest time between two checkpoints, in seconds. A write during which the disk hangs or the
+#: machine sleeps must not delay the next one by days.
 _LONGEST_INTERVAL = 1800.0
 
 
 class Trainable(Protocol):
-    """What the loop asks of a method. Everything that decides the next step is in its state."""
+    """What the loop requires of a method."""
 
     iterations: int
 
     @property
     def part(self) -> str:
-        """What it is at, in a word or two for the progress bar; may be empty."""
+        """The current part of the work in a word, for the progress bar. May be empty."""
         ...
 
     def step(self, iteration: int) -> Mapping[str, Tensor]:
-        """Do iteration ``iteration`` and name its scalar metrics."""
+        """Run iteration ``iteration`` and return named scalar metrics."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that must be stored for the next step to come out the same."""
+        """Return everything that decides the next step."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         ...
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training came.
+    """The progress of a run's training.
 
     Attributes:
         iterations: Iterations done.
         seconds: Time spent in them, over all resumptions.
-        interrupted: Whether Ctrl-C ended it.
+        interrupted: Whether Ctrl-C ended the training.
     """
 
     iterations: int
@@ -74,7 +74,7 @@ class Progress:
 
 
 def _truncate_metrics(folder: RunFolder, iterations: int) -> None:
-    """Drop the lines that a killed run wrote after its last checkpoint."""
+    """Remove the lines that a killed run wrote after its last checkpoint."""
     if folder.metrics.exists():
         lines = folder.metrics.read_text(errors="replace").splitlines()
         kept = []
@@ -82,7 +82,7 @@ def _truncate_metrics(folder: RunFolder, iterations: int) -> None:
             try:
                 if json.loads(line)["iteration"] < iterations:
                     kept.append(line)
-            except (ValueError, KeyError, TypeError):  # the line that the kill cut short
+            except (ValueError, KeyError, TypeError):  # a line that the kill cut short
                 continue
         folder.metrics.write_text("".join(line + "\n" for line in kept))
 
@@ -90,7 +90,7 @@ def _truncate_metrics(folder: RunFolder, iterations: int) -> None:
 def _restore(
     trainable: Trainable, folder: RunFolder, device: torch.device | str
 ) -> tuple[int, float]:
-    """Take back the checkpoint; returns the iterations done and the seconds they took."""
+    """Load the checkpoint. Return the iterations done and the seconds they took."""
     state = load_state(folder.checkpoint, device)
     folder.check_fingerprint(state.get("config"))
     try:
@@ -119,35 +119,34 @@ def train(
     device: torch.device | str = "cpu",
     show: bool = True,
 ) -> Progress:
-    """Run ``trainable`` from the folder's checkpoint, if there is one, to its end.
+    """Train to the end, from the folder's checkpoint if there is one.
 
-    Of several processes, all read the checkpoint and take the steps; the first writes.
+    All ranks read the checkpoint and take the steps. Only the first rank writes.
 
-    The first Ctrl-C ends the loop after the iteration under way; its state is stored like that of a
-    time-out. A second Ctrl-C raises KeyboardInterrupt at once.
+    The first Ctrl-C ends the loop after the current iteration, like a time-out. A second one raises
+    KeyboardInterrupt.
 
     Args:
-        trainable: What to train, freshly built; its state is replaced by the checkpoint's.
-        folder: Where metrics and checkpoints go; None to write nothing.
-        description: Shown beside the progress bar.
-        max_seconds: Stop after the first iteration that ends later than this, resumptions counted
-            together; the state is then stored, so that a later call goes on.
-        checkpoint_seconds: Least time between two checkpoints, 0 for one after every iteration;
-            otherwise more where the writing of one would take more than a fiftieth of it, but half
-            an hour at most.
-        log_every: Metrics of every so manyth iteration are kept (reading them waits for a GPU).
-        evaluation: What to measure meanwhile. It must not change what is trained; its time does
-            not count as training.
-        evaluate_every: Iterations between two of them; None for never.
-        device: Where a checkpoint's tensors are put.
+        trainable: Method to train, freshly built. A checkpoint replaces its state.
+        folder: Folder for metrics and checkpoints; None writes nothing.
+        description: Text beside the progress bar.
+        max_seconds: Time limit in seconds, over all resumptions. Training stops after the first
+            iteration that ends later, and stores its state.
+        checkpoint_seconds: Shortest time between two checkpoints, in seconds; 0 for one after every
+            iteration. It grows up to half an hour if writing takes more than a fiftieth of it.
+        log_every: Interval of the iterations whose metrics are kept. Reading them waits for a GPU.
+        evaluation: Measurement during training, which must not change what is trained. Its time
+            does not count.
+        evaluate_every: Iterations between two evaluations; None for never.
+        device: Device for the tensors of a checkpoint.
         show: Whether to show a progress bar.
 
     Returns:
-        Iterations and seconds; fewer iterations than ``trainable.iterations`` after a time-out or
-        an interruption.
+        Iterations and seconds. After a time-out or Ctrl-C, these are fewer than
+        ``trainable.iterations``.
 
     Raises:
-        UsageError: If the checkpoint is not this run's, or a metric is no longer finite.
+        UsageError: If the checkpoint is of another run, or a metric is not finite.
         LostProcessError: If another process of the run has ended.
     """
     locked = folder.lock() if folder is not None and is_first() else nullcontext()
@@ -181,10 +180,10 @@ def _train(
     interrupted: Callable[[], bool],
 ) -> Progress:
     done, seconds_before = 0, 0.0
-    release_freed_memory()  # what building the method left in pieces
+    release_freed_memory()  # building the method has fragmented it
     if folder is not None and from_first(folder.checkpoint.exists):
         done, seconds_before = _restore(trainable, folder, device)
-    #: Where this process writes.
+    #: The folder if this process writes to it, else None.
     own = folder if is_first() else None
     if own is not None:
         _truncate_metrics(own, done)
@@ -220,7 +219,7 @@ def _train(
 
         task = bar.add_task(description, total=trainable.iterations, completed=done, shown="")
         while done < trainable.iterations:
-            # Also how a process notices, before it waits for ever on a GPU, that another is lost.
+            # This also notices a lost process, for which a GPU would wait forever.
             if from_first(
                 lambda: interrupted() or (max_seconds is not None and watch.seconds >= max_seconds)
             ):
@@ -235,7 +234,7 @@ def _train(
                             f"iteration {done}; lower the learning rates"
                         )
                 note(values)
-                latest = list(values.items())[-1:]  # one, so that the bar fits a narrow terminal
+                latest = list(values.items())[-1:]  # only one, to fit a narrow terminal
                 shown = [f"{name} {value:.3g}" for name, value in latest]
                 bar.update(task, shown=" ".join([trainable.part, *shown]).strip())
             if evaluation is not None and (done + 1) % evaluate_every == 0:

@@ -1,4 +1,4 @@
-"""Memory that does not suffice, answered by the setting to lower."""
+"""Measurement and limits of memory, and settings of its allocator."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ __all__ = [
     "release_freed_memory",
 ]
 
-#: Names that glibc's malloc.h gives to what mallopt sets.
+#: Parameters of mallopt, as in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-#: glibc's own number of blocks that lie outside its heap; bytes of the smallest of them.
+#: glibc's default limit of blocks outside its heap, and the smallest size of these, in bytes.
 _MMAP_MAX, _LARGE = 65536, 32 << 20
 #: Whether `keep_freed_memory` was called.
 _kept = False
-#: Pixels that pass a network together on a CPU: 16 images of 224x224, 784 of 32x32.
+#: Pixels that pass through a network together on a CPU: 16 images of 224x224, 784 of 32x32.
 _PIXELS_AT_ONCE = 16 * 224**2
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU, torch on a CPU, or Python itself could not get the memory it asked for."""
+    """Return whether a GPU, torch on a CPU, or Python failed to allocate memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate" in str(error)
     )
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory stay with the process, to be used again.
+    """Keep freed memory in the process for later use.
 
-    By default glibc gives the memory of every large tensor back, and the kernel clears each page
-    again for the next: over a third of the time of a training iteration at 224x224 on a CPU.
+    By default, glibc returns the memory of every large tensor to Linux, which clears each page for
+    the next one. This takes over a third of a training iteration at 224x224.
     """
     global _kept
     _kept = True
@@ -62,10 +62,10 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def large_blocks_returned() -> Iterator[None]:
-    """Inside, the memory of a large tensor goes back when it is freed, as glibc has it by default.
+    """Inside, return the memory of freed large tensors to Linux, as glibc does by default.
 
-    Blocks that are kept come to lie between others, so a step that holds many large tensors takes
-    more than they have bytes. Afterwards freed memory is kept again, see `keep_freed_memory`.
+    Kept blocks fragment the heap, which costs memory in a step with many large tensors. Afterwards
+    freed memory is kept again. See `keep_freed_memory`.
     """
     if not _kept:
         yield
@@ -79,29 +79,29 @@ def large_blocks_returned() -> Iterator[None]:
 
 
 def _mallopt(parameter: int, value: int) -> None:
-    """Set a parameter of glibc's allocator; other C libraries are left as they are."""
+    """Set a parameter of glibc's allocator. With other C libraries, do nothing."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         mallopt(parameter, value)
 
 
 def release_freed_memory() -> None:
-    """Give back, once, what `keep_freed_memory` kept, when another phase begins."""
+    """Return to Linux, once, the memory that `keep_freed_memory` kept."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
 
 
 def parts_of(images: int, pixels: int, device: torch.device) -> int:
-    """Into how many parts to divide a batch where that changes no result but the order of sums.
+    """Return into how many parts to divide a batch. This changes only the order of sums.
 
-    On a CPU a part has 16 images of 224x224, or as many as have its pixels: larger ones are not
-    faster there. On a GPU they are, and the batch stays whole.
+    On a CPU, a part has the pixels of 16 images of 224x224, because larger parts are not faster. On
+    a GPU they are, and the batch stays whole.
 
     Args:
-        images: In the batch.
-        pixels: Of each.
-        device: Where they are.
+        images: Number of images in the batch.
+        pixels: Number of pixels of each image.
+        device: Device of the images.
     """
     if device.type != "cpu":
         return 1
@@ -109,7 +109,7 @@ def parts_of(images: int, pixels: int, device: torch.device) -> int:
 
 
 def process_memory(device: torch.device) -> int:
-    """Bytes that the process has now: on a GPU what torch keeps there, else its resident set."""
+    """Return the bytes that this process holds: on a GPU torch's, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     statm = Path("/proc/self/statm")
@@ -119,11 +119,10 @@ def process_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory that was in use at a time so far, MiB: on a GPU torch's, else the process's.
+    """Return the peak memory so far, in MiB: on a GPU that of torch, else that of the process.
 
-    On a GPU with what torch keeps for itself, as a CUDA graph's memory lies there between replays.
-
-    Linux hands the peak that getrusage knows on to programs a process starts; /proc has their own.
+    On a GPU, all reserved memory counts, because that of CUDA graphs is part of it. On Linux the
+    value is from /proc, because child processes inherit the peak of getrusage.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) >> 20
@@ -135,13 +134,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside the context and still alive.
+    """Counts the bytes of all live tensors that were created inside the context.
 
-    Temporary memory within an operator is not seen, nor is what an allocator keeps beside it.
+    Temporary memory within operators and freed memory do not count.
 
     Attributes:
-        now: Bytes alive.
-        peak: The most that were alive at a time.
+        now: Bytes of live tensors.
+        peak: Largest value of ``now`` so far.
     """
 
     def __init__(self) -> None:
@@ -181,9 +180,9 @@ class LiveTensors(TorchDispatchMode):
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process can still get: on a GPU of it, else of the machine.
+    """Return the bytes that this process can still get, on the GPU or the machine.
 
-    A limit of its control group counts, such as a container has. None where it cannot be told.
+    The limit of a container counts. None if the number is unknown.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -207,17 +206,17 @@ def free_memory(device: torch.device) -> int | None:
 
 @contextmanager
 def must_fit(**settings: int) -> Iterator[None]:
-    """Say which of ``settings`` to lower, and to what, where the memory does not suffice.
+    """Say which of ``settings`` to lower, and to what, if the memory inside does not suffice.
 
-    The first that is above 1 is named: callers put the one that helps most, or costs least, first.
-    Half of it is proposed: the request that failed tells how much was missing then, not how much
-    would have been asked for afterwards.
+    The error names the first setting above 1, so callers begin with the best one to lower. It
+    proposes half of the value, because the failed request does not tell what later requests would
+    need.
 
     Args:
-        settings: Sizes that the memory needed inside grows with; two underscores stand for a dot.
+        settings: Sizes that the memory use grows with. Two underscores stand for a dot.
 
     Raises:
-        UsageError: In place of the error of torch or Python.
+        UsageError: Instead of torch's or Python's error.
     """
     try:
         yield
@@ -226,10 +225,10 @@ def must_fit(**settings: int) -> Iterator[None]:
             raise
         larger = [(name.replace("__", "."), size) for name, size in settings.items() if size > 1]
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        now, advice = "a single image", "lower image_size, or take a smaller model"
+        now, advice = "a single image", "lower image_size, or use a smaller model"
         if larger:
             name, size = larger[0]
             now, advice = f"{name} {size}", f"lower {name} from {size} to {size // 2}"
         raise UsageError(
-            f"memory: expected {now} to fit the memory, got {reason}; {advice}"
+            f"memory: expected {now} to fit in memory, got {reason}; {advice}"
         ) from None

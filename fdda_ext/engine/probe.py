@@ -1,4 +1,4 @@
-"""What a network takes and gives, found by looking at it, and refusals of what cannot be used."""
+"""Checks of a network's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..preprocessing import CHANNELS
 
 __all__ = ["check_logits", "check_one_input", "count_outputs", "input_channels"]
 
-#: What networks raise for images that they cannot take.
+#: Exceptions that networks raise for images that they cannot take.
 _MISFITS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)
 
 
@@ -28,14 +28,14 @@ class _ReachedError(Exception):
 
 
 def check_one_input(network: nn.Module, command: str) -> None:
-    """Refuse a network whose ``forward`` needs other arguments than one tensor of images.
+    """Refuse a network whose ``forward`` does not work with one tensor of images alone.
 
     Raises:
-        UsageError: If it does.
+        UsageError: If ``forward`` takes no tensor or needs more arguments.
     """
     try:
         parameters = inspect.signature(network.forward).parameters.values()
-    except (TypeError, ValueError):  # of a scripted module, say
+    except (TypeError, ValueError):  # for example of a scripted module
         return
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [
@@ -51,21 +51,21 @@ def check_one_input(network: nn.Module, command: str) -> None:
         raise UsageError(
             f"{command}: expected model to take one image tensor, got forward({names}) with "
             f"{len(needed)} input{'' if len(needed) == 1 else 's'}; wrap it in a module that takes "
-            "images alone"
+            "only images"
         )
 
 
 @torch.no_grad()
 def input_channels(network: nn.Module, image_size: ImageSize, command: str) -> int:
-    """How many channels the images that ``network`` takes have: those of its first convolution.
+    """Return the number of image channels that ``network`` takes, from its first convolution.
 
     Args:
-        network: It runs on black images of three channels until its first convolution.
+        network: The network, which runs on black RGB images up to its first convolution.
         image_size: Size of these images.
-        command: Named in errors.
+        command: Name at the beginning of errors.
 
     Raises:
-        UsageError: If the network takes several inputs, or other channels than gray, RGB or RGBA.
+        UsageError: If the network takes several inputs, or images other than gray, RGB or RGBA.
     """
     check_one_input(network, command)
 
@@ -82,9 +82,9 @@ def input_channels(network: nn.Module, image_size: ImageSize, command: str) -> i
     try:
         network.eval()(images)
     except _ReachedError as reached:
-        if reached.channels == 3:  # what comes before has not rearranged them
+        if reached.channels == 3:  # earlier layers have not rearranged them
             channels = reached.layer.in_channels
-    except _MISFITS:  # before any convolution, in a normalisation of the images, say
+    except _MISFITS:  # before any convolution, for example in a normalisation of the images
         if convolutions:
             channels = convolutions[0].in_channels
     finally:
@@ -94,18 +94,18 @@ def input_channels(network: nn.Module, image_size: ImageSize, command: str) -> i
     if channels not in CHANNELS:
         raise UsageError(
             f"{command}: expected model to take images of 1 (gray), 3 (RGB) or 4 (RGBA) channels, "
-            f"got a first convolution of {channels}"
+            f"got a first convolution with {channels}"
         )
     return channels
 
 
 @torch.no_grad()
 def count_outputs(network: nn.Module, images: Tensor, command: str) -> int:
-    """How many logits ``network`` gives for ``images [N, C, H, W]``.
+    """Return the number of logits that ``network`` gives for ``images [N, C, H, W]``.
 
     Raises:
-        UsageError: If it takes several inputs, cannot take images of this size, or gives anything
-            but one tensor of logits.
+        UsageError: If the network takes several inputs, cannot take images of this size, or gives
+            anything but one tensor of logits.
     """
     check_one_input(network, command)
     size = show_image_size(to_image_size(*images.shape[-2:]))
@@ -120,10 +120,10 @@ def count_outputs(network: nn.Module, images: Tensor, command: str) -> int:
 
 
 def check_logits(result: object, images: int, command: str) -> int:
-    """How many classes there are in what a network gave for so many ``images``.
+    """Return the number of classes K in a network's output for ``images`` images.
 
     Raises:
-        UsageError: If it is not one tensor ``[images, K]``.
+        UsageError: If ``result`` is not one tensor ``[images, K]``.
     """
     if isinstance(result, Tensor) and result.dim() == 2 and len(result) == images:
         return int(result.shape[1])
@@ -135,5 +135,5 @@ def check_logits(result: object, images: int, command: str) -> int:
         got = f"{len(result)} outputs ({got}{names})"
     raise UsageError(
         f"{command}: expected model to give one tensor of logits [N, classes], got {got}; "
-        "wrap it in a module that gives the logits alone"
+        "wrap it in a module that gives only the logits"
     )

@@ -1,4 +1,4 @@
-"""Where the time of an iteration goes, by stage."""
+"""Time of an iteration by stage."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Profile", "is_profiling", "profile", "stage"]
 
 
 class Profile:
-    """Seconds spent in each stage, and in all.
+    """Seconds of stages and iterations.
 
     Attributes:
-        seconds: By stage, in order of first appearance, over all iterations.
+        seconds: Seconds of each stage over all iterations, in order of appearance.
         iterations: Seconds of each iteration.
     """
 
@@ -30,13 +30,13 @@ class Profile:
         self.iterations: list[float] = []
 
     def now(self) -> float:
-        """The time when all work given so far is done."""
+        """Wait for all submitted work, and return the time."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def table(self) -> Table:
-        """Milliseconds and share of every stage in the mean iteration."""
+        """Return a table of the time and share of every stage in the mean iteration."""
         count, total = len(self.iterations), sum(self.iterations)
         table = Table(title=f"mean of {count} iterations: {format_duration(total / count)}")
         table.add_column("stage")
@@ -53,13 +53,13 @@ _active: Profile | None = None
 
 
 def is_profiling() -> bool:
-    """Whether stages are measured."""
+    """Return whether stages are being measured."""
     return _active is not None
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Name what happens inside, for `profile`; stages do not nest. Costs nothing otherwise."""
+    """Name a stage for `profile`. Stages do not nest. Without a profile, this costs nothing."""
     if _active is None:
         yield
         return
@@ -71,14 +71,13 @@ def stage(name: str) -> Iterator[None]:
 
 @contextmanager
 def profile(device: torch.device, trace: Path | None = None) -> Iterator[Profile]:
-    """Measure the stages that run inside; the caller adds to `Profile.iterations`.
+    """Measure the stages that run inside. The caller adds to `Profile.iterations`.
 
-    On a GPU every stage waits for its work, so that none is charged with another's; without that,
-    stages would overlap a little.
+    On a GPU every stage waits for its work, so that it is not counted in the next stage.
 
     Args:
-        device: Where the work is done.
-        trace: File for a trace in Chrome's format, which chrome://tracing and Perfetto show.
+        device: Device of the work.
+        trace: File for a trace in Chrome's format, for chrome://tracing or Perfetto.
     """
     global _active
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -1,4 +1,4 @@
-"""One look for all progress bars: how far, how long still, and a number to watch."""
+"""The progress bar of all commands: progress, remaining time, and one number to watch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["ProgressBar", "progress_bar"]
 
 
 def progress_bar(*, transient: bool = False, shown: bool = True) -> ProgressBar:
-    """A bar whose tasks have a field ``shown``, a short text at its end.
+    """Return a bar whose tasks have a field ``shown``, a short text at its end.
 
-    Only the first of several processes shows it.
+    Only the first rank shows it.
 
     Args:
-        transient: Whether the bar vanishes in the end.
-        shown: False for no bar at all.
+        transient: Whether the bar disappears at the end.
+        shown: Whether to show the bar at all.
     """
     return ProgressBar(
         TextColumn("{task.description}"),

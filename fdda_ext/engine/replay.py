@@ -1,4 +1,4 @@
-"""Steps on a GPU as CUDA graphs: the host launches one graph instead of hundreds of kernels."""
+"""Steps on a GPU as CUDA graphs. The host launches one graph instead of hundreds of kernels."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .profiling import is_profiling
 
 __all__ = ["Replayed"]
 
-#: Ordinary calls before the capture: what libraries set up at first use must not be part of it.
+#: Ordinary calls before the capture, so that the graph lacks what libraries do at first use.
 _ORDINARY = 3
 
 
 class Replayed:
-    """Forward and backward pass of a step, captured once as a CUDA graph and replayed since.
+    """Forward and backward pass of a step, captured once as a CUDA graph and then replayed.
 
-    A replay runs the kernels of the captured call on the same memory. So all that the step reads
-    besides its inputs (weights, running statistics) may be changed in place only, and no decision
-    of the host may depend on values; random numbers of ``random`` go on as they would without.
+    A replay runs the captured kernels on the same memory. So everything that the step reads besides
+    its inputs (weights, running statistics) may only change in place, and decisions of the host
+    must not depend on values. Random numbers from ``random`` are the same as without a graph.
 
     Args:
-        parameters: Whose gradients the step leaves.
-        random: What it draws from, if anything.
+        parameters: Parameters for which the step computes gradients.
+        random: Generator that the step draws from, if any.
     """
 
     def __init__(self, parameters: Iterable[Tensor], random: torch.Generator | None = None) -> None:
@@ -35,7 +35,7 @@ class Replayed:
         self._key: Hashable = None
         self._ordinary = 0  # calls since the key changed
         self._graph: torch.cuda.CUDAGraph | None = None
-        # Of the captured step, all in the graph's memory.
+        # Tensors of the captured step, all in the graph's memory.
         self._inputs: list[Tensor] = []
         self._outputs: dict[str, Tensor] = {}
         self._gradients: list[Tensor | None] = []
@@ -43,18 +43,17 @@ class Replayed:
     def __call__(
         self, step: Callable[..., dict[str, Tensor]], *inputs: Tensor, key: Hashable = None
     ) -> dict[str, Tensor]:
-        """``step(*inputs)``.
+        """Return ``step(*inputs)``.
 
         Args:
-            step: Returns named tensors without gradient.
-            inputs: What it is called with, on the GPU.
-            key: What the host decides in it: with another key, or inputs of other shapes, the step
-                is another one and captured anew.
+            step: Function that returns named tensors without gradients.
+            inputs: Arguments of ``step``, on the GPU.
+            key: Everything that the host decides. Another key, shape or dtype causes a new capture.
 
         Raises:
             UsageError: If the step cannot be captured.
         """
-        if is_profiling():  # which waits for the device after every stage
+        if is_profiling():  # profiling waits for the device after every stage
             return step(*inputs)
         key = (key, *((x.shape, x.dtype) for x in inputs))
         if key != self._key:
@@ -79,7 +78,7 @@ class Replayed:
 
     @property
     def is_captured(self) -> bool:
-        """Whether the next call is a replay, if it is of the same step."""
+        """Whether the next call of the same step is a replay."""
         return self._graph is not None
 
     def _capture(self, step: Callable[..., dict[str, Tensor]], inputs: Iterable[Tensor]) -> None:
@@ -88,8 +87,8 @@ class Replayed:
         if self._random is not None:
             graph.register_generator_state(self._random)
         try:
-            # On a stream of this device: torch's own for captures is of the first that had one.
-            # Threads that load images may go on using the device meanwhile.
+            # torch's default stream for captures is on the first device that captured, so this one
+            # gets its own. "thread_local" lets threads that load images use the device meanwhile.
             with (
                 torch.cuda.device_of(self._parameters[0]),
                 torch.cuda.graph(
@@ -105,7 +104,7 @@ class Replayed:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(
                 "train: expected cuda_graphs false with a network that waits for the device or "
-                f"copies to it, got true, and a step that no CUDA graph can hold ({reason})"
+                f"copies to it, got true and a step that cannot be captured ({reason})"
             ) from error
         self._gradients = [parameter.grad for parameter in self._parameters]
         self._graph = graph

@@ -1,8 +1,8 @@
 """The folder of one run.
 
-``config.yaml`` (resolved), ``origin.json`` (when and where it began), ``metrics.jsonl``,
-``tensorboard/``, ``checkpoint.safetensors`` while training, and ``summary.json``, which is written
-last: a folder without it is not a finished run.
+It holds ``config.yaml`` (resolved), ``origin.json`` (when and where the run began),
+``metrics.jsonl``, ``tensorboard/``, ``checkpoint.safetensors``, and ``summary.json`` once the run
+is finished.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from .checkpoint import atomic_write_text
 
 __all__ = ["RunFolder"]
 
-#: Files that a run writes before it computes anything, and the folder of TensorBoard's.
+#: Files that exist before any result, and the folder of TensorBoard events.
 _AT_THE_BEGINNING = ("config.yaml", "origin.json")
 _EVENTS = "tensorboard"
 
 
 class RunFolder:
-    """Open ``path`` for a run, new or resumed.
+    """The folder of a new or resumed run.
 
     Args:
-        path: Created when absent.
-        config: The resolved configuration as YAML text; a resumed run must have the same, but for
-            the line ``device: ...``.
-        resume: Go on with what the folder holds.
+        path: The folder. It is created if absent.
+        config: Resolved configuration as YAML. A resumed run must have the same, except for the
+            line ``device: ...``.
+        resume: Whether to continue the run in the folder.
         inputs: Digest of the weights and images that the run starts from.
 
     Raises:
-        UsageError: If the folder holds something and ``resume`` is off, or if it holds a run of
-            another configuration.
+        UsageError: If the folder holds other files, a run of another configuration, or a run while
+            ``resume`` is off.
     """
 
     def __init__(self, path: Path, config: str, *, resume: bool, inputs: str = "") -> None:
         self.path = path
         self.inputs = inputs
-        #: Whether this object began the run, and the folders above it that it made for that.
+        #: Whether this object began the run, and the parent folders that it creates for that.
         self._began, self._made = False, [p for p in path.absolute().parents if not p.exists()]
-        #: Of configuration and inputs, kept beside every result made with them.
+        #: Checksum of configuration and inputs, stored with every result.
         self.fingerprint = hashlib.sha256((_essence(config) + inputs).encode()).hexdigest()[:16]
         if path.exists() and not path.is_dir():
             raise UsageError(f"run: expected out to be a folder, got the file {path}")
@@ -59,7 +59,7 @@ class RunFolder:
             if not resume:
                 raise UsageError(
                     f"run: expected out to be a new or empty folder, got {path} which holds a run; "
-                    "give --resume to go on with it, or another --out"
+                    "give --resume to continue it, or another --out"
                 )
             before = stored.read_text(errors="replace")
             if _essence(before) != _essence(config):
@@ -84,9 +84,9 @@ class RunFolder:
 
     @contextmanager
     def removed_if_unused(self) -> Iterator[None]:
-        """Remove the folder again if an error inside leaves it without anything computed.
+        """Remove the folder if an error inside leaves it without results, unless it was resumed.
 
-        Then the same command can be given once more. Only the object that began the run does so.
+        The same command can then be given again.
         """
         try:
             yield
@@ -94,21 +94,21 @@ class RunFolder:
             if self._began and not self._holds_results():
                 shutil.rmtree(self.path, ignore_errors=True)
                 for folder in self._made:
-                    with suppress(OSError):  # another run has come to lie in it
+                    with suppress(OSError):  # it now holds another run
                         folder.rmdir()
             raise
 
     def _holds_results(self) -> bool:
-        """Whether this run, or one in a folder below, has written anything it computed."""
+        """Return whether this run, or one in a subfolder, has written results."""
         files = (p for p in self.path.rglob("*") if p.is_file() and p.stat().st_size)
         return any(p.name not in _AT_THE_BEGINNING and _EVENTS not in p.parts for p in files)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training in this folder meanwhile.
+        """Keep other processes from training in this folder.
 
         Raises:
-            UsageError: If one does already.
+            UsageError: If another process already trains in it.
         """
         with (self.path / "config.yaml").open() as file:
             try:
@@ -121,31 +121,31 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """Where the training state is kept."""
+        """File of the training state."""
         return self.path / "checkpoint.safetensors"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line."""
+        """File with one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     def check_fingerprint(self, found: object) -> None:
-        """Refuse a result of another configuration or of other inputs: something was changed.
+        """Refuse a result of another configuration or other inputs.
 
         Raises:
             UsageError: If ``found`` is not this run's fingerprint.
         """
         if found != self.fingerprint:
             raise UsageError(
-                f"run: expected {self.path / 'config.yaml'} and the weights and images it names as "
-                "they were when the run began, got others; start a new run in another --out"
+                f"run: expected {self.path / 'config.yaml'}, and the weights and images it names, "
+                "to be unchanged since the run began, got others; start a new run in another --out"
             )
 
     def summary(self) -> dict[str, Any] | None:
-        """What a finished run ended with, or None.
+        """Return the summary of a finished run, or None.
 
         Raises:
-            UsageError: If the file is damaged, or was made with another configuration.
+            UsageError: If the file is damaged, or of another configuration or inputs.
         """
         path = self.path / "summary.json"
         if not path.exists():
@@ -163,17 +163,17 @@ class RunFolder:
 
     @staticmethod
     def is_finished(path: Path) -> bool:
-        """Whether the run in ``path`` came to its end."""
+        """Return whether the run in ``path`` is finished."""
         return (path / "summary.json").exists()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Mark the run finished."""
+        """Write the summary, which marks the run as finished."""
         text = json.dumps({**summary, "config": self.fingerprint}, indent=2)
         atomic_write_text(self.path / "summary.json", text + "\n")
 
 
 def _origin() -> dict[str, str]:
-    """When, with what and where a run begins, for its report."""
+    """Return date, versions and machine of a run's start."""
     info, python = build_info(), platform.python_version()
     cores = f"{os.cpu_count()} cores, threads: {info.threads}"
     return {
@@ -184,7 +184,7 @@ def _origin() -> dict[str, str]:
 
 
 def _essence(config: str) -> str:
-    """What decides the result: a run may go on elsewhere."""
+    """Return the configuration without the device, which may change in a resumed run."""
     return "".join(x for x in config.splitlines(keepends=True) if not x.startswith("device:"))
 
 

@@ -1,4 +1,4 @@
-"""A quantized student on disk: its state as safetensors, and what is needed to build it again."""
+"""Files of students: state dict, and a recipe to build the student again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FORMAT = "fdda_ext.student.1"
 
 
 def write_student(path: Path, student: nn.Module, recipe: dict[str, Any]) -> None:
-    """Write ``student``'s state and its ``recipe`` (JSON: model, classes, image size, bits)."""
+    """Write a student's state and ``recipe`` (JSON: model, classes, image size, bits)."""
     tensors = cpu_state(student)
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(recipe)
@@ -31,10 +31,10 @@ def write_student(path: Path, student: nn.Module, recipe: dict[str, Any]) -> Non
 
 
 def read_student(path: Path, command: str = "evaluate") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_student` wrote; errors name ``command``.
+    """Read what `write_student` wrote. Errors begin with ``command``.
 
     Raises:
-        UsageError: If the file is missing, damaged, or no student.
+        UsageError: If the file is missing, damaged, or not a student.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -51,30 +51,30 @@ def read_student(path: Path, command: str = "evaluate") -> tuple[dict[str, Tenso
             return state, recipe
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise UsageError(
-            f"{command}: expected a whole student file, got {path} ({error})"
+            f"{command}: expected a complete student file, got {path} ({error})"
         ) from None
 
 
 def image_shape_of(recipe: dict[str, Any], command: str = "evaluate") -> tuple[int, int, int]:
-    """Channels, height and width of the images that a student's ``recipe`` names.
+    """Return channels, height and width of the images in a student's ``recipe``.
 
     Raises:
-        UsageError: If they are not sizes.
+        UsageError: If they are not valid.
     """
-    channels = recipe.get("channels", 3)  # older files lack it
+    channels = recipe.get("channels", 3)  # files of older versions lack it
     if channels not in CHANNELS:
         raise UsageError(f"{command}: expected a recipe of 1, 3 or 4 channels, got {channels}")
     return (channels, *height_and_width(parse_image_size(recipe["image_size"], command)))
 
 
 def preprocessing_of(recipe: dict[str, Any], command: str = "evaluate") -> Preprocessing:
-    """How a student's ``recipe`` prepares images from files.
+    """Return the preprocessing of image files in a student's ``recipe``.
 
     Raises:
-        UsageError: If what it says of that cannot be understood.
+        UsageError: If it is not valid.
     """
     given = recipe.get("preprocessing")
-    if given is None:  # embedded data, or a student from before this was stored
+    if given is None:  # embedded data, or a file of an older version
         return Preprocessing().for_size(parse_image_size(recipe["image_size"], command))
     try:
         return Preprocessing.from_dict(given)
