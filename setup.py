@@ -108,7 +108,7 @@ def find_toolkit() -> CudaToolkit | None:
 
 
 class Build(BuildExtension):
-    """torch's build_ext, which first compiles the .cu files into extra objects."""
+    """torch's build_ext, extended to compile the .cu files into extra objects first."""
 
     def build_extensions(self) -> None:
         if TOOLKIT is not None:

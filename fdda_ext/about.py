@@ -13,7 +13,7 @@ __all__ = ["BuildInfo", "build_info"]
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """Facts for bug reports and the choice of a device.
+    """Facts about the build, for bug reports and to choose a device.
 
     Attributes:
         version: Version of fdda_ext.

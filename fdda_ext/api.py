@@ -75,6 +75,8 @@ Images: TypeAlias = "Tensor | Dataset[Any] | Iterable[Any]"
 #: attribute, which pickling keeps.
 _KEY = "made_by_fdda_ext"
 _BATCH = 64
+#: Options of the command line that `quantize` takes, beside all sections below them.
+_OPTIONS = ("cuda_graphs", "images_at_once", "precision", "quantization", "settings")
 
 
 def quantize(
@@ -118,7 +120,8 @@ def quantize(
         seed: Seed for all random numbers.
         device: Device to compute on; None for the network's device.
         preset: Preset with the method's settings, "short" or "paper".
-        options: Other options of the command line, such as ``{"settings.distillation.lr": 1e-4,
+        options: Options of the command line: ``settings.*``, ``quantization.*``, ``precision``,
+            ``cuda_graphs`` and ``images_at_once``, such as ``{"settings.distillation.lr": 1e-4,
             "quantization.first_last_bits": 8}``.
         max_images: Largest number of images taken. See ``images``.
         augmentation: Random variations of images; None for random crops and flips.
@@ -179,6 +182,7 @@ def quantize(
         mean=mean,
         std=std,
         cuda_graphs=config.cuda_graphs,
+        images_at_once=config.images_at_once,
     )
     check_problem(problem, [method], exportable=exportable)
     check_memory(method, problem, config.settings)
@@ -306,6 +310,12 @@ def _arguments(
     twice = sorted(given.keys() & (options or {}).keys())
     if twice:
         raise UsageError(f"quantize: expected {twice[0]} as an argument only, got it in options")
+    for name in options or {}:
+        if name.replace("-", "_").partition(".")[0] not in _OPTIONS:
+            raise UsageError(
+                "quantize: expected options settings.*, quantization.*, cuda_graphs, "
+                f"images_at_once or precision, got {name}"
+            )
     texts = {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in {**given, **(options or {})}.items()

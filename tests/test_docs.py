@@ -50,9 +50,13 @@ NOT_RUN = {
         "ImageNet",
         "expected the path to be a folder, got PATH",
     ),
-    "python -m fdda_ext.train --model timm:resnet50 --weights default --data folder:PATH --bits "
-    "W4A4": ("images and weights", "expected the path to be a folder, got PATH"),
-    "torchrun --nproc-per-node 8 -m fdda_ext.train --device cuda": (
+    "python -m fdda_ext.train --model timm:resnet50 --weights default --data folder:PATH "
+    "--bits W4A4 --out runs/b": (
+        "images and weights",
+        "expected the path to be a folder, got PATH",
+    ),
+    "torchrun --nproc-per-node 8 -m fdda_ext.train --device cuda "
+    "--config imagenet/resnet18-w4a4-f4l4 --data imagenet:PATH": (
         "eight GPUs",
         "expected device to be available, got cuda",
     ),
@@ -184,8 +188,10 @@ def run(words: list[str]) -> None:
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
         return
     if words[0] == "pip":
-        dry = [sys.executable, "-m", *words, "--dry-run", "--no-deps"]
-        subprocess.run(dry, cwd=ROOT, check=True, capture_output=True)
+        assert words[1] == "install"
+        if words[-1] == ".":  # the others need a network connection
+            dry = [sys.executable, "-m", *words, "--dry-run", "--no-deps"]
+            subprocess.run(dry, cwd=ROOT, check=True, capture_output=True)
         return
     if words[0] == "torchrun":
         launched = torchrun_parser().parse_args(words[1:])

@@ -360,7 +360,7 @@ def test_output_error_is_a_sum_over_channels():
 
 
 def first_step(name: str, **changes):
-    """Return a method after its first step, with all images in one batch, and the metrics."""
+    """Run one step of a method on all images in one batch. Return the method and the metrics."""
     method = build_method(name, problem(), tiny(batch=CLASSES, **changes))
     return method, method.step(0)
 

@@ -1,6 +1,6 @@
-// Argument checks of the per-class statistics for all devices. Only the CPU operators check the
-// range of the labels. On CUDA this would wait for the device, so samples with a label outside
-// [0, num_classes) are ignored.
+// Argument checks of the operators for per-class statistics, shared by all devices. Only the CPU
+// operators check the range of the labels. On CUDA the check would force a synchronization, so
+// samples with a label outside [0, num_classes) are ignored there.
 #pragma once
 
 #include "checks.h"

@@ -8,10 +8,10 @@
 
 namespace fdda::cuda {
 
-// Limit of the bytes of an image, and of the output pixels of all images.
+// Upper limit of the bytes of one image, and of the number of output pixels of all images.
 constexpr int64_t kMostBytes = (int64_t{1} << 31) - 1;
 
-// Sizes of an image and of the window, and the number of output pixels.
+// Geometry of an image and of the window, and the number of output pixels.
 struct ConvShape {
   int height;
   int width;

@@ -430,7 +430,7 @@ def _parse(arguments: list[str]) -> tuple[TrainConfig, str]:
     )
     if chosen.resume:
         if chosen.out is None:
-            raise UsageError("train: expected --out with --resume, the run to continue, got none")
+            raise UsageError("train: expected --out, the run to continue, with --resume, got none")
         if chosen.preset is not None:
             raise UsageError(
                 "train: expected no --preset with --resume, because a run keeps its settings, "

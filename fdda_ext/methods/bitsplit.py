@@ -355,15 +355,15 @@ class BitSplit(Method):
             for layer, unit in zip(self.layers, units, strict=True)
         ]
         limit = self.config.cache_megabytes * 2**20
-        #: Inputs of every layer in the float network, and in the student quantized so far.
+        #: Inputs of every layer, in the float network and in the partly quantized student.
         self.float_inputs = Frontier(float_copy(self.student), stops, views, limit)
         self.inputs = Frontier(self.student, stops, views, limit)
 
     def _views(self, count: int, random: torch.Generator) -> Iterator[Tensor]:
-        """Yield batches of ``count`` augmented views of every calibration image; for 0, the images.
+        """Yield ``count`` augmented views of each calibration image, in batches.
 
-        Views are shuffled, because images are sorted by class, and a batch of few classes has other
-        BN statistics.
+        If ``count`` is 0, yield the images themselves. Views are shuffled: images are sorted by
+        class, and the BN statistics of a batch from few classes differ from those of all images.
         """
         images = self.problem.images
         batches = -(-len(images) // self.config.batch)

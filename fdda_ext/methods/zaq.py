@@ -102,7 +102,7 @@ class ZAQ(AlternatingTraining):
         with torch.no_grad():
             inputs = capture(problem.teacher, problem.images[:1]).inputs
         sizes = {i: x.shape[2:] for i, x in enumerate(inputs) if x.dim() > 2}
-        #: Index of the last layer of each image size.
+        #: Indices of the last BN layer of each run of layers with the same height and width.
         self.layers = [i for i, size in sizes.items() if sizes.get(i + 1) != size]
         if settings.distillation.objective == "discrepancy":
             self.trainer.loss = self.student_loss

@@ -74,7 +74,8 @@ def int4_conv2d(
 ) -> Tensor:
     r"""Convolve codes and round the result to codes, in one pass.
 
-    With the residual :math:`r` and :math:`S = \sum_k (q_k - z) w_k`, exact in int32:
+    Let :math:`r` be the residual and :math:`S = \sum_k (q_k - z) w_k`, which is computed exactly in
+    int32. The result is:
 
     .. math::
         t &= \mathrm{clamp}(S \cdot \text{scale} + \text{shift} + r,

@@ -245,7 +245,7 @@ def place(node: Node, modules: dict[str, nn.Module], within: str = "", line: str
     Args:
         node: Node of any graph.
         modules: Modules of the graph's owner by qualified name.
-        within: Module whose forward calls the function, such as ``head (Head)``.
+        within: Name and type of the module whose forward makes the call, such as ``head (Head)``.
         line: Source line of the call, such as ``net.py:31``.
     """
     if node.op == "placeholder":

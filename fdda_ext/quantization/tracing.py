@@ -434,9 +434,10 @@ def _drop_idle_ceil_mode(network: GraphModule) -> None:
 
 
 def _pad_same(network: GraphModule, example: Tensor) -> None:
-    """Replace timm's Conv2dSame, whose padding depends on the image size, by padding and Conv2d.
+    """Replace timm's Conv2dSame with explicit padding and a Conv2d.
 
-    The padding is fixed to that for the size of ``example``.
+    The padding of Conv2dSame depends on the image size. Here it is the padding that images of the
+    size of ``example`` need.
     """
     modules = dict(network.named_modules())
     found = [
