@@ -155,13 +155,13 @@ def cost_table(description: str | None, name: str, methods: Sequence[str]) -> No
         after = (
             mean_and_spread([float(run["top1"]) for run in runs]),
             runs[0]["real_images"],
-            runs[0]["made_images"],
+            runs[0]["synthetic_images"],
             max(int(run["peak_memory"]) for run in runs),
         )
         rows.append((*before, mean_and_spread_of_durations(seconds), *after))
         numbers.append((*before, statistics.mean(seconds), *after))
     title = f"Training cost, {options.model} on {options.data}, {options.bits}, {options.device}"
-    header = ["method", "published", "here", "top-1 %", "real images", "made images", "MiB"]
+    header = ["method", "published", "here", "top-1 %", "real images", "synthetic images", "MiB"]
     float_top1 = float(lines[0]["float_top1"])
     note = f"Float network: {float_top1:.2f} %, {lines[0]['images']} test images, preset "
     note += f"{options.preset}.{sample_note(lines[0])}"

@@ -35,7 +35,7 @@ from fdda_ext.deploy import capture, lower, save_program
 from fdda_ext.engine import check_machine, format_significant, run_command
 from fdda_ext.models import load_model
 from fdda_ext.quantization import QuantizationConfig, bits_table, calibrate, prepare
-from fdda_ext.visualization import COLOURS, new_figure, quartiles, time_in_turn
+from fdda_ext.visualization import COLOURS, new_figure, quartiles, time_interleaved
 
 NETWORKS = "torchvision:resnet18 torchvision:mobilenet_v2 pytorchcv:mobilenet_w1 timm:regnetx_006"
 #: Rows of the tables "size" and "speed".
@@ -153,7 +153,7 @@ def measure(spec: str, options: argparse.Namespace, folder: Path) -> Rows:
         if not is_cpu:
             runs = {name: waiting(run) for name, run in runs.items()}
         with torch.inference_mode():  # parameters of the peers require gradients
-            times = {name: quartiles(t) for name, t in time_in_turn(runs, calls, clock).items()}
+            times = {name: quartiles(t) for name, t in time_interleaved(runs, calls, clock).items()}
         for name, (low, median, high) in times.items():
             ms = (1e3 * median, 1e3 * low, 1e3 * high)
             # If the clock is too coarse for a call, speeds are unknown.

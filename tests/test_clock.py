@@ -34,7 +34,7 @@ from fdda_ext.engine import (
     train as run_loop,
 )
 from fdda_ext.errors import UsageError
-from fdda_ext.visualization import quartiles, time_in_turn
+from fdda_ext.visualization import quartiles, time_interleaved
 
 PROGRAMS = Path(__file__).parent.parent / "python"
 #: Arguments for a run of a few seconds.
@@ -204,7 +204,7 @@ def test_a_method_without_a_schedule_is_not_stretched(clock):
 
 
 def test_calls_can_be_timed_with_any_clock(clock):
-    times = time_in_turn({"a": lambda: None, "b": lambda: None}, 5)
+    times = time_interleaved({"a": lambda: None, "b": lambda: None}, 5)
     assert all(len(seconds) == 5 and min(seconds) >= 0 for seconds in times.values())
     assert (sum(map(sum, times.values())) == 0) == (clock == "still")
     assert len(quartiles(times["a"])) == 3

@@ -249,7 +249,7 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
         ("gdfq", "published", "0"),
         ("gdfq", "common", "0"),
     ]
-    assert [int(line["made_images"]) for line in lines] == [0, 64, 64]
+    assert [int(line["synthetic_images"]) for line in lines] == [0, 64, 64]
     assert all(int(line["peak_memory"]) > 100 for line in lines)
     stored = yaml.safe_load((out / "glyphs_resnet-W3A3/gdfq-seed0/config.yaml").read_text())
     step = train.parse_arguments(["--method=gdfq"])[0].settings.distillation

@@ -45,7 +45,7 @@ def test_steps_in_parts_equal_steps_on_the_whole_batch():
     whole = problem(right=True)
     parts = replace(whole, images_at_once=3)
     methods = [FDDA(p, settings()) for p in (whole, parts)]
-    assert [method.in_turn for method in methods] == [False, True]
+    assert [method.one_batch_at_a_time for method in methods] == [False, True]
     # At first, classes without a centre are pulled towards noise, which both draw alike.
     for iteration in range(methods[0].iterations):
         found, other = (method.step(iteration) for method in methods)

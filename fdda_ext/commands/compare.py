@@ -502,7 +502,7 @@ class Result:
         float_top1: Accuracy of the float network, in per cent.
         seconds: Mean training time.
         real_images: Number of real images.
-        made_images: Mean number of synthetic images.
+        synthetic_images: Mean number of synthetic images.
         peak_memory: Largest peak memory, in MiB.
         share: Schedule share.
         images: Number of tested images.
@@ -514,7 +514,7 @@ class Result:
     float_top1: float
     seconds: float
     real_images: int
-    made_images: float
+    synthetic_images: float
     peak_memory: int
     share: float
     images: int
@@ -544,7 +544,7 @@ def results_of(config: CompareConfig, setting: Setting, shares: dict[str, float]
             found[0]["float_top1"],
             statistics.mean(s["seconds"] for s in found),
             found[0]["real_images"],
-            statistics.mean(s["made_images"] for s in found),
+            statistics.mean(s["synthetic_images"] for s in found),
             max(s["peak_memory"] for s in found),
             found[0]["share"],
             found[0]["images"],
@@ -571,7 +571,8 @@ def render(setting: Setting, results: Sequence[Result]) -> str:
         "",
         note,
         "",
-        "| method | top-1 % | drop | training | real images | made images | peak MiB | schedule |",
+        "| method | top-1 % | drop | training "
+        "| real images | synthetic images | peak MiB | schedule |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
@@ -579,7 +580,7 @@ def render(setting: Setting, results: Sequence[Result]) -> str:
         lines.append(
             f"| {r.row} | {f'**{top1}**' if r.mean == best else top1} "
             f"| {r.float_top1 - r.mean:.2f} | {format_duration(r.seconds)} | {r.real_images} "
-            f"| {r.made_images:.0f} | {r.peak_memory} | {r.share:.3g} |"
+            f"| {r.synthetic_images:.0f} | {r.peak_memory} | {r.share:.3g} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -478,7 +478,7 @@ class Row:
         iterations: Iterations done.
         planned: Iterations of the schedule. Fewer were done if time ran out.
         real_images: Number of real images that the method used.
-        made_images: Number of synthetic images that the student saw.
+        synthetic_images: Number of synthetic images that the student saw.
         peak_memory: Peak memory of the process or, on a GPU, of torch there, in MiB.
         float_top1: Top-1 accuracy of the float network, in per cent.
         of: Number of images that these are a sample of; 0 if they are no sample.
@@ -492,7 +492,7 @@ class Row:
     iterations: int = 0
     planned: int = 0
     real_images: int = 0
-    made_images: int = 0
+    synthetic_images: int = 0
     peak_memory: int = 0
     float_top1: float = 0.0
     of: int = 0
@@ -590,7 +590,7 @@ def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: flo
     row = replace(
         _row(name, accuracy, progress, method.iterations),
         real_images=len(problem.labels) if method.real_images else 0,
-        made_images=method.made_images,
+        synthetic_images=method.synthetic_images,
         peak_memory=memory,
         float_top1=session.float_top1,
     )

@@ -280,7 +280,7 @@ class AlternatingTraining(Method):
 
     @property
     @override
-    def made_images(self) -> int:
+    def synthetic_images(self) -> int:
         return self.trainer.steps_done * self.student_batch
 
     @override

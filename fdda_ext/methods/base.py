@@ -156,7 +156,7 @@ class Method(ABC):
     iterations: int = 0
 
     @property
-    def made_images(self) -> int:
+    def synthetic_images(self) -> int:
         """Number of synthetic images made for the student so far."""
         return 0
 

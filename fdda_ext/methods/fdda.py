@@ -212,7 +212,7 @@ class FDDA(AlternatingTraining):
         so only the gradient of one layer's input is in memory at a time. The gradients are those of
         both batches together, up to the order of summation.
         """
-        if not self.in_turn:
+        if not self.one_batch_at_a_time:
             return super().generator_gradients(iteration)
         release_freed_memory()  # the student step has fragmented it
         self.generator_optimizer.zero_grad(set_to_none=True)
@@ -259,11 +259,11 @@ class FDDA(AlternatingTraining):
     @override
     def generator_sizes(self) -> dict[str, int]:
         # Separate batches need half the memory and change only the order of sums.
-        whole = {} if self.in_turn else {"images_at_once": 2 * self.config.batch}
+        whole = {} if self.one_batch_at_a_time else {"images_at_once": 2 * self.config.batch}
         return whole | super().generator_sizes
 
     @property
-    def in_turn(self) -> bool:
+    def one_batch_at_a_time(self) -> bool:
         """Whether batch A and batch B pass through the generator and the teacher separately."""
         # Several ranks exchange the statistics of all layers at once, not layer by layer.
         return world_size() == 1 and self.problem.parts(2 * self.config.batch) > 1

@@ -253,12 +253,12 @@ class _Probe:
 
     def generator_step(self) -> Phase:
         batch = getattr(self.settings, self.name).batch
-        in_turn = self.problem.parts(2 * batch) > 1
+        one_batch_at_a_time = self.problem.parts(2 * batch) > 1
         kept = 0
 
         def step(count: int) -> int:
             nonlocal kept
-            at_once = count if in_turn else 2 * count
+            at_once = count if one_batch_at_a_time else 2 * count
             with LiveTensors() as built:
                 method = self.small(count, at_once, batch=count)
                 gc.collect()

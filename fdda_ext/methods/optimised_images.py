@@ -204,7 +204,7 @@ class OptimisedImages(Method):
 
     @property
     @override
-    def made_images(self) -> int:
+    def synthetic_images(self) -> int:
         return len(self.images)
 
     @override

@@ -10,7 +10,7 @@ from .measures import (
     quartiles,
     some_images,
     statistics_distance,
-    time_in_turn,
+    time_interleaved,
 )
 from .report import write_report
 
@@ -26,6 +26,6 @@ __all__ = [
     "quartiles",
     "some_images",
     "statistics_distance",
-    "time_in_turn",
+    "time_interleaved",
     "write_report",
 ]

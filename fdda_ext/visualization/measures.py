@@ -29,7 +29,7 @@ __all__ = [
     "quartiles",
     "some_images",
     "statistics_distance",
-    "time_in_turn",
+    "time_interleaved",
 ]
 
 #: Batch size of forward passes that store values of every layer.
@@ -223,7 +223,7 @@ def _outputs(network: nn.Module, places: Mapping[str, str], images: Tensor) -> d
 
 
 @torch.no_grad()
-def time_in_turn(
+def time_interleaved(
     runs: Mapping[str, Callable[[], object]],
     calls: int,
     clock: Callable[[], float] | None = None,

@@ -40,7 +40,7 @@ from .measures import (
     quartiles,
     some_images,
     statistics_distance,
-    time_in_turn,
+    time_interleaved,
 )
 
 __all__ = ["write_report"]
@@ -483,7 +483,7 @@ def _size_and_speed(run: _Run) -> str:
 
 def _speed(run: _Run, path: Path) -> str:
     program, images = load_program(path), run.problem.images[:1].contiguous()
-    times = time_in_turn(
+    times = time_interleaved(
         {
             "float network, PyTorch": lambda: run.problem.teacher(images),
             "integer program": lambda: program(images),
