@@ -287,14 +287,14 @@ def test_a_run_with_a_changed_configuration_is_not_resumed(tmp_path):
     train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
     text = (out / "config.yaml").read_text()
     (out / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
-    with pytest.raises(UsageError, match="config.yaml .* as they were when the run beg"):
+    with pytest.raises(UsageError, match="config.yaml.* to be unchanged since the run began"):
         train.main(["--resume", f"--out={out}", "--threads=1"])
     (out / "config.yaml").write_text(text)
     with pytest.raises(UsageError, match="no --preset with --resume.*got paper"):
         train.main(["--resume", f"--out={out}", "--preset=paper"])
     train.main(["--resume", f"--out={out}", "--threads=1", "--no-report"])
     (out / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
-    with pytest.raises(UsageError, match="config.yaml .* as they were when the run beg"):
+    with pytest.raises(UsageError, match="config.yaml.* to be unchanged since the run began"):
         train.main(["--resume", f"--out={out}", "--threads=1"])
     (out / "config.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="decode"):

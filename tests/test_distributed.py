@@ -210,7 +210,7 @@ def test_bad_devices_and_methods_are_refused_with_several_processes(monkeypatch)
     with pytest.raises(UsageError, match="device to be cpu or cuda with several .*got cuda:0"):
         distribution.local_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UsageError, match="a GPU for every process of a machine, got 1 and a proc"):
+    with pytest.raises(UsageError, match="a GPU for every process of a machine, got 1 GPU"):
         distribution.local_device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distribution.local_device("cuda") == "cuda:1"

@@ -205,9 +205,9 @@ def test_a_margin_that_changes_answers_gives_a_warning(tmp_path):
 
     assert doubt() is None
     found = doubt(resize=40)
-    assert "changes 8 of 16 answers of the float network: 8 are right, and 16 without" in found
-    assert "--preprocessing.resize=32 leaves that out" in found
-    assert "4 of 8 answers" in doubt(resize=40, limit=8)
+    assert "changes 8 of 16 predictions of the float network: 8 are correct" in found
+    assert "and 16 without enlarging; --preprocessing.resize=32 turns enlarging off" in found
+    assert "4 of 8 predictions" in doubt(resize=40, limit=8)
     assert doubt_margin(BrightBorder(), load_dataset("glyphs", "test")) is None
 
 
