@@ -12,7 +12,7 @@ namespace {
 // Outputs and pixels of a work item. The weights of 64 outputs stay in the L2 cache between items.
 constexpr int64_t kItemOutputs = 64;
 constexpr int64_t kItemPixels = 24;
-// Bytes of a block of transformed codes, which stays in the L2 cache while all outputs read it.
+// Bytes of a block of transformed codes. It stays in the L2 cache while all outputs are computed.
 constexpr int64_t kWinogradBytes = 256 * 1024;
 
 // Memory of the thread for one item, aligned to 64 bytes. Later calls reuse it.

@@ -31,7 +31,7 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-// Waits for all groups of this thread except the last `kPending`.
+// Waits for all copy groups of this thread except the most recent `kPending`.
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
 #if __CUDA_ARCH__ >= 800

@@ -286,7 +286,7 @@ def cells_of(config: CompareConfig, setting: Setting) -> Iterator[Cell]:
 
 
 def run_arguments(config: CompareConfig, cell: Cell, rest: Sequence[str]) -> list[str]:
-    """Return the arguments for ``fdda_ext.train``, without the folder and the schedule share."""
+    """Return the arguments for ``fdda_ext.train``, except ``--out`` and ``--schedule_share``."""
     common = []
     if cell.mode == "common":
         preset = yaml.safe_load(preset_path(config.preset, "fdda").read_text())
@@ -564,7 +564,7 @@ def render(setting: Setting, results: Sequence[Result]) -> str:
         note += (
             f" Tested on {first.images} of {first.of} images: one accuracy has a standard error of "
             f"at most {error:.2f} points. All rows use the same images, so differences between "
-            "rows have a smaller error. In the table, ± is the spread over the seeds."
+            "rows have a smaller error. In the table, ± is the standard deviation over the seeds."
         )
     lines = [
         f"### {setting.title}",

@@ -58,7 +58,7 @@ class MinMax(Ranges):
 
 
 class Noise(MinMax):
-    """Min-max ranges from as many images of Gaussian noise: a baseline without data."""
+    """Min-max ranges from images of Gaussian noise: a baseline without data."""
 
     summary = "min-max ranges from Gaussian noise, no data, no training"
     real_images = False

@@ -122,7 +122,7 @@ def _gigabytes(count: float) -> str:
 def estimate_memory(
     name: str, problem: Problem, settings: MethodSettings, *, test_batch: int = 0
 ) -> MemoryEstimate | None:
-    """Estimate a run's memory: run each part on a few images, and count bytes.
+    """Estimate a run's memory by running each part on a few images and counting bytes.
 
     The bytes are linear in the number of images, so two numbers are enough. ``problem`` and the
     global random numbers do not change.

@@ -2,10 +2,10 @@
 
 The libraries name and order layers differently. No table of names is needed. Both networks run on
 the same image, and each layer of one is paired with the layer of the other that has the same weight
-shape and the same input. The source has random weights in this run, so no two inputs are equal by
-chance. Each pair gets the same weights before the next layer runs. If all layers are paired and the
-logits are equal, both networks compute the same function, and the weights can be copied from layer
-to layer. Otherwise an error names the first difference.
+shape and the same input. For this run, the network of the file gets random weights, so that no two
+inputs are equal by chance. Each pair gets the same weights before the next layer runs. If all
+layers are paired and the logits are equal, both networks compute the same function, and the weights
+can be copied from layer to layer. Otherwise an error names the first difference.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class StatisticsTargets:
 
         Returns:
             Distances ``[T, len(inputs)]``. One call per layer is bit-identical to one call for all.
-            Each of several ranks gets an equal share.
+            With several ranks, each gets the distances divided by the number of ranks.
         """
         layers = slice(first_layer, first_layer + len(inputs))
         means, variances = self.means[layers], self.variances[layers]
