@@ -23,7 +23,7 @@ def autograd_function(
 ) -> type[torch.autograd.Function]:
     """Return an autograd function for an op, with a third of the overhead of register_autograd.
 
-    The arguments are those of ``torch.library.register_autograd``.
+    The arguments are those of torch's ``register_autograd``.
     """
 
     class OpFunction(torch.autograd.Function):
