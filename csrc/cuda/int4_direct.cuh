@@ -3,10 +3,11 @@
 //
 // A depthwise thread computes eight channels. The four bytes of a dp4a operand are four rows of a
 // column of the window. The rows are not contiguous in memory, so their bytes are transposed in
-// registers. In the 3x3 kernel a thread also computes four neighbouring pixels, which share columns.
-// A pixel then needs 4.5 loads of 8 bytes and 24 permutations instead of 9 loads and 48 permutations. (Sixteen channels would need twice the registers
-// for sums and weights, which leaves two pixels with 6 loads of 16 bytes.) Memory is the limit in
-// both cases: a depthwise output costs at least two bytes and 9 products.
+// registers. In the 3x3 kernel a thread also computes four neighbouring pixels, which share
+// columns. A pixel then needs 4.5 loads of 8 bytes and 24 permutations instead of 9 loads and 48
+// permutations. (Sixteen channels would need twice the registers for sums and weights, which leaves
+// two pixels with 6 loads of 16 bytes.) Memory is the limit in both cases: a depthwise output costs
+// at least two bytes and 9 products.
 #pragma once
 
 #include "cuda/int4_matrix.cuh"
