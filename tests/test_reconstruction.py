@@ -51,6 +51,7 @@ from fdda_ext.reconstruction import (
     partition,
     prediction_costs,
     retune_norms,
+    soften_,
     values_of,
 )
 
@@ -212,6 +213,29 @@ def test_soft_weight_starts_as_the_float_weight(grid):
     torch.testing.assert_close(found[inside], plain.weight[inside])
     x = torch.randn(5, 7)
     torch.testing.assert_close(soft(x), F.linear(x, found, plain.bias))
+
+
+def test_softly_rounded_units_compute_the_same_with_and_without_gradients():
+    """Exact layers include their normalisation, and the soft layers in their place must too."""
+    task = problem_of_small_network(weight_bits=8)
+    student = task.student().requires_grad_(False)
+    calibrate(student, task.images)
+    units = partition(student, "block", task.images[:1])
+    values = Frontier(student, [unit.inputs for unit in units], task.images, 2**20)
+    exact = 0
+    for stop, unit in enumerate(units):
+        inputs = [cache.read(torch.arange(len(task.images))) for cache in values.at(stop)]
+        function = unit.of(student)
+        soft = soften_(function, unit.layers)
+        for name in unit.quantizers:
+            function.get_submodule(name).mode = "float"
+        with torch.no_grad():
+            exact += sum(s.layer.norm is not None and s.layer.is_exact() for s in soft)
+            found = function(*inputs)
+        torch.testing.assert_close(found, function(*inputs).detach(), rtol=1e-4, atol=1e-4)
+        for name in unit.quantizers:
+            function.get_submodule(name).mode = "quantize"
+    assert exact > 1, "some units begin with an exact layer and its normalisation"
 
 
 @pytest.mark.parametrize("grid", ["deploy", "paper"])

@@ -107,8 +107,15 @@ class SoftlyRounded(nn.Module):
         """Compute the layer with soft weights."""
         layer, weight = self.layer, self.weight(self.share_up())
         if isinstance(layer, QuantizedConv2d):
-            return layer._conv_forward(x, weight, layer.bias)
-        return F.linear(x, weight, layer.bias)
+            result = layer._conv_forward(x, weight, layer.bias)
+        else:
+            result = F.linear(x, weight, layer.bias)
+        # The normalisation that follows an exact layer leaves its work to the layer.
+        if layer.norm is None or not layer.is_exact():
+            return result
+        along = (-1,) + (1,) * (x.dim() - 2) if isinstance(layer, QuantizedConv2d) else (-1,)
+        scale, shift = (part.to(result).view(along) for part in layer.norm.affine_map())
+        return result * scale + shift
 
     @torch.no_grad()
     def bake(self) -> None:
