@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,15 +31,10 @@ from .engine import (
     read_student,
     write_student,
 )
-from .engine.checkpoint import atomic_write_text
 from .errors import UsageError
 from .methods import (
     METHODS,
-    MethodSettings,
-    Problem,
-    build_method,
     check_memory,
-    fitting_share,
     method_class,
 )
 from .quantization import (
@@ -52,7 +46,7 @@ from .quantization import (
     render_bits,
     set_activation_mode,
 )
-from .quantizing import build_problem, check_problem, run_method
+from .quantizing import build_problem, check_problem, run_method, schedule_share
 
 __all__ = [
     "Images",
@@ -195,7 +189,7 @@ def quantize(
         text = yaml.safe_dump({**stored, "minutes": minutes, **settings}, sort_keys=False)
         folder = RunFolder(Path(out), text, resume=resume, inputs=inputs_digest(problem))
     with folder.removed_if_unused() if folder else nullcontext():
-        share = _share(method, problem, config.settings, minutes, folder)
+        share = schedule_share(method, problem, config.settings, minutes, folder)
         trained, done = run_method(
             method, problem, config.settings.scaled(share), folder, show=progress
         )
@@ -226,28 +220,6 @@ def quantize(
             save(student, folder.path / "student.safetensors")
             trained.save_artifacts(folder.path)
     return student
-
-
-def _share(
-    name: str,
-    problem: Problem,
-    settings: MethodSettings,
-    minutes: float | None,
-    folder: RunFolder | None,
-) -> float:
-    """Return the schedule share, which the folder stores for a resumed run."""
-    path = folder.path / "schedule_share.json" if folder else None
-    if path is not None and path.exists():
-        return float(json.loads(path.read_text()))
-    share = 1.0
-    if minutes is not None:
-        build = partial(build_method, name, problem)
-        share = fitting_share(build, settings, 60 * minutes, problem.device)
-    if share < 1:
-        _log.info("quantize: runs %.3g of the schedule to fit into %g min", share, minutes)
-    if path is not None:
-        atomic_write_text(path, json.dumps(share) + "\n")
-    return share
 
 
 def save(student: GraphModule, path: str | Path) -> None:

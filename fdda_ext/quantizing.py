@@ -2,11 +2,14 @@
 
 1. `build_problem` puts the network and the images on a device.
 2. `check_problem` refuses a network that a method or the export cannot handle.
-3. `run_method` builds the method and trains its student.
+3. `schedule_share` shortens or stretches the schedule to the available time.
+4. `run_method` builds the method and trains its student.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -16,11 +19,21 @@ from .data import Augmentation
 from .deploy import export_obstacles, refusal
 from .distribution import local_device
 from .engine import Progress, ProgressBar, RunFolder, must_fit, train
+from .engine.checkpoint import atomic_write_text
 from .errors import UsageError
-from .methods import Method, MethodSettings, Problem, build_method, check_method
+from .methods import (
+    Method,
+    MethodSettings,
+    Problem,
+    build_method,
+    check_method,
+    fitting_share,
+)
 from .quantization import QuantizationConfig, any_memory_format
 
-__all__ = ["build_problem", "check_problem", "run_method"]
+__all__ = ["build_problem", "check_problem", "run_method", "schedule_share"]
+
+_log = logging.getLogger("fdda_ext")
 
 
 def build_problem(
@@ -104,6 +117,46 @@ def check_problem(problem: Problem, methods: Sequence[str], *, exportable: bool)
             f"model: {refusal(obstacles)}; or train a student that is never exported: "
             "--exportable false on the command line, exportable=False in Python"
         )
+
+
+def schedule_share(
+    name: str,
+    problem: Problem,
+    settings: MethodSettings,
+    minutes: float | None,
+    folder: RunFolder | None = None,
+    *,
+    most: float = 1.0,
+) -> float:
+    """Return the share of a method's schedule that fits into ``minutes``, measured in short trials.
+
+    Args:
+        name: Name of the method.
+        problem: The network and its images.
+        settings: Settings of all methods.
+        minutes: Time for trials and training; None for the whole schedule.
+        folder: Run folder, which stores the share for a resumed run; None stores nothing.
+        most: Largest share.
+
+    Raises:
+        UsageError: If the time is over before the first iteration.
+    """
+    if minutes is None:
+        return 1.0
+    path = folder.path / "schedule_share.json" if folder else None
+    if path is not None and path.exists():
+        return float(json.loads(path.read_text()))
+
+    def build(settings: MethodSettings, images: int) -> Method:
+        return build_method(name, problem.with_images(images), settings)
+
+    count = len(problem.images)
+    share = fitting_share(build, settings, count, 60 * minutes, problem.device, most=most)
+    if share != 1:
+        _log.info("%s: runs %.3g of the schedule to fit into %g min", name, share, minutes)
+    if path is not None:
+        atomic_write_text(path, json.dumps(share) + "\n")
+    return share
 
 
 def run_method(

@@ -278,11 +278,15 @@ def test_evaluate_needs_valid_labels(network):
 CPU = torch.device("cpu")
 
 
-class Clocked:
-    """A method that moves a fake clock by 2 s per construction and 0.5 s per step."""
+#: Images of the run whose time is measured.
+IMAGES = 500
 
-    def __init__(self, clock, iterations):
-        clock.time += 2.0
+
+class Clocked:
+    """A method with a fake clock: 2 s and 0.01 s per image for construction, 0.5 s per step."""
+
+    def __init__(self, clock, iterations, images=0):
+        clock.time += 2.0 + 0.01 * images
         self.clock, self.iterations = clock, iterations
 
     def step(self, iteration):
@@ -309,22 +313,28 @@ class Schedule:
 def test_the_schedule_fits_into_the_time(seconds, iterations):
     clock = Clock()
     share = fitting_share(
-        lambda s: Clocked(clock, s.iterations), Schedule(iterations), seconds, CPU, now=clock
+        lambda s, n: Clocked(clock, s.iterations, n),
+        Schedule(iterations),
+        IMAGES,
+        seconds,
+        CPU,
+        now=clock,
     )
     trials = clock.time
-    assert trials <= max(0.1 * seconds, 2 + 2 * 0.5) + 0.5
+    built = 2 + 0.01 * IMAGES
+    assert trials <= max(0.1 * seconds, 3 * built + 2 * 0.5) + 0.5
     planned = Schedule(iterations).scaled(share).iterations
-    assert trials + 2 + 0.5 * planned <= 1.02 * seconds
+    assert trials + built + 0.5 * planned <= 1.02 * seconds
     # A shortened schedule uses more than 15 % of the time.
-    assert planned == iterations or 2 + 0.5 * planned > 0.15 * seconds
-    if 2 + 0.5 * iterations < 0.5 * seconds and seconds > 100:
+    assert planned == iterations or built + 0.5 * planned > 0.15 * seconds
+    if built + 0.5 * iterations < 0.5 * seconds and seconds > 100:
         assert share == 1
 
 
 def test_a_time_too_short_for_any_training_is_refused():
     clock = Clock()
-    with pytest.raises(UsageError, match="for more than the 2.50 s of trials and the 2.00 s"):
-        fitting_share(lambda s: Clocked(clock, 1), Schedule(9), 3.0, CPU, now=clock)
+    with pytest.raises(UsageError, match="for more than the 4.50 s of trials and the 2.00 s"):
+        fitting_share(lambda s, n: Clocked(clock, 1), Schedule(9), 1, 3.0, CPU, now=clock)
 
 
 def test_the_docstring_example_of_quantize_is_correct():
@@ -347,8 +357,19 @@ def test_the_pace_of_a_short_schedule_is_measured():
         def scaled(self, share):
             return Few(round(self.iterations * share))
 
-    found = measure_pace(lambda s: Clocked(clock, s.iterations), Few(5), 1e9, clock)
+    def build(settings, images):
+        return Clocked(clock, settings.iterations, images)
+
+    found = measure_pace(build, Few(5), IMAGES, 1e9, clock)
     assert found.iterations == 5
-    assert (found.fixed, found.whole) == pytest.approx((2.0, 2.5), rel=0.2)
-    found = measure_pace(lambda s: Clocked(clock, s.iterations), Few(0), 1e9, clock)
-    assert found.iterations == 0
+    assert (found.fixed, found.whole) == pytest.approx((2 + 0.01 * IMAGES, 2.5), rel=0.02)
+    found = measure_pace(build, Few(0), IMAGES, 1e9, clock)
+    assert (found.fixed, found.iterations) == (pytest.approx(2 + 0.01 * IMAGES), 0)
+
+
+def test_a_schedule_can_be_stretched_to_the_time():
+    clock = Clock()
+    share = fitting_share(
+        lambda s, n: Clocked(clock, s.iterations), Schedule(9), 1, 100.0, CPU, most=64, now=clock
+    )
+    assert 0.8 * (100 - clock.time) < 2 + 0.5 * 9 * share <= 1.02 * (100 - clock.time)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -42,6 +41,7 @@ from ..errors import UsageError
 from ..methods import (
     METHODS,
     TRIAL_SHARE,
+    Method,
     MethodSettings,
     Pace,
     Problem,
@@ -338,8 +338,10 @@ def trial(config: TrainConfig, most: float) -> Pace:
             torch.cuda.synchronize(problem.device)
         return time.process_time() if on_cpu else time.perf_counter()
 
-    build = partial(build_method, config.method, problem)
-    return measure_pace(build, config.settings, most, now)
+    def build(settings: MethodSettings, images: int) -> Method:
+        return build_method(config.method, problem.with_images(images), settings)
+
+    return measure_pace(build, config.settings, len(problem.images), most, now)
 
 
 def _timed(arguments: list[str], most: float) -> Pace:

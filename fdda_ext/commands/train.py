@@ -83,7 +83,7 @@ from ..methods import (
 from ..models import TrainedNetwork, open_model
 from ..preprocessing import Preprocessing, PreprocessingConfig
 from ..quantization import QuantizationConfig, bits_table, parse_bits, render_bits
-from ..quantizing import check_problem, run_method
+from ..quantizing import check_problem, run_method, schedule_share
 from ..visualization import write_report
 
 __all__ = [
@@ -149,6 +149,9 @@ class TrainConfig:
         seed: Seed for all random numbers. Equal seeds give equal results on one machine.
         out: Run folder; None for a new one in runs/.
         resume: Continue the run in `out`.
+        minutes: Time for the training of each method, in minutes. Short trials measure the pace on
+            this machine, and the schedules are shortened or stretched to fit. None for the whole
+            schedules.
         max_time: Time limit of the training, in minutes. --resume continues later.
         device: cpu or cuda.
         threads: CPU threads; None for torch's default.
@@ -197,6 +200,7 @@ class TrainConfig:
     seed: int = 0
     out: str | None = None
     resume: bool = False
+    minutes: float | None = None
     max_time: float | None = None
     device: str = "cpu"
     threads: int | None = None
@@ -237,6 +241,14 @@ class TrainConfig:
             raise UsageError(
                 f"train: expected schedule_share above 0 and finite, got {self.schedule_share}"
             )
+        if self.minutes is not None:
+            if not 0 < self.minutes < math.inf:
+                raise UsageError(f"train: expected minutes above 0 and finite, got {self.minutes}")
+            if self.schedule_share != 1:
+                raise UsageError(
+                    "train: expected no schedule_share with minutes, which sets it, "
+                    f"got {self.schedule_share:g}"
+                )
         for name in ("keep_best", "evaluate_limit"):
             if getattr(self, name) and self.evaluate_every is None:
                 raise UsageError(f"train: expected evaluate_every with {name}, got none")
@@ -274,6 +286,8 @@ _NOT_STORED = (
 _EXPANDED = ("preset", "config", "bits")
 #: Options without a value.
 _FLAGS = ("resume", "keep_best", "report", "download", "no_report", "print_config", "help")
+#: Largest factor by which --minutes stretches a schedule.
+_LARGEST_SHARE = 64.0
 #: Number of images in a report's comparison.
 REPORT_IMAGES = 1000
 #: Configuration files of the package.
@@ -572,10 +586,13 @@ def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: flo
             write_student(folder.path / "best.safetensors", method.student, kept)
         return {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.count}
 
+    share = schedule_share(
+        name, problem, config.scheduled, config.minutes, folder, most=_LARGEST_SHARE
+    )
     method, progress = run_method(
         name,
         problem,
-        config.scheduled,
+        config.scheduled.scaled(share) if share != 1 else config.scheduled,
         folder,
         max_seconds=max_seconds,
         evaluation=measure,
@@ -829,6 +846,11 @@ def run(config: TrainConfig, stored_config: str, console: Console | None = None)
     console = console or Console(quiet=not is_first())
     for name in config.rows:
         method_class(name)
+    if config.minutes is not None and world_size() > 1:
+        raise UsageError(
+            "train: expected minutes with a single process, because ranks cannot take trials of "
+            f"their own, got {world_size()} processes; use schedule_share"
+        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()

@@ -94,6 +94,13 @@ class Problem:
         """Build a fake-quantized copy of the teacher, without ranges."""
         return prepare(self.teacher, self.quantization, self.images[:1])
 
+    def with_images(self, count: int) -> Problem:
+        """Return the same problem with ``count`` of its images, spread over all classes."""
+        if count >= len(self.images):
+            return self
+        chosen = torch.arange(count, device=self.device) * len(self.images) // count
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
     def quickly_prepared(self) -> Problem:
         """Return the same problem with min-max ranges, for uses that do not depend on ranges."""
         quick = replace(self.quantization, weight_range="minmax", activation_range="minmax")

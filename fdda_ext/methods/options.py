@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["why_unused"]
 
 #: Options of the command line that only methods with iterations use.
-_OF_TRAINING = ("schedule_share", "max_time", "evaluate_every", "evaluate_limit", "keep_best")
+_OF_TRAINING = (
+    "schedule_share",
+    "minutes",
+    "max_time",
+    "evaluate_every",
+    "evaluate_limit",
+    "keep_best",
+)
 #: Options for the float network and the generator during distillation.
 _OF_DISTILLATION = ("precision", "cuda_graphs")
 
