@@ -22,12 +22,16 @@ Further differences, besides those of `fdda_ext.methods.reconstructing`:
 * Blocks are found in the graph, see `fdda_ext.reconstruction.units`. A layer outside all blocks is
   its own unit.
 * Weights are symmetric on the deploy grid.
+* Learning rates of scales are relative, see `RelativeAdam`. The scale of an 8-bit image is a
+  hundred times smaller than others, and the absolute rate of the paper, 4e-5, would move it by as
+  many per cent. 2e-4 equals this rate for a scale of 0.2.
 * The paper grid has no scales to learn. Its ranges are only measured, at the end.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -40,6 +44,7 @@ from ..reconstruction import (
     Data,
     Granularity,
     Reconstruction,
+    RelativeAdam,
     RoundingConfig,
     Unit,
     activations_in_float,
@@ -54,7 +59,7 @@ from .reconstructing import ReconstructionConfig, ReconstructionMethod
 if TYPE_CHECKING:
     from .settings import MethodSettings
 
-__all__ = ["BRECQ", "BRECQConfig", "BlockConfig"]
+__all__ = ["BRECQ", "BRECQConfig", "BlockConfig", "scale_optimizers"]
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,13 @@ class BlockConfig(ReconstructionConfig):
     Attributes:
         granularity: Size of a unit: "layer", "block" or "network".
         rounding: Settings of learned rounding.
-        scale_lr: Learning rate of activation scales (Adam); a cosine takes it to 0.
+        scale_lr: Learning rate of activation scales (Adam), relative to the scale; a cosine takes
+            it to 0.
     """
 
     granularity: Granularity = "block"
     rounding: RoundingConfig = field(default_factory=RoundingConfig)
-    scale_lr: float = 4e-5
+    scale_lr: float = 2e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +113,12 @@ class BRECQConfig(BlockConfig):
     def scaled(self, share: float) -> Self:
         steps = max(round(self.scale_steps * share), min(self.scale_steps, 1))
         return replace(super().scaled(share), scale_steps=steps)
+
+
+def scale_optimizers(scales: Sequence[nn.Parameter], lr: float) -> list[torch.optim.Optimizer]:
+    """Return the optimizer of activation scales, in a list that is empty without scales."""
+    groups = [{"params": list(scales), "lr": lr, "cosine": True}]
+    return [RelativeAdam(groups, eps=1e-20)] if scales else []
 
 
 class BRECQ(ReconstructionMethod):
@@ -168,12 +180,11 @@ class BRECQ(ReconstructionMethod):
     def _scales(self, unit: Unit, data: Data) -> Reconstruction:
         function = unit.of(self.student)
         set_ranges(self.quantizers(unit), function, data)
-        group = {"params": self.scales(unit), "lr": self.config.scale_lr, "cosine": True}
         return Reconstruction(
             function,
             data,
             partial(output_error, exponent=self.config.scale_exponent),
-            [torch.optim.Adam([group])],
+            scale_optimizers(self.scales(unit), self.config.scale_lr),
             steps=self.config.scale_steps,
             batch=self.config.batch,
             random=self.random,

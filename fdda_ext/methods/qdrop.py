@@ -15,7 +15,7 @@ grid, and the paper grid has no scales to learn.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from typing_extensions import override
@@ -29,7 +29,7 @@ from ..reconstruction import (
     set_ranges,
 )
 from .base import Problem
-from .brecq import BlockConfig
+from .brecq import BlockConfig, scale_optimizers
 from .reconstructing import ReconstructionMethod
 
 if TYPE_CHECKING:
@@ -79,16 +79,15 @@ class QDrop(ReconstructionMethod):
         for name, quantizer in zip(unit.quantizers, quantizers, strict=True):
             dropped = Dropped(quantizer, self.config.probability, self.random)
             function.set_submodule(name, dropped)
-        groups: list[dict[str, Any]] = [
-            {"params": [layer.alpha for layer in layers], "lr": self.config.rounding.lr}
-        ]
-        if scales := self.scales(unit):
-            groups.append({"params": scales, "lr": self.config.scale_lr, "cosine": True})
+        alphas = [layer.alpha for layer in layers]
         return Reconstruction(
             function,
             data,
             output_error,
-            [torch.optim.Adam(groups)],
+            [
+                torch.optim.Adam(alphas, lr=self.config.rounding.lr),
+                *scale_optimizers(self.scales(unit), self.config.scale_lr),
+            ],
             steps=self.config.steps,
             batch=self.config.batch,
             random=self.random,
