@@ -70,7 +70,10 @@ Images: TypeAlias = "Tensor | Dataset[Any] | Iterable[Any]"
 _KEY = "made_by_fdda_ext"
 _BATCH = 64
 #: Options of the command line that `quantize` takes, beside all sections below them.
-_OPTIONS = ("cuda_graphs", "images_at_once", "precision", "quantization", "settings")
+_OPTIONS = (
+    *("cuda_graphs", "images_at_once", "precision", "quantization", "settings"),
+    "training_pixels",
+)
 
 
 def quantize(
@@ -115,8 +118,8 @@ def quantize(
         device: Device to compute on; None for the network's device.
         preset: Preset with the method's settings, "short" or "paper".
         options: Options of the command line: ``settings.*``, ``quantization.*``, ``precision``,
-            ``cuda_graphs`` and ``images_at_once``, such as ``{"settings.distillation.lr": 1e-4,
-            "quantization.first_last_bits": 8}``.
+            ``cuda_graphs``, ``images_at_once`` and ``training_pixels``, such as
+            ``{"settings.distillation.lr": 1e-4, "quantization.first_last_bits": 8}``.
         max_images: Largest number of images taken. See ``images``.
         augmentation: Random variations of images; None for random crops and flips.
         mean: Mean that normalised the images, per channel, for pixels from 0 to 1. With it, methods
@@ -177,6 +180,7 @@ def quantize(
         std=std,
         cuda_graphs=config.cuda_graphs,
         images_at_once=config.images_at_once,
+        training_pixels=config.training_pixels,
     )
     check_problem(problem, [method], exportable=exportable)
     check_memory(method, problem, config.settings)
@@ -286,7 +290,7 @@ def _arguments(
         if name.replace("-", "_").partition(".")[0] not in _OPTIONS:
             raise UsageError(
                 "quantize: expected options settings.*, quantization.*, cuda_graphs, "
-                f"images_at_once or precision, got {name}"
+                f"images_at_once, precision or training_pixels, got {name}"
             )
     texts = {
         name: value if isinstance(value, str) else json.dumps(value)

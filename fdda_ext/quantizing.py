@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .data import Augmentation
 from .deploy import export_obstacles, refusal
@@ -31,7 +34,7 @@ from .methods import (
 )
 from .quantization import QuantizationConfig, any_memory_format
 
-__all__ = ["build_problem", "check_problem", "run_method", "schedule_share"]
+__all__ = ["build_problem", "check_problem", "run_method", "schedule_share", "smaller_images"]
 
 _log = logging.getLogger("fdda_ext")
 
@@ -51,6 +54,7 @@ def build_problem(
     std: Sequence[float] | None = None,
     cuda_graphs: bool = True,
     images_at_once: int | None = None,
+    training_pixels: int | None = None,
 ) -> Problem:
     """Put a network and its calibration images on a device.
 
@@ -69,6 +73,8 @@ def build_problem(
         std: Standard deviation, like ``mean``.
         cuda_graphs: Whether to replay steps as CUDA graphs on a GPU.
         images_at_once: See `Problem`.
+        training_pixels: Largest number of pixels of an image in training, see `smaller_images`;
+            None for images of full size.
     """
     place = torch.device(local_device(device))
     teacher = network.to(place).eval().requires_grad_(False)
@@ -79,7 +85,7 @@ def build_problem(
     if mean is not None and std is not None:
         shift, scale = (torch.tensor(v, device=place).view(-1, 1, 1) for v in (mean, std))
         pixel_range = (-shift / scale, (1 - shift) / scale)
-    return Problem(
+    problem = Problem(
         teacher,
         num_classes,
         images.to(place, memory_format=torch.channels_last),
@@ -92,6 +98,48 @@ def build_problem(
         cuda_graphs=cuda_graphs,
         images_at_once=images_at_once,
     )
+    return problem if training_pixels is None else smaller_images(problem, training_pixels)
+
+
+#: Sides of smaller images are multiples of this, because networks halve their maps five times.
+_MULTIPLE = 32
+
+
+@torch.no_grad()
+def smaller_images(problem: Problem, pixels: int) -> Problem:
+    """Return ``problem`` with smaller images in training, if they are larger than ``pixels``.
+
+    A convolutional network computes the same function of each region at any image size, so ranges
+    and weights serve images of full size too, and an iteration takes less time and memory. Images
+    are resized by averaging areas. A network that needs the full size keeps it, with a warning.
+
+    Args:
+        problem: Problem with images ``[n, C, H, W]``.
+        pixels: Largest H x W in training; at least 32 x 32 is kept.
+    """
+    height, width = problem.images.shape[-2:]
+    factor = math.sqrt(pixels / (height * width))
+    if factor >= 1:
+        return problem
+    steps = [max(round(side * factor / _MULTIPLE), 1) for side in (height, width)]
+    size = [min(n * _MULTIPLE, side) for n, side in zip(steps, (height, width), strict=True)]
+    first = F.interpolate(problem.images[:1], size, mode="area")
+    student = problem.quickly_prepared().student()  # without ranges, it leaves activations in float
+    try:
+        same = student(first).shape == problem.teacher(problem.images[:1]).shape
+        same = same and bool(problem.teacher(first).isfinite().all())
+    except RuntimeError:
+        same = False
+    if not same:
+        _log.warning(
+            "training: expected a network that takes %dx%d images, for training_pixels %d, got one "
+            "that does not; training uses %dx%d",
+            *(*size, pixels, height, width),
+        )
+        return problem
+    images = [F.interpolate(part, size, mode="area") for part in problem.images.split(64)]
+    smaller = torch.cat(images).contiguous(memory_format=torch.channels_last)
+    return replace(problem, images=smaller, large_images=problem.images)
 
 
 def check_problem(problem: Problem, methods: Sequence[str], *, exportable: bool) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from fdda_ext.commands import compare, train
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import pace
+from fdda_ext.methods.base import Phase
 
 SETTING = compare.Setting("glyphs_resnet", "W3A3", "same", 1)
 
@@ -151,14 +152,12 @@ def test_share_is_the_schedule_share_of_every_run():
 @pytest.mark.parametrize(
     ("preparing", "inside", "most", "trials", "fixed", "whole"),
     [
-        (5, 0, 1e9, [1200, 19, 76], 5, 2400),
-        # A longer trial finds the fixed time that is part of the first step.
-        (5, 200, 1e9, [1200, 19, 76, 304], 205, 2400),
-        # Without time for a longer trial, all steps count as equally long.
-        (5, 200, 300, [1200, 19], 5, (200 + 2 * 19) * 1200 / 19),
-        # The first trial ends after the step in which its time is over.
-        (5, 0, 20, [1200, 19], 5, 2400),
-        (100, 0, 10, [1200, 19], 100, 2400),
+        (5, 0, 1e9, [1200, 3], 5, 2400),
+        # The first step takes time that does not depend on the schedule.
+        (5, 200, 1e9, [1200, 3], 205, 2400),
+        # The trial ends after the step in which its time is over.
+        (5, 200, 30, [1200, 3], 5, 202 * 1200),
+        (100, 0, 10, [1200, 3], 100, 2400),
     ],
 )
 def test_trials_separate_preparation_from_iterations_within_their_time(
@@ -170,6 +169,7 @@ def test_trials_separate_preparation_from_iterations_within_their_time(
     class Slow:
         def __init__(self, iterations):
             self.iterations = iterations
+            self.phases = [Phase(iterations)]
             lengths.append(iterations)
 
         def step(self, iteration):
@@ -182,7 +182,6 @@ def test_trials_separate_preparation_from_iterations_within_their_time(
     real = compare.build_problem
     monkeypatch.setattr(compare, "build_problem", lambda c: loaded.append(c) or real(c))
     monkeypatch.setattr(compare, "_prepared", {})
-    monkeypatch.setattr(pace, "_FIRST_TRIAL", 19)
     monkeypatch.setattr(pace, "_FEW_IMAGES", 1000)
     monkeypatch.setattr(compare, "build_method", build)
     monkeypatch.setattr(compare.time, "process_time", lambda: now[0])
@@ -191,7 +190,7 @@ def test_trials_separate_preparation_from_iterations_within_their_time(
     assert lengths == trials
     assert found.fixed == pytest.approx(fixed, rel=0.15)
     assert found.whole == pytest.approx(whole, rel=0.05)
-    assert now[0] <= max(most + 2, 2 * preparing + 2)
+    assert now[0] <= max(most + 2, 2 * preparing + 2 + inside)
     # The next method uses the same network and images.
     gdfq, _ = train.parse_arguments(["--method=gdfq", "--threads=1", "--bits=W3A3"])
     compare.trial(gdfq, most)

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from fdda_ext._torchvision import import_torchvision
 from fdda_ext.data import Augmentation, augment, calibration_set, load_dataset
@@ -241,6 +242,15 @@ def test_same_for_batch_draws_once():
     assert torch.equal(out[0], out[3])
     out = augment(coordinates(4), Augmentation(), random)
     assert not torch.equal(out[0], out[3])
+
+
+def test_smaller_crops_are_means_of_samples():
+    images = torch.rand(3, 2, 24, 48)
+    whole = Augmentation((1.0, 1.0), (1.0, 1.0), False)
+    small = augment(images, whole, torch.Generator().manual_seed(0), size=(8, 16))
+    torch.testing.assert_close(small, F.avg_pool2d(images, 3), atol=1e-4, rtol=0)
+    random = torch.Generator().manual_seed(0)
+    assert augment(images, Augmentation(), random, size=(10, 20)).shape == (3, 2, 10, 20)
 
 
 def test_bad_augmentation_is_refused():

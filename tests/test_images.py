@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 from fdda_ext.commands import evaluate, export, pretrain, train
 from fdda_ext.data import choose_preprocessing, load_dataset
@@ -17,6 +18,7 @@ from fdda_ext.engine import count_outputs, doubt_margin, input_channels
 from fdda_ext.errors import UsageError
 from fdda_ext.image_size import height_and_width, parse_image_size, show_image_size
 from fdda_ext.methods import METHODS, Problem, build_method
+from fdda_ext.methods.distillation import ImageSampler
 from fdda_ext.models import open_model
 from fdda_ext.preprocessing import Preprocessing, PreprocessingConfig
 
@@ -295,13 +297,25 @@ class Map(TwoInputs):
         return x
 
 
+class Fixed(nn.Module):
+    """A network whose last layer needs images of 64x64."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(4 * 16 * 16, num_classes)
+
+    def forward(self, x):
+        return self.head(self.features(x).flatten(1))
+
+
 @pytest.fixture
 def networks(monkeypatch):
     """A user's module ``nets`` with networks."""
     module = ModuleType("nets")
     module.Gray, module.Colour, module.Four = network_of(1), network_of(3), network_of(4)
     module.Two, module.TwoInputs, module.TwoOutputs = network_of(2), TwoInputs, TwoOutputs
-    module.Named, module.Map = Named, Map
+    module.Named, module.Map, module.Fixed = Named, Map, Fixed
     monkeypatch.setitem(sys.modules, "nets", module)
 
 
@@ -348,11 +362,35 @@ def test_arguments_with_defaults_are_not_counted_as_inputs():
     assert count_outputs(Optional(), torch.zeros(2, 3, 4, 5), "train") == 60
 
 
-def problem_of(model, size):
+def problem_of(model, size, training_pixels=None):
     config = train.TrainConfig(
-        model=f"module:nets.{model}", weights="none", data="digits", image_size=size, baselines=[]
+        model=f"module:nets.{model}",
+        weights="none",
+        data="digits",
+        image_size=size,
+        training_pixels=training_pixels,
+        baselines=[],
     )
     return train.build_problem(config)[0]
+
+
+def test_smaller_images_keep_the_ratio_and_multiples_of_32(networks):
+    large = problem_of("Colour", "96x192")
+    for pixels, size in ((96 * 192, (96, 192)), (9000, (64, 128)), (1, (32, 32))):
+        problem = problem_of("Colour", "96x192", pixels)
+        assert tuple(problem.images.shape[2:]) == size
+        assert torch.equal(problem.full_size_images, large.images)
+        assert len(problem.with_images(5).images) == len(problem.with_images(5).full_size_images)
+        expected = F.interpolate(large.images, size, mode="area")
+        torch.testing.assert_close(problem.images, expected)
+    # Calibration images in a student step are crops of the large images.
+    sampler = ImageSampler(problem, 4, problem.random())
+    assert tuple(sampler.next()[0].shape) == (4, 3, 32, 32)
+
+
+def test_a_network_for_one_size_is_trained_with_it(networks, caplog):
+    assert tuple(problem_of("Fixed", 64, 32 * 32).images.shape[2:]) == (64, 64)
+    assert "takes 32x32 images, for training_pixels 1024, got one that does not" in caplog.text
 
 
 GENERATORS = ("fdda", "gdfq", "qimera", "zaq")
@@ -361,12 +399,17 @@ OPTIMISED = ("zeroq", "dsg", "di", "adi")
 
 CASES = [(name, "Gray") for name in METHODS]
 CASES += [(name, "Colour") for name in (*GENERATORS, *OPTIMISED)]
+CASES += [(name, "Smaller") for name in METHODS]
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)
-def test_every_method_takes_gray_and_oblong_images(networks, name, model):
-    size = 28 if model == "Gray" else "32x64"
-    problem: Problem = problem_of(model, size)
+def test_every_method_takes_gray_oblong_and_smaller_images(networks, name, model):
+    problem: Problem
+    if model == "Smaller":
+        problem = problem_of("Colour", "64x128", 32 * 64)
+        assert tuple(problem.full_size_images.shape[1:]) == (3, 64, 128)
+    else:
+        problem = problem_of(model, 28 if model == "Gray" else "32x64")
     shape = (1, 28, 28) if model == "Gray" else (3, 32, 64)
     assert tuple(problem.images.shape[1:]) == shape
     assert problem.pixel_range is not None
@@ -385,7 +428,7 @@ def test_every_method_takes_gray_and_oblong_images(networks, name, model):
     for iteration in range(min(method.iterations, 6)):
         method.step(iteration)
     with torch.no_grad():
-        assert method.student.eval()(problem.images).isfinite().all()
+        assert method.student.eval()(problem.full_size_images).isfinite().all()
     generator = getattr(method, "generator", None)
     if generator is not None:
         labels = torch.zeros(3, dtype=torch.int64)

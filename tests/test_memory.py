@@ -14,7 +14,7 @@ from test_fdda import problem, settings
 from fdda_ext.engine import LiveTensors, parts_of
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import FDDA, MemoryEstimate, build_method, estimate_memory
-from fdda_ext.methods.memory import Phase
+from fdda_ext.methods.memory import MemoryPhase
 from fdda_ext.synthesis import ConditionalGenerator, GeneratorConfig
 
 PROGRAMS = Path(__file__).parent.parent / "python"
@@ -105,8 +105,8 @@ def test_estimates_are_close_to_the_bytes_of_live_tensors(name):
 
 def test_the_error_for_a_run_that_does_not_fit_names_the_best_remedy():
     phases = [
-        Phase("the evaluation", 0, 1e6, 250, "test_batch", 250),
-        Phase("a student step", 1e8, 1e8, 16, "images_at_once", 16),
+        MemoryPhase("the evaluation", 0, 1e6, 250, "test_batch", 250),
+        MemoryPhase("a student step", 1e8, 1e8, 16, "images_at_once", 16),
     ]
     estimate = MemoryEstimate(present=10**9, kept=10**8, phases=phases)
     assert estimate.describe(10**10) == "memory: needs about 3.0 GB; 11.0 GB are available"

@@ -125,9 +125,9 @@ class TrainConfig:
     """What to quantize, how, and where the result goes.
 
     Attributes:
-        method: fdda; distill (fdda without generated images); minmax, mse (ranges only); lapq,
-            bitsplit, adaquant, brecq, qdrop; without real images: gdfq, qimera, zaq, zeroq, dsg,
-            di, adi, noise.
+        method: fdda; distill (fdda without generated images); tandem (qdrop, then distill); minmax,
+            mse (ranges only); lapq, bitsplit, adaquant, brecq, qdrop; without real images: gdfq,
+            qimera, zaq, zeroq, dsg, di, adi, noise.
         model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME, pytorchcv:NAME, or
             module:NAME.CLASS for your own class, which is called with num_classes.
         weights: "default" for the model's trained weights; the torchvision name of other weights; a
@@ -160,6 +160,9 @@ class TrainConfig:
             bfloat16 on a GPU and float32 on a CPU.
         cuda_graphs: Whether a GPU replays the steps of fdda's generator and of the student as CUDA
             graphs. They need fewer launches, but the memory of both steps at once.
+        training_pixels: Largest number of pixels of an image in training. Larger images are
+            resized, which saves time and memory. Tests and exports keep the full size. None for no
+            limit.
         images_at_once: Largest number of images that pass through a network together in training.
             It changes only the memory use and the order of sums. None means all images on a GPU,
             and as many pixels as 16 images of 224x224 have on a CPU.
@@ -207,6 +210,7 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] | None = None
     cuda_graphs: bool = True
     images_at_once: int | None = None
+    training_pixels: int | None = None
     profile: int | None = None
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
@@ -224,6 +228,7 @@ class TrainConfig:
         for name, least in (
             ("max_time", 0),
             ("images_at_once", 1),
+            ("training_pixels", 1),
             ("profile", 1),
             ("test_limit", 1),
             ("test_batch", 1),
@@ -779,6 +784,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         std=std,
         cuda_graphs=config.cuda_graphs,
         images_at_once=config.images_at_once,
+        training_pixels=config.training_pixels,
     )
     outputs = count_outputs(problem.teacher, problem.images[:1], "train")
     if outputs != dataset.num_classes:

@@ -47,8 +47,9 @@ def augment(
     random: torch.Generator,
     *,
     same_for_batch: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Crop at random, resize back (bilinear) and flip at random.
+    """Crop at random, resize (bilinear) and flip at random.
 
     Area and ratio of the crop are drawn as in torchvision's RandomResizedCrop. A crop longer than
     the image is cut to it.
@@ -58,9 +59,10 @@ def augment(
         augmentation: Random changes.
         random: Source of random numbers, on the images' device.
         same_for_batch: Whether all images share one draw.
+        size: Height and width of the results; None for those of ``images``.
 
     Returns:
-        Images of the same shape.
+        Images ``[N, C, *size]``.
     """
     count = images.shape[0]
     draws = 1 if same_for_batch else count
@@ -79,5 +81,10 @@ def augment(
     zero = torch.zeros_like(x)
     rows = (torch.stack([width, zero, x], 1), torch.stack([zero, height, y], 1))
     theta = torch.stack(rows, 1).expand(count, 2, 3).to(images.dtype)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    height_out, width_out = size or images.shape[-2:]
+    # Smaller results are means of several samples, because single samples would be aliased.
+    samples = max(-(-images.shape[-2] // height_out), -(-images.shape[-1] // width_out))
+    shape = [*images.shape[:2], samples * height_out, samples * width_out]
+    grid = F.affine_grid(theta, shape, align_corners=False)
+    found = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    return found if samples == 1 else F.avg_pool2d(found, samples)

@@ -29,6 +29,7 @@ from .pace import TRIAL_SHARE, Pace, fitting_share, measure_pace
 from .qdrop import QDrop, QDropConfig
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
+from .tandem import Tandem
 from .zaq import ZAQ, ZAQConfig
 from .zeroq import ZeroQ, ZeroQConfig
 
@@ -68,6 +69,7 @@ __all__ = [
     "QDropConfig",
     "Qimera",
     "QimeraConfig",
+    "Tandem",
     "ZAQConfig",
     "ZeroQ",
     "ZeroQConfig",
@@ -86,6 +88,7 @@ __all__ = [
 METHODS: dict[str, type[Method]] = {
     "fdda": FDDA,
     "distill": CalibrationDistillation,
+    "tandem": Tandem,
     "gdfq": GDFQ,
     "qimera": Qimera,
     "zaq": ZAQ,

@@ -24,7 +24,7 @@ from ..errors import UsageError
 from ..quantization import calibrate, set_activation_mode
 from ..statistics import capture, running_statistics
 from ..synthesis import ConditionalGenerator, GeneratorConfig
-from .base import Method, MethodConfig, Problem
+from .base import Method, MethodConfig, Phase, Problem
 from .distillation import DistillationConfig, Student
 
 if TYPE_CHECKING:
@@ -277,6 +277,12 @@ class AlternatingTraining(Method):
         )
 
     # ---- state ------------------------------------------------------------------------------
+
+    @property
+    @override
+    def phases(self) -> list[Phase]:
+        warmup = self.schedule.warmup_iterations
+        return [Phase(n) for n in (warmup, self.iterations - warmup) if n]
 
     @property
     @override

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..quantization import QuantizationConfig, prepare
 if TYPE_CHECKING:
     from .settings import MethodSettings
 
-__all__ = ["Method", "MethodConfig", "Problem"]
+__all__ = ["Method", "MethodConfig", "Phase", "Problem"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Problem:
         cuda_graphs: Whether steps on a GPU are replayed as CUDA graphs.
         images_at_once: Largest number of images in one training pass, where splitting a batch
             changes only the order of sums; None if `fdda_ext.engine.parts_of` decides.
+        large_images: Calibration images in the size that the student is for, if ``images`` are
+            smaller to save time and memory in training; otherwise None.
     """
 
     teacher: nn.Module
@@ -58,6 +60,7 @@ class Problem:
     pixel_range: tuple[Tensor, Tensor] | None = None
     cuda_graphs: bool = True
     images_at_once: int | None = None
+    large_images: Tensor | None = None
 
     def autocast(self) -> torch.autocast:
         """Return the context in which teacher and generator run."""
@@ -65,8 +68,13 @@ class Problem:
         return torch.autocast(self.device.type, dtype=self.precision, enabled=enabled)
 
     @property
+    def full_size_images(self) -> Tensor:
+        """Calibration images in the size that the student is for, ``[n, C, H, W]``."""
+        return self.images if self.large_images is None else self.large_images
+
+    @property
     def image_size(self) -> ImageSize:
-        """Height and width of the images."""
+        """Height and width of the images in training."""
         return to_image_size(*self.images.shape[-2:])
 
     @property
@@ -92,14 +100,17 @@ class Problem:
 
     def student(self) -> GraphModule:
         """Build a fake-quantized copy of the teacher, without ranges."""
-        return prepare(self.teacher, self.quantization, self.images[:1])
+        return prepare(self.teacher, self.quantization, self.full_size_images[:1])
 
     def with_images(self, count: int) -> Problem:
         """Return the same problem with ``count`` of its images, spread over all classes."""
         if count >= len(self.images):
             return self
         chosen = torch.arange(count, device=self.device) * len(self.images) // count
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+        large = None if self.large_images is None else self.large_images[chosen]
+        return replace(
+            self, images=self.images[chosen], labels=self.labels[chosen], large_images=large
+        )
 
     def quickly_prepared(self) -> Problem:
         """Return the same problem with min-max ranges, for uses that do not depend on ranges."""
@@ -109,6 +120,18 @@ class Problem:
     def random(self) -> torch.Generator:
         """Return a new random generator that starts from the seed."""
         return torch.Generator(self.device).manual_seed(self.seed)
+
+
+class Phase(NamedTuple):
+    """A part of a method's schedule.
+
+    Attributes:
+        iterations: Number of iterations.
+        prepares: Whether the first iteration also passes all calibration images through a network.
+    """
+
+    iterations: int
+    prepares: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +189,11 @@ class Method(ABC):
     def synthetic_images(self) -> int:
         """Number of synthetic images made for the student so far."""
         return 0
+
+    @property
+    def phases(self) -> list[Phase]:
+        """Consecutive parts of the schedule, each with iterations of equal duration."""
+        return [Phase(self.iterations)]
 
     @property
     def part(self) -> str:

@@ -73,7 +73,7 @@ from ..data import augment
 from ..engine import must_fit, restore_random, stage
 from ..errors import UsageError
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
-from ..quantization.operations import shape, tensor_inputs
+from ..quantization.operations import tensor_inputs
 from ..quantization.ranges import RangeRule
 from ..quantization.student import activation_quantizers, collecting
 from ..quantization.tracing import trace
@@ -410,8 +410,9 @@ class BitSplit(Method):
 
     def _responses(self, iteration: int, layer: QuantizedConv2d) -> Responses:
         responses = Responses(rows(layer, layer.weight))
-        count = shape(self.layers[iteration])[2:].numel()
         float_inputs, *_ = self.float_inputs.at(iteration)
+        image = float_inputs.read(torch.zeros(1, dtype=torch.int64))
+        count = layer._conv_forward(image, layer.weight, None).shape[2:].numel()
         inputs, *_ = self.inputs.at(iteration) if self.config.compensate else (float_inputs,)
         for x, float_x in zip(inputs.split(BATCH), float_inputs.split(BATCH), strict=True):
             order = torch.rand(len(x), count, generator=self.random, device=x.device).argsort(1)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from typing_extensions import override
 
 from ..engine import restore_random
@@ -39,7 +40,7 @@ class Ranges(Method):
 
     def images(self, problem: Problem) -> Tensor:
         """Return the images for calibration, ``[n, C, H, W]``."""
-        return problem.images
+        return problem.full_size_images
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class Noise(MinMax):
     @override
     def images(self, problem: Problem) -> Tensor:
         random = problem.random()
-        return torch.randn(problem.images.shape, generator=random, device=problem.device)
+        return torch.randn(problem.full_size_images.shape, generator=random, device=problem.device)
 
 
 class MSE(Ranges):
@@ -77,20 +78,30 @@ class MSE(Ranges):
 
 
 class CalibrationDistillation(Method):
-    """FDDA without its generator: the same student step on as many images, all of them real."""
+    """FDDA without its generator: the same student step on as many images, all of them real.
+
+    Args:
+        problem: Network and data.
+        settings: Settings with the section ``distillation``.
+        student: Student with ranges to begin with; None for a new one.
+    """
 
     summary = "distillation on calibration images only"
     distils = True
     distributed = True
     sections = ("distillation",)
 
-    def __init__(self, problem: Problem, settings: MethodSettings) -> None:
+    def __init__(
+        self, problem: Problem, settings: MethodSettings, student: GraphModule | None = None
+    ) -> None:
         config = settings.distillation
         self.iterations = config.steps
         self.random = problem.random()
         self.quantization = problem.quantization
-        self.student = problem.student()
-        calibrate(self.student, problem.images)
+        if student is None:
+            student = problem.student()
+            calibrate(student, problem.images)
+        self.student = student
         self.trainer = Student(self.student, problem, config)
         self.images = ImageSampler(problem, config.real_batch + config.generated_batch, self.random)
 

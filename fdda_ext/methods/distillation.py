@@ -17,6 +17,7 @@ from ..data import augment
 from ..distribution import shard, share_of, sum_gradients_, total
 from ..engine import Replayed, must_fit, stage
 from ..errors import UsageError
+from ..image_size import height_and_width
 from ..quantization import bits_table, project_scales_, scale_parameters
 from ..reconstruction import (
     RoundingConfig,
@@ -168,7 +169,13 @@ class ImageSampler:
                 self.problem.images.shape[0], generator=self.random, device=self.problem.device
             )
         chosen, self.order = self.order.tensor_split([self.batch_size])
-        images = augment(self.problem.images[chosen], self.problem.augmentation, self.random)
+        problem = self.problem
+        images = augment(
+            problem.full_size_images[chosen],
+            problem.augmentation,
+            self.random,
+            size=height_and_width(problem.image_size),
+        )
         return images, self.problem.labels[chosen]
 
 

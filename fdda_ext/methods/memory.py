@@ -24,14 +24,14 @@ from .fdda import FDDA
 from .optimised_images import OptimisedImages
 from .settings import MethodSettings
 
-__all__ = ["MemoryEstimate", "Phase", "check_memory", "estimate_memory"]
+__all__ = ["MemoryEstimate", "MemoryPhase", "check_memory", "estimate_memory"]
 
 #: Memory of allocators and libraries, as a share of the tensors' bytes.
 _BESIDE = 0.1
 
 
 @dataclass(frozen=True)
-class Phase:
+class MemoryPhase:
     """Memory for one part of a run: ``fixed + per_image * images`` bytes.
 
     Attributes:
@@ -68,10 +68,10 @@ class MemoryEstimate:
 
     present: int
     kept: int
-    phases: list[Phase]
+    phases: list[MemoryPhase]
 
     @property
-    def largest(self) -> Phase:
+    def largest(self) -> MemoryPhase:
         """The part that needs most."""
         return max(self.phases, key=lambda phase: phase.bytes)
 
@@ -200,7 +200,6 @@ class _Probe:
     ) -> None:
         self.name, self.kind = name, kind
         self.problem, self.settings = problem, settings
-        self.pixels = problem.images[0, 0].numel()
         with LiveTensors() as live:
             self.student = problem.student()
             gc.collect()  # reference cycles from tracing
@@ -212,22 +211,24 @@ class _Probe:
         return self.problem.images[torch.arange(count) % len(self.problem.images)]
 
     def inference(self, count: int) -> int:
-        """Return the peak bytes of the student on ``count`` images."""
-        images = self.images(count)
+        """Return the peak bytes of the student on ``count`` images of full size."""
+        images = self.problem.full_size_images
+        images = images[torch.arange(count) % len(images)]
         with torch.no_grad(), LiveTensors() as live:
             self.student(images)
         return live.peak
 
-    def ranges(self) -> Phase:
+    def ranges(self) -> MemoryPhase:
         count = min(len(self.problem.images), IMAGES_AT_ONCE)
         line = _line(self.inference, count)
-        return Phase("calibration", *line, count, "images_per_class", count)
+        return MemoryPhase("calibration", *line, count, "images_per_class", count)
 
-    def evaluation(self, batch: int) -> Phase:
-        count = -(-batch // parts_of(batch, self.pixels, self.problem.device))
-        return Phase("evaluation", *_line(self.inference, count), count, "test_batch", batch)
+    def evaluation(self, batch: int) -> MemoryPhase:
+        pixels = self.problem.full_size_images[0, 0].numel()
+        count = -(-batch // parts_of(batch, pixels, self.problem.device))
+        return MemoryPhase("evaluation", *_line(self.inference, count), count, "test_batch", batch)
 
-    def student_step(self) -> Phase:
+    def student_step(self) -> MemoryPhase:
         config = self.settings.distillation
         kept = 0
 
@@ -249,9 +250,9 @@ class _Probe:
         if parts == 1:
             name = max("real_batch", "generated_batch", key=lambda name: getattr(config, name))
             setting, value = f"settings.distillation.{name}", getattr(config, name)
-        return Phase("a student step", *line, -(-batch // parts), setting, value)
+        return MemoryPhase("a student step", *line, -(-batch // parts), setting, value)
 
-    def generator_step(self) -> Phase:
+    def generator_step(self) -> MemoryPhase:
         batch = getattr(self.settings, self.name).batch
         one_batch_at_a_time = self.problem.parts(2 * batch) > 1
         kept = 0
@@ -271,9 +272,9 @@ class _Probe:
 
         line = _line(step, batch)
         self.kept += kept
-        return Phase("a generator step", *line, batch, f"settings.{self.name}.batch", batch)
+        return MemoryPhase("a generator step", *line, batch, f"settings.{self.name}.batch", batch)
 
-    def image_step(self) -> Phase:
+    def image_step(self) -> MemoryPhase:
         """Measure a step on the pixels of images."""
         config = getattr(self.settings, self.name).synthesis
         batch = min(config.batch, config.images)
@@ -285,7 +286,7 @@ class _Probe:
             return live.peak
 
         setting = f"settings.{self.name}.synthesis.batch"
-        return Phase("a step on images", *_line(step, batch), batch, setting, batch)
+        return MemoryPhase("a step on images", *_line(step, batch), batch, setting, batch)
 
     def small(self, count: int, at_once: int, **changes: Any) -> Method:
         """Build the method with ``changes`` to its settings and ``count`` calibration images."""
@@ -295,6 +296,7 @@ class _Probe:
             self.problem,
             images=self.problem.images[:count],
             labels=self.problem.labels[:count],
+            large_images=None,
             images_at_once=at_once,
         )
         if self.kind is not FDDA:

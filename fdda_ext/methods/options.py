@@ -47,6 +47,8 @@ def why_unused(
         return f"{name} has no training"
     if section in _OF_DISTILLATION and not method.distils:
         return f"{name} runs the float network in float32, without CUDA graphs"
+    if section == "training_pixels" and not method.trains:
+        return f"{name} has no training"
     if section == "images_per_class" and not method.real_images:
         return f"{name} uses no real images"
     if section == "quantization" and rest:

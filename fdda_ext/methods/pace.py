@@ -1,7 +1,8 @@
-"""Time that a method's schedule takes, measured in short trials."""
+"""Time that a method's schedule takes, measured in a short trial."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,20 +21,20 @@ __all__ = ["TRIAL_SHARE", "Pace", "fitting_share", "measure_pace"]
 
 #: Share of the available time that all trials of a method together may take.
 TRIAL_SHARE = 0.1
-#: Iterations of the first trial. Each further trial has four times as many.
-_FIRST_TRIAL = 8
-#: Calibration images of the first trial.
-_FEW_IMAGES = 64
+#: Iterations of the shortest phase in a trial: the first, a usual one, and the last.
+_ITERATIONS = 3
+#: Calibration images of a trial.
+_FEW_IMAGES = 32
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Result of the trials of a method on a network.
+    """Result of the trial of a method on a network.
 
     Attributes:
         fixed: Seconds of a run that do not depend on the schedule.
         whole: Further seconds for the whole schedule.
-        iterations: Iterations of the longest trial; 0 if the method does not train.
+        iterations: Iterations of the trial; 0 if the method does not train.
     """
 
     fixed: float
@@ -57,63 +58,60 @@ def measure_pace(
     most: float,
     now: Callable[[], float],
 ) -> Pace:
-    """Measure with short trials how long a schedule takes.
+    """Measure in a short trial how long a schedule takes.
 
-    The trials use few images, because the preparation of all may take longer than all trials
-    should. The second trial has twice as many as the first, which shows how much fixed time an
-    image takes. Then each trial is longer than the one before. They end when the last took at
-    least 1.5 times as long as the first, which separates the fixed time from the time per
-    iteration. They also end after the whole schedule, or if there is no time for another. When the
-    time runs out, a trial stops after the current step, even the first trial.
+    The trial has a few iterations of each phase. The first one may also prepare the phase, and the
+    last one may end it, which takes equally long with every schedule. The trial has few images,
+    because preparing all may take longer than the whole trial should. Construction with twice as
+    many images shows how much time an image takes there.
+
+    When the time runs out, the trial stops after the current iteration. Phases that it has not
+    reached count as long as the others on average.
 
     Args:
         build: Function that builds the method with given settings on so many images.
         settings: Settings of the whole schedule.
         images: Number of images of the run.
-        most: Seconds for all trials together. The first two trials always take a step.
+        most: Seconds for all of this. The first iteration is always taken.
         now: Clock, in seconds.
     """
-    begin = now()
 
-    def trial(share: float, images: int) -> list[float]:
-        """Return the seconds of a trial until its construction and until each of its iterations."""
+    def built(settings: MethodSettings, images: int) -> tuple[Method, float]:
         start = now()
-        method = build(settings.scaled(share), images)
-        times = [now() - start]
-        while len(times) <= method.iterations and (len(times) == 1 or now() - begin < most):
-            method.step(len(times) - 1)
-            times.append(now() - start)
-        return times
+        return build(settings, images), now() - start
 
+    begin = now()
     few = min(images, _FEW_IMAGES)
-    planned = build(settings, few).iterations
-    fixed = now() - begin
-    share = min(_FIRST_TRIAL / planned, 1.0) if planned else 1.0
-    first = trial(share, few)
-    after = 0.0  # seconds for the other images
+    method, construction = built(settings, few)
+    planned = method.phases if method.iterations else []
     if images > few:
         more = min(images, 2 * few)
-        second = trial(share, more)
-        both = min(len(first), len(second)) - 1
-        after = max(second[both] - first[both], 0.0) / (more - few) * (images - few)
+        slope = (built(settings, more)[1] - construction) / (more - few)
+        construction += max(slope, 0.0) * (images - few)
     if not planned:
-        return Pace(first[-1] + after, 0.0, 0)
-    done = len(first) - 1
-    took, shares = [first[-1]], [done / planned]
-    while (
-        took[-1] < 1.5 * took[0]
-        and shares[-1] < 1
-        and now() - begin + fixed + 4 * (took[-1] - fixed) <= most
-    ):
-        share = min(4 * share, 1.0)
-        times = trial(share, few)
-        done = len(times) - 1
-        took.append(times[-1])
-        shares.append(done / planned)
-    if len(took) > 1 and shares[-1] > shares[0] and took[-1] > took[0]:
-        whole = (took[-1] - took[0]) / (shares[-1] - shares[0])
-        return Pace(max(took[0] - whole * shares[0], 0.0) + after, whole, done)
-    return Pace(fixed + after, max(took[-1] - fixed, 0.0) / shares[-1], done)
+        return Pace(construction, 0.0, 0)
+    share = min(_ITERATIONS / min(phase.iterations for phase in planned), 1.0)
+    method = build(settings.scaled(share), few)
+    phases, fixed, done = list[float](), construction, 0
+    for count, prepares in method.phases:
+        times = list[float]()
+        is_last = len(phases) + 1 == len(planned)
+        for _ in range(min(count, _ITERATIONS) if is_last else count):
+            if done and now() - begin > most:
+                break
+            start = now()
+            method.step(done)
+            times.append(now() - start)
+            done += 1
+        if not times:
+            break
+        usual = statistics.median(times[1:-1]) if len(times) > 2 else min(times)
+        phases.append(usual)
+        fixed += max(times[0] - usual, 0.0) * (images / few if prepares else 1)
+        fixed += max(times[-1] - usual, 0.0) if len(times) == count > 1 else 0.0
+    phases += [sum(phases) / len(phases)] * (len(planned) - len(phases))
+    whole = sum(phase.iterations * t for phase, t in zip(planned, phases, strict=True))
+    return Pace(fixed, whole, done)
 
 
 def fitting_share(

@@ -54,9 +54,9 @@ from ..reconstruction import (
     share_decided,
     soften_,
 )
-from .base import Method, Problem
+from .base import Method, Phase, Problem
 
-__all__ = ["ReconstructionConfig", "ReconstructionMethod", "drawn"]
+__all__ = ["ReconstructionConfig", "ReconstructionMethod", "drawn", "write_units"]
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,11 @@ class ReconstructionMethod(Method):
 
     @property
     @override
+    def phases(self) -> list[Phase]:
+        return [Phase(steps, prepares=True) for _, _, steps in self.tasks]
+
+    @property
+    @override
     def part(self) -> str:
         return f"unit {max(self.task, 0) + 1}/{len(self.tasks)}"
 
@@ -290,10 +295,15 @@ class ReconstructionMethod(Method):
 
     @override
     def save_artifacts(self, folder: Path) -> None:
-        """Write ``units.json``: the loss of every unit on its first and last batch.
+        """Write ``units.json``, see `write_units`."""
+        write_units(folder, self.progress)
 
-        It is a list of objects with ``phase``, ``layers`` by name, ``steps`` and ``first``.
-        Finished units also have ``last``, ``divergence``, see `divergence`, and, if rounding was
-        learned, ``decided``: the share of roundings within 0.01 of 0 or 1.
-        """
-        atomic_write_text(folder / "units.json", json.dumps(self.progress, indent=1) + "\n")
+
+def write_units(folder: Path, progress: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``units.json``: the loss of every unit on its first and last batch.
+
+    It is a list of objects with ``phase``, ``layers`` by name, ``steps`` and ``first``. Finished
+    units also have ``last``, ``divergence``, see `ReconstructionMethod.divergence`, and, if
+    rounding was learned, ``decided``: the share of roundings within 0.01 of 0 or 1.
+    """
+    atomic_write_text(folder / "units.json", json.dumps(list(progress), indent=1) + "\n")
