@@ -204,7 +204,7 @@ def test_help_shows_examples(module, capsys):
         (["--quantization.weight_bits=9"], "weight_bits between 2 and 8, got 9"),
         (["--settings.fdda.batch=1"], "batch at least 2, got 1"),
         (["--images_per_class=99"], "at least 99 calibration"),
-        (["--resume"], "--out with --resume"),
+        (["--resume"], "--out, the run to continue, with --resume"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_no_folder(arguments, message, tmp_path):
