@@ -137,7 +137,7 @@ def reader(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # Keep calls of `fdda_ext.quantize` short on every machine.
-    monkeypatch.setattr("fdda_ext.quantizing.fitting_share", lambda *_: 1 / 200)
+    monkeypatch.setattr("fdda_ext.quantizing.fitting_share", lambda *_, **__: 1 / 200)
     for split, count in IMAGES_PER_CLASS.items():
         monkeypatch.setitem(glyphs._LENGTHS, split, count * len(glyphs.CHARACTERS))
     threads = torch.get_num_threads()
