@@ -176,13 +176,15 @@ def schedule_share(
     *,
     most: float = 1.0,
 ) -> float:
-    """Return the share of a method's schedule that fits into ``minutes``, measured in short trials.
+    """Return the share of a method's schedule that fits into ``minutes``.
+
+    A short trial measures the pace, see `fdda_ext.methods.measure_pace`.
 
     Args:
         name: Name of the method.
         problem: The network and its images.
         settings: Settings of all methods.
-        minutes: Time for trials and training; None for the whole schedule.
+        minutes: Time for trial and training; None for the whole schedule.
         folder: Run folder, which stores the share for a resumed run; None stores nothing.
         most: Largest share.
 

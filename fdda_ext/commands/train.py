@@ -149,8 +149,8 @@ class TrainConfig:
         seed: Seed for all random numbers. Equal seeds give equal results on one machine.
         out: Run folder; None for a new one in runs/.
         resume: Continue the run in `out`.
-        minutes: Time for the training of each method, in minutes. Short trials measure the pace on
-            this machine, and the schedules are shortened or stretched to fit. None for the whole
+        minutes: Time for the training of each method, in minutes. A short trial measures the pace
+            on this machine, and the schedules are shortened or stretched to fit. None for the whole
             schedules.
         max_time: Time limit of the training, in minutes. --resume continues later.
         device: cpu or cuda.
