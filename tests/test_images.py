@@ -437,15 +437,22 @@ def test_every_method_takes_gray_oblong_and_smaller_images(networks, name, model
 
 
 @pytest.mark.parametrize(
-    ("model", "size"), [("Gray", "28"), ("Colour", "32x64"), ("Four", "20x36")]
+    ("model", "size", "pixels"),
+    [
+        *(("Gray", "28", "null"), ("Colour", "32x64", "null"), ("Four", "20x36", "null")),
+        ("Colour", "64x128", 32 * 64),
+    ],
 )
-def test_a_complete_run_on_gray_oblong_and_rgba_images(networks, tmp_path, model, size, capsys):
+def test_a_complete_run_on_gray_oblong_rgba_and_smaller_images(
+    networks, tmp_path, model, size, pixels, capsys
+):
     out = tmp_path / "run"
     train.main(
         [
             *(f"--model=module:nets.{model}", "--weights=none", "--data=digits", f"--out={out}"),
             *(f"--image-size={size}", "--images-per-class=4", "--baselines=[]", "--test-limit=40"),
             *("--schedule-share=0.002", "--settings.fdda.generator.channels=4"),
+            f"--training-pixels={pixels}",
         ]
     )
     assert "no report" not in capsys.readouterr().out

@@ -560,7 +560,7 @@ class _Session:
         return {
             "model": self.config.model,
             "num_classes": self.problem.num_classes,
-            "image_size": self.problem.image_size,
+            "image_size": self.problem.full_image_size,
             "channels": self.problem.channels,
             "data": self.config.data,
             "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,

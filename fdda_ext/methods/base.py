@@ -73,6 +73,11 @@ class Problem:
         return self.images if self.large_images is None else self.large_images
 
     @property
+    def full_image_size(self) -> ImageSize:
+        """Height and width of the images that the student is for."""
+        return to_image_size(*self.full_size_images.shape[-2:])
+
+    @property
     def image_size(self) -> ImageSize:
         """Height and width of the images in training."""
         return to_image_size(*self.images.shape[-2:])

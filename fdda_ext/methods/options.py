@@ -16,6 +16,7 @@ __all__ = ["why_unused"]
 #: Options of the command line that only methods with iterations use.
 _OF_TRAINING = (
     "schedule_share",
+    "training_pixels",
     "minutes",
     "max_time",
     "evaluate_every",
@@ -47,8 +48,6 @@ def why_unused(
         return f"{name} has no training"
     if section in _OF_DISTILLATION and not method.distils:
         return f"{name} runs the float network in float32, without CUDA graphs"
-    if section == "training_pixels" and not method.trains:
-        return f"{name} has no training"
     if section == "images_per_class" and not method.real_images:
         return f"{name} uses no real images"
     if section == "quantization" and rest:

@@ -1,7 +1,7 @@
 """Tandem: reconstruction of one block after another, then distillation of all layers together.
 
-Phase 1 is QDrop: it learns the rounding of the weights and the activation scales of each block,
-which takes few steps and does not overfit. Phase 2 begins with this student and takes the student
+Phase 1 is QDrop: it learns the rounding of the weights and the activation scales of each block.
+Phase 2 begins with this student and takes the student
 step of FDDA on the calibration images: now all layers learn together, so later layers can correct
 what earlier ones lose. AE-QDrop (2024) proposed this order. No image is generated.
 """

@@ -230,11 +230,12 @@ def _what_was_done(run: _Run) -> str:
     path = run.folder / "origin.json"
     origin = json.loads(path.read_text()) if path.exists() else {}
     begun = [("started", "date"), ("software", "versions"), ("machine", "machine")]
+    size = show_image_size(problem.full_image_size)
     rows = (
         ("method", run.name),
         ("network", f"{run.recipe['model']}, weights: {weights}"),
         ("data", f"{run.recipe['data']}, {problem.num_classes} classes"),
-        ("images", f"{show_image_size(problem.image_size)} pixels, {problem.channels} channel(s)"),
+        ("images", f"{size} pixels, {problem.channels} channel(s)"),
         ("calibration images", f"{len(problem.images)}{seen}"),
         ("bits", f"weights {q.weight_bits}, activations {q.activation_bits}, {ends}"),
         (
@@ -482,7 +483,7 @@ def _size_and_speed(run: _Run) -> str:
 
 
 def _speed(run: _Run, path: Path) -> str:
-    program, images = load_program(path), run.problem.images[:1].contiguous()
+    program, images = load_program(path), run.problem.full_size_images[:1].contiguous()
     times = time_interleaved(
         {
             "float network, PyTorch": lambda: run.problem.teacher(images),
