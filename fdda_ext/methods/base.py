@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -18,7 +19,9 @@ from ..distribution import world_size
 from ..engine import parts_of
 from ..errors import UsageError
 from ..image_size import ImageSize, to_image_size
-from ..quantization import QuantizationConfig, prepare
+from ..quantization import QuantizationConfig
+from ..quantization.prepare import quantize_traced
+from ..quantization.tracing import trace
 
 if TYPE_CHECKING:
     from .settings import MethodSettings
@@ -47,6 +50,7 @@ class Problem:
             changes only the order of sums; None if `fdda_ext.engine.parts_of` decides.
         large_images: Calibration images in the size that the student is for, if ``images`` are
             smaller to save time and memory in training; otherwise None.
+        traced: Graphs of teachers for image shapes, from which `student` builds students quickly.
     """
 
     teacher: nn.Module
@@ -61,6 +65,9 @@ class Problem:
     cuda_graphs: bool = True
     images_at_once: int | None = None
     large_images: Tensor | None = None
+    traced: dict[tuple[nn.Module, torch.Size], GraphModule] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def autocast(self) -> torch.autocast:
         """Return the context in which teacher and generator run."""
@@ -105,7 +112,10 @@ class Problem:
 
     def student(self) -> GraphModule:
         """Build a fake-quantized copy of the teacher, without ranges."""
-        return prepare(self.teacher, self.quantization, self.full_size_images[:1])
+        key = (self.teacher, self.full_size_images.shape[1:])
+        if key not in self.traced:
+            self.traced[key] = trace(self.teacher, self.full_size_images[:1])
+        return quantize_traced(copy.deepcopy(self.traced[key]), self.quantization)
 
     def with_images(self, count: int) -> Problem:
         """Return the same problem with ``count`` of its images, spread over all classes."""

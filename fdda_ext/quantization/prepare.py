@@ -95,7 +95,11 @@ def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor)
     if not isinstance(example_input, Tensor) or example_input.dim() != 4 or not len(example_input):
         got = tuple(example_input.shape) if isinstance(example_input, Tensor) else example_input
         raise UsageError(f"prepare: expected example_input of images [N, 3, H, W], got {got}")
-    student = trace(model, example_input)
+    return quantize_traced(trace(model, example_input), config)
+
+
+def quantize_traced(student: GraphModule, config: QuantizationConfig) -> GraphModule:
+    """Turn a network from `trace` into a student; see `prepare`."""
     _write_out_padding(student)
     _drop_added_zeros(student)
     placements = _plan(student, config)
