@@ -55,6 +55,7 @@ def build_problem(
     cuda_graphs: bool = True,
     images_at_once: int | None = None,
     training_pixels: int | None = None,
+    equalisation: float | None = None,
 ) -> Problem:
     """Put a network and its calibration images on a device.
 
@@ -75,6 +76,7 @@ def build_problem(
         images_at_once: See `Problem`.
         training_pixels: Largest number of pixels of an image in training, see `smaller_images`;
             None for images of full size.
+        equalisation: See `Problem`.
     """
     place = torch.device(local_device(device))
     teacher = network.to(place).eval().requires_grad_(False)
@@ -98,7 +100,9 @@ def build_problem(
         cuda_graphs=cuda_graphs,
         images_at_once=images_at_once,
     )
-    return problem if training_pixels is None else smaller_images(problem, training_pixels)
+    if training_pixels is not None:
+        problem = smaller_images(problem, training_pixels)
+    return replace(problem, equalisation=equalisation)
 
 
 #: Sides of smaller images are multiples of this, because networks halve their maps five times.

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -418,11 +419,12 @@ def problem(network: nn.Module) -> Problem:
     )
 
 
-def run(name: str, network: nn.Module) -> nn.Module:
+def run(name: str, network: nn.Module, equalisation: float | None = None) -> nn.Module:
     """Run a few steps of a method, export its student, and return the student."""
     short = train.without_unused(["--method", name, "--baselines=[]", "--schedule_share=0.001"])
     config, _ = train.parse_arguments(short)
-    method = build_method(name, problem(network), config.scheduled)
+    given = replace(problem(network), equalisation=equalisation)
+    method = build_method(name, given, config.scheduled)
     # Bit-Split sets the ranges of activations in its last iteration.
     for iteration in range(method.iterations if name == "bitsplit" else min(method.iterations, 4)):
         assert all(value.isfinite().all() for value in method.step(iteration).values())

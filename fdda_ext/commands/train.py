@@ -163,6 +163,10 @@ class TrainConfig:
         training_pixels: Largest number of pixels of an image in training. Larger images are
             resized, which saves time and memory. Tests and exports keep the full size. None for no
             limit.
+        equalisation: Strength of the equalisation of channels, 0 to 1. Before quantization, every
+            channel of an activation is scaled, and the next layers undo it. 1 gives all channels
+            the same range, which is best for activations, and lower values keep weights easy to
+            quantize. None changes nothing. See fdda_ext.quantization.equalisation.
         images_at_once: Largest number of images that pass through a network together in training.
             It changes only the memory use and the order of sums. None means all images on a GPU,
             and as many pixels as 16 images of 224x224 have on a CPU.
@@ -211,6 +215,7 @@ class TrainConfig:
     cuda_graphs: bool = True
     images_at_once: int | None = None
     training_pixels: int | None = None
+    equalisation: float | None = None
     profile: int | None = None
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
@@ -246,6 +251,16 @@ class TrainConfig:
             raise UsageError(
                 f"train: expected schedule_share above 0 and finite, got {self.schedule_share}"
             )
+        if self.equalisation is not None:
+            if not 0 <= self.equalisation <= 1:
+                raise UsageError(
+                    f"train: expected equalisation between 0 and 1, got {self.equalisation}"
+                )
+            if self.method in METHODS and not METHODS[self.method].real_images:
+                raise UsageError(
+                    "train: expected equalisation, which measures real images, only with methods "
+                    f"that use real images, got method {self.method}"
+                )
         if self.minutes is not None:
             if not 0 < self.minutes < math.inf:
                 raise UsageError(f"train: expected minutes above 0 and finite, got {self.minutes}")
@@ -785,6 +800,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         cuda_graphs=config.cuda_graphs,
         images_at_once=config.images_at_once,
         training_pixels=config.training_pixels,
+        equalisation=config.equalisation,
     )
     outputs = count_outputs(problem.teacher, problem.images[:1], "train")
     if outputs != dataset.num_classes:

@@ -20,13 +20,17 @@ from ..engine import parts_of
 from ..errors import UsageError
 from ..image_size import ImageSize, to_image_size
 from ..quantization import QuantizationConfig
-from ..quantization.prepare import quantize_traced
-from ..quantization.tracing import trace
+from ..quantization.equalisation import equalise_
+from ..quantization.prepare import activations, quantize_traced, trace_unpadded
 
 if TYPE_CHECKING:
     from .settings import MethodSettings
 
 __all__ = ["Method", "MethodConfig", "Phase", "Problem"]
+
+
+#: Largest number of images that set the scales of channels.
+_EQUALISED = 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Problem:
             changes only the order of sums; None if `fdda_ext.engine.parts_of` decides.
         large_images: Calibration images in the size that the student is for, if ``images`` are
             smaller to save time and memory in training; otherwise None.
+        equalisation: Strength of the equalisation of channels, see
+            `fdda_ext.quantization.equalisation`; None for none.
         traced: Graphs of teachers for image shapes, from which `student` builds students quickly.
     """
 
@@ -65,7 +71,8 @@ class Problem:
     cuda_graphs: bool = True
     images_at_once: int | None = None
     large_images: Tensor | None = None
-    traced: dict[tuple[nn.Module, torch.Size], GraphModule] = field(
+    equalisation: float | None = None
+    traced: dict[tuple[nn.Module, torch.Size, float | None], GraphModule] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -110,12 +117,21 @@ class Problem:
             return -(-images // self.images_at_once)
         return parts_of(images, self.images[0, 0].numel(), self.device)
 
+    def network(self) -> GraphModule:
+        """Copy the teacher into a graph with equalised channels."""
+        size, strength = self.full_size_images.shape[1:], self.equalisation
+        key = (self.teacher, size, strength)
+        if key not in self.traced:
+            network = trace_unpadded(self.teacher, self.full_size_images[:1])
+            if strength is not None:
+                some = self.with_images(_EQUALISED).images
+                equalise_(network, activations(network, self.quantization), some, strength)
+            self.traced[key] = network
+        return copy.deepcopy(self.traced[key])
+
     def student(self) -> GraphModule:
         """Build a fake-quantized copy of the teacher, without ranges."""
-        key = (self.teacher, self.full_size_images.shape[1:])
-        if key not in self.traced:
-            self.traced[key] = trace(self.teacher, self.full_size_images[:1])
-        return quantize_traced(copy.deepcopy(self.traced[key]), self.quantization)
+        return quantize_traced(self.network(), self.quantization)
 
     def with_images(self, count: int) -> Problem:
         """Return the same problem with ``count`` of its images, spread over all classes."""

@@ -57,6 +57,7 @@ Differences::
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -72,11 +73,12 @@ from typing_extensions import override
 from ..data import augment
 from ..engine import must_fit, restore_random, stage
 from ..errors import UsageError
+from ..quantization.equalisation import clip_exactly_
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.operations import tensor_inputs
+from ..quantization.prepare import quantize_traced
 from ..quantization.ranges import RangeRule
 from ..quantization.student import activation_quantizers, collecting
-from ..quantization.tracing import trace
 from ..reconstruction import BATCH, Frontier, float_copy, partition
 from .base import Method, Problem
 from .channel_scales import fold_channel_scales_
@@ -325,7 +327,7 @@ class BitSplit(Method):
         if self.quantization.weight_range == "minmax":
             self.quantization = replace(self.quantization, weight_range="mse")
         self.random = problem.random()
-        self.teacher = trace(problem.teacher, problem.images[:1])
+        self.teacher = problem.network()
         if self.config.channel_scales:
             with must_fit(settings__bitsplit__batch=self.config.batch):
                 bits = self.quantization.activation_bits
@@ -335,8 +337,9 @@ class BitSplit(Method):
                     "bitsplit: expected channel_scales false, because no layer of this network is "
                     "the only reader of a batch normalisation and a ReLU (not ReLU6), got true"
                 )
-        own = replace(problem, teacher=self.teacher, quantization=self.quantization)
-        self.student = own.student().requires_grad_(False)
+        student = quantize_traced(copy.deepcopy(self.teacher), self.quantization)
+        self.student = student.requires_grad_(False)
+        clip_exactly_(self.teacher)
         modules = dict(self.student.named_modules())
         #: Nodes that call convolutions and linear layers, in order.
         self.layers: list[Node] = [

@@ -95,13 +95,24 @@ def prepare(model: nn.Module, config: QuantizationConfig, example_input: Tensor)
     if not isinstance(example_input, Tensor) or example_input.dim() != 4 or not len(example_input):
         got = tuple(example_input.shape) if isinstance(example_input, Tensor) else example_input
         raise UsageError(f"prepare: expected example_input of images [N, 3, H, W], got {got}")
-    return quantize_traced(trace(model, example_input), config)
+    return quantize_traced(trace_unpadded(model, example_input), config)
+
+
+def trace_unpadded(model: nn.Module, example: Tensor) -> GraphModule:
+    """Copy ``model`` into a graph as `trace` does, with asymmetric padding as nodes of its own."""
+    network = trace(model, example)
+    _write_out_padding(network)
+    _drop_added_zeros(network)
+    return network
+
+
+def activations(network: GraphModule, config: QuantizationConfig) -> set[Node]:
+    """Return the nodes of a network from `trace_unpadded` that will get the activations' bits."""
+    return {p.node for p in _plan(network, config) if p.role == "activation"}
 
 
 def quantize_traced(student: GraphModule, config: QuantizationConfig) -> GraphModule:
-    """Turn a network from `trace` into a student; see `prepare`."""
-    _write_out_padding(student)
-    _drop_added_zeros(student)
+    """Turn a network from `trace_unpadded` into a student; see `prepare`."""
     placements = _plan(student, config)
     _quantize_layers(student, config)
     _insert_quantizers(student, placements, config)

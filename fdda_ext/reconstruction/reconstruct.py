@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..quantization import project_scales_
+from ..quantization.equalisation import clip_exactly_
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.student import activation_quantizers, collecting
@@ -69,6 +70,7 @@ def float_copy(student: GraphModule) -> GraphModule:
             module.set_submodule("weight_quantizer", nn.Identity())
     for quantizer in activation_quantizers(reference):
         quantizer.mode = "float"
+    clip_exactly_(reference)
     return reference
 
 
