@@ -1,6 +1,7 @@
 """Forms of networks: computed sizes, branches, arguments, layers that are called twice."""
 
 import copy
+import importlib
 import re
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
+from fdda_ext._torchvision import import_torchvision
 from fdda_ext.commands import train
 from fdda_ext.data import Augmentation
 from fdda_ext.deploy import lower
@@ -405,6 +408,94 @@ PLACE = r"Network, test_graphs.py:\d+"
 def test_code_that_cannot_be_traced_is_named_with_its_place(head, message):
     with pytest.raises(UsageError, match=message):
         trace(of(head), images(1))
+
+
+class Doubled(torch.autograd.Function):
+    """A function with its own gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+@torch.jit.script
+def scripted(x):
+    return 2 * x
+
+
+@pytest.mark.parametrize(
+    "double",
+    [Doubled.apply, lambda x: checkpoint(lambda y: 2 * y, x, use_reentrant=False)],
+    ids=["autograd function", "checkpoint"],
+)
+def test_functions_with_their_own_backward_pass_are_traced(double):
+    model = of(lambda self, x: double(x).mean((2, 3)))
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(trace(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "double",
+    [
+        *(torch.autograd.Variable, torch.as_tensor, torch.tensor, torch.asarray, torch.Tensor),
+        *(torch.FloatTensor, scripted, lambda x: torch.Tensor._make_subclass(torch.Tensor, x)),
+        *(lambda x: setattr(torch.zeros(2), "data", x) or x, nn.Parameter),
+        lambda x: torch.zeros(3)[x.long()],
+    ],
+)
+def test_functions_in_c_refuse_the_tensors_of_tracing(double):
+    # They must not take them for tensors, and read memory that is not theirs.
+    with pytest.raises(UsageError, match="prepare: expected model to"):
+        trace(of(lambda self, x: double(x).mean((2, 3))), images())
+
+
+def test_isinstance_in_helper_modules_sees_tensors(tmp_path, monkeypatch):
+    package = tmp_path / "helped"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .network import Network\n")
+    (package / "helper.py").write_text(
+        "import torch\n"
+        "def joined(x):\n"
+        "    return x if isinstance(x, torch.Tensor) else torch.cat(x, 1)\n"
+    )
+    (package / "network.py").write_text(
+        "from torch import nn\n"
+        "from .helper import joined\n"
+        "class Network(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(8, 5)\n"
+        "    def forward(self, x):\n"
+        "        x = joined(self.conv(x))\n"
+        "        return self.fc(joined([x, x]).mean((2, 3)))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    network = importlib.import_module("helped").Network().eval()
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(trace(network, x)(x), network(x))
+    assert "isinstance" not in vars(importlib.import_module("helped.helper"))
+
+
+def test_poolings_of_timm_with_the_padding_same_become_padding_and_pooling():
+    import_torchvision()  # timm imports it, and it may be built for another torch
+    layers = importlib.import_module("timm.layers.pool2d_same")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.ReLU(), layers.AvgPool2dSame(3, 2), nn.Conv2d(4, 4, 1)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)),
+    ).eval()
+    x = images()
+    student = prepare(model, QuantizationConfig(8, 8), x)
+    calibrate(student, x)
+    with torch.no_grad():
+        torch.testing.assert_close(student(x), model(x), rtol=0.1, atol=0.05)
+        assert torch.equal(lower(student)(x), student(x))
 
 
 # ---- methods --------------------------------------------------------------------------------

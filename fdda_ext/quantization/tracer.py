@@ -89,7 +89,9 @@ class SizedTracer(Tracer):
         timm = sys.modules.get("timm.layers")
         if timm is not None:  # what timm itself excludes from tracing
             wrapped = tuple(timm.get_notrace_functions())
-            self.opaque = tuple(timm.get_notrace_modules())
+            # Poolings are traced, because their padding depends on the size.
+            pools = (nn.AvgPool2d, nn.MaxPool2d)
+            self.opaque = tuple(m for m in timm.get_notrace_modules() if not issubclass(m, pools))
         super().__init__(autowrap_functions=wrapped)
         self.module_name = ""
         self.mode = shapes_only()
@@ -342,12 +344,6 @@ class _SizedProxy(Proxy):
 
     tracer: SizedTracer
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The class that ``isinstance`` sees: Tensor for a tensor."""
-        value = self.tracer.values.get(self.node, [None])[0]
-        return Tensor if isinstance(value, Tensor) else type(self)
-
     def __getattr__(self, k: str) -> Any:
         if k.startswith("__") or k in ("node", "tracer"):
             raise AttributeError(k)
@@ -404,22 +400,30 @@ def _calling_line() -> str:
 
 @contextmanager
 def _sized_functions(root: nn.Module) -> Iterator[None]:
-    """Let ``len`` and torch's factory functions accept proxies in the code of ``root``."""
-    spaces = {}
-    for module in root.modules():
-        space = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
-        if not str(space.get("__name__", "torch")).startswith("torch.") and "len" not in space:
-            spaces[id(space)] = space
+    """Let `len`, `isinstance` and torch's factory functions accept proxies in ``root``'s code."""
+    authors = {type(module).__module__.partition(".")[0] for module in root.modules()} - {"torch"}
+    names = [name for name in sys.modules if name.partition(".")[0] in authors]
+    spaces = [vars(sys.modules[name]) for name in names]
+    # Code of a notebook, or of a file that was run, has other globals than its module's.
+    spaces += [getattr(inspect.unwrap(type(m).forward), "__globals__", {}) for m in root.modules()]
+    own = {"len": _length, "isinstance": _is_instance}
+    changed = {
+        (id(space), name): space
+        for space in spaces
+        if not str(space.get("__name__", "torch")).startswith(("torch.", __name__))
+        for name in own
+        if name not in space
+    }
     factories = {name: getattr(torch, name) for name in _FACTORIES}
     try:
-        for space in spaces.values():
-            space["len"] = _length
+        for (_, name), space in changed.items():
+            space[name] = own[name]
         for name, factory in factories.items():
             setattr(torch, name, _taking_proxies(factory))
         yield
     finally:
-        for space in spaces.values():
-            del space["len"]
+        for (_, name), space in changed.items():
+            del space[name]
         for name, factory in factories.items():
             setattr(torch, name, factory)
 
@@ -428,6 +432,18 @@ def _length(x: Any) -> Any:
     if isinstance(x, _SizedProxy):
         return x.tracer.create_proxy("call_function", len, (x,), {})
     return len(x)
+
+
+def _is_instance(x: Any, classes: Any) -> bool:
+    """``isinstance`` for which the proxy of a tensor is a tensor.
+
+    A proxy whose ``__class__`` is Tensor would crash functions in C, which then read its memory.
+    """
+    if type(x) is _SizedProxy:
+        value = x.tracer.values.get(x.node, [None])[0]
+        if isinstance(value, Tensor) and isinstance(value, classes):
+            return True
+    return isinstance(x, classes)
 
 
 def _taking_proxies(factory: Callable[..., Tensor]) -> Callable[..., Any]:

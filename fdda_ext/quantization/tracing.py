@@ -85,7 +85,13 @@ def trace(model: nn.Module, example: Tensor) -> GraphModule:
     _remove_identities(network)
     _check_graph(network)
     _separate_layers(network)
-    _record_shapes(network, example)
+    try:
+        _record_shapes(network, example)
+    except (AttributeError, TypeError) as error:  # a call that torch.fx records but cannot repeat
+        raise UsageError(
+            "prepare: expected model to be traceable by torch.fx, got a graph that does not run "
+            f"({_reason(error)}); its forward may compute only with tensors and their sizes"
+        ) from error
     _pad_same(network, example)
     _join_means(network)
     _join_reshapes(network)
