@@ -201,7 +201,9 @@ def _module_operation(module: nn.Module) -> str:
         return "nearest" if module.mode.startswith("nearest") else "other"
     for kind in type(module).__mro__:
         if kind in _MODULES:
-            return _MODULES[kind]
+            # timm's MaxPool2dSame has padding that its attributes do not tell.
+            own = isinstance(module, nn.MaxPool2d) and type(module).forward is not kind.forward
+            return "other" if own else _MODULES[kind]
     return _MODULE_NAMES.get(type(module).__name__, "other")
 
 

@@ -89,9 +89,9 @@ class SizedTracer(Tracer):
         timm = sys.modules.get("timm.layers")
         if timm is not None:  # what timm itself excludes from tracing
             wrapped = tuple(timm.get_notrace_functions())
-            # Poolings are traced, because their padding depends on the size.
-            pools = (nn.AvgPool2d, nn.MaxPool2d)
-            self.opaque = tuple(m for m in timm.get_notrace_modules() if not issubclass(m, pools))
+            # AvgPool2dSame is traced: it becomes padding with zeros and an average pooling.
+            opaque = timm.get_notrace_modules()
+            self.opaque = tuple(m for m in opaque if not issubclass(m, nn.AvgPool2d))
         super().__init__(autowrap_functions=wrapped)
         self.module_name = ""
         self.mode = shapes_only()
