@@ -606,12 +606,12 @@ INTRODUCTION = """\
 
 This page shows which classification networks of three libraries work with this package. The program
 `python/networks.py` makes it, in two hours on two cores: for all networks of torchvision, those of
-timm that have trained weights, and the two smallest of each family of pytorchcv. Weights are random,
-and BN statistics are those of random images. A network is prepared (W4A4, `deploy` grid, calibrated
-on {images} random images), trained by one step of distillation, and exported to a file. The column
-"equal" says whether the logits of that program are bit-identical to the student's, for batches of
-{batches} images. Images have {size}x{size} pixels, or more if the network does not take such small
-images.
+timm that have trained weights, and the two smallest of each family of pytorchcv. Weights are
+random, and BN statistics are those of random images. A network is prepared (W4A4, `deploy` grid,
+calibrated on {images} random images), trained by one step of distillation, and exported to a file.
+The column "equal" says whether the logits of that program are bit-identical to the student's, for
+batches of {batches} images. Images have {size}x{size} pixels, or more if the network does not take
+such small images.
 """
 HEADER = ("network", "parameters, M", "pixels", "prepared", "trains", "exported", "equal", "reason")
 
