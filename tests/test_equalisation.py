@@ -172,6 +172,17 @@ def test_relu6_clips_the_student_at_6_and_the_float_network_where_it_did():
         assert torch.equal(lower(student)(x), student(x))
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6])
+def test_channels_that_are_always_zero_keep_their_scale(activation):
+    model, x = network(activation), images()
+    model[1].bias.fill_(-100)
+    model[1].weight.fill_(0)
+    graph, _, count = equalised(model, x)
+    assert count == 9
+    assert torch.equal(graph.get_submodule("1").bias, model[1].bias)
+    torch.testing.assert_close(graph(x), model(x))
+
+
 def test_an_outlier_that_the_next_layer_undoes_costs_nothing():
     plain = load_model("glyphs_resnet", weights="default").eval().requires_grad_(False)
     model = copy.deepcopy(plain)

@@ -482,34 +482,30 @@ def test_isinstance_in_helper_modules_sees_tensors(tmp_path, monkeypatch):
     assert "isinstance" not in vars(importlib.import_module("helped.helper"))
 
 
-def test_timms_average_pooling_with_the_padding_same_becomes_padding_and_pooling():
+def student_with_pooling(name: str) -> nn.Module:
+    """Return a student with a pooling of timm, after checking that it is close to its model."""
     import_torchvision()  # timm imports it, and it may be built for another torch
-    layers = importlib.import_module("timm.layers.pool2d_same")
+    pool = getattr(importlib.import_module("timm.layers.pool2d_same"), name)(3, 2)
     torch.manual_seed(0)
     model = nn.Sequential(
-        *(nn.Conv2d(3, 4, 3), nn.ReLU(), layers.AvgPool2dSame(3, 2), nn.Conv2d(4, 4, 1)),
+        *(nn.Conv2d(3, 4, 3), pool, nn.Conv2d(4, 4, 1)),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)),
     ).eval()
-    x = images()
-    student = prepare(model, QuantizationConfig(8, 8), x)
-    calibrate(student, x)
+    student = prepare(model, QuantizationConfig(8, 8), images())
+    calibrate(student, images())
     with torch.no_grad():
-        torch.testing.assert_close(student(x), model(x), rtol=0.1, atol=0.05)
-        assert torch.equal(lower(student)(x), student(x))
+        torch.testing.assert_close(student(images()), model(images()), rtol=0.1, atol=0.05)
+    return student
+
+
+def test_timms_average_pooling_with_the_padding_same_becomes_padding_and_pooling():
+    student = student_with_pooling("AvgPool2dSame")
+    with torch.no_grad():
+        assert torch.equal(lower(student)(images()), student(images()))
 
 
 def test_timms_max_pooling_with_the_padding_same_is_trained_but_not_exported():
-    import_torchvision()
-    layers = importlib.import_module("timm.layers.pool2d_same")
-    model = nn.Sequential(
-        *(nn.Conv2d(3, 4, 3), layers.MaxPool2dSame(3, 2), nn.Conv2d(4, 4, 1)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)),
-    ).eval()
-    x = images()
-    student = prepare(model, QuantizationConfig(8, 8), x)
-    calibrate(student, x)
-    with torch.no_grad():
-        torch.testing.assert_close(student(x), model(x), rtol=0.1, atol=0.05)
+    student = student_with_pooling("MaxPool2dSame")
     with pytest.raises(UsageError, match="got 1 that have none: .*MaxPool2dSame.*no integer instr"):
         lower(student)
 

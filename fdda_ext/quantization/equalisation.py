@@ -135,6 +135,8 @@ def _scales(
     strength = 1.0 if all(_is_depthwise(layer) for layer in layers) else strength
     measured = [ranges[node] for node in group.nodes if node in ranges]
     used = torch.stack([r > 0 for r in measured]).all(0)
+    if not bool(used.any()):
+        return torch.ones_like(measured[0])
     r = torch.stack([_logarithm(r) for r in measured]).mean(0)
     w = torch.stack([_logarithm(_column_norms(layer)) for layer in layers]).mean(0)
     log = (1 - strength) * w - strength * r
