@@ -141,6 +141,23 @@ def test_linear_bottlenecks_have_mean_zero():
     assert len(watched) == 3
 
 
+def test_networks_without_normalisation_stay_the_same():
+    torch.manual_seed(0)
+    layers = [
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.ReLU6()),
+        *(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU6()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    ]
+    model = nn.Sequential(*layers).eval().requires_grad_(False)
+    x = images()
+    graph, _, count = equalised(model, x)
+    assert count == 4
+    for module in graph.modules():
+        if isinstance(module, EqualisedReLU6):
+            module.exact = True
+    torch.testing.assert_close(graph(x), model(x))
+
+
 def test_a_padded_layer_gets_no_shift():
     torch.manual_seed(0)
     layers = [*conv(3, 8), *conv(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]

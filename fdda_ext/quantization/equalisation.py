@@ -340,10 +340,10 @@ def _scale_input(
     grouped = weight.unflatten(0, (groups, -1))  # [G, M / G, C / G, *]
     if shift is not None:
         constant = (grouped * shift.view(along)).flatten(0, 1).flatten(1).sum(1)
-        norm = _norm_after(node, modules)
         if layer.bias is not None:
             layer.bias.add_(constant)
         else:
+            norm = _norm_after(node, modules)
             assert norm is not None
             assert norm.running_mean is not None
             norm.running_mean.sub_(constant)
