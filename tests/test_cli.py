@@ -1,9 +1,12 @@
 """The command lines: results, resumption after a kill, mistakes."""
 
+import contextlib
 import functools
 import importlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +39,21 @@ def _keep_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """The folder of a run that stopped before its first iteration, and what the run printed."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
+    return out, printed.getvalue()
+
+
+@pytest.fixture
+def stopped(stopped_run, tmp_path):
+    """A copy of the folder of a stopped run."""
+    return Path(shutil.copytree(stopped_run[0], tmp_path / "run"))
 
 
 def command(*arguments: str) -> list[str]:
@@ -108,17 +126,6 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
         assert expected.keys() == resumed.keys()
         for key, tensor in expected.items():
             assert torch.equal(tensor, resumed[key]), key
-
-
-def test_max_time_stops_the_run_and_tells_how_to_resume(tmp_path, capsys):
-    out = tmp_path / "run"
-    train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
-    assert "--resume" in capsys.readouterr().out
-    assert not (out / "summary.json").exists()
-    train.main(["--resume", f"--out={out}", "--threads=1", "--no-report"])
-    assert (out / "summary.json").exists()
-    # --resume of a finished run only shows it.
-    train.main(["--resume", f"--out={out}", "--threads=1", "--no-report"])
 
 
 def test_profile_shows_stages_and_does_not_train(tmp_path, capsys):
@@ -282,9 +289,12 @@ def test_a_mistake_ends_the_process_with_status_2_and_no_traceback(tmp_path, cap
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_run_with_a_changed_configuration_is_not_resumed(tmp_path):
-    out = tmp_path / "run"
-    train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
+def test_max_time_stops_the_run_and_it_resumes_only_with_the_same_configuration(
+    stopped_run, stopped
+):
+    out = stopped
+    assert "--resume" in stopped_run[1]
+    assert not (out / "summary.json").exists()
     text = (out / "config.yaml").read_text()
     (out / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
     with pytest.raises(UsageError, match="config.yaml.* to be unchanged since the run began"):
@@ -292,6 +302,9 @@ def test_a_run_with_a_changed_configuration_is_not_resumed(tmp_path):
     (out / "config.yaml").write_text(text)
     with pytest.raises(UsageError, match="no --preset with --resume.*got paper"):
         train.main(["--resume", f"--out={out}", "--preset=paper"])
+    train.main(["--resume", f"--out={out}", "--threads=1", "--no-report"])
+    assert (out / "summary.json").exists()
+    # --resume of a finished run only shows it.
     train.main(["--resume", f"--out={out}", "--threads=1", "--no-report"])
     (out / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
     with pytest.raises(UsageError, match="config.yaml.* to be unchanged since the run began"):
@@ -301,18 +314,14 @@ def test_a_run_with_a_changed_configuration_is_not_resumed(tmp_path):
         train.main(["--resume", f"--out={out}", "--threads=1"])
 
 
-def test_evaluate_says_that_a_run_is_unfinished(tmp_path, capsys):
-    out = tmp_path / "run"
-    train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
-    capsys.readouterr()
-    evaluate.main([f"--run={out}", "--test_limit=71"])
+def test_evaluate_says_that_a_run_is_unfinished(stopped, capsys):
+    evaluate.main([f"--run={stopped}", "--test_limit=71"])
     assert "is unfinished" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_truncated_checkpoint_is_refused(tmp_path):
-    out = tmp_path / "run"
-    train.main([*QUICK, "--baselines=[]", "--max_time=0", f"--out={out}"])
-    path = Path(out / "checkpoint.safetensors")
+def test_a_truncated_checkpoint_is_refused(stopped):
+    out = stopped
+    path = out / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UsageError, match="complete state file"):
         train.main(["--resume", f"--out={out}", "--threads=1"])

@@ -16,7 +16,7 @@ def test_the_rehearsal_with_ten_classes_runs_all_stages(tmp_path):
         *("--iterations", "4", "--train-args"),
         "--settings.fdda.generator.channels=16 --settings.fdda.batch=2 "
         "--settings.distillation.real_batch=2 --settings.distillation.generated_batch=2 "
-        "--evaluate_every 2 --evaluate_limit 10 --no_report",
+        "--evaluate_every 2 --evaluate_limit 10 --baselines=[] --no_report",
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
