@@ -56,6 +56,7 @@ from fdda_ext.reconstruction import (
     soften_,
     values_of,
 )
+from fdda_ext.reconstruction.reconstruct import mixed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -460,8 +461,31 @@ def test_qdrop_drops_elements_at_random():
     assert bool((kept | changed).all())
     assert 0.45 < changed.float().mean() < 0.55
     assert torch.equal(found, Dropped(quantizer, 0.5, task.random())(x))
+    rarely = Dropped(quantizer, 0.1, task.random())(x)
+    assert 0.08 < (rarely != x).float().mean() < 0.12
     found.sum().backward()
     assert quantizer.scale.grad is not None and quantizer.scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (5,), (3, 7), (2, 3, 5, 7)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "expanded"])
+def test_mixed_tensors_and_their_gradients_are_of_one_of_both(shape, layout):
+    def laid_out(x: torch.Tensor) -> torch.Tensor:
+        if layout == "channels_last" and x.dim() == 4:
+            return x.contiguous(memory_format=torch.channels_last)
+        if layout == "transposed":
+            return x.movedim(0, -1).contiguous().movedim(-1, 0)
+        return x[:1].expand_as(x) if layout == "expanded" and len(x) else x
+
+    random = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, requires_grad=True) for _ in range(2)]
+    first, second = map(laid_out, leaves)
+    found = mixed(first, second, 0.5, random)
+    from_first = found == first
+    assert torch.equal(found, torch.where(from_first, first, second))
+    by_first, by_second = torch.autograd.grad(found.sum(), [first, second])
+    assert torch.equal(by_first, from_first.float())
+    assert torch.equal(by_second, 1 - from_first.float())
 
 
 def test_qdrop_without_dropping_is_joint_reconstruction():

@@ -43,7 +43,7 @@ class QDropConfig(BlockConfig):
     """Settings of QDrop. The defaults are those of the paper.
 
     Attributes:
-        probability: Probability p that an element is quantized.
+        probability: Probability p that an element is quantized; rounded to a multiple of 1/256.
     """
 
     name = "qdrop"
