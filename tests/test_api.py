@@ -301,7 +301,7 @@ class Clocked:
         while iteration >= self.phases[phase].iterations:
             iteration -= self.phases[phase].iterations
             phase += 1
-        count, prepares = self.phases[phase]
+        count, prepares, _ = self.phases[phase]
         self.clock.time += 0.5 * 4**phase
         if prepares:
             self.clock.time += 0.02 * self.images * (iteration == 0) + (iteration + 1 == count)
@@ -373,6 +373,21 @@ def test_a_trial_ends_in_time():
     assert 10 < clock.time < 11
     assert pace.iterations < 9
     assert pace.whole >= 3 * 40 * 0.5
+
+
+def test_a_trial_that_runs_out_of_time_still_measures_an_independent_phase():
+    """The first two phases take 0.5 s and 2 s per iteration, the independent one 8 s."""
+    clock = Clock()
+
+    def build(settings, images):
+        method = Clocked(clock, [settings.iterations] * 3)
+        method.phases[2] = Phase(settings.iterations, independent=True)
+        return method
+
+    pace = measure_pace(build, Schedule(40), IMAGES, 7.0, clock)
+    # The time is over in the first phase, which then stands for the second one, too.
+    assert pace.whole == 40 * (0.5 + 0.5 + 8)
+    assert clock.time <= 7 + 0.5 + 2 * 8
 
 
 def test_a_time_too_short_for_any_training_is_refused():

@@ -65,14 +65,16 @@ def measure_pace(
     because preparing all may take longer than the whole trial should. Construction with twice as
     many images shows how much time an image takes there.
 
-    When the time runs out, the trial stops after the current iteration. Phases that it has not
-    reached count as long as the others on average.
+    When the time runs out, the trial stops after the current iteration. Then it still takes two
+    iterations of each independent phase, which may have a very different pace. Other phases that
+    it has not reached count as long as those of their kind on average.
 
     Args:
         build: Function that builds the method with given settings on so many images.
         settings: Settings of the whole schedule.
         images: Number of images of the run.
-        most: Seconds for all of this. The first iteration is always taken.
+        most: Seconds for all of this. The first iteration is always taken, and two of each
+            independent phase.
         now: Clock, in seconds.
     """
 
@@ -92,25 +94,28 @@ def measure_pace(
         return Pace(construction, 0.0, 0)
     share = min(_ITERATIONS / min(phase.iterations for phase in planned), 1.0)
     method = build(settings.scaled(share), few)
-    phases, fixed, done = list[float](), construction, 0
-    for count, prepares in method.phases:
+    fixed, done, first = construction, 0, 0
+    #: Seconds of a usual iteration, by the number of the phase.
+    paces = dict[int, float]()
+    for number, (count, prepares, independent) in enumerate(method.phases):
         times = list[float]()
-        is_last = len(phases) + 1 == len(planned)
-        for _ in range(min(count, _ITERATIONS) if is_last else count):
-            if done and now() - begin > most:
+        for i in range(min(count, _ITERATIONS) if number + 1 == len(planned) else count):
+            least = 2 if independent else 0 if done else 1
+            if len(times) >= least and now() - begin > most:
                 break
             start = now()
-            method.step(done)
+            method.step(first + i)
             times.append(now() - start)
             done += 1
-        if not times:
-            break
-        usual = statistics.median(times[1:-1]) if len(times) > 2 else min(times)
-        phases.append(usual)
-        fixed += max(times[0] - usual, 0.0) * (images / few if prepares else 1)
-        fixed += max(times[-1] - usual, 0.0) if len(times) == count > 1 else 0.0
-    phases += [sum(phases) / len(phases)] * (len(planned) - len(phases))
-    whole = sum(phase.iterations * t for phase, t in zip(planned, phases, strict=True))
+        first += count
+        if times:
+            usual = statistics.median(times[1:-1]) if len(times) > 2 else min(times)
+            paces[number] = usual
+            fixed += max(times[0] - usual, 0.0) * (images / few if prepares else 1)
+            fixed += max(times[-1] - usual, 0.0) if len(times) == count > 1 else 0.0
+    known = [pace for number, pace in paces.items() if not planned[number].independent]
+    others = sum(known) / max(len(known), 1)
+    whole = sum(phase.iterations * paces.get(n, others) for n, phase in enumerate(planned))
     return Pace(fixed, whole, done)
 
 

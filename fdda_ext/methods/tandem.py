@@ -44,7 +44,10 @@ class Tandem(Method):
         #: Iterations of phase 1.
         self.first_iterations = self.blocks.iterations
         self.iterations = self.first_iterations + settings.distillation.steps
-        self._phases = [*self.blocks.phases, Phase(settings.distillation.steps)]
+        self._phases = [
+            *self.blocks.phases,
+            Phase(settings.distillation.steps, independent=True),
+        ]
         #: Results of phase 1, see `write_units`.
         self.progress: list[dict[str, Any]] = []
 
