@@ -199,7 +199,7 @@ def mixed(first: Tensor, second: Tensor, probability: float, random: torch.Gener
     """Take each element from ``first`` with ``probability``, otherwise from ``second``.
 
     The probability is rounded to a multiple of 1/256, because each element uses 8 random bits.
-    Drawing a float32 for each would take most of the time of a step.
+    Drawing a float32 for each takes several times longer.
     """
     below = round(probability * 256)
     if below in (0, 256):
