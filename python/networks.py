@@ -1,6 +1,6 @@
 """List the networks of torchvision, timm and pytorchcv that can be quantized, trained and exported.
 
-    python python/networks.py --jobs 8                          all networks, half an hour
+    python python/networks.py --jobs 2                          all networks, two hours
     python python/networks.py --libraries torchvision --jobs 4
     python python/networks.py --libraries timm --per-family 1 --out /tmp/networks.md
 

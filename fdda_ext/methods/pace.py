@@ -95,7 +95,7 @@ def measure_pace(
     share = min(_ITERATIONS / min(phase.iterations for phase in planned), 1.0)
     method = build(settings.scaled(share), few)
     fixed, done, first = construction, 0, 0
-    #: Seconds of a usual iteration, by the number of the phase.
+    # Seconds of a usual iteration, by the number of the phase.
     paces = dict[int, float]()
     for number, (count, prepares, independent) in enumerate(method.phases):
         times = list[float]()

@@ -206,10 +206,11 @@ def mixed(first: Tensor, second: Tensor, probability: float, random: torch.Gener
         return first if below else second
     words = torch.empty(-(-first.numel() // 8), dtype=torch.int64, device=first.device)
     words.random_(-(2**63), 2**63 - 1, generator=random)
-    # In the memory order of `first`; other orders are several times slower.
-    bits = words.view(torch.uint8).as_strided(first.shape, torch.empty_like(first).stride())
-    # With weights of 0 and 1, `lerp` returns exactly one of two finite values. It uses vector
-    # instructions on CPUs, and `where` does not.
+    # In the memory order of `first`, so that no operation mixes memory orders.
+    strides = torch.empty_like(first, device="meta").stride()
+    bits = words.view(torch.uint8).as_strided(first.shape, strides)
+    # With weights of 0 and 1, `lerp` returns exactly one of two finite values. Its forward and
+    # backward pass together are faster than those of `where`.
     return torch.lerp(second, first, (bits < below).to(first.dtype))
 
 
