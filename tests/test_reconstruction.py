@@ -49,6 +49,7 @@ from fdda_ext.reconstruction import (
     activations_in_float,
     collect,
     float_copy,
+    mean_inputs,
     output_error,
     partition,
     prediction_costs,
@@ -240,6 +241,54 @@ def test_softly_rounded_units_compute_the_same_with_and_without_gradients():
         for name in unit.quantizers:
             function.get_submodule(name).mode = "quantize"
     assert exact > 1, "some units begin with an exact layer and its normalisation"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_mean_inputs_equal_sums_over_windows(groups, bias):
+    convolution = nn.Conv2d(6, 12, (3, 2), 2, (1, 0), 2, groups, bias, "reflect")
+    linear = nn.Linear(12, 3, bias)
+    network = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    images = torch.randn(5, 6, 9, 8)
+    found = mean_inputs(network, ["0", "3"], [images])
+    padded = F.pad(images, (0, 0, 1, 1), mode="reflect")
+    windows = F.unfold(padded, (3, 2), dilation=2, stride=2).mean((0, 2)).view(groups, -1, 3, 2)
+    expected = windows.repeat_interleave(12 // groups, 0)
+    torch.testing.assert_close(found["0"], expected)
+    pooled = network[:3](images).mean(0).detach()
+    torch.testing.assert_close(found["3"], pooled.expand(3, -1))
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_with_means_no_rounding_changes_the_mean_of_the_output(normalised):
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(6, 8, 3, bias=not normalised)]
+    if normalised:
+        norm = nn.BatchNorm2d(8)
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        layers.append(norm)
+    images = torch.randn(16, 6, 9, 9) + 3
+    config = QuantizationConfig(weight_range="minmax")  # clips no weight
+    student = prepare(nn.Sequential(*layers).eval(), config, images)
+    student.requires_grad_(False)
+    reference = float_copy(student)
+    expected = reference(images)
+    means = mean_inputs(reference, ["0"], [images])
+    plain = SoftlyRounded(student.get_submodule("0"))
+    soft = SoftlyRounded(student.get_submodule("0"), means["0"])
+    torch.testing.assert_close(soft(images), plain(images), rtol=1e-4, atol=1e-4)
+    for one in (plain, soft):
+        nn.init.normal_(one.alpha, generator=torch.Generator().manual_seed(1))
+    after = student.get_submodule("1") if normalised else nn.Identity()
+
+    def error(values: Tensor) -> Tensor:
+        return (values - expected).mean((0, 2, 3)).abs()
+
+    assert error(after(soft(images))).max() < 1e-4
+    assert error(after(plain(images))).min() > 1e-3, "without means, the mean changes"
+    soft.bake()
+    assert error(student(images)).max() < 1e-4
 
 
 @pytest.mark.parametrize("grid", ["deploy", "paper"])

@@ -69,12 +69,15 @@ class BlockConfig(ReconstructionConfig):
     Attributes:
         granularity: Size of a unit: "layer", "block" or "network".
         rounding: Settings of learned rounding.
+        keep_means: Whether the biases keep the means of all layers' outputs while roundings are
+            learned, see `fdda_ext.reconstruction.rounding`.
         scale_lr: Learning rate of activation scales (Adam), relative to the scale; a cosine takes
             it to 0.
     """
 
     granularity: Granularity = "block"
     rounding: RoundingConfig = field(default_factory=RoundingConfig)
+    keep_means: bool = False
     scale_lr: float = 2e-4
 
     def __post_init__(self) -> None:
@@ -155,7 +158,7 @@ class BRECQ(ReconstructionMethod):
                 self.student, self.reference, unit, self.problem.images, limit
             )
             data = replace(data, weights=weights)
-        function, layers = self.softened(unit)
+        function, layers = self.softened(unit, keep_means=self.config.keep_means)
         for name in unit.quantizers:
             function.set_submodule(name, nn.Identity())
         return Reconstruction(

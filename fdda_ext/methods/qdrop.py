@@ -73,7 +73,7 @@ class QDrop(ReconstructionMethod):
     @override
     def begin(self, phase: str, unit: Unit) -> Reconstruction:
         data = replace(self.data(unit), float_inputs=self.float_data(unit).inputs)
-        function, layers = self.softened(unit)
+        function, layers = self.softened(unit, keep_means=self.config.keep_means)
         quantizers = self.quantizers(unit)
         set_ranges(quantizers, function, data)
         for name, quantizer in zip(unit.quantizers, quantizers, strict=True):

@@ -50,6 +50,7 @@ from ..reconstruction import (
     Unit,
     check_ranges_stay,
     float_copy,
+    mean_inputs,
     prediction_costs,
     share_decided,
     soften_,
@@ -98,7 +99,7 @@ class ReconstructionConfig:
         return replace(self, steps=max(round(self.steps * share), 1))
 
 
-#: Bits that a layer can get, and number of images for the choice.
+#: Bits that a layer can get, and number of images for this choice and for means.
 _CHOICES, _LOOKED_AT = (2, 4, 8), 256
 #: Number of images on which predictions are compared after each unit.
 _WATCHED = 64
@@ -195,10 +196,22 @@ class ReconstructionMethod(Method):
         inputs = self.inputs.at(self.units.index(unit))
         return replace(self.float_data(unit), inputs=inputs)
 
-    def softened(self, unit: Unit) -> tuple[GraphModule, list[SoftlyRounded]]:
-        """Return the unit as a function with soft weights, and its softly rounded layers."""
-        function = unit.of(self.student)
-        return function, soften_(function, unit.layers)
+    def softened(
+        self, unit: Unit, *, keep_means: bool = False
+    ) -> tuple[GraphModule, list[SoftlyRounded]]:
+        """Return the unit as a function with soft weights, and its softly rounded layers.
+
+        Args:
+            unit: The unit.
+            keep_means: Whether biases change with the weights, see `SoftlyRounded`. The means are
+                those of at most 256 images in the float network.
+        """
+        function, means = unit.of(self.student), None
+        if keep_means:
+            images = drawn(self.problem, _LOOKED_AT)
+            inputs = [cache.read(images) for cache in self.float_data(unit).inputs]
+            means = mean_inputs(unit.of(self.reference), unit.layers, inputs)
+        return function, soften_(function, unit.layers, means)
 
     def quantizers(self, unit: Unit) -> list[ActivationQuantizer]:
         """Return the activation quantizers that belong to the unit."""

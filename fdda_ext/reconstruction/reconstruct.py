@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "RelativeAdam",
     "activations_in_float",
     "float_copy",
+    "mean_inputs",
     "output_error",
     "set_ranges",
     "squared_gradients",
@@ -115,6 +117,44 @@ def set_ranges(quantizers: Sequence[ActivationQuantizer], function: nn.Module, d
     with collecting(quantizers):
         for inputs in zip(*(cache.split(BATCH) for cache in data.inputs), strict=True):
             function(*inputs)
+
+
+def mean_inputs(
+    function: nn.Module, layers: Sequence[str], inputs: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Return the mean input of every weight, by layer and in the shape of its weight.
+
+    The mean is over images and positions, with padding. It is the gradient of the layer's mean
+    output with respect to the weight.
+
+    Args:
+        function: Float network, or a part of it.
+        layers: Names of its convolutions and linear layers.
+        inputs: Arguments of ``function``.
+    """
+    found: dict[str, Tensor] = {}
+
+    def measure(name: str, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0].mean(0, keepdim=True)
+        with torch.enable_grad():
+            weight = cast(Tensor, layer.weight).detach().requires_grad_()
+            if isinstance(layer, nn.Conv2d):
+                mean = layer._conv_forward(x, weight, None).mean((0, 2, 3))
+            else:
+                mean = F.linear(x, weight).flatten(0, -2).mean(0)
+            (found[name],) = torch.autograd.grad(mean.sum(), weight)
+
+    handles = [
+        function.get_submodule(name).register_forward_pre_hook(partial(measure, name))
+        for name in layers
+    ]
+    try:
+        with torch.no_grad():
+            function(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def squared_gradients(

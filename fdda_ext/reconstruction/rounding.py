@@ -9,12 +9,19 @@ At first, alpha makes h the remainder of w / s, so a weight within the range sta
 regulariser drives every h to 0 or 1 (eq. 24)::
 
     R = sum 1 - |2 h - 1|^beta
+
+If means m of the layer's inputs are given, its bias b becomes::
+
+    b - sum_i (w'_i - w_i) m_i
+
+for the weights w'_i instead of w_i. So rounding does not change the mean of the output (bias
+correction, Nagel et al., ICCV 2019, section 4.2), and errors of one sign need not cancel out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -76,13 +83,24 @@ class SoftlyRounded(nn.Module):
 
     Args:
         layer: Layer whose weight has its final range.
+        means: Mean input of every weight, in the shape of the weight, see `mean_inputs`. None
+            leaves the bias unchanged. Not used for a layer with neither bias nor normalisation.
 
     Attributes:
         alpha: Trainable, in the shape of the weight.
     """
 
-    def __init__(self, layer: QuantizedConv2d | QuantizedLinear) -> None:
+    means: Tensor | None
+
+    def __init__(
+        self, layer: QuantizedConv2d | QuantizedLinear, means: Tensor | None = None
+    ) -> None:
         super().__init__()
+        if layer.bias is None and layer.norm is None:
+            means = None
+        self.register_buffer("means", means, persistent=False)
+        original = None if means is None else layer.weight.detach().clone()
+        self.register_buffer("original", original, persistent=False)
         self.__dict__["layer"] = layer  # not a submodule: it keeps its own parameters
         position = layer.weight_quantizer.position(layer.weight.detach())
         self.register_buffer("floor", position.floor(), persistent=False)
@@ -103,13 +121,22 @@ class SoftlyRounded(nn.Module):
         codes = self.get_buffer("floor") + share_up
         return quantizer.values(codes.clamp(quantizer.grid.quant_min, quantizer.grid.quant_max))
 
+    def bias_change(self, weight: Tensor) -> Tensor | None:
+        """Return how ``weight`` changes the bias, ``[C]``; None without means."""
+        if self.means is None:
+            return None
+        return ((self.get_buffer("original") - weight) * self.means).flatten(1).sum(1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer with soft weights."""
         layer, weight = self.layer, self.weight(self.share_up())
+        bias, change = layer.bias, self.bias_change(weight)
+        if change is not None:
+            bias = change if bias is None else bias + change
         if isinstance(layer, QuantizedConv2d):
-            result = layer._conv_forward(x, weight, layer.bias)
+            result = layer._conv_forward(x, weight, bias)
         else:
-            result = F.linear(x, weight, layer.bias)
+            result = F.linear(x, weight, bias)
         # The normalisation that follows an exact layer leaves its work to the layer.
         if layer.norm is None or not layer.is_exact():
             return result
@@ -119,8 +146,21 @@ class SoftlyRounded(nn.Module):
 
     @torch.no_grad()
     def bake(self) -> None:
-        """Decide all roundings, and write the result to the layer's weight. It is on the grid."""
-        self.layer.weight.copy_(self.weight((self.alpha >= 0).to(self.alpha)))
+        """Decide all roundings, and write the result to the layer's weight. It is on the grid.
+
+        With means, call it once: it also changes the bias, or the mean of the normalisation.
+        """
+        layer, weight = self.layer, self.weight((self.alpha >= 0).to(self.alpha))
+        layer.weight.copy_(weight)
+        change = self.bias_change(weight)
+        if change is None:
+            return
+        if layer.bias is not None:
+            layer.bias.add_(change)
+        else:
+            assert layer.norm is not None
+            assert layer.norm.running_mean is not None
+            layer.norm.running_mean.sub_(change)
 
     @property
     def layer(self) -> QuantizedConv2d | QuantizedLinear:
@@ -141,19 +181,22 @@ def check_ranges_stay(quantization: QuantizationConfig, who: str) -> None:
         )
 
 
-def soften_(function: GraphModule, layers: Iterable[str]) -> list[SoftlyRounded]:
+def soften_(
+    function: GraphModule, layers: Iterable[str], means: Mapping[str, Tensor] | None = None
+) -> list[SoftlyRounded]:
     """Replace ``layers``, given by name, by softly rounded ones; return these.
 
     Args:
         function: Function that shares the student's modules, see `region`. The student itself keeps
             its layers.
         layers: Convolutions and linear layers of the function.
+        means: Mean inputs of layers, by name; None to leave all biases unchanged.
     """
     soft = []
     for name in layers:
         layer = function.get_submodule(name)
         assert isinstance(layer, (QuantizedConv2d, QuantizedLinear))
-        soft.append(SoftlyRounded(layer))
+        soft.append(SoftlyRounded(layer, (means or {}).get(name)))
         function.set_submodule(name, soft[-1])
     return soft
 
