@@ -72,6 +72,7 @@ _BATCH = 64
 #: Options of the command line that `quantize` takes, beside all sections below them.
 _OPTIONS = (
     *("cuda_graphs", "images_at_once", "precision", "quantization", "settings"),
+    "bias_correction",
     "equalisation",
     "training_pixels",
 )
@@ -119,7 +120,8 @@ def quantize(
         device: Device to compute on; None for the network's device.
         preset: Preset with the method's settings, "short" or "paper".
         options: Options of the command line: ``settings.*``, ``quantization.*``, ``precision``,
-            ``cuda_graphs``, ``equalisation``, ``images_at_once`` and ``training_pixels``, such as
+            ``cuda_graphs``, ``equalisation``, ``bias_correction``, ``images_at_once`` and
+            ``training_pixels``, such as
             ``{"settings.distillation.lr": 1e-4, "quantization.first_last_bits": 8}``.
         max_images: Largest number of images taken. See ``images``.
         augmentation: Random variations of images; None for random crops and flips.
@@ -183,6 +185,7 @@ def quantize(
         images_at_once=config.images_at_once,
         training_pixels=config.training_pixels,
         equalisation=config.equalisation,
+        bias_correction=config.bias_correction,
     )
     check_problem(problem, [method], exportable=exportable)
     check_memory(method, problem, config.settings)
@@ -291,8 +294,9 @@ def _arguments(
     for name in options or {}:
         if name.replace("-", "_").partition(".")[0] not in _OPTIONS:
             raise UsageError(
-                "quantize: expected options settings.*, quantization.*, cuda_graphs, equalisation, "
-                f"images_at_once, precision or training_pixels, got {name}"
+                "quantize: expected options settings.*, quantization.*, bias_correction, "
+                "cuda_graphs, equalisation, images_at_once, precision or training_pixels, "
+                f"got {name}"
             )
     texts = {
         name: value if isinstance(value, str) else json.dumps(value)

@@ -56,6 +56,7 @@ def build_problem(
     images_at_once: int | None = None,
     training_pixels: int | None = None,
     equalisation: float | None = None,
+    bias_correction: bool = False,
 ) -> Problem:
     """Put a network and its calibration images on a device.
 
@@ -77,6 +78,7 @@ def build_problem(
         training_pixels: Largest number of pixels of an image in training, see `smaller_images`;
             None for images of full size.
         equalisation: See `Problem`.
+        bias_correction: See `Problem`.
     """
     place = torch.device(local_device(device))
     teacher = network.to(place).eval().requires_grad_(False)
@@ -102,7 +104,7 @@ def build_problem(
     )
     if training_pixels is not None:
         problem = smaller_images(problem, training_pixels)
-    return replace(problem, equalisation=equalisation)
+    return replace(problem, equalisation=equalisation, bias_correction=bias_correction)
 
 
 #: Sides of smaller images are multiples of this, because networks halve their maps five times.

@@ -13,10 +13,9 @@ from fdda_ext.deploy import lower
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import METHODS, Problem
 from fdda_ext.models import load_model
-from fdda_ext.quantization import QuantizationConfig, calibrate
+from fdda_ext.quantization import QuantizationConfig, calibrate, float_copy
 from fdda_ext.quantization.equalisation import EqualisedReLU6, equalise_
 from fdda_ext.quantization.prepare import activations, trace_unpadded
-from fdda_ext.reconstruction import float_copy
 
 
 def images(count: int = 8, size: int = 32) -> Tensor:

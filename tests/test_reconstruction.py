@@ -33,7 +33,13 @@ from fdda_ext.methods import (
     build_method,
 )
 from fdda_ext.methods.calibration import CalibrationDistillation
-from fdda_ext.quantization import QuantizationConfig, bits_table, calibrate, prepare
+from fdda_ext.quantization import (
+    QuantizationConfig,
+    bits_table,
+    calibrate,
+    float_copy,
+    prepare,
+)
 from fdda_ext.quantization.layers import QuantizedLinear
 from fdda_ext.quantization.quantizer import ActivationQuantizer, build_weight_quantizer
 from fdda_ext.quantization.student import collecting
@@ -48,7 +54,6 @@ from fdda_ext.reconstruction import (
     SoftlyRounded,
     activations_in_float,
     collect,
-    float_copy,
     mean_inputs,
     output_error,
     partition,

@@ -167,6 +167,9 @@ class TrainConfig:
             channel of an activation is scaled, and the next layers undo it. 1 gives all channels
             the same range, which is best for activations, and lower values keep weights easy to
             quantize. None changes nothing. See fdda_ext.quantization.equalisation.
+        bias_correction: Whether the biases are corrected after calibration, so that quantization
+            does not change the mean of any channel. Methods that learn or compute biases by
+            themselves do not take it. See fdda_ext.quantization.bias_correction.
         images_at_once: Largest number of images that pass through a network together in training.
             It changes only the memory use and the order of sums. None means all images on a GPU,
             and as many pixels as 16 images of 224x224 have on a CPU.
@@ -216,6 +219,7 @@ class TrainConfig:
     images_at_once: int | None = None
     training_pixels: int | None = None
     equalisation: float | None = None
+    bias_correction: bool = False
     profile: int | None = None
     split: Literal["test", "validation"] = "test"
     test_limit: int | None = None
@@ -261,6 +265,7 @@ class TrainConfig:
                     "train: expected equalisation, which measures real images, only with methods "
                     f"that use real images, got method {self.method}"
                 )
+        self._check_bias_correction()
         if self.minutes is not None:
             if not 0 < self.minutes < math.inf:
                 raise UsageError(f"train: expected minutes above 0 and finite, got {self.minutes}")
@@ -284,6 +289,21 @@ class TrainConfig:
             self.baselines = ["minmax", "mse", *(["distill"] if trains else [])]
         # The method is a row of its own.
         self.baselines = [name for name in dict.fromkeys(self.baselines) if name != self.method]
+
+    def _check_bias_correction(self) -> None:
+        if not self.bias_correction or self.method not in METHODS:
+            return
+        if not METHODS[self.method].corrects_biases:
+            able = ", ".join(name for name, kind in METHODS.items() if kind.corrects_biases)
+            raise UsageError(
+                "train: expected bias_correction only with methods that calibrate and then keep "
+                f"the biases or train them ({able}), got method {self.method}"
+            )
+        if self.settings.distillation.rounding is not None and METHODS[self.method].distils:
+            raise UsageError(
+                "train: expected no bias_correction with settings.distillation.rounding, which "
+                "begins with unrounded weights"
+            )
 
     @property
     def rows(self) -> list[str]:
@@ -801,6 +821,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         images_at_once=config.images_at_once,
         training_pixels=config.training_pixels,
         equalisation=config.equalisation,
+        bias_correction=config.bias_correction,
     )
     outputs = count_outputs(problem.teacher, problem.images[:1], "train")
     if outputs != dataset.num_classes:

@@ -21,7 +21,7 @@ from typing_extensions import Self, override
 from ..distribution import gather, shares, sum_gradients_, total
 from ..engine import Replayed, must_fit, restore_random, stage
 from ..errors import UsageError
-from ..quantization import calibrate, set_activation_mode
+from ..quantization import set_activation_mode
 from ..statistics import capture, running_statistics
 from ..synthesis import ConditionalGenerator, GeneratorConfig
 from .base import Method, MethodConfig, Phase, Problem
@@ -138,7 +138,7 @@ class AlternatingTraining(Method):
                     f"{config.name}: expected ranges_from generated or sampled, because the method "
                     "must not use real images, got calibration"
                 )
-            calibrate(self.student, problem.images)
+            problem.calibrate(self.student, problem.images)
 
     # ---- what a method defines --------------------------------------------------------------
 
@@ -248,7 +248,8 @@ class AlternatingTraining(Method):
     def set_ranges(self) -> None:
         """Set the activation ranges from at least one generated image per class."""
         batches = math.ceil(self.problem.num_classes / self.student_batch)
-        calibrate(self.student, [self.all_images(*self.generate()) for _ in range(batches)])
+        images = [self.all_images(*self.generate()) for _ in range(batches)]
+        self.problem.calibrate(self.student, images)
 
     def student_step(self, images: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
         """Take a student step on the batch that `student_images` makes; return the metrics."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -19,7 +19,7 @@ from ..distribution import world_size
 from ..engine import parts_of
 from ..errors import UsageError
 from ..image_size import ImageSize, to_image_size
-from ..quantization import QuantizationConfig
+from ..quantization import QuantizationConfig, calibrate, correct_biases_
 from ..quantization.equalisation import equalise_
 from ..quantization.prepare import activations, quantize_traced, trace_unpadded
 
@@ -56,6 +56,8 @@ class Problem:
             smaller to save time and memory in training; otherwise None.
         equalisation: Strength of the equalisation of channels, see
             `fdda_ext.quantization.equalisation`; None for none.
+        bias_correction: Whether biases are corrected after calibration, see
+            `fdda_ext.quantization.bias_correction`.
         traced: Graphs of teachers for image shapes, from which `student` builds students quickly.
     """
 
@@ -72,6 +74,7 @@ class Problem:
     images_at_once: int | None = None
     large_images: Tensor | None = None
     equalisation: float | None = None
+    bias_correction: bool = False
     traced: dict[tuple[nn.Module, torch.Size, float | None], GraphModule] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -132,6 +135,18 @@ class Problem:
     def student(self) -> GraphModule:
         """Build a fake-quantized copy of the teacher, without ranges."""
         return quantize_traced(self.network(), self.quantization)
+
+    def calibrate(self, student: GraphModule, images: Tensor | Sequence[Tensor]) -> None:
+        """Set the ranges of ``student``, then correct its biases if `bias_correction` says so.
+
+        Args:
+            student: A student of this problem.
+            images: Normalised images ``[n, C, H, W]``, or batches of them.
+        """
+        calibrate(student, images)
+        if self.bias_correction:
+            whole = images if isinstance(images, Tensor) else torch.cat(list(images))
+            correct_biases_(student, whole)
 
     def with_images(self, count: int) -> Problem:
         """Return the same problem with ``count`` of its images, spread over all classes."""
@@ -211,6 +226,8 @@ class Method(ABC):
     fixed_ranges: ClassVar[Mapping[str, str]] = {}
     #: Whether the teacher must have batch normalisation, for its statistics or its inputs.
     needs_statistics: ClassVar[bool] = False
+    #: Whether it can correct biases after calibration; others learn or compute them themselves.
+    corrects_biases: ClassVar[bool] = True
     #: Whether several ranks can run it together, see `fdda_ext.distribution`.
     distributed: ClassVar[bool] = False
 

@@ -78,8 +78,8 @@ from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.operations import tensor_inputs
 from ..quantization.prepare import quantize_traced
 from ..quantization.ranges import RangeRule
-from ..quantization.student import activation_quantizers, collecting
-from ..reconstruction import BATCH, Frontier, float_copy, partition
+from ..quantization.student import activation_quantizers, collecting, float_copy
+from ..reconstruction import BATCH, Frontier, partition
 from .base import Method, Problem
 from .channel_scales import fold_channel_scales_
 from .patches import patches, rows
@@ -317,6 +317,7 @@ class BitSplit(Method):
     summary = "integer weights with the smallest response error, found digit by digit"
     presets = "bitsplit"
     learns_ranges = False
+    corrects_biases = False
     sections = ("bitsplit",)
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:

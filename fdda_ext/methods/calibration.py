@@ -12,7 +12,6 @@ from torch.fx import GraphModule
 from typing_extensions import override
 
 from ..engine import restore_random
-from ..quantization import calibrate
 from .base import Method, Problem
 from .distillation import ImageSampler, Student
 from .settings import MethodSettings
@@ -36,7 +35,7 @@ class Ranges(Method):
             problem.quantization, weight_range=self.rule, activation_range=self.rule
         )
         self.student = replace(problem, quantization=self.quantization).student()
-        calibrate(self.student, self.images(problem))
+        problem.calibrate(self.student, self.images(problem))
 
     def images(self, problem: Problem) -> Tensor:
         """Return the images for calibration, ``[n, C, H, W]``."""
@@ -100,7 +99,7 @@ class CalibrationDistillation(Method):
         self.quantization = problem.quantization
         if student is None:
             student = problem.student()
-            calibrate(student, problem.images)
+            problem.calibrate(student, problem.images)
         self.student = student
         self.trainer = Student(self.student, problem, config)
         self.images = ImageSampler(problem, config.real_batch + config.generated_batch, self.random)

@@ -67,8 +67,7 @@ from ..errors import UsageError
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.ranges import Histogram, RangeRule, find_range
-from ..quantization.student import collecting
-from ..reconstruction import float_copy
+from ..quantization.student import collecting, float_copy
 from .base import Method, Problem
 from .patches import patches, rows
 
@@ -374,6 +373,7 @@ class LAPQ(Method):
     summary = "ranges searched together for the smallest cross entropy (Powell's method)"
     presets = "lapq"
     learns_ranges = False
+    corrects_biases = False
     sections = ("lapq",)
     fixed_ranges: ClassVar[Mapping[str, str]] = {"weight_range": "lp", "activation_range": "lp"}
 

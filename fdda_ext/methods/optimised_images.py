@@ -20,7 +20,7 @@ from typing_extensions import Self, override
 
 from ..engine import must_fit, restore_random, stage
 from ..errors import UsageError
-from ..quantization import QuantizationConfig, calibrate
+from ..quantization import QuantizationConfig
 from ..statistics import BatchNormCapture, capture, running_statistics
 from ..synthesis import ImageOptimisation, ImageOptimisationConfig
 from .alternating import save_images
@@ -130,7 +130,7 @@ class OptimisedImages(Method):
 
     def set_ranges(self) -> None:
         """Set the student's ranges from the images made so far."""
-        calibrate(self.student, self.images)
+        self.problem.calibrate(self.student, self.images)
 
     def teach(self, images: Tensor) -> BatchNormCapture:
         """Run the teacher on ``images [N, C, H, W]``; return its BN inputs and float32 logits."""

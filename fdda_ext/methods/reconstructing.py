@@ -40,7 +40,7 @@ from typing_extensions import Self, override
 from ..engine import must_fit, restore_random, stage
 from ..engine.checkpoint import atomic_write_text
 from ..errors import UsageError
-from ..quantization import allocate_bits, bits_table, calibrate
+from ..quantization import allocate_bits, bits_table, calibrate, float_copy
 from ..quantization.quantizer import ActivationQuantizer, LearnedActivationQuantizer
 from ..reconstruction import (
     Data,
@@ -49,7 +49,6 @@ from ..reconstruction import (
     SoftlyRounded,
     Unit,
     check_ranges_stay,
-    float_copy,
     mean_inputs,
     prediction_costs,
     share_decided,
@@ -134,6 +133,8 @@ def _with_average_bits(problem: Problem, average_bits: float) -> Problem:
 
 class ReconstructionMethod(Method):
     """Reconstruction unit by unit. A method defines what each unit learns, in how many steps."""
+
+    corrects_biases = False
 
     def __init__(self, problem: Problem, config: ReconstructionConfig) -> None:
         check_ranges_stay(problem.quantization, config.name)

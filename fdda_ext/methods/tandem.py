@@ -33,6 +33,7 @@ class Tandem(Method):
     summary = "block reconstruction (qdrop), then distillation of all layers on calibration images"
     presets = "tandem"
     distils = True
+    corrects_biases = False
     sections = ("qdrop", "distillation")
 
     def __init__(self, problem: Problem, settings: MethodSettings) -> None:

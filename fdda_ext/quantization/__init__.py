@@ -6,6 +6,7 @@ the bits of every layer for a given average.
 """
 
 from .allocation import allocate_bits
+from .bias_correction import correct_biases_
 from .config import QuantizationConfig, parse_bits
 from .prepare import prepare
 from .report import LayerBits, bits_table, render_bits
@@ -13,6 +14,7 @@ from .student import (
     IMAGES_AT_ONCE,
     activation_quantizers,
     calibrate,
+    float_copy,
     project_scales_,
     scale_parameters,
     set_activation_mode,
@@ -28,6 +30,8 @@ __all__ = [
     "any_memory_format",
     "bits_table",
     "calibrate",
+    "correct_biases_",
+    "float_copy",
     "parse_bits",
     "prepare",
     "project_scales_",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ..errors import UsageError
+from .equalisation import clip_exactly_
 from .grid import MIN_SCALE
 from .layers import QuantizedConv2d, QuantizedLinear
 from .quantizer import (
@@ -25,6 +28,7 @@ __all__ = [
     "activation_quantizers",
     "calibrate",
     "collecting",
+    "float_copy",
     "project_scales_",
     "scale_parameters",
     "set_activation_mode",
@@ -140,6 +144,18 @@ def scale_parameters(student: nn.Module) -> list[nn.Parameter]:
         if isinstance(module, (LearnedWeightQuantizer, LearnedActivationQuantizer))
         for parameter in module.parameters(recurse=False)
     ]
+
+
+def float_copy(student: GraphModule) -> GraphModule:
+    """Return a copy of ``student`` without quantization, on the same graph."""
+    reference = copy.deepcopy(student).requires_grad_(False)
+    for module in list(reference.modules()):
+        if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
+            module.set_submodule("weight_quantizer", nn.Identity())
+    for quantizer in activation_quantizers(reference):
+        quantizer.mode = "float"
+    clip_exactly_(reference)
+    return reference
 
 
 @torch.no_grad()

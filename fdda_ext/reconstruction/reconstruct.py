@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,6 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from ..quantization import project_scales_
-from ..quantization.equalisation import clip_exactly_
-from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.student import activation_quantizers, collecting
 from .cache import BATCH, Cache, collect
@@ -30,7 +27,6 @@ __all__ = [
     "Reconstruction",
     "RelativeAdam",
     "activations_in_float",
-    "float_copy",
     "mean_inputs",
     "output_error",
     "set_ranges",
@@ -62,18 +58,6 @@ def output_error(
 
 
 # ---- networks -------------------------------------------------------------------------------
-
-
-def float_copy(student: GraphModule) -> GraphModule:
-    """Return a copy of ``student`` without quantization, on the same graph."""
-    reference = copy.deepcopy(student).requires_grad_(False)
-    for module in list(reference.modules()):
-        if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
-            module.set_submodule("weight_quantizer", nn.Identity())
-    for quantizer in activation_quantizers(reference):
-        quantizer.mode = "float"
-    clip_exactly_(reference)
-    return reference
 
 
 @contextmanager

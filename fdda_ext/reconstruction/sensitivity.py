@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from ..quantization import QuantizationConfig
+from ..quantization import QuantizationConfig, float_copy
 from ..quantization.layers import QuantizedConv2d, QuantizedLinear
 from ..quantization.quantizer import build_weight_quantizer
 from .cache import BATCH
-from .reconstruct import float_copy
 
 __all__ = ["prediction_costs"]
 
