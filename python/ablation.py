@@ -68,7 +68,7 @@ GROUPS = {
         for share in (0.0, 0.25, 0.75)
     },
 }
-SMOKE = ["--test_limit=71", "--schedule_share=0.01", "--settings.fdda.generator.channels=4"]
+SMOKE = ["--test_limit=71", "--schedule_share=0.003", "--settings.fdda.generator.channels=4"]
 #: Arguments of fdda_ext.train, and seeds.
 BUDGETS = {
     "smoke": (SMOKE, [0]),

@@ -12,13 +12,14 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ActionYesNo
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -470,6 +471,26 @@ def _given_in_files(arguments: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+@cache
+def _parser() -> ArgumentParser:
+    """Build the parser, which takes longer than parsing. The caller sets the default files."""
+    parser = build_parser("fdda_ext.train", _DESCRIPTION)
+    parser.add_argument("--preset", default="short", help="short (minutes, embedded data) or paper")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")
+    parser.add_argument("--bits", help="such as W4A4, short for the two quantization.*_bits")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--keep_best", action="store_true", help="also keep best.safetensors")
+    parser.add_argument(
+        "--report", action=ActionYesNo, default=True, help="write report.html at the end"
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="download a torchvision data set to PATH"
+    )
+    flags = {"resume", "keep_best", "report", "download"}
+    parser.add_class_arguments(TrainConfig, as_group=False, skip=flags)
+    return parser
+
+
 def _parse(arguments: list[str]) -> tuple[TrainConfig, str]:
     """Parse arguments from `_expand`, and accept unused options."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -494,20 +515,8 @@ def _parse(arguments: list[str]) -> tuple[TrainConfig, str]:
         if not defaults.is_file():
             raise UsageError(f"train: expected --out to hold a run to resume, got {chosen.out}")
 
-    parser = build_parser("fdda_ext.train", _DESCRIPTION, default_config_files=[str(defaults)])
-    parser.add_argument("--preset", default="short", help="short (minutes, embedded data) or paper")
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings")
-    parser.add_argument("--bits", help="such as W4A4, short for the two quantization.*_bits")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--keep_best", action="store_true", help="also keep best.safetensors")
-    parser.add_argument(
-        "--report", action=ActionYesNo, default=True, help="write report.html at the end"
-    )
-    parser.add_argument(
-        "--download", action="store_true", help="download a torchvision data set to PATH"
-    )
-    flags = {"resume", "keep_best", "report", "download"}
-    parser.add_class_arguments(TrainConfig, as_group=False, skip=flags)
+    parser = _parser()
+    parser.default_config_files = [str(defaults)]
     namespace = parse_or_refuse(parser, arguments)
     stored = namespace.clone()
     for name in (*_NOT_STORED, *_EXPANDED):
