@@ -124,6 +124,24 @@ def test_methods_that_learn_biases_refuse_it(method):
         train.parse_arguments([f"--method={method}", "--bias_correction=true"])
 
 
+def test_a_baseline_that_learns_biases_refuses_it():
+    with pytest.raises(UsageError, match="bias_correction only with methods .*got method qdrop"):
+        train.parse_arguments(
+            ["--method=minmax", "--baselines=[mse,qdrop]", "--bias_correction=true"]
+        )
+
+
+def test_moving_ranges_refuse_it():
+    with pytest.raises(UsageError, match="ranges that are set once, got method fdda"):
+        train.parse_arguments(["--method=fdda", "--preset=paper", "--bias_correction=true"])
+
+
+def test_no_image_is_refused():
+    student = prepare(network(), QuantizationConfig(), images())
+    with pytest.raises(UsageError, match=r"at least one image .*got shape \(0, 3, 12, 12\)"):
+        correct_biases_(student, images()[:0])
+
+
 def test_learned_rounding_refuses_it():
     rounding = "--settings.distillation.rounding={lr: 0.01}"
     with pytest.raises(UsageError, match="no bias_correction with .*rounding"):

@@ -266,7 +266,6 @@ class TrainConfig:
                     "train: expected equalisation, which measures real images, only with methods "
                     f"that use real images, got method {self.method}"
                 )
-        self._check_bias_correction()
         if self.minutes is not None:
             if not 0 < self.minutes < math.inf:
                 raise UsageError(f"train: expected minutes above 0 and finite, got {self.minutes}")
@@ -290,21 +289,30 @@ class TrainConfig:
             self.baselines = ["minmax", "mse", *(["distill"] if trains else [])]
         # The method is a row of its own.
         self.baselines = [name for name in dict.fromkeys(self.baselines) if name != self.method]
+        if self.bias_correction:
+            self._check_bias_correction()
 
     def _check_bias_correction(self) -> None:
-        if not self.bias_correction or self.method not in METHODS:
-            return
-        if not METHODS[self.method].corrects_biases:
-            able = ", ".join(name for name, kind in METHODS.items() if kind.corrects_biases)
-            raise UsageError(
-                "train: expected bias_correction only with methods that calibrate and then keep "
-                f"the biases or train them ({able}), got method {self.method}"
-            )
-        if self.settings.distillation.rounding is not None and METHODS[self.method].distils:
-            raise UsageError(
-                "train: expected no bias_correction with settings.distillation.rounding, which "
-                "begins with unrounded weights"
-            )
+        for name in self.rows:
+            if name not in METHODS:
+                continue  # the error of an unknown method comes later
+            kind = METHODS[name]
+            if not kind.corrects_biases:
+                able = ", ".join(name for name, kind in METHODS.items() if kind.corrects_biases)
+                raise UsageError(
+                    "train: expected bias_correction only with methods that calibrate and then "
+                    f"keep the biases or train them ({able}), got method {name}"
+                )
+            if kind.observes(self.settings):
+                raise UsageError(
+                    "train: expected bias_correction only with ranges that are set once, got "
+                    f"method {name}, whose ranges move with every batch"
+                )
+            if kind.distils and self.settings.distillation.rounding is not None:
+                raise UsageError(
+                    "train: expected no bias_correction with settings.distillation.rounding, which "
+                    f"begins with unrounded weights, got both for method {name}"
+                )
 
     @property
     def rows(self) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import UsageError
 from .layers import QuantizedConv2d, QuantizedLinear
 from .student import float_copy
 
@@ -35,7 +36,15 @@ def correct_biases_(student: GraphModule, images: Tensor) -> None:
         student: Network from `fdda_ext.quantization.prepare`, with ranges.
         images: Normalised images ``[n, C, H, W]``. At most 3.2 million pixels are used, of images
             at equal distances, but at least 16 images.
+
+    Raises:
+        UsageError: If there is no image.
     """
+    if images.dim() != 4 or not len(images):
+        raise UsageError(
+            "correct_biases_: expected at least one image in images [n, C, H, W], "
+            f"got shape {tuple(images.shape)}"
+        )
     count = max(_PIXELS // images[0, 0].numel(), 16)
     if count < len(images):
         images = images[torch.arange(count, device=images.device) * len(images) // count]
