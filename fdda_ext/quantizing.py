@@ -29,6 +29,7 @@ from .methods import (
     MethodSettings,
     Problem,
     build_method,
+    build_on_few,
     check_method,
     fitting_share,
 )
@@ -204,7 +205,7 @@ def schedule_share(
         return float(json.loads(path.read_text()))
 
     def build(settings: MethodSettings, images: int) -> Method:
-        return build_method(name, problem.with_images(images), settings)
+        return build_on_few(name, problem, settings, images)
 
     count = len(problem.images)
     share = fitting_share(build, settings, count, 60 * minutes, problem.device, most=most)

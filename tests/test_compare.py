@@ -235,6 +235,11 @@ def test_the_table_has_means_and_spreads_of_the_seeds(tmp_path):
     assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_trial_of_a_method_with_labels_has_images_of_all_71_classes():
+    config, _ = train.parse_arguments(["--method=fdda", "--settings.fdda.generator.channels=4"])
+    assert compare.trial(config, 0.01).iterations >= 1
+
+
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = [

@@ -45,7 +45,7 @@ from ..methods import (
     MethodSettings,
     Pace,
     Problem,
-    build_method,
+    build_on_few,
     measure_pace,
     method_class,
 )
@@ -339,7 +339,7 @@ def trial(config: TrainConfig, most: float) -> Pace:
         return time.process_time() if on_cpu else time.perf_counter()
 
     def build(settings: MethodSettings, images: int) -> Method:
-        return build_method(config.method, problem.with_images(images), settings)
+        return build_on_few(config.method, problem, settings, images)
 
     return measure_pace(build, config.settings, len(problem.images), most, now)
 

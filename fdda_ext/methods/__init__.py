@@ -74,6 +74,7 @@ __all__ = [
     "ZeroQ",
     "ZeroQConfig",
     "build_method",
+    "build_on_few",
     "check_memory",
     "check_method",
     "distillation_loss",
@@ -124,6 +125,15 @@ def build_method(name: str, problem: Problem, settings: MethodSettings) -> Metho
         begin_alike(state)
         method.load_state_dict(state)
     return method
+
+
+def build_on_few(name: str, problem: Problem, settings: MethodSettings, images: int) -> Method:
+    """Build a method for a trial with ``images`` of the problem's images.
+
+    A method that needs labels gets all images, because it needs every class.
+    """
+    some = problem if METHODS[name].needs_labels else problem.with_images(images)
+    return build_method(name, some, settings)
 
 
 def check_method(name: str, teacher: nn.Module) -> None:
