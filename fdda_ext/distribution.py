@@ -19,6 +19,7 @@ their inputs unchanged.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -161,6 +162,10 @@ def joined(device: str = "cpu") -> Iterator[None]:
     own = torch.device(local_device(device))
     if own.type == "cuda":
         torch.cuda.set_device(own)
+    # These functions keep the group of their import as default argument. Imported later, as
+    # optimizers do, they would keep gloo's threads running until the interpreter ends, where they
+    # can abort it.
+    importlib.import_module("torch.distributed.nn.functional")
     with _collective():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=_TIMEOUT

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from fdda_ext import methods
 from fdda_ext.commands import compare, train
 from fdda_ext.errors import UsageError
 from fdda_ext.methods import pace
@@ -183,7 +184,7 @@ def test_trials_separate_preparation_from_iterations_within_their_time(
     monkeypatch.setattr(compare, "build_problem", lambda c: loaded.append(c) or real(c))
     monkeypatch.setattr(compare, "_prepared", {})
     monkeypatch.setattr(pace, "_FEW_IMAGES", 1000)
-    monkeypatch.setattr(compare, "build_method", build)
+    monkeypatch.setattr(methods, "build_method", build)
     monkeypatch.setattr(compare.time, "process_time", lambda: now[0])
     config, _ = train.parse_arguments(["--settings.distillation.steps=1200", "--threads=1"])
     found = compare.trial(config, most)

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,6 +172,32 @@ def test_torchrun_trains_and_one_process_writes(tmp_path):
     assert iterations == sorted(iterations)
     measured = [json.loads(x) for x in (out / "metrics.jsonl").open() if "top1" in x]
     assert [m["images"] for m in measured] == [71]
+
+
+def test_threads_of_the_group_end_with_it(tmp_path):
+    """A thread that runs while the interpreter ends can abort the process."""
+    program = """
+    import torch
+    from contextlib import suppress
+    from pathlib import Path
+    from fdda_ext.distribution import joined
+
+    def gloo_threads():
+        names = ""
+        for path in Path("/proc/self/task").glob("*/comm"):
+            with suppress(OSError):  # the thread has ended
+                names += path.read_text()
+        return names.count("gloo")
+
+    with joined():
+        torch.distributed.all_reduce(torch.zeros(1))
+        before = gloo_threads()
+        import torch._dynamo
+    assert before > gloo_threads() == 0, (before, gloo_threads())
+    """
+    (tmp_path / "program.py").write_text(textwrap.dedent(program))
+    done = torchrun(2, str(tmp_path / "program.py"))
+    assert done.returncode == 0, done.stderr
 
 
 def test_sigterm_from_torchrun_is_explained(tmp_path):
