@@ -71,10 +71,8 @@ _KEY = "made_by_fdda_ext"
 _BATCH = 64
 #: Options of the command line that `quantize` takes, beside all sections below them.
 _OPTIONS = (
-    *("cuda_graphs", "images_at_once", "precision", "quantization", "settings"),
-    "bias_correction",
-    "equalisation",
-    "training_pixels",
+    *("augmented_images", "bias_correction", "cuda_graphs", "equalisation", "images_at_once"),
+    *("precision", "quantization", "settings", "training_pixels"),
 )
 
 
@@ -120,8 +118,8 @@ def quantize(
         device: Device to compute on; None for the network's device.
         preset: Preset with the method's settings, "short" or "paper".
         options: Options of the command line: ``settings.*``, ``quantization.*``, ``precision``,
-            ``cuda_graphs``, ``equalisation``, ``bias_correction``, ``images_at_once`` and
-            ``training_pixels``, such as
+            ``cuda_graphs``, ``equalisation``, ``augmented_images``, ``bias_correction``,
+            ``images_at_once`` and ``training_pixels``, such as
             ``{"settings.distillation.lr": 1e-4, "quantization.first_last_bits": 8}``.
         max_images: Largest number of images taken. See ``images``.
         augmentation: Random variations of images; None for random crops and flips.
@@ -183,6 +181,7 @@ def quantize(
         std=std,
         cuda_graphs=config.cuda_graphs,
         images_at_once=config.images_at_once,
+        augmented_images=config.augmented_images,
         training_pixels=config.training_pixels,
         equalisation=config.equalisation,
         bias_correction=config.bias_correction,
@@ -293,11 +292,7 @@ def _arguments(
         raise UsageError(f"quantize: expected {twice[0]} as an argument only, got it in options")
     for name in options or {}:
         if name.replace("-", "_").partition(".")[0] not in _OPTIONS:
-            raise UsageError(
-                "quantize: expected options settings.*, quantization.*, bias_correction, "
-                "cuda_graphs, equalisation, images_at_once, precision or training_pixels, "
-                f"got {name}"
-            )
+            raise UsageError(f"quantize: expected options {', '.join(_OPTIONS)}, got {name}")
     texts = {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in {**given, **(options or {})}.items()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import Augmentation
+from .data import Augmentation, augment
 from .deploy import export_obstacles, refusal
 from .distribution import local_device
 from .engine import Progress, ProgressBar, RunFolder, must_fit, train
@@ -35,7 +35,14 @@ from .methods import (
 )
 from .quantization import QuantizationConfig, any_memory_format
 
-__all__ = ["build_problem", "check_problem", "run_method", "schedule_share", "smaller_images"]
+__all__ = [
+    "build_problem",
+    "check_problem",
+    "run_method",
+    "schedule_share",
+    "smaller_images",
+    "with_views",
+]
 
 _log = logging.getLogger("fdda_ext")
 
@@ -55,6 +62,7 @@ def build_problem(
     std: Sequence[float] | None = None,
     cuda_graphs: bool = True,
     images_at_once: int | None = None,
+    augmented_images: int | None = None,
     training_pixels: int | None = None,
     equalisation: float | None = None,
     bias_correction: bool = False,
@@ -76,6 +84,8 @@ def build_problem(
         std: Standard deviation, like ``mean``.
         cuda_graphs: Whether to replay steps as CUDA graphs on a GPU.
         images_at_once: See `Problem`.
+        augmented_images: Number of calibration images with random views of them, see
+            `with_views`; None for no views.
         training_pixels: Largest number of pixels of an image in training, see `smaller_images`;
             None for images of full size.
         equalisation: See `Problem`.
@@ -103,9 +113,40 @@ def build_problem(
         cuda_graphs=cuda_graphs,
         images_at_once=images_at_once,
     )
+    if augmented_images is not None:
+        problem = with_views(problem, augmented_images)
     if training_pixels is not None:
         problem = smaller_images(problem, training_pixels)
     return replace(problem, equalisation=equalisation, bias_correction=bias_correction)
+
+
+#: A view shows at least this share of the image, so that it keeps the class.
+_LEAST_CROP = 0.5
+
+
+def with_views(problem: Problem, count: int) -> Problem:
+    """Return ``problem`` with random views of its images, if it has fewer than ``count`` images.
+
+    A view is a random crop, resized to the size of the image, and flipped at random if flips keep
+    the class. Every image is followed by equally many views. Together they are at least ``count``.
+
+    Args:
+        problem: Problem with images ``[n, C, H, W]``.
+        count: Least number of images and views.
+    """
+    views = -(-count // len(problem.images))
+    if views <= 1:
+        return problem
+    least, most = problem.augmentation.crop_scale
+    augmentation = replace(
+        problem.augmentation, crop_scale=(max(least, min(_LEAST_CROP, most)), most)
+    )
+    random = problem.random()
+    sets = [problem.images]
+    sets += [augment(problem.images, augmentation, random) for _ in range(views - 1)]
+    images = torch.stack(sets, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    labels = problem.labels.repeat_interleave(views)
+    return replace(problem, images=images, labels=labels, views=views)
 
 
 #: Sides of smaller images are multiples of this, because networks halve their maps five times.

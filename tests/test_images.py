@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fdda_ext.commands import evaluate, export, pretrain, train
-from fdda_ext.data import choose_preprocessing, load_dataset
+from fdda_ext.data import Augmentation, choose_preprocessing, load_dataset
 from fdda_ext.data.dataset import to_channels
 from fdda_ext.deploy import load_program, load_student
 from fdda_ext.engine import count_outputs, doubt_margin, input_channels
@@ -21,6 +21,7 @@ from fdda_ext.methods import METHODS, Problem, build_method
 from fdda_ext.methods.distillation import ImageSampler
 from fdda_ext.models import open_model
 from fdda_ext.preprocessing import Preprocessing, PreprocessingConfig
+from fdda_ext.quantizing import with_views
 
 # ---- sizes ----------------------------------------------------------------------------------
 
@@ -362,13 +363,14 @@ def test_arguments_with_defaults_are_not_counted_as_inputs():
     assert count_outputs(Optional(), torch.zeros(2, 3, 4, 5), "train") == 60
 
 
-def problem_of(model, size, training_pixels=None):
+def problem_of(model, size, training_pixels=None, augmented_images=None):
     config = train.TrainConfig(
         model=f"module:nets.{model}",
         weights="none",
         data="digits",
         image_size=size,
         training_pixels=training_pixels,
+        augmented_images=augmented_images,
         baselines=[],
     )
     return train.build_problem(config)[0]
@@ -386,6 +388,34 @@ def test_smaller_images_keep_the_ratio_and_multiples_of_32(networks):
     # Calibration images in a student step are crops of the large images.
     sampler = ImageSampler(problem, 4, problem.random())
     assert tuple(sampler.next()[0].shape) == (4, 3, 32, 32)
+
+
+def test_random_views_complete_the_calibration_images(networks):
+    real = problem_of("Colour", 64)
+    problem = problem_of("Colour", 64, 32 * 32, augmented_images=24)  # of ten images
+    assert problem.views == 3
+    assert problem.images.shape == (30, 3, 32, 32)
+    assert torch.equal(problem.full_size_images[::3], real.images)
+    assert problem.labels.tolist() == real.labels.repeat_interleave(3).tolist()
+    again = problem_of("Colour", 64, 32 * 32, augmented_images=24)
+    assert torch.equal(again.images, problem.images)
+    assert problem_of("Colour", 64, augmented_images=10).views == 1
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_views_are_crops_of_at_least_half_of_the_image_in_its_colours(networks, flip):
+    problem = problem_of("Colour", 64)
+    rising = torch.linspace(0, 1, 64).expand(2, 3, 64, 64)
+    augmentation = Augmentation(crop_scale=(0.08, 1.0), crop_ratio=(1.0, 1.0), flip=flip)
+    problem = replace(
+        problem, images=rising, labels=torch.tensor([0, 1]), augmentation=augmentation
+    )
+    views = with_views(problem, 200).images
+    assert len(views) == 200
+    range_of_columns = views[:, 0, 0, -1] - views[:, 0, 0, 0]
+    assert 0.5**0.5 - 0.05 < range_of_columns.abs().min() < 0.8
+    assert range_of_columns.abs().max() <= 1
+    assert bool((range_of_columns < 0).any()) == flip
 
 
 def test_a_network_for_one_size_is_trained_with_it(networks, caplog):

@@ -25,6 +25,7 @@ from fdda_ext.quantization import QuantizationConfig
         (["--method=mse", "--schedule-share=0.5"], "mse has no training"),
         (["--method=brecq", "--precision=bfloat16"], "without CUDA graphs"),
         (["--method=gdfq", "--images-per-class=4"], "gdfq uses no real images"),
+        (["--method=zeroq", "--augmented-images=40"], "zeroq uses no real images"),
         (["--quantization.momentum=0.5"], "sets every range at once"),
         (["--quantization.percentile=99"], "no range is found by percentile"),
         (["--quantization.lp_exponent=3"], "no range is found by lp"),

@@ -161,6 +161,8 @@ class TrainConfig:
             bfloat16 on a GPU and float32 on a CPU.
         cuda_graphs: Whether a GPU replays the steps of fdda's generator and of the student as CUDA
             graphs. They need fewer launches, but the memory of both steps at once.
+        augmented_images: Number of calibration images with random crops and flips of them, which
+            are added if there are fewer images. None adds nothing.
         training_pixels: Largest number of pixels of an image in training. Larger images are
             resized, which saves time and memory. Tests and exports keep the full size. None for no
             limit.
@@ -218,6 +220,7 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] | None = None
     cuda_graphs: bool = True
     images_at_once: int | None = None
+    augmented_images: int | None = None
     training_pixels: int | None = None
     equalisation: float | None = None
     bias_correction: bool = False
@@ -238,6 +241,7 @@ class TrainConfig:
         for name, least in (
             ("max_time", 0),
             ("images_at_once", 1),
+            ("augmented_images", 1),
             ("training_pixels", 1),
             ("profile", 1),
             ("test_limit", 1),
@@ -663,7 +667,7 @@ def _train_one(session: _Session, name: str, folder: RunFolder, max_seconds: flo
     )
     row = replace(
         _row(name, accuracy, progress, method.iterations),
-        real_images=len(problem.labels) if method.real_images else 0,
+        real_images=len(problem.labels) // problem.views if method.real_images else 0,
         synthetic_images=method.synthetic_images,
         peak_memory=memory,
         float_top1=session.float_top1,
@@ -836,6 +840,7 @@ def build_problem(config: TrainConfig) -> tuple[Problem, TrainedNetwork]:
         std=std,
         cuda_graphs=config.cuda_graphs,
         images_at_once=config.images_at_once,
+        augmented_images=config.augmented_images,
         training_pixels=config.training_pixels,
         equalisation=config.equalisation,
         bias_correction=config.bias_correction,

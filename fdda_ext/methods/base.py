@@ -40,7 +40,7 @@ class Problem:
     Attributes:
         teacher: Trained network in evaluation mode, without gradients.
         num_classes: Number of classes, K.
-        images: Calibration images ``[n, C, H, W]``, normalised, not augmented.
+        images: Calibration images ``[n, C, H, W]``, normalised.
         labels: Classes of the images, int64 ``[n]``.
         augmentation: Augmentation for calibration and generated images.
         quantization: Bits, grid and ranges of the student.
@@ -54,6 +54,8 @@ class Problem:
             changes only the order of sums; None if `fdda_ext.engine.parts_of` decides.
         large_images: Calibration images in the size that the student is for, if ``images`` are
             smaller to save time and memory in training; otherwise None.
+        views: Number of calibration images for each real one: the real image and random views of
+            it. They are neighbours in ``images``.
         equalisation: Strength of the equalisation of channels, see
             `fdda_ext.quantization.equalisation`; None for none.
         bias_correction: Whether biases are corrected after calibration, see
@@ -73,6 +75,7 @@ class Problem:
     cuda_graphs: bool = True
     images_at_once: int | None = None
     large_images: Tensor | None = None
+    views: int = 1
     equalisation: float | None = None
     bias_correction: bool = False
     traced: dict[tuple[nn.Module, torch.Size, float | None], GraphModule] = field(

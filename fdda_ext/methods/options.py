@@ -48,7 +48,7 @@ def why_unused(
         return f"{name} has no training"
     if section in _OF_DISTILLATION and not method.distils:
         return f"{name} runs the float network in float32, without CUDA graphs"
-    if section == "images_per_class" and not method.real_images:
+    if section in ("images_per_class", "augmented_images") and not method.real_images:
         return f"{name} uses no real images"
     if section == "quantization" and rest:
         return _unused_quantization(rest, name, method, settings, quantization)

@@ -225,6 +225,7 @@ def _what_was_done(run: _Run) -> str:
         else "the same in all layers"
     )
     seen = "" if run.method.real_images else ", which this method does not use"
+    views = f", each with {problem.views - 1} random views" if problem.views > 1 else ""
     versions = f"fdda_ext {info.version}, torch {info.torch}, Python {platform.python_version()}"
     where = f"{problem.device.type}, {platform.machine()} with {info.isa}, threads: {info.threads}"
     path = run.folder / "origin.json"
@@ -236,7 +237,7 @@ def _what_was_done(run: _Run) -> str:
         ("network", f"{run.recipe['model']}, weights: {weights}"),
         ("data", f"{run.recipe['data']}, {problem.num_classes} classes"),
         ("images", f"{size} pixels, {problem.channels} channel(s)"),
-        ("calibration images", f"{len(problem.images)}{seen}"),
+        ("calibration images", f"{len(problem.images) // problem.views}{views}{seen}"),
         ("bits", f"weights {q.weight_bits}, activations {q.activation_bits}, {ends}"),
         (
             "grid",
