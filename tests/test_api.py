@@ -235,8 +235,14 @@ def test_ctrl_c_before_the_ranges_raises_keyboard_interrupt(network, monkeypatch
         ({"device": "tpu"}, "cpu or cuda, got tpu"),
         ({"preset": "long"}, "paper, short, got long"),
         ({"options": {"bits": "W4A4"}}, "bits as an argument only"),
-        ({"options": {"schedule_share": 0.1}}, "options .*, settings, training_pixels, got schedule_share"),
-        ({"options": {"images-per-class": 4}}, "options .*, settings, training_pixels, got images-per-class"),
+        (
+            {"options": {"schedule_share": 0.1}},
+            "options .*, training_pixels, got schedule_share",
+        ),
+        (
+            {"options": {"images-per-class": 4}},
+            "options .*, training_pixels, got images-per-class",
+        ),
         ({"options": {"settings.fdda.rate": 1}}, "unrecognized arguments: --settings.fdda.rate"),
         ({"options": {"settings.brecq.steps": 1}}, "minmax has no settings"),
         ({"max_images": 0}, "max_images at least 1, got 0"),
@@ -301,7 +307,7 @@ class Clocked:
         while iteration >= self.phases[phase].iterations:
             iteration -= self.phases[phase].iterations
             phase += 1
-        count, prepares, _ = self.phases[phase]
+        count, prepares = self.phases[phase]
         self.clock.time += 0.5 * 4**phase
         if prepares:
             self.clock.time += 0.02 * self.images * (iteration == 0) + (iteration + 1 == count)
@@ -373,21 +379,6 @@ def test_a_trial_ends_in_time():
     assert 10 < clock.time < 11
     assert pace.iterations < 9
     assert pace.whole >= 3 * 40 * 0.5
-
-
-def test_a_trial_that_runs_out_of_time_still_measures_an_independent_phase():
-    """The first two phases take 0.5 s and 2 s per iteration, the independent one 8 s."""
-    clock = Clock()
-
-    def build(settings, images):
-        method = Clocked(clock, [settings.iterations] * 3)
-        method.phases[2] = Phase(settings.iterations, independent=True)
-        return method
-
-    pace = measure_pace(build, Schedule(40), IMAGES, 7.0, clock)
-    # The time is over in the first phase, which then stands for the second one, too.
-    assert pace.whole == 40 * (0.5 + 0.5 + 8)
-    assert clock.time <= 7 + 0.5 + 2 * 8
 
 
 def test_a_time_too_short_for_any_training_is_refused():

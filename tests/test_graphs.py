@@ -560,7 +560,7 @@ def test_only_methods_that_match_statistics_need_normalisation(name):
         return
     message = (
         f"{name}: expected model to have batch normalisation, whose statistics this method "
-        "matches, got Sequential without it; use distill, tandem, noise, lapq, bitsplit, "
+        "matches, got Sequential without it; use distill, noise, lapq, bitsplit, "
     )
     with pytest.raises(UsageError, match=message):
         run(name, network)

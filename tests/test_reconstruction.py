@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from test_bitsplit import problem_of_small_network
 from test_fdda import CLASSES, problem
 from test_prepare_zoo import NETWORKS, load
@@ -27,12 +28,10 @@ from fdda_ext.errors import UsageError
 from fdda_ext.methods import (
     AdaQuantConfig,
     BRECQConfig,
-    DistillationConfig,
     MethodSettings,
     QDropConfig,
     build_method,
 )
-from fdda_ext.methods.calibration import CalibrationDistillation
 from fdda_ext.quantization import (
     QuantizationConfig,
     bits_table,
@@ -75,7 +74,6 @@ def tiny(**changes) -> MethodSettings:
         "brecq": BRECQConfig(steps=4, batch=4, scale_steps=3, scale_lr=1e-3),
         "qdrop": QDropConfig(steps=4, batch=4, scale_lr=1e-3),
         "adaquant": AdaQuantConfig(steps=4, batch=4, lr=1e-3, held_out=0.2),
-        "distillation": DistillationConfig(steps=5, real_batch=2, generated_batch=2, lr=1e-4),
     }
     return MethodSettings(
         **{
@@ -742,42 +740,23 @@ def test_a_run_stopped_between_units_or_inside_a_unit_resumes(name):
             assert torch.equal(tensor, resumed.student.state_dict()[key]), key
 
 
-def test_tandem_is_qdrop_and_then_distillation_of_its_student():
-    task = problem_of_small_network(weight_range="lp")
-    blocks = build_method("qdrop", task, tiny())
-    run(blocks)
-    tandem = build_method("tandem", task, tiny())
-    assert tandem.iterations == blocks.iterations + 5
-    run(tandem, end=blocks.iterations)
-    for key, tensor in blocks.student.state_dict().items():
-        assert torch.equal(tensor, tandem.student.state_dict()[key]), key
-    network = CalibrationDistillation(
-        task, tiny(), copy.deepcopy(blocks.student).requires_grad_(True)
-    )
-    run(network)
-    run(tandem, begin=blocks.iterations)
-    changed = 0
-    for key, tensor in network.student.state_dict().items():
-        assert torch.equal(tensor, tandem.student.state_dict()[key]), key
-        changed += not torch.equal(tensor, blocks.student.state_dict()[key])
-    assert changed > 5
-    assert tandem.progress == blocks.progress
-
-
-@pytest.mark.parametrize("fewer", [12, 7, 3])
-def test_tandem_resumes_in_both_phases(fewer):
-    task = problem_of_small_network(weight_range="lp")
-    whole, halves, resumed = (build_method("tandem", task, tiny()) for _ in range(3))
-    run(whole)
-    half = whole.iterations - fewer
-    run(halves, end=half)
-    resumed.load_state_dict(halves.state_dict())
-    run(resumed, begin=half)
-    assert resumed.progress == whole.progress
-    for key, tensor in whole.student.state_dict().items():
-        assert torch.equal(tensor, resumed.student.state_dict()[key]), key
-    with torch.no_grad():
-        assert torch.equal(lower(whole.student)(task.images), whole.student(task.images))
+def test_qdrop_plus_is_qdrop_with_a_preset_of_its_own(tmp_path):
+    plus, _ = train.parse_arguments(["--method=qdrop_plus"])
+    plain, _ = train.parse_arguments(["--method=qdrop"])
+    assert plus.settings.qdrop.keep_means and not plain.settings.qdrop.keep_means
+    assert plus.augmented_images == 1024 and plain.augmented_images is None
+    preset = ROOT / "fdda_ext" / "presets" / "qdrop_plus" / "short.yaml"
+    for name, options in (("qdrop_plus", []), ("qdrop", [f"--config={preset}"])):
+        train.main(
+            [f"--method={name}", *options, "--settings.qdrop.steps=1", "--augmented_images=100"]
+            + ["--baselines=[]", "--no_report", "--test_limit=71", f"--out={tmp_path / name}"]
+        )
+    students = [
+        load_file(tmp_path / name / "student.safetensors") for name in ("qdrop_plus", "qdrop")
+    ]
+    assert all(torch.equal(x, students[1][key]) for key, x in students[0].items())
+    # Views are not real images.
+    assert json.loads((tmp_path / "qdrop" / "summary.json").read_text())["real_images"] == 71
 
 
 @pytest.mark.parametrize("name", NAMES)

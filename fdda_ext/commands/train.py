@@ -126,9 +126,9 @@ class TrainConfig:
     """What to quantize, how, and where the result goes.
 
     Attributes:
-        method: fdda; distill (fdda without generated images); tandem (qdrop, then distill); minmax,
-            mse (ranges only); lapq, bitsplit, adaquant, brecq, qdrop; without real images: gdfq,
-            qimera, zaq, zeroq, dsg, di, adi, noise.
+        method: fdda; distill (fdda without generated images); qdrop_plus (qdrop for few images);
+            minmax, mse (ranges only); lapq, bitsplit, adaquant, brecq, qdrop; without real images:
+            gdfq, qimera, zaq, zeroq, dsg, di, adi, noise.
         model: glyphs_resnet, glyphs_mobilenet, torchvision:NAME, timm:NAME, pytorchcv:NAME, or
             module:NAME.CLASS for your own class, which is called with num_classes.
         weights: "default" for the model's trained weights; the torchvision name of other weights; a

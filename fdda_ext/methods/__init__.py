@@ -27,9 +27,9 @@ from .memory import MemoryEstimate, check_memory, estimate_memory
 from .options import why_unused
 from .pace import TRIAL_SHARE, Pace, fitting_share, measure_pace
 from .qdrop import QDrop, QDropConfig
+from .qdrop_plus import QDropPlus
 from .qimera import Qimera, QimeraConfig
 from .settings import MethodSettings
-from .tandem import Tandem
 from .zaq import ZAQ, ZAQConfig
 from .zeroq import ZeroQ, ZeroQConfig
 
@@ -67,9 +67,9 @@ __all__ = [
     "Problem",
     "QDrop",
     "QDropConfig",
+    "QDropPlus",
     "Qimera",
     "QimeraConfig",
-    "Tandem",
     "ZAQConfig",
     "ZeroQ",
     "ZeroQConfig",
@@ -89,7 +89,6 @@ __all__ = [
 METHODS: dict[str, type[Method]] = {
     "fdda": FDDA,
     "distill": CalibrationDistillation,
-    "tandem": Tandem,
     "gdfq": GDFQ,
     "qimera": Qimera,
     "zaq": ZAQ,
@@ -102,6 +101,7 @@ METHODS: dict[str, type[Method]] = {
     "bitsplit": BitSplit,
     "brecq": BRECQ,
     "qdrop": QDrop,
+    "qdrop_plus": QDropPlus,
     "adaquant": AdaQuant,
     "minmax": MinMax,
     "mse": MSE,

@@ -177,12 +177,10 @@ class Phase(NamedTuple):
     Attributes:
         iterations: Number of iterations.
         prepares: Whether the first iteration also passes all calibration images through a network.
-        independent: Whether the phase can be tried without the phases before it.
     """
 
     iterations: int
     prepares: bool = False
-    independent: bool = False
 
 
 @dataclass(frozen=True)

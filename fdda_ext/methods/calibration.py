@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 from typing_extensions import override
 
 from ..engine import restore_random
@@ -77,30 +76,20 @@ class MSE(Ranges):
 
 
 class CalibrationDistillation(Method):
-    """FDDA without its generator: the same student step on as many images, all of them real.
-
-    Args:
-        problem: Network and data.
-        settings: Settings with the section ``distillation``.
-        student: Student with ranges to begin with; None for a new one.
-    """
+    """FDDA without its generator: the same student step on as many images, all of them real."""
 
     summary = "distillation on calibration images only"
     distils = True
     distributed = True
     sections = ("distillation",)
 
-    def __init__(
-        self, problem: Problem, settings: MethodSettings, student: GraphModule | None = None
-    ) -> None:
+    def __init__(self, problem: Problem, settings: MethodSettings) -> None:
         config = settings.distillation
         self.iterations = config.steps
         self.random = problem.random()
         self.quantization = problem.quantization
-        if student is None:
-            student = problem.student()
-            problem.calibrate(student, problem.images)
-        self.student = student
+        self.student = problem.student()
+        problem.calibrate(self.student, problem.images)
         self.trainer = Student(self.student, problem, config)
         self.images = ImageSampler(problem, config.real_batch + config.generated_batch, self.random)
 

@@ -65,16 +65,14 @@ def measure_pace(
     because preparing all may take longer than the whole trial should. Construction with twice as
     many images shows how much time an image takes there.
 
-    When the time runs out, the trial stops after the current iteration. Then it still takes two
-    iterations of each independent phase, which may have a very different pace. Other phases that
-    it has not reached count as long as those of their kind on average.
+    When the time runs out, the trial stops after the current iteration. Phases that it has not
+    reached count as long as those before on average.
 
     Args:
         build: Function that builds the method with given settings on so many images.
         settings: Settings of the whole schedule.
         images: Number of images of the run.
-        most: Seconds for all of this. The first iteration is always taken, and two of each
-            independent phase.
+        most: Seconds for all of this. The first iteration is always taken.
         now: Clock, in seconds.
     """
 
@@ -97,11 +95,10 @@ def measure_pace(
     fixed, done, first = construction, 0, 0
     # Seconds of a usual iteration, by the number of the phase.
     paces = dict[int, float]()
-    for number, (count, prepares, independent) in enumerate(method.phases):
+    for number, (count, prepares) in enumerate(method.phases):
         times = list[float]()
         for i in range(min(count, _ITERATIONS) if number + 1 == len(planned) else count):
-            least = 2 if independent else 0 if done else 1
-            if len(times) >= least and now() - begin > most:
+            if done and now() - begin > most:
                 break
             start = now()
             method.step(first + i)
@@ -113,8 +110,7 @@ def measure_pace(
             paces[number] = usual
             fixed += max(times[0] - usual, 0.0) * (images / few if prepares else 1)
             fixed += max(times[-1] - usual, 0.0) if len(times) == count > 1 else 0.0
-    known = [pace for number, pace in paces.items() if not planned[number].independent]
-    others = sum(known) / max(len(known), 1)
+    others = sum(paces.values()) / max(len(paces), 1)
     whole = sum(phase.iterations * paces.get(n, others) for n, phase in enumerate(planned))
     return Pace(fixed, whole, done)
 
