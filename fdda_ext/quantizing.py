@@ -84,7 +84,7 @@ def build_problem(
         std: Standard deviation, like ``mean``.
         cuda_graphs: Whether to replay steps as CUDA graphs on a GPU.
         images_at_once: See `Problem`.
-        augmented_images: Number of calibration images with random views of them, see
+        augmented_images: Largest number of calibration images and random views of them, see
             `with_views`; None for no views.
         training_pixels: Largest number of pixels of an image in training, see `smaller_images`;
             None for images of full size.
@@ -125,16 +125,17 @@ _LEAST_CROP = 0.5
 
 
 def with_views(problem: Problem, count: int) -> Problem:
-    """Return ``problem`` with random views of its images, if it has fewer than ``count`` images.
+    """Return ``problem`` with random views of its images, as many as ``count`` allows.
 
     A view is a random crop, resized to the size of the image, and flipped at random if flips keep
-    the class. Every image is followed by equally many views. Together they are at least ``count``.
+    the class. Every image is followed by equally many views. More than half of ``count`` images
+    get none.
 
     Args:
         problem: Problem with images ``[n, C, H, W]``.
-        count: Least number of images and views.
+        count: Largest number of images and views together.
     """
-    views = -(-count // len(problem.images))
+    views = count // len(problem.images)
     if views <= 1:
         return problem
     least, most = problem.augmentation.crop_scale

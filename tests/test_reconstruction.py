@@ -748,7 +748,7 @@ def test_qdrop_plus_is_qdrop_with_a_preset_of_its_own(tmp_path):
     preset = ROOT / "fdda_ext" / "presets" / "qdrop_plus" / "short.yaml"
     for name, options in (("qdrop_plus", []), ("qdrop", [f"--config={preset}"])):
         train.main(
-            [f"--method={name}", *options, "--settings.qdrop.steps=1", "--augmented_images=100"]
+            [f"--method={name}", *options, "--settings.qdrop.steps=1", "--augmented_images=142"]
             + ["--baselines=[]", "--no_report", "--test_limit=71", f"--out={tmp_path / name}"]
         )
     students = [

@@ -161,8 +161,8 @@ class TrainConfig:
             bfloat16 on a GPU and float32 on a CPU.
         cuda_graphs: Whether a GPU replays the steps of fdda's generator and of the student as CUDA
             graphs. They need fewer launches, but the memory of both steps at once.
-        augmented_images: Number of calibration images with random crops and flips of them, which
-            are added if there are fewer images. None adds nothing.
+        augmented_images: Random crops and flips of the calibration images are added, equally many
+            of each, until there are this many images. None adds nothing.
         training_pixels: Largest number of pixels of an image in training. Larger images are
             resized, which saves time and memory. Tests and exports keep the full size. None for no
             limit.
